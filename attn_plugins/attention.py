@@ -1,0 +1,233 @@
+"""The contract of one attention, and the legend of dimension letters that shape suffixes use.
+
+    B batch   H query heads   G key/value heads (H is a multiple of G)   Q queries   K keys
+    D head dimension   V value dimension   F features of a feature map   N blocks or chunks   C block or chunk length
+
+``q_BHQD`` is a tensor of shape (B, H, Q, D). Queries are the last Q of the K positions when there is a cache.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from attn_plugins.mask import AttentionMask
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadShape:
+    """Sizes of the heads that an attention serves. Attentions without weights of their own may ignore it."""
+
+    num_heads: int
+    """Query heads, H."""
+    num_key_value_heads: int
+    """Key/value heads, G; H is a multiple of it."""
+    head_dim: int
+    """Size of one query or key, D."""
+    value_dim: int
+    """Size of one value, V."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Base of every attention's ``Config``: types are checked here, ranges in the subclass's ``__post_init__``.
+
+    Raises:
+        ValueError: a value is not of the annotated type; the message names the option, the value and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _fits(value, hints[field.name]):
+                raise ValueError(
+                    f"{field.name}={value!r} is of type {type(value).__name__}; allowed: {_spell(hints[field.name])}"
+                )
+
+    def require(self, condition: bool, option: str, allowed: str) -> None:
+        """Raise a ValueError that names ``option``, its value and ``allowed`` unless ``condition`` holds."""
+        if not condition:
+            raise ValueError(f"{option}={getattr(self, option)!r}; allowed: {allowed}")
+
+
+class Attention(nn.Module):
+    """One attention, in the slot ``attn_plugin`` of a transformers attention module.
+
+    A subclass has a nested ``Config`` (frozen keyword-only dataclass on :class:`AttentionConfig`), declares with class
+    attributes what it can honour, and implements
+
+    - ``reference``: the dense form, the definition of correctness, which also yields the effective weights;
+    - ``attend``: the form whose cost is what the method promises, equal to ``reference`` in outputs and gradients;
+    - ``reset_parameters``: where it has weights, initialise them with functions of ``torch.nn.init`` only.
+
+    Both forms take ``(q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout)`` and, of ``position_bias``, ``softcap`` and
+    ``sinks``, those that the class declares and the call brings. ``reference`` returns ``(out_BHQV, weights_BHQK)``,
+    ``attend`` returns ``out_BHQV``. A query that sees nothing gives zeros.
+    """
+
+    name: ClassVar[str]
+    """Set by :func:`attn_plugins.register_attention`."""
+    family: ClassVar[str] = "other"
+    """Where it is listed: dense, local, sparse, linear, additive, or a family of its own."""
+    cost: ClassVar[str]
+    """Time of one head in N (length) and the options, such as ``O(N window_size D)``."""
+    paper: ClassVar[str]
+    """Who described it, with year and a reference that can be found."""
+
+    causal: ClassVar[bool] = False
+    """Serves modules whose queries don't see what follows them."""
+    bidirectional: ClassVar[bool] = False
+    """Serves modules whose queries see the whole sequence."""
+    cross: ClassVar[bool] = False
+    """Serves queries and keys that come from different sequences."""
+    any_mask: ClassVar[bool] = False
+    """Serves masks beyond causal, padding and segments: a model's own sliding window, prefixes, image blocks."""
+    segments: ClassVar[bool] = False
+    """Serves packed sequences."""
+    position_bias: ClassVar[bool] = False
+    """Serves scores with an added bias_BHQK (T5)."""
+    softcap: ClassVar[bool] = False
+    """Serves scores limited by softcap * tanh(score / softcap) (Gemma 2)."""
+    sinks: ClassVar[bool] = False
+    """Serves learned sink logits, one a head, in the softmax's denominator (gpt-oss)."""
+
+    Config: ClassVar[type[AttentionConfig]] = AttentionConfig
+    config: Any
+
+    def __init__(
+        self, config: AttentionConfig, heads: HeadShape | None = None, *, backend: Literal["torch", "reference"] = "torch"
+    ):
+        super().__init__()
+        self.config, self.heads, self.backend = config, heads, backend
+
+    def forward(
+        self,
+        q_BHQD: torch.Tensor,
+        k_BGKD: torch.Tensor,
+        v_BGKV: torch.Tensor,
+        *,
+        mask: AttentionMask,
+        scale: float,
+        dropout: float = 0.0,
+        position_bias: torch.Tensor | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            q_BHQD, k_BGKD, v_BGKV: queries, keys and values; keys and values arrive with their own number of heads.
+            mask: what each query may see.
+            scale: factor on the scores, usually D ** -0.5.
+            dropout: probability with which a weight is dropped; 0 outside training.
+            position_bias: added to the scores, broadcastable to (B, H, Q, K).
+            softcap: limit of the scores.
+            sinks: (H,) logits that take part in the softmax without a value.
+            need_weights: also return the effective weights, through the dense form.
+
+        Returns:
+            (out_BQHV, weights_BHQK or None), transposed as transformers' attention functions return it.
+
+        Raises:
+            ValueError: the call needs something that this attention cannot honour.
+        """
+        extras: dict[str, Any] = {}
+        for extra, value in (("position_bias", position_bias), ("softcap", softcap), ("sinks", sinks)):
+            if value is not None:
+                extras[extra] = value
+        self._refuse(q_BHQD, k_BGKD, mask, extras)
+        if need_weights or self.backend == "reference":
+            out_BHQV, weights_BHQK = self.reference(
+                q_BHQD, k_BGKD, v_BGKV, mask=mask, scale=scale, dropout=dropout, **extras
+            )
+        else:
+            out_BHQV = self.attend(q_BHQD, k_BGKD, v_BGKV, mask=mask, scale=scale, dropout=dropout, **extras)
+            weights_BHQK = None
+        return out_BHQV.transpose(1, 2).contiguous(), weights_BHQK
+
+    def reference(
+        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense form: (out_BHQV, weights_BHQK)."""
+        raise NotImplementedError(f"{type(self).__name__} has no reference form")
+
+    def attend(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The form whose cost the method promises: out_BHQV."""
+        raise NotImplementedError(f"{type(self).__name__} has no form of its own cost")
+
+    def reset_parameters(self) -> None:
+        """Initialise the weights, all of them, through torch.nn.init."""
+        if next(self.parameters(), None) is not None or next(self.buffers(), None) is not None:
+            raise NotImplementedError(f"{type(self).__name__} has weights or buffers but no reset_parameters")
+
+    def extra_repr(self) -> str:
+        options = ", ".join(f"{field.name}={getattr(self.config, field.name)!r}" for field in dataclasses.fields(self.config))
+        return options if self.backend == "torch" else f"{options}, backend={self.backend!r}".lstrip(", ")
+
+    def _refuse(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, extras: dict[str, Any]) -> None:
+        needs = {
+            "position_bias": "a position bias added to the scores" if "position_bias" in extras else None,
+            "softcap": "a softcap on the scores" if "softcap" in extras else None,
+            "sinks": "learned sink logits" if "sinks" in extras else None,
+            "segments": "packed sequences" if mask.segments_BK is not None else None,
+            "any_mask": None if mask.plain else "a mask beyond causal, padding and segments",
+            "cross": "keys of another sequence" if mask.cross else None,
+        }
+        if not mask.cross and mask.plain:
+            needs["causal" if mask.causal else "bidirectional"] = (
+                "causal attention" if mask.causal else "bidirectional attention"
+            )
+        for capability, need in needs.items():
+            if need is not None and not getattr(type(self), capability):
+                raise ValueError(
+                    f"this call needs {need}, which attention {self.name!r} cannot honour; "
+                    f"it can honour: {', '.join(capabilities(type(self)))}"
+                )
+        got = (q_BHQD.shape[1], k_BGKD.shape[1], q_BHQD.shape[3])
+        if self.heads is not None and next(self.parameters(), None) is not None:
+            want = (self.heads.num_heads, self.heads.num_key_value_heads, self.heads.head_dim)
+            if got != want:
+                raise ValueError(
+                    f"attention {self.name!r} was built for (query heads, key/value heads, head dimension) = {want}, got {got}"
+                )
+
+
+CAPABILITIES = ("causal", "bidirectional", "cross", "any_mask", "segments", "position_bias", "softcap", "sinks")
+
+
+def capabilities(attention: type[Attention]) -> list[str]:
+    """Names of what a class of attention can honour, in the order of :data:`CAPABILITIES`."""
+    return [name for name in CAPABILITIES if getattr(attention, name)]
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin is tuple:
+        element = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_fits(item, element) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_spell(option) for option in typing.get_args(hint))
+    if origin is Literal:
+        return ", ".join(repr(option) for option in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    return getattr(hint, "__name__", str(hint))

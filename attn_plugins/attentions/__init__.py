@@ -1,0 +1,1 @@
+"""One attention a file. Every module here is imported when the registry is first asked for a name."""

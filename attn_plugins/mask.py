@@ -1,0 +1,184 @@
+"""AttentionMask: what each query may see, kept as a rule and evaluated only where an attention asks.
+
+Nothing here is dense unless :meth:`AttentionMask.dense` is called. One mask is made a forward pass and shared by all
+layers; what is computed from it once is kept in ``memo`` and serves them all.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(batch index, head index, query position, key position) -> bool, elementwise over tensors that broadcast."""
+
+
+class AttentionMask:
+    """Visibility of K keys to Q queries in a batch of B rows.
+
+    A key is visible if ``rule`` says so for the absolute positions ``q_offset + i`` and ``kv_offset + j``, the key is
+    not padding, and both are of the same segment. Queries are the last Q of the K keys unless ``cross``.
+
+    Args:
+        batch_size, q_length, kv_length: B, Q and K.
+        causal: nothing after a query is visible. True also for a rule that is at most causal, such as a sliding window.
+        plain: causal (or its absence), padding and segments say it all; ``rule`` is not needed.
+        padding_BK: True where a key is real, or None where all are.
+        segments_BK: number of the packed sequence that a key belongs to, or None where rows are not packed.
+        rule: the full rule without padding, needed where not ``plain``; segments may be part of it.
+        vectorised: ``rule`` indexes with tensors; if False it is evaluated under ``torch.vmap``.
+        dense_BQK: a mask that came dense, instead of a rule.
+        q_offset, kv_offset: absolute position of the first query and of the first key.
+        cross: keys belong to another sequence than queries.
+        device: where ``rule`` can be evaluated and results are wanted.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        *,
+        causal: bool,
+        plain: bool = True,
+        padding_BK: torch.Tensor | None = None,
+        segments_BK: torch.Tensor | None = None,
+        rule: Rule | None = None,
+        vectorised: bool = True,
+        dense_BQK: torch.Tensor | None = None,
+        q_offset: int | None = None,
+        kv_offset: int = 0,
+        cross: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        if not plain and rule is None and dense_BQK is None:
+            raise ValueError("a mask that is not plain needs a rule or a dense mask")
+        self.batch_size, self.q_length, self.kv_length = batch_size, q_length, kv_length
+        self.causal, self.plain, self.cross = causal, plain, cross
+        self.padding_BK, self.segments_BK = padding_BK, segments_BK
+        self.rule, self.vectorised, self.dense_BQK = rule, vectorised, dense_BQK
+        self.kv_offset = kv_offset
+        self.q_offset = kv_offset + kv_length - q_length if q_offset is None else q_offset
+        self.device = torch.device(device)
+        self.memo: dict[Hashable, Any] = {}
+
+    def __repr__(self) -> str:
+        kind = "cross" if self.cross else "causal" if self.causal else "bidirectional"
+        extras = [name for name in ("padding_BK", "segments_BK", "dense_BQK") if getattr(self, name) is not None]
+        rule = [] if self.plain else ["rule"]
+        shape = f"B={self.batch_size}, Q={self.q_length}, K={self.kv_length}"
+        return f"AttentionMask({shape}, {', '.join([kind, *extras, *rule])})"
+
+    @property
+    def row_starts(self) -> bool:
+        """Whether rows differ in where their first real token is (padding) or hold several sequences (segments)."""
+        return self.padding_BK is not None or self.segments_BK is not None
+
+    def to(self, device: Any, *args: Any, **kwargs: Any) -> "AttentionMask":
+        """Itself for the same device, else a copy whose results arrive on ``device``; no tensor of the rule moves."""
+        if not isinstance(device, (torch.device, str, int)):
+            return self
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        return _Moved(self, device)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """``compute()``, kept under ``key`` for the other layers of this forward pass."""
+        if key not in self.memo:
+            self.memo[key] = compute()
+        return self.memo[key]
+
+    def visible(self, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
+        """Visibility at the given pairs only.
+
+        Args:
+            q_index, k_index: integers in 0..Q-1 and 0..K-1 of shapes that broadcast together; the first dimension is
+                the batch, B or 1. Indices outside are allowed and give False.
+
+        Returns:
+            bool of the broadcast shape, with B or 1 as its first dimension.
+        """
+        inside = (q_index >= 0) & (q_index < self.q_length) & (k_index >= 0) & (k_index < self.kv_length)
+        q_index, k_index = q_index.clamp(0, max(self.q_length - 1, 0)), k_index.clamp(0, max(self.kv_length - 1, 0))
+        seen = inside
+        batch = torch.arange(self.batch_size, device=q_index.device).view(-1, *[1] * (max(q_index.ndim, k_index.ndim) - 1))
+        if self.dense_BQK is not None:
+            rows = batch if self.dense_BQK.shape[0] > 1 else batch[:1]
+            seen = seen & self.dense_BQK[rows, q_index, k_index]
+        elif self.plain:
+            if self.causal:
+                seen = seen & (k_index + self.kv_offset <= q_index + self.q_offset)
+            if self.segments_BK is not None:
+                own = q_index + (self.kv_length - self.q_length)
+                seen = seen & (self.segments_BK[batch, own] == self.segments_BK[batch, k_index])
+        else:
+            seen = seen & self._evaluate(batch, q_index + self.q_offset, k_index + self.kv_offset)
+        if self.padding_BK is not None:
+            seen = seen & self.padding_BK[batch, k_index]
+        return seen
+
+    def dense(self) -> torch.Tensor:
+        """The whole mask, (B or 1, 1, Q, K) bool. The N x N tensor that everything else here avoids."""
+
+        def build() -> torch.Tensor:
+            q_index = torch.arange(self.q_length, device=self.device).view(1, -1, 1)
+            k_index = torch.arange(self.kv_length, device=self.device).view(1, 1, -1)
+            return self.visible(q_index, k_index).unsqueeze(1)
+
+        return self.once("dense", build)
+
+    def starts_BK(self) -> torch.Tensor:
+        """For each key the index of the first real key of its row or segment, (B or 1, K) int64.
+
+        Patterns with fixed blocks or strides count from here, so that left padding and packing change nothing.
+        """
+
+        def build() -> torch.Tensor:
+            index = torch.arange(self.kv_length, device=self.device).unsqueeze(0)
+            if not self.row_starts:
+                return torch.zeros_like(index)
+            real = torch.ones_like(index, dtype=torch.bool) if self.padding_BK is None else self.padding_BK
+            segments = torch.zeros_like(index) if self.segments_BK is None else self.segments_BK
+            real, segments = torch.broadcast_tensors(real, segments)
+            # A segment starts at its first real key: where the number of real keys seen in it goes from none to one.
+            fresh = torch.ones_like(real[:, :1])
+            changed = torch.cat([fresh, segments[:, 1:] != segments[:, :-1]], dim=1)
+            segment_start = torch.where(changed, index, 0).cummax(dim=1).values
+            counted = real.long().cumsum(dim=1)
+            before_segment = counted.gather(1, segment_start) - real.gather(1, segment_start).long()
+            first_real = real & (counted - before_segment == 1)
+            return torch.maximum(torch.where(first_real, index, 0).cummax(dim=1).values, segment_start)
+
+        return self.once("starts", build)
+
+    def _evaluate(self, batch: torch.Tensor, q_position: torch.Tensor, k_position: torch.Tensor) -> torch.Tensor:
+        assert self.rule is not None
+        head = torch.zeros((), dtype=torch.long, device=q_position.device)
+        if self.vectorised:
+            return self.rule(batch, head, q_position, k_position)
+        # A user's rule may index tensors with scalars, which only works under vmap with this rewrite of indexing.
+        from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+        batch, q_position, k_position = torch.broadcast_tensors(batch, q_position, k_position)
+        with TransformGetItemToIndex():
+            flat = torch.vmap(self.rule, in_dims=(0, None, 0, 0))(
+                batch.reshape(-1), head, q_position.reshape(-1), k_position.reshape(-1)
+            )
+        return flat.reshape(batch.shape)
+
+
+class _Moved(AttentionMask):
+    """A view of a mask on another device: computes where the original lives, delivers here."""
+
+    def __init__(self, origin: AttentionMask, device: torch.device):
+        self.__dict__.update(origin.__dict__)
+        self.origin, self.device, self.memo = origin, device, {}
+        self.padding_BK = None if origin.padding_BK is None else origin.padding_BK.to(device)
+        self.segments_BK = None if origin.segments_BK is None else origin.segments_BK.to(device)
+
+    def visible(self, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
+        home = self.origin.device
+        return self.origin.visible(q_index.to(home), k_index.to(home)).to(self.device)

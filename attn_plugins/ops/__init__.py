@@ -1,0 +1,1 @@
+"""Functional kernels that attentions share."""
