@@ -61,7 +61,7 @@ class AttentionMask:
         self.rule, self.vectorised, self.dense_BQK = rule, vectorised, dense_BQK
         self.kv_offset = kv_offset
         self.q_offset = kv_offset + kv_length - q_length if q_offset is None else q_offset
-        self.device = torch.device(device)
+        self.device = self._rule_device = torch.device(device)
         self.memo: dict[Hashable, Any] = {}
 
     def __repr__(self) -> str:
@@ -83,7 +83,12 @@ class AttentionMask:
         device = torch.device(device)
         if device == self.device:
             return self
-        return _Moved(self, device)
+        held = {name: getattr(self, name) for name in ("padding_BK", "segments_BK", "dense_BQK")}
+        return self._copy(device=device, **{name: None if t is None else t.to(device) for name, t in held.items()})
+
+    def as_cross(self) -> "AttentionMask":
+        """The same mask for queries and keys of different sequences."""
+        return self if self.cross else self.once("cross", lambda: self._copy(cross=True))
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """``compute()``, kept under ``key`` for the other layers of this forward pass."""
@@ -154,11 +159,17 @@ class AttentionMask:
 
         return self.once("starts", build)
 
+    def _copy(self, **changes: Any) -> "AttentionMask":
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__, memo={}, **changes)
+        return copied
+
     def _evaluate(self, batch: torch.Tensor, q_position: torch.Tensor, k_position: torch.Tensor) -> torch.Tensor:
         assert self.rule is not None
-        head = torch.zeros((), dtype=torch.long, device=q_position.device)
+        batch, q_position, k_position = (index.to(self._rule_device) for index in (batch, q_position, k_position))
+        head = torch.zeros((), dtype=torch.long, device=self._rule_device)
         if self.vectorised:
-            return self.rule(batch, head, q_position, k_position)
+            return self.rule(batch, head, q_position, k_position).to(self.device)
         # A user's rule may index tensors with scalars, which only works under vmap with this rewrite of indexing.
         from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
@@ -167,18 +178,4 @@ class AttentionMask:
             flat = torch.vmap(self.rule, in_dims=(0, None, 0, 0))(
                 batch.reshape(-1), head, q_position.reshape(-1), k_position.reshape(-1)
             )
-        return flat.reshape(batch.shape)
-
-
-class _Moved(AttentionMask):
-    """A view of a mask on another device: computes where the original lives, delivers here."""
-
-    def __init__(self, origin: AttentionMask, device: torch.device):
-        self.__dict__.update(origin.__dict__)
-        self.origin, self.device, self.memo = origin, device, {}
-        self.padding_BK = None if origin.padding_BK is None else origin.padding_BK.to(device)
-        self.segments_BK = None if origin.segments_BK is None else origin.segments_BK.to(device)
-
-    def visible(self, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
-        home = self.origin.device
-        return self.origin.visible(q_index.to(home), k_index.to(home)).to(self.device)
+        return flat.reshape(batch.shape).to(self.device)

@@ -1,0 +1,1 @@
+"""The only bridge to transformers' internals: discovery, dispatch, swap and restore, and the patches."""

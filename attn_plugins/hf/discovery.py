@@ -1,0 +1,142 @@
+"""Find the attention modules of a model, and what each is: role, place, head sizes, what it needs of an attention."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from attn_plugins.attention import HeadShape
+from attn_plugins.rules import Target
+
+
+def dispatches(module: nn.Module) -> bool:
+    """Whether the module calls whatever transformers' attention interface holds: it can be swapped."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+
+
+def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of every swappable attention module, in the order of ``named_modules``."""
+    for path, module in model.named_modules():
+        if dispatches(module):
+            yield path, module
+
+
+def owner(model: nn.Module, path: str) -> PreTrainedModel:
+    """The innermost PreTrainedModel that holds the module at ``path``: the one that makes its masks."""
+    found, module = model, model
+    for name in path.split(".")[:-1]:
+        module = getattr(module, name)
+        if isinstance(module, PreTrainedModel):
+            found = module
+    assert isinstance(found, PreTrainedModel)
+    return found
+
+
+def targets(model: PreTrainedModel) -> list[Target]:
+    """A :class:`~attn_plugins.rules.Target` for each attention module.
+
+    Layers are numbered in order within their stack: the modules of one role under one list of layers.
+    """
+    text = model.config.get_text_config()
+    composite = text is not model.config
+    numbers: dict[str, int] = {}
+    found = []
+    for path, module in attention_modules(model):
+        role = role_of(model, path, module)
+        stack = _stack(path)
+        layer = numbers.get(stack + role, 0)
+        numbers[stack + role] = layer + 1
+        main = not composite or _config_of(module, model) is text or owner(model, path).config is text
+        found.append(
+            Target(path=path, role=role, stack=stack, layer=layer, main=main, needs=_needs(module, role, text, main))
+        )
+    return found
+
+
+def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
+    """"cross", "decoder" (causal self-attention) or "encoder" (bidirectional self-attention)."""
+    # Two levels are read, so that .crossattention.self (BERT) and T5LayerCrossAttention's .EncDecAttention count.
+    names = [type(module).__name__, *path.split(".")[-2:]]
+    spelled = any(re.search(r"cross|enc_?dec_?att|encoder_attn", name, re.IGNORECASE) for name in names)
+    spelled = spelled or type(model.get_submodule(path.rpartition(".")[0])).__name__.endswith("CrossAttention")
+    if getattr(module, "is_cross_attention", spelled):
+        return "cross"
+    is_causal = getattr(module, "is_causal", None)
+    if is_causal is None:
+        is_causal = getattr(module, "is_decoder", True)
+    return "decoder" if is_causal else "encoder"
+
+
+def head_shape(module: nn.Module, config: Any) -> HeadShape:
+    """Head sizes of an attention module, read off its attributes, then its config.
+
+    Raises:
+        ValueError: they cannot be found.
+    """
+
+    def find(names: str) -> int | None:
+        for holder in (module, config):
+            for name in names.split():
+                value = getattr(holder, name, None)
+                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                    return value
+        return None
+
+    heads = find("num_heads num_attention_heads n_heads n_head num_q_heads heads encoder_attention_heads")
+    width = find("embed_dim hidden_size d_model n_embd all_head_size")
+    head_dim = find("qk_head_dim head_dim attention_head_size head_size key_value_proj_dim d_kv dim_head")
+    if head_dim is None and heads and width:
+        head_dim = width // heads
+    if not heads or not head_dim:
+        raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
+    groups = getattr(module, "num_key_value_groups", None)
+    shared = heads // groups if isinstance(groups, int) else find("num_key_value_heads num_kv_heads")
+    value_dim = getattr(module, "v_head_dim", None) or head_dim
+    return HeadShape(num_heads=heads, num_key_value_heads=shared or heads, head_dim=head_dim, value_dim=value_dim)
+
+
+def _config_of(module: nn.Module, model: PreTrainedModel) -> Any:
+    return getattr(module, "config", model.config)
+
+
+def _stack(path: str) -> str:
+    """The path up to its first number, such as ``model.layers`` of ``model.layers.0.self_attn``."""
+    match = re.match(r"(.*?)\.\d+\.", path + ".")
+    return match.group(1) if match else path
+
+
+def _needs(module: nn.Module, role: str, text_config: Any, main: bool) -> dict[str, str]:
+    config = getattr(module, "config", None) or (text_config if main else None)
+    needs = {
+        {"decoder": "causal", "encoder": "bidirectional", "cross": "cross"}[role]: {
+            "decoder": "it is causal",
+            "encoder": "it is bidirectional",
+            "cross": "it is cross-attention",
+        }[role]
+    }
+    if hasattr(module, "has_relative_attention_bias"):
+        needs["position_bias"] = "it adds a relative position bias to the scores"
+    softcap = getattr(module, "attn_logit_softcapping", None)
+    if softcap is not None:
+        needs["softcap"] = f"it limits scores with softcap={softcap}"
+    if isinstance(getattr(module, "sinks", None), nn.Parameter):
+        needs["sinks"] = "it has learned sink logits"
+    if role != "cross" and (own := _own_pattern(module, config)):
+        needs["any_mask"] = f"it has its own mask ({own})"
+    return needs
+
+
+def _own_pattern(module: nn.Module, config: Any) -> str | None:
+    """The model's own local pattern of this layer, if config or module show one."""
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds and isinstance(index, int) and index < len(kinds):
+        return kinds[index] if kinds[index] in ("sliding_attention", "chunked_attention") else None
+    window = getattr(module, "sliding_window", None) or getattr(config, "sliding_window", None)
+    if isinstance(window, int):
+        return f"sliding_window={window}"
+    chunk = getattr(config, "attention_chunk_size", None)
+    return f"attention_chunk_size={chunk}" if isinstance(chunk, int) else None

@@ -1,0 +1,221 @@
+"""What transformers calls: the mask function that returns a lazy mask, and the attention function that uses slots."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from attn_plugins.mask import AttentionMask
+
+IMPLEMENTATION = "attn_plugins"
+"""The name under which both functions are registered, and which config.json carries."""
+
+SLOT = "attn_plugin"
+"""Attribute of an attention module that holds its Attention."""
+
+BASE = "_attn_plugin_base"
+"""Attribute of an attention module: the implementation that serves it where it has no slot."""
+
+ROLE = "_attn_plugin_role"
+"""Attribute of an attention module: encoder, decoder or cross."""
+
+HIDDEN = -1e4
+"""An additive mask at or below this hides a key: exp of it is 0 in every dtype."""
+
+
+class LazyMask(AttentionMask):
+    """An AttentionMask that also keeps what transformers asked for, so that any other mask can be made from it."""
+
+    def __init__(self, *args: Any, arguments: dict[str, Any], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.arguments = arguments
+
+    def native(self, implementation: str) -> Any:
+        """The mask that ``implementation`` would have been given, made once for all layers."""
+        make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+
+        def build() -> Any:
+            made = make(**self.arguments)
+            return made.to(self.device) if hasattr(made, "to") else made
+
+        return self.once(("native", implementation), build)
+
+
+def lazy_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = masking_utils.causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **others: Any,
+) -> LazyMask:
+    """Registered as a mask function: keeps the request and computes nothing that is N x N."""
+    arguments = {
+        "batch_size": batch_size,
+        "q_length": q_length,
+        "kv_length": kv_length,
+        "q_offset": q_offset,
+        "kv_offset": kv_offset,
+        "mask_function": mask_function,
+        "attention_mask": attention_mask,
+        "use_vmap": use_vmap,
+        "device": device,
+        **others,
+    }
+    causal, plain, segments_BK = read_rule(mask_function)
+    if isinstance(q_offset, torch.Tensor) or (causal and kv_offset + kv_length > q_offset + q_length):
+        raise ValueError("swapped models don't serve static caches (cache_implementation='static'); use the default cache")
+    padding_BK = None
+    if attention_mask is not None:
+        padding_BK = attention_mask[:, kv_offset : kv_offset + kv_length]
+        if (short := kv_length - padding_BK.shape[1]) > 0:
+            padding_BK = nn.functional.pad(padding_BK, (0, short))
+        if not torch.compiler.is_compiling() and bool(padding_BK.all()):
+            padding_BK = None
+    return LazyMask(
+        batch_size,
+        q_length,
+        kv_length,
+        causal=causal,
+        plain=plain,
+        padding_BK=padding_BK,
+        segments_BK=segments_BK,
+        rule=mask_function,
+        vectorised=not use_vmap,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        device=device,
+        arguments=arguments,
+    )
+
+
+def read_rule(rule: Callable) -> tuple[bool, bool, torch.Tensor | None]:
+    """What a mask function of transformers says: (at most causal, plain, segments_BK).
+
+    transformers composes mask functions as closures; the compositions that it makes itself are read back here. Anything
+    else is taken for a rule of which nothing is known: exact where it is evaluated, refused where it can't be.
+    """
+    if rule is masking_utils.causal_mask_function:
+        return True, True, None
+    if rule is masking_utils.bidirectional_mask_function:
+        return False, True, None
+    held = dict(zip(rule.__code__.co_freevars, (cell.cell_contents for cell in rule.__closure__ or ()), strict=True))
+    match rule.__qualname__.split(".")[0], held:
+        case "and_masks", {"mask_functions": parts}:
+            causal, plain, segments = zip(*(read_rule(part) for part in parts), strict=True)
+            known = [s for s in segments if s is not None]
+            return any(causal), all(plain) and len(known) <= 1, known[0] if len(known) == 1 else None
+        case "packed_sequence_mask_function", {"packed_sequence_mask": segments_BK}:
+            return False, True, segments_BK
+        case "remap_positions_for_packed_sequence", {"mask_function": inner}:
+            # Within a segment positions differ from indices by a constant, so order is the same.
+            return read_rule(inner)
+    return False, False, None
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_bias: torch.Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Registered as an attention function: the module's slot attends, or its base implementation where it has none."""
+    slot, base = getattr(module, SLOT, None), getattr(module, BASE, None)
+    if base is None:
+        raise ValueError(
+            f"{type(module).__name__} was told to use attn_plugins, but no attention has been put into its model; "
+            "load the whole model with from_pretrained, or call attn_plugins.swap_attention(model, ...)"
+        )
+    if slot is None:
+        given = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
+        given = {name: extra for name, extra in given.items() if extra is not None}
+        native_mask = attention_mask.native(base) if isinstance(attention_mask, LazyMask) else attention_mask
+        return native_attention(module, base)(
+            module, query, key, value, native_mask, scaling=scaling, dropout=dropout, **given, **kwargs
+        )
+    if kwargs.get("cache") is not None:
+        raise ValueError("attn_plugins cannot serve paged caches (continuous batching); use generate() without it")
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask, bias = as_mask(attention_mask, query, key, causal=causal, cross=getattr(module, ROLE) == "cross")
+    if bias is not None:
+        position_bias = bias if position_bias is None else position_bias + bias
+    return slot(
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        dropout=dropout,
+        position_bias=position_bias,
+        softcap=softcap,
+        sinks=s_aux,
+        need_weights=bool(kwargs.get("output_attentions")),
+    )
+
+
+def as_mask(
+    given: Any, query: torch.Tensor, key: torch.Tensor, *, causal: bool, cross: bool
+) -> tuple[AttentionMask, torch.Tensor | None]:
+    """Whatever a model passes for a mask as (AttentionMask, additive bias (B, 1 or H, Q, K) or None).
+
+    Raises:
+        ValueError: the mask is of another size than queries and keys, or of a kind that is not known.
+    """
+    batch_size, q_length, kv_length, device = query.shape[0], query.shape[2], key.shape[2], query.device
+    if isinstance(given, AttentionMask):
+        if (given.q_length, given.kv_length) != (q_length, kv_length):
+            raise ValueError(
+                f"the mask is for {given.q_length} queries and {given.kv_length} keys, "
+                f"the attention has {q_length} and {kv_length}"
+            )
+        return (given.as_cross() if cross else given), None
+    causal = causal and not cross
+    sizes: dict[str, Any] = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "device": device}
+    if given is None:
+        return AttentionMask(**sizes, causal=causal, cross=cross), None
+    if not isinstance(given, torch.Tensor) or given.ndim not in (2, 3, 4):
+        got = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
+        raise ValueError(f"cannot read the attention mask {got}; allowed: None, or a tensor of 2, 3 or 4 dimensions")
+    if given.ndim == 2:
+        return AttentionMask(**sizes, causal=causal, cross=cross, padding_BK=given[:, -kv_length:].bool()), None
+    given = (given.unsqueeze(1) if given.ndim == 3 else given)[..., :kv_length]
+    allowed = given if given.dtype == torch.bool else given > HIDDEN
+    if given.shape[2] == 1 and given.shape[1] == 1 and q_length > 1:  # one row for all queries: padding
+        padding_BK = allowed[:, 0, 0].expand(batch_size, -1)
+        return AttentionMask(**sizes, causal=causal, cross=cross, padding_BK=padding_BK), None
+    bias = None
+    if allowed.shape[1] > 1:  # one mask a head
+        bias = torch.where(allowed, 0.0 if given.dtype == torch.bool else given, torch.finfo(query.dtype).min)
+        allowed = allowed.any(dim=1, keepdim=True)
+    elif given.dtype != torch.bool and bool((given * allowed).any()):
+        bias = given.masked_fill(~allowed, 0.0)
+    dense_BQK = allowed[:, 0].expand(-1, q_length, -1)
+    return AttentionMask(**sizes, causal=False, plain=False, cross=cross, dense_BQK=dense_BQK), bias
+
+
+def native_attention(module: nn.Module, implementation: str) -> Callable:
+    """The function that the module itself would have called under ``implementation``."""
+    key = (type(module), implementation)
+    if key not in _native:
+        names = inspect.unwrap(type(module).forward).__globals__
+        _native[key] = names["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, names.get("eager_attention_forward"))
+    return _native[key]
+
+
+_native: dict[tuple[type, str], Callable] = {}

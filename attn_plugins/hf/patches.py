@@ -1,0 +1,91 @@
+"""All global state of the package: two registrations and four changes to transformers, made once at import.
+
+None of them does anything to a model whose config does not carry the flag.
+"""
+
+import functools
+import sys
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
+
+from attn_plugins.attention import Attention
+from attn_plugins.hf.dispatch import IMPLEMENTATION, attention_forward, lazy_mask
+from attn_plugins.hf.swap import attach_from_config
+
+_MARK = "_attn_plugins_original"
+
+
+def install() -> None:
+    """Make the flag known to transformers. Calling it again changes nothing."""
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    # Registering the function alone would give it mask=None even for padded batches.
+    AttentionMaskInterface.register(IMPLEMENTATION, lazy_mask)
+
+    # A config has no hook for new fields. As a class attribute, from_pretrained(path, attn_plugin=...) and config.json
+    # set it like any field, and configs without the flag are saved as before.
+    if not hasattr(PreTrainedConfig, "attn_plugin"):
+        PreTrainedConfig.attn_plugin = None  # type: ignore[attr-defined]
+
+    # Nothing public runs between a model's construction and the loading of its weights, which is when the slots have to
+    # be there: post_init, which every model calls last in __init__, is that moment.
+    _wrap(PreTrainedModel, "post_init", _post_init)
+
+    # Weights that a checkpoint lacks are initialised by the model's own _init_weights, which does not know a slot's.
+    _wrap(PreTrainedModel, "_initialize_weights", _initialize_weights)
+
+    # It would bypass the slots in silence.
+    _wrap(PreTrainedModel, "set_attn_implementation", _set_attn_implementation)
+
+
+def _wrap(cls: type, name: str, around: Any) -> None:
+    original = getattr(cls, name)
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(original, self, *args, **kwargs)
+
+    setattr(wrapped, _MARK, original)
+    setattr(cls, name, wrapped)
+
+
+def _post_init(original: Any, self: PreTrainedModel) -> None:
+    if not _inside_another(self):
+        attach_from_config(self)  # before the original, which initialises weights
+    original(self)
+
+
+def _inside_another(model: PreTrainedModel) -> bool:
+    """Whether the model is being built by the constructor of another one, which will attach for both.
+
+    Only the outermost model knows all paths, roles and stacks. The call stack tells without any state to keep.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "__init__":
+            builder = frame.f_locals.get("self")
+            if isinstance(builder, PreTrainedModel) and builder is not model:
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _initialize_weights(original: Any, self: PreTrainedModel, module: Any, *args: Any, **kwargs: Any) -> None:
+    if not isinstance(module, Attention):
+        original(self, module, *args, **kwargs)
+    elif not getattr(module, "_is_hf_initialized", False):
+        module.reset_parameters()  # torch.nn.init is guarded here: it leaves alone what the checkpoint brought
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _set_attn_implementation(original: Any, self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    if self.config.attn_plugin is not None:
+        raise ValueError(
+            f"set_attn_implementation{args} would bypass this model's attn_plugin; "
+            "call attn_plugins.restore_attention(model) first, set the implementation, then swap again"
+        )
+    original(self, *args, **kwargs)
