@@ -6,6 +6,7 @@
 ``q_BHQD`` is a tensor of shape (B, H, Q, D). Queries are the last Q of the K positions when there is a cache.
 """
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -45,9 +46,8 @@ class AttentionConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if not _fits(value, hints[field.name]):
-                raise ValueError(
-                    f"{field.name}={value!r} is of type {type(value).__name__}; allowed: {_spell(hints[field.name])}"
-                )
+                kind = "" if typing.get_origin(hints[field.name]) is Literal else f" is of type {type(value).__name__}"
+                raise ValueError(f"{field.name}={value!r}{kind}; allowed: {_spell(hints[field.name])}")
 
     def require(self, condition: bool, option: str, allowed: str) -> None:
         """Raise a ValueError that names ``option``, its value and ``allowed`` unless ``condition`` holds."""
@@ -96,11 +96,26 @@ class Attention(nn.Module):
     sinks: ClassVar[bool] = False
     """Serves learned sink logits, one a head, in the softmax's denominator (gpt-oss)."""
 
+    convex: ClassVar[bool] = True
+    """The output is ``weights @ v`` for the effective weights, which are not negative and sum to 1.
+
+    Less than 1 with learned sinks, and where a query finds nothing that it is similar to."""
+    subquadratic: ClassVar[bool] = True
+    """``attend`` never holds a tensor of Q x K elements."""
+    limit: ClassVar[dict[str, Any] | None] = None
+    """Options under which it equals softmax attention on a few dozen tokens, or None where it never does."""
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Options that matter on a few dozen tokens: the contract tests run each, the docs list them."""
+
     Config: ClassVar[type[AttentionConfig]] = AttentionConfig
     config: Any
 
     def __init__(
-        self, config: AttentionConfig, heads: HeadShape | None = None, *, backend: Literal["torch", "reference"] = "torch"
+        self,
+        config: AttentionConfig,
+        heads: HeadShape | None = None,
+        *,
+        backend: str = "torch",
     ):
         super().__init__()
         self.config, self.heads, self.backend = config, heads, backend
@@ -142,13 +157,20 @@ class Attention(nn.Module):
             if value is not None:
                 extras[extra] = value
         self._refuse(q_BHQD, k_BGKD, mask, extras)
-        if need_weights or self.backend == "reference":
-            out_BHQV, weights_BHQK = self.reference(
-                q_BHQD, k_BGKD, v_BGKV, mask=mask, scale=scale, dropout=dropout, **extras
-            )
-        else:
-            out_BHQV = self.attend(q_BHQD, k_BGKD, v_BGKV, mask=mask, scale=scale, dropout=dropout, **extras)
-            weights_BHQK = None
+        options = {"mask": mask, "scale": scale, "dropout": dropout, **extras}
+        device = q_BHQD.device.type
+        autocast = torch.is_autocast_enabled(device)
+        if autocast:
+            # As torch's own attention does: inputs are cast (rotary positions may leave q and k in float32 beside v in
+            # bfloat16), while sums keep the precision that they are written in.
+            lower = torch.get_autocast_dtype(device)
+            q_BHQD, k_BGKD, v_BGKV = (x if x.dtype == torch.float64 else x.to(lower) for x in (q_BHQD, k_BGKD, v_BGKV))
+        weights_BHQK = None
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+            if need_weights or self.backend == "reference":
+                out_BHQV, weights_BHQK = self.reference(q_BHQD, k_BGKD, v_BGKV, **options)
+            else:
+                out_BHQV = self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
         return out_BHQV.transpose(1, 2).contiguous(), weights_BHQK
 
     def reference(
@@ -167,7 +189,9 @@ class Attention(nn.Module):
             raise NotImplementedError(f"{type(self).__name__} has weights or buffers but no reset_parameters")
 
     def extra_repr(self) -> str:
-        options = ", ".join(f"{field.name}={getattr(self.config, field.name)!r}" for field in dataclasses.fields(self.config))
+        options = ", ".join(
+            f"{field.name}={getattr(self.config, field.name)!r}" for field in dataclasses.fields(self.config)
+        )
         return options if self.backend == "torch" else f"{options}, backend={self.backend!r}".lstrip(", ")
 
     def _refuse(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, extras: dict[str, Any]) -> None:
@@ -194,7 +218,8 @@ class Attention(nn.Module):
             want = (self.heads.num_heads, self.heads.num_key_value_heads, self.heads.head_dim)
             if got != want:
                 raise ValueError(
-                    f"attention {self.name!r} was built for (query heads, key/value heads, head dimension) = {want}, got {got}"
+                    f"attention {self.name!r} was built for "
+                    f"(query heads, key/value heads, head dimension) = {want}, got {got}"
                 )
 
 

@@ -31,6 +31,8 @@ class AttentionMask:
         vectorised: ``rule`` indexes with tensors; if False it is evaluated under ``torch.vmap``.
         dense_BQK: a mask that came dense, instead of a rule.
         q_offset, kv_offset: absolute position of the first query and of the first key.
+        first_B: where a cache has dropped keys, index of each row's first real key, which is negative if that was one
+            of them; None for rows without padding.
         cross: keys belong to another sequence than queries.
         device: where ``rule`` can be evaluated and results are wanted.
     """
@@ -50,6 +52,7 @@ class AttentionMask:
         dense_BQK: torch.Tensor | None = None,
         q_offset: int | None = None,
         kv_offset: int = 0,
+        first_B: torch.Tensor | None = None,
         cross: bool = False,
         device: torch.device | str = "cpu",
     ):
@@ -59,7 +62,7 @@ class AttentionMask:
         self.causal, self.plain, self.cross = causal, plain, cross
         self.padding_BK, self.segments_BK = padding_BK, segments_BK
         self.rule, self.vectorised, self.dense_BQK = rule, vectorised, dense_BQK
-        self.kv_offset = kv_offset
+        self.kv_offset, self.first_B = kv_offset, first_B
         self.q_offset = kv_offset + kv_length - q_length if q_offset is None else q_offset
         self.device = self._rule_device = torch.device(device)
         self.memo: dict[Hashable, Any] = {}
@@ -73,8 +76,8 @@ class AttentionMask:
 
     @property
     def row_starts(self) -> bool:
-        """Whether rows differ in where their first real token is (padding) or hold several sequences (segments)."""
-        return self.padding_BK is not None or self.segments_BK is not None
+        """Whether a sequence may start elsewhere than at key 0: after padding, as a segment, at a key since dropped."""
+        return self.padding_BK is not None or self.segments_BK is not None or self.kv_offset > 0
 
     def to(self, device: Any, *args: Any, **kwargs: Any) -> "AttentionMask":
         """Itself for the same device, else a copy whose results arrive on ``device``; no tensor of the rule moves."""
@@ -83,7 +86,7 @@ class AttentionMask:
         device = torch.device(device)
         if device == self.device:
             return self
-        held = {name: getattr(self, name) for name in ("padding_BK", "segments_BK", "dense_BQK")}
+        held = {name: getattr(self, name) for name in ("padding_BK", "segments_BK", "dense_BQK", "first_B")}
         return self._copy(device=device, **{name: None if t is None else t.to(device) for name, t in held.items()})
 
     def as_cross(self) -> "AttentionMask":
@@ -109,7 +112,9 @@ class AttentionMask:
         inside = (q_index >= 0) & (q_index < self.q_length) & (k_index >= 0) & (k_index < self.kv_length)
         q_index, k_index = q_index.clamp(0, max(self.q_length - 1, 0)), k_index.clamp(0, max(self.kv_length - 1, 0))
         seen = inside
-        batch = torch.arange(self.batch_size, device=q_index.device).view(-1, *[1] * (max(q_index.ndim, k_index.ndim) - 1))
+        batch = torch.arange(self.batch_size, device=q_index.device).view(
+            -1, *[1] * (max(q_index.ndim, k_index.ndim) - 1)
+        )
         if self.dense_BQK is not None:
             rows = batch if self.dense_BQK.shape[0] > 1 else batch[:1]
             seen = seen & self.dense_BQK[rows, q_index, k_index]
@@ -136,13 +141,16 @@ class AttentionMask:
         return self.once("dense", build)
 
     def starts_BK(self) -> torch.Tensor:
-        """For each key the index of the first real key of its row or segment, (B or 1, K) int64.
+        """For each key the index of the first real key of its row or segment, (B or 1, K) int64; negative if dropped.
 
         Patterns with fixed blocks or strides count from here, so that left padding and packing change nothing.
         """
 
         def build() -> torch.Tensor:
             index = torch.arange(self.kv_length, device=self.device).unsqueeze(0)
+            if self.kv_offset and self.segments_BK is None:
+                first_B = index.new_full((1,), -self.kv_offset) if self.first_B is None else self.first_B
+                return first_B.unsqueeze(1).expand(-1, self.kv_length)
             if not self.row_starts:
                 return torch.zeros_like(index)
             real = torch.ones_like(index, dtype=torch.bool) if self.padding_BK is None else self.padding_BK

@@ -1,4 +1,4 @@
-"""The only list of attentions: name -> class. Ours register on import, others through the entry point "attn_plugins"."""
+"""The only list of attentions: name -> class. Ours register on import, others' through the entry point group."""
 
 import difflib
 import importlib
@@ -62,7 +62,9 @@ def get_attention(name: str) -> type[Attention]:
     """
     _load()
     if not isinstance(name, str) or name not in _attentions:
-        raise ValueError(f"unknown attention {name!r}{did_you_mean(name, _attentions)}; known: {', '.join(sorted(_attentions))}")
+        raise ValueError(
+            f"unknown attention {name!r}{did_you_mean(name, _attentions)}; known: {', '.join(sorted(_attentions))}"
+        )
     return _attentions[name]
 
 

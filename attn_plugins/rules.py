@@ -5,6 +5,7 @@ The flag is a name, a rule or a list of rules; the first rule that matches a mod
 Nothing here knows transformers: modules arrive as :class:`Target`.
 """
 
+import builtins
 import dataclasses
 import fnmatch
 import re
@@ -58,7 +59,7 @@ class Rule:
     """auto (the fast torch form), torch, or reference (the dense form)."""
 
     @property
-    def attention(self) -> type[Attention]:
+    def attention(self) -> "builtins.type[Attention]":
         return get_attention(self.type)
 
     def to_dict(self) -> dict[str, Any]:
@@ -94,7 +95,9 @@ def parse_rules(flag: Flag, **options: Any) -> list[Rule]:
         entries = [flag] if isinstance(flag, Mapping) else list(flag) if isinstance(flag, Sequence) else [flag]
     if not entries:
         raise ValueError("the list of rules is empty; allowed: a name, a rule, or a list of at least one rule")
-    return [_parse_rule(entry, f"rule {number}" if len(entries) > 1 else "rule") for number, entry in enumerate(entries)]
+    return [
+        _parse_rule(entry, f"rule {number}" if len(entries) > 1 else "rule") for number, entry in enumerate(entries)
+    ]
 
 
 def assign(rules: Sequence[Rule], targets: Sequence[Target]) -> dict[str, Rule]:
@@ -126,7 +129,9 @@ def _parse_rule(entry: Any, name: str) -> Rule:
     if isinstance(entry, str):
         entry = {"type": entry}
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{name} is {entry!r} of type {type(entry).__name__}; allowed: a name or a mapping with 'type'")
+        raise ValueError(
+            f"{name} is {entry!r} of type {type(entry).__name__}; allowed: a name or a mapping with 'type'"
+        )
     if "type" not in entry:
         raise ValueError(f"{name} has no 'type', only {sorted(entry)}; it names the attention, such as type='local'")
     attention = get_attention(entry["type"])

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,6 +23,8 @@ class SoftmaxAttention(Attention):
     cost = "O(N^2 D)"
     paper = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762, eq. 1"
     causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = True
+    subquadratic = False
+    limit: ClassVar = {}
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         return dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense(), **options)
@@ -29,14 +33,16 @@ class SoftmaxAttention(Attention):
         if softcap is not None or sinks is not None:
             options = {"scale": scale, "dropout": dropout, "position_bias": position_bias, "softcap": softcap}
             return dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense(), sinks=sinks, **options)[0]
-        k_BHKD, v_BHKV = expand_heads(k_BGKD, q_BHQD.shape[1]), expand_heads(v_BGKV, q_BHQD.shape[1])
         dense_free = mask.plain and not mask.row_starts and position_bias is None
         if dense_free and (not mask.causal or mask.q_length == mask.kv_length or mask.q_length == 1):
-            causal = mask.causal and mask.q_length > 1
-            return scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKV, dropout_p=dropout, is_causal=causal, scale=scale)
+            how = {"is_causal": mask.causal and mask.q_length > 1, "enable_gqa": q_BHQD.shape[1] != k_BGKD.shape[1]}
+            return scaled_dot_product_attention(q_BHQD, k_BGKD, v_BGKV, dropout_p=dropout, scale=scale, **how)
+        k_BHKD, v_BHKV = expand_heads(k_BGKD, q_BHQD.shape[1]), expand_heads(v_BGKV, q_BHQD.shape[1])
         allowed = mask.dense()
         if position_bias is None:
-            return scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKV, attn_mask=allowed, dropout_p=dropout, scale=scale)
+            return scaled_dot_product_attention(
+                q_BHQD, k_BHKD, v_BHKV, attn_mask=allowed, dropout_p=dropout, scale=scale
+            )
         bias = torch.where(allowed, position_bias.to(q_BHQD.dtype), torch.finfo(q_BHQD.dtype).min)
         out_BHQV = scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKV, attn_mask=bias, dropout_p=dropout, scale=scale)
         return out_BHQV * allowed.any(dim=-1, keepdim=True)

@@ -58,7 +58,7 @@ def targets(model: PreTrainedModel) -> list[Target]:
 
 
 def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
-    """"cross", "decoder" (causal self-attention) or "encoder" (bidirectional self-attention)."""
+    """ "cross", "decoder" (causal self-attention) or "encoder" (bidirectional self-attention)."""
     # Two levels are read, so that .crossattention.self (BERT) and T5LayerCrossAttention's .EncDecAttention count.
     names = [type(module).__name__, *path.split(".")[-2:]]
     spelled = any(re.search(r"cross|enc_?dec_?att|encoder_attn", name, re.IGNORECASE) for name in names)

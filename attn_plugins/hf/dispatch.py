@@ -72,9 +72,12 @@ def lazy_mask(
     }
     causal, plain, segments_BK = read_rule(mask_function)
     if isinstance(q_offset, torch.Tensor) or (causal and kv_offset + kv_length > q_offset + q_length):
-        raise ValueError("swapped models don't serve static caches (cache_implementation='static'); use the default cache")
-    padding_BK = None
+        raise ValueError(
+            "swapped models don't serve static caches (cache_implementation='static'); use the default cache"
+        )
+    padding_BK = first_B = None
     if attention_mask is not None:
+        first_B = attention_mask.long().argmax(dim=1) - kv_offset if kv_offset else None
         padding_BK = attention_mask[:, kv_offset : kv_offset + kv_length]
         if (short := kv_length - padding_BK.shape[1]) > 0:
             padding_BK = nn.functional.pad(padding_BK, (0, short))
@@ -92,6 +95,7 @@ def lazy_mask(
         vectorised=not use_vmap,
         q_offset=q_offset,
         kv_offset=kv_offset,
+        first_B=first_B,
         device=device,
         arguments=arguments,
     )
@@ -214,7 +218,9 @@ def native_attention(module: nn.Module, implementation: str) -> Callable:
     key = (type(module), implementation)
     if key not in _native:
         names = inspect.unwrap(type(module).forward).__globals__
-        _native[key] = names["ALL_ATTENTION_FUNCTIONS"].get_interface(implementation, names.get("eager_attention_forward"))
+        _native[key] = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
+            implementation, names.get("eager_attention_forward")
+        )
     return _native[key]
 
 

@@ -1,4 +1,4 @@
-"""Put attentions into a model's slots, take them out, and tell what is where. Everything is validated before it changes."""
+"""Put attentions into a model's slots, take them out, tell what is where. All is validated before anything changes."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -135,7 +135,8 @@ def attach_from_config(model: PreTrainedModel) -> None:
         _reset(model)
     elif config._attn_implementation == IMPLEMENTATION:
         raise ValueError(
-            f"attn_implementation={IMPLEMENTATION!r} needs rules; pass attn_plugin=..., such as attn_plugin='local', instead"
+            f"attn_implementation={IMPLEMENTATION!r} needs rules; "
+            "pass attn_plugin=..., such as attn_plugin='local', instead"
         )
     else:
         for part in _flagged_parts(model):
@@ -179,9 +180,7 @@ def _attach(model: PreTrainedModel, rules: list[Rule]) -> None:
     _flag(model, rules, assigned, modules)
 
 
-def _flag(
-    model: PreTrainedModel, rules: list[Rule], assigned: dict[str, Rule], modules: dict[str, nn.Module]
-) -> None:
+def _flag(model: PreTrainedModel, rules: list[Rule], assigned: dict[str, Rule], modules: dict[str, nn.Module]) -> None:
     """Write the rules where save_pretrained finds them: the model's config, and the configs of parts saved alone."""
     for path, module in modules.items():
         for config in _configs_of(model, path, module):
@@ -256,9 +255,8 @@ def _reset(model: PreTrainedModel) -> None:
 
 def _flagged_parts(model: PreTrainedModel, module: nn.Module | None = None) -> Iterator[PreTrainedModel]:
     """The outermost models inside ``model`` whose own config carries the flag."""
-    for child in (module or model).children():
-        own = isinstance(child, PreTrainedModel) and child.config is not model.config
-        if own and child.config.attn_plugin is not None:
+    for child in (model if module is None else module).children():
+        if isinstance(child, PreTrainedModel) and child.config is not model.config and child.config.attn_plugin:
             yield child
         else:
             yield from _flagged_parts(model, child)

@@ -1,11 +1,31 @@
 """Dense attention, the oracle that every other form of softmax attention is compared with."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def wide(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype in which sums are taken: float32, or float64 where an input is float64."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def outside_autocast(backward: F) -> F:
+    """Decorator for the backward of an autograd function, whose products autocast must not lower to another dtype.
+
+    The forward runs outside autocast already; a user may call ``loss.backward()`` inside.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *grad_outputs):
+        with torch.autocast(grad_outputs[0].device.type, enabled=False):
+            return backward(ctx, *grad_outputs)
+
+    return cast(F, run)
 
 
 def expand_heads(x_BGKD: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -32,9 +52,7 @@ def scores(
     return s_BHQK
 
 
-def masked_softmax(
-    s_BHQK: torch.Tensor, visible: torch.Tensor, sinks_H: torch.Tensor | None = None
-) -> torch.Tensor:
+def masked_softmax(s_BHQK: torch.Tensor, visible: torch.Tensor, sinks_H: torch.Tensor | None = None) -> torch.Tensor:
     """Softmax over the visible keys; a row that sees nothing is zero.
 
     ``sinks_H`` are logits that take part in the denominator, one a head, and have no value of their own.

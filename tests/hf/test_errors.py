@@ -9,11 +9,14 @@ import attn_plugins as ap
 
 BAD = [
     ("locl", r"unknown attention 'locl' \(did you mean local\?\); known: .*softmax"),
-    ({"type": "local", "windw_size": 3}, r"unknown option 'windw_size' \(did you mean window_size\?\); options: window_size"),
+    (
+        {"type": "local", "windw_size": 3},
+        r"unknown option 'windw_size' \(did you mean window_size\?\); options: window_size",
+    ),
     ({"type": "local", "window_size": "3"}, r"window_size='3' is of type str; allowed: int"),
     ({"type": "local", "window_size": True}, r"window_size=True is of type bool; allowed: int"),
     ({"type": "local", "window_size": 0}, r"window_size=0; allowed: .*1"),
-    ({"type": "linear", "feature_map": "elo"}, r"feature_map='elo' is of type str; allowed: .*'elu'.*'hedgehog'"),
+    ({"type": "linear", "feature_map": "elo"}, r"feature_map='elo'; allowed: .*'elu'.*'hedgehog'"),
     ({"type": "local", "layers": 3}, r"layers=3 is out of range; there are layers 0 to 2 in model.layers"),
     ({"type": "local", "layers": "1-3"}, r"layers='1-3' is out of range"),
     ({"type": "local", "layers": "2-1"}, r"layers='2-1' is out of range"),
@@ -22,12 +25,21 @@ BAD = [
     ({"type": "local", "layers": "first"}, r"layers='first'; allowed: \"all\", 3, -1, \"0-15\", \"every:4\""),
     ({"type": "local", "layers": []}, r"layers=\[\] names no layer"),
     ({"type": "local", "layers": 1.5}, r"layers=1.5; allowed"),
-    ({"type": "local", "roles": "decodr"}, r"roles='decodr' \(did you mean decoder\?\); allowed: encoder, decoder, cross"),
+    (
+        {"type": "local", "roles": "decodr"},
+        r"roles='decodr' \(did you mean decoder\?\); allowed: encoder, decoder, cross",
+    ),
     ({"type": "local", "roles": []}, r"roles=\[\]; allowed: a name or a list of names"),
     ({"type": "local", "roles": ["cross"]}, r"matches nothing: no module fits roles=\['cross'\]; the model has roles"),
-    ({"type": "local", "modules": "*.atn"}, r"matches nothing: no attention module's path matches modules=\['\*.atn'\]"),
+    (
+        {"type": "local", "modules": "*.atn"},
+        r"matches nothing: no attention module's path matches modules=\['\*.atn'\]",
+    ),
     ({"type": "local", "backend": "flash"}, r"backend='flash'; allowed: auto, torch, reference"),
-    ([{"type": "local"}, {"type": "softmax", "layers": 1}], r"rule 1 \('softmax'\) matches nothing: earlier rules take all"),
+    (
+        [{"type": "local"}, {"type": "softmax", "layers": 1}],
+        r"rule 1 \('softmax'\) matches nothing: earlier rules take all",
+    ),
     ({"window_size": 3}, r"has no 'type', only \['window_size'\]"),
     ([], r"the list of rules is empty"),
     (3, r"rule is 3 of type int; allowed: a name or a mapping with 'type'"),
@@ -62,7 +74,11 @@ def test_options_belong_to_a_name():
     ("name", "flag", "message"),
     [
         ("t5", "linear", r"cannot serve encoder.block.0.layer.0.SelfAttention: it adds a relative position bias"),
-        ("bart", {"type": "local", "roles": "cross"}, r"encoder_attn: it is cross-attention, and attention 'local' has no 'cross'"),
+        (
+            "bart",
+            {"type": "local", "roles": "cross"},
+            r"encoder_attn: it is cross-attention, and attention 'local' has no 'cross'",
+        ),
         ("gemma2", "linear", r"it limits scores with softcap=5.0|it has its own mask \(sliding_attention\)"),
         ("gemma3", "linear", r"layers.0.self_attn: it has its own mask \(sliding_attention\).*choose other modules"),
         ("mistral", "linear", r"it has its own mask \(sliding_window=6\)"),
@@ -80,7 +96,9 @@ def test_what_only_the_inputs_show_is_refused_at_the_first_forward():
     model = ap.swap_attention(tiny.build("llama"), "linear")
     ids = torch.arange(3, 13).unsqueeze(0)
     rule = torch.ones(1, 1, 10, 10, dtype=torch.bool).tril().triu(-3)
-    with pytest.raises(ValueError, match="needs a mask beyond causal, padding and segments, which attention 'linear' cannot"):
+    with pytest.raises(
+        ValueError, match="needs a mask beyond causal, padding and segments, which attention 'linear' cannot"
+    ):
         model(input_ids=ids, attention_mask=rule)
 
 

@@ -102,8 +102,18 @@ def test_roles_and_globs_choose(name, rule, expected):
 
 @pytest.mark.parametrize(
     ("layers", "expected"),
-    [("all", [0, 1, 2]), (1, [1]), (-1, [2]), ([0, -1], [0, 2]), ("1-2", [1, 2]), ("-2--1", [1, 2]), ("every:2", [0, 2])]
-    + [("every:2+1", [1]), ([0, "1-2"], [0, 1, 2]), ("0--2", [0, 1])],
+    [
+        ("all", [0, 1, 2]),
+        (1, [1]),
+        (-1, [2]),
+        ([0, -1], [0, 2]),
+        ("1-2", [1, 2]),
+        ("-2--1", [1, 2]),
+        ("every:2", [0, 2]),
+        ("every:2+1", [1]),
+        ([0, "1-2"], [0, 1, 2]),
+        ("0--2", [0, 1]),
+    ],
 )
 def test_layers_choose(layers, expected):
     model = ap.swap_attention(tiny.build("llama"), "softmax", layers=layers)
@@ -233,7 +243,9 @@ def test_a_part_of_a_swapped_model_that_nothing_was_attached_to_fails_loudly():
 
 def test_set_attn_implementation_does_not_bypass_the_slots():
     model = ap.swap_attention(tiny.build("llama"), "softmax")
-    with pytest.raises(ValueError, match="would bypass this model's attn_plugin; call attn_plugins.restore_attention"):
+    with pytest.raises(
+        ValueError, match=r"would bypass this model's attn_plugin; call attn_plugins\.restore_attention"
+    ):
         model.set_attn_implementation("eager")
     ap.restore_attention(model).set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"

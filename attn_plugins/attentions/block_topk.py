@@ -1,0 +1,53 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.dense import dense_attention
+from attn_plugins.ops.gathered import blocks_of, choose_blocks, chosen_keys, gathered_attention
+from attn_plugins.registry import register_attention
+
+
+@register_attention("block_topk")
+class BlockTopkAttention(Attention):
+    """Mixture of block attention (MoBA): each query of each head attends to the blocks of keys that look most like it.
+
+    Keys are cut into blocks of ``block_size``, counted from the first real token of a row or packed segment. A query
+    keeps its own block, causally masked where attention is causal, and the ``topk - 1`` others of highest
+    ``q . mean(k)``, the mean taken over a block's real keys; where attention is causal only past blocks, which are
+    complete, are candidates. Over the keys of these blocks it is softmax attention. The choice itself has no gradient,
+    queries and keys learn through the scores inside the chosen blocks.
+
+    A causal query's choice depends on its own past alone, so cached decoding, padding and packing change nothing. With
+    grouped heads each query head chooses for itself. Comparing each query with all means costs N^2 D / block_size.
+
+    Limit case: equals softmax attention when topk * block_size >= K.
+    """
+
+    family = "sparse"
+    cost = "O(N (topk block_size + N / block_size) D)"
+    paper = "Lu et al. 2025, MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv:2502.13189"
+    causal = bidirectional = segments = True
+    limit: ClassVar = {"block_size": 8, "topk": 8}
+    examples = ({"block_size": 4, "topk": 2}, {"block_size": 3, "topk": 4}, {"block_size": 5, "topk": 1})
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        block_size: int = 64
+        """Keys a block."""
+        topk: int = 4
+        """Blocks that a query sees, its own included."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.require(self.block_size >= 1, "block_size", "an integer from 1 on")
+            self.require(self.topk >= 1, "topk", "an integer from 1 on")
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        blocks = blocks_of(mask, self.config.block_size)
+        chosen = choose_blocks(q_BHQD, k_BGKD, blocks, self.config.topk)
+        return dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen_keys(chosen, blocks), **options)
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+        blocks = blocks_of(mask, self.config.block_size)
+        chosen = choose_blocks(q_BHQD, k_BGKD, blocks, self.config.topk)
+        return gathered_attention(q_BHQD, k_BGKD, v_BGKV, chosen, blocks, scale=scale, dropout=dropout)

@@ -1,0 +1,376 @@
+"""Chunked causal linear attention as one operator: nothing of the size of the features or of the weights is kept.
+
+The sequence is treated in blocks of chunks, a block being what fits a cache. Within a chunk the weights are formed
+outright; before a chunk all keys are summed up in a state. States of a block's chunks come from one product with a
+triangular matrix whose entries also say across which chunks a packed segment goes on. Backward forms the features, the
+weights and the states again, block by block from the end, and carries the states' gradients the other way.
+
+Letters beside the legend's: P (row of the batch, key/value head) pairs of a block, R query heads that share a
+key/value head, L tokens of a block, N its chunks, C tokens of a chunk; a tile is (P N, R C, D).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from attn_plugins.ops.dense import wide
+from attn_plugins.ops.feature_maps import FEATURE_MAPS
+
+ROWS_A_BLOCK = {"cpu": 1 << 11}
+"""Tokens times query heads of one block, by type of device: on CPU what the nearer caches hold."""
+ROWS_A_BLOCK_ELSEWHERE = 1 << 18
+
+
+class _Place(NamedTuple):
+    """Where a block lies."""
+
+    batch: slice
+    heads: slice
+    span: int
+    tokens: slice
+    chunks: int
+
+
+class _Block(NamedTuple):
+    """What a block's forward and backward both need; fk has zeros where keys are padding."""
+
+    q_in: torch.Tensor
+    k_in: torch.Tensor
+    fq: torch.Tensor
+    fk: torch.Tensor
+    v: torch.Tensor
+    link: torch.Tensor
+    same: torch.Tensor | None
+    query_goes_on: torch.Tensor | None
+    key_goes_on: torch.Tensor | None
+
+
+class _Problem(NamedTuple):
+    """The operator's arguments, with query heads grouped: q (B, G, R, T, D), k (B, G, 1, T, D), v (B, G, 1, T, V)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    w_q: torch.Tensor | None
+    w_k: torch.Tensor | None
+    padding: torch.Tensor | None
+    segments: torch.Tensor | None
+    label: torch.Tensor | None
+    feature_map: str
+    chunk_size: int
+    diagonal: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return wide(self.q, self.k, self.v)
+
+
+def _span(q: torch.Tensor, group: int, chunk_size: int) -> int:
+    """Tokens of a block: whole chunks."""
+    rows = ROWS_A_BLOCK.get(q.device.type, ROWS_A_BLOCK_ELSEWHERE)
+    return max(1, rows // (group * chunk_size)) * chunk_size
+
+
+def _places(p: _Problem) -> Iterator[list[_Place]]:
+    """For each set of heads, its blocks from first to last."""
+    batch, heads, group, length, _ = p.q.shape
+    span = _span(p.q, group, p.chunk_size)
+    spans = [slice(start, min(start + span, length)) for start in range(0, length, span)]
+    # Where a whole sequence is less than a block, several heads, then several rows, make one.
+    pairs = max(1, span // (-(-min(span, length) // p.chunk_size) * p.chunk_size))
+    head_step = min(heads, pairs)
+    batch_step = max(1, pairs // heads)
+    for b in range(0, batch, batch_step):
+        for h in range(0, heads, head_step):
+            at = slice(b, b + batch_step), slice(h, h + head_step)
+            yield [_Place(*at, i, s, -(-(s.stop - s.start) // p.chunk_size)) for i, s in enumerate(spans)]
+
+
+def _tile(x: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
+    """(b, g, R, L, D) -> (P N, R C, D), zeros after the end."""
+    b, g, group, length, size = x.shape
+    if length < at.chunks * p.chunk_size:
+        x = pad(x, (0, 0, 0, at.chunks * p.chunk_size - length))
+    x = x.unflatten(3, (at.chunks, p.chunk_size)).transpose(2, 3)
+    return x.to(p.dtype).reshape(b * g * at.chunks, group * p.chunk_size, size)
+
+
+def _untile(tile: torch.Tensor, like: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
+    """The inverse of :func:`_tile` for a target of shape (b, g, R, L, any)."""
+    b, g, group, length, _ = like.shape
+    x = tile.view(b, g, at.chunks, group, p.chunk_size, -1).transpose(2, 3)
+    return x.reshape(b, g, group, at.chunks * p.chunk_size, -1)[:, :, :, :length]
+
+
+def _part(x: torch.Tensor, at: _Place) -> torch.Tensor:
+    return x[at.batch, at.heads, :, at.tokens]
+
+
+def _over_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(b, N or 1, ...) -> (P N, ...), the same for each head."""
+    return x.unsqueeze(1).expand(-1, heads, *x.shape[1:]).flatten(0, 2)
+
+
+def _load(p: _Problem, at: _Place) -> _Block:
+    phi = FEATURE_MAPS[p.feature_map].fast_features
+    q_in, k_in = _part(p.q, at), _part(p.k, at)
+    q = q_in if p.w_q is None else q_in.to(p.dtype) @ p.w_q[at.heads].mT
+    k = k_in if p.w_k is None else k_in.to(p.dtype) @ p.w_k[at.heads].mT
+    fq, fk = phi(_tile(q, at, p)), phi(_tile(k, at, p))
+    v = pad(_tile(_part(p.v, at), at, p), (0, 1), value=1.0)  # the column of ones sums up the denominator
+    b, heads, _, length, _ = k_in.shape
+    rest = at.chunks * p.chunk_size - length
+
+    if p.padding is not None:
+        real = pad(p.padding[at.batch, at.tokens], (0, rest)).view(b, at.chunks, p.chunk_size, 1)
+        fk.mul_(_over_heads(real, heads))
+    elif rest:
+        fk.view(b * heads, -1, fk.shape[2])[:, length:] = 0
+
+    link = torch.ones(at.chunks + 1, at.chunks + 1, dtype=p.dtype, device=fk.device).tril_()
+    same = query_goes_on = key_goes_on = None
+    if p.segments is None:
+        link = link.expand(b * heads, -1, -1)
+    else:
+        own = p.segments[at.batch, at.tokens]
+        if at.tokens.start:
+            before = p.segments[at.batch, at.tokens.start - 1 : at.tokens.start]
+        else:
+            before = own[:, :1] if p.label is None else p.label[at.batch].unsqueeze(1)
+        own = torch.cat([own, own[:, -1:].expand(-1, rest)], dim=1).view(b, at.chunks, p.chunk_size)
+        last = torch.cat([before, own[:, :, -1]], dim=1)  # the segment that a state, before and after chunks, is of
+        link = link * (last.unsqueeze(2) == last.unsqueeze(1))
+        link = link.unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1)
+        same = _over_heads(own.unsqueeze(3) == own.unsqueeze(2), heads).unsqueeze(1)
+        group = q_in.shape[2]
+        query_goes_on = _over_heads((own == last[:, :-1].unsqueeze(2)).repeat(1, 1, group).unsqueeze(3), heads)
+        key_goes_on = _over_heads((own == last[:, 1:].unsqueeze(2)).unsqueeze(3), heads)
+    return _Block(q_in, k_in, fq, fk, v, link, same, query_goes_on, key_goes_on)
+
+
+def _only(x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
+    return x if where is None else x * where
+
+
+def _limit(a: torch.Tensor, block: _Block, p: _Problem) -> torch.Tensor:
+    """Zero, in place, the weights within chunks that go forwards or to another segment."""
+    square = a.view(a.shape[0], -1, p.chunk_size, p.chunk_size).tril_(p.diagonal)
+    if block.same is not None:
+        square.mul_(block.same)
+    return a
+
+
+def _carry(
+    x: torch.Tensor, y: torch.Tensor, link: torch.Tensor, brought: torch.Tensor | None, end: int
+) -> torch.Tensor:
+    """Sums of x^T y over the chunks that ``link`` joins.
+
+    Args:
+        x, y: (P N, rows, F) and (P N, rows, V + 1).
+        link: (P, N + 1, N + 1).
+        brought: (b, g, F, V + 1) from the block before or after, or None.
+        end: its place in ``link``, 0 or -1; the other places are the chunks.
+
+    Returns:
+        (P, N + 1, F, V + 1), the sums at all places.
+    """
+    pairs, places, _ = link.shape
+    chunks = slice(1, None) if end == 0 else slice(0, -1)
+    s = x.new_empty(pairs, places, x.shape[2], y.shape[2])
+    s[:, end] = 0 if brought is None else brought.reshape(s[:, end].shape)
+    if pairs == 1:
+        torch.bmm(x.mT, y, out=s[0, chunks])
+    else:
+        s[:, chunks] = torch.bmm(x.mT, y).view(pairs, places - 1, *s.shape[2:])
+    return torch.bmm(link, s.flatten(2)).view(s.shape)
+
+
+def _problem(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w_q: torch.Tensor | None,
+    w_k: torch.Tensor | None,
+    *rest,
+) -> _Problem:
+    groups = (k.shape[1], -1)
+    w_q = None if w_q is None else w_q.unflatten(0, groups)
+    w_k = None if w_k is None else w_k.unsqueeze(1)
+    return _Problem(q.unflatten(1, groups), k.unsqueeze(2), v.unsqueeze(2), w_q, w_k, *rest)
+
+
+def _empty_outputs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    (batch, heads, length, head_dim), groups, value_dim = q.shape, k.shape[1], v.shape[3]
+    blocks = -(-length // _span(q, heads // groups, chunk_size))
+    features = head_dim * FEATURE_MAPS[feature_map].factor
+    out = v.new_empty(batch, length, heads, value_dim).transpose(1, 2)
+    den = q.new_empty(batch, heads, length, dtype=wide(q, k, v))
+    return out, den, den.new_empty(batch, groups, blocks, features, value_dim + 1)
+
+
+def _empty_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w_q: torch.Tensor | None,
+    w_k: torch.Tensor | None,
+    states: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dw_q, dw_k = (states.new_empty(0) if w is None else torch.zeros_like(w) for w in (w_q, w_k))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dw_q, dw_k, torch.empty_like(states[:, :, 0])
+
+
+@torch.library.custom_op("attn_plugins::causal_linear", mutates_args=())
+def causal_linear(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w_q: torch.Tensor | None,
+    w_k: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    state: torch.Tensor | None,
+    label: torch.Tensor | None,
+    feature_map: str,
+    chunk_size: int,
+    eps: float,
+    diagonal: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal linear attention of T queries and T keys that start from a state.
+
+    Args:
+        q, k, v: (B, H, T, D), (B, G, T, D), (B, G, T, V).
+        w_q, w_k: (H, D, D) and (G, D, D) that come before the feature map, in float32 or float64, or None.
+        padding, segments: (B, T), of the keys; segments in one piece each.
+        state: (B, G, F, V + 1) sums over earlier keys of phi(k) [v, 1]^T, or None.
+        label: (B,) segment that ``state`` is of.
+        diagonal: 0 if a query sees its own key, -1 if only those before.
+
+    Returns:
+        out (B, H, T, V) in the dtype of v, laid out as (B, T, H, V); the denominators without ``eps``, (B, H, T); and
+        the states before each block, which backward starts from.
+    """
+    p = _problem(q, k, v, w_q, w_k, padding, segments, label, feature_map, chunk_size, diagonal)
+    out, den, states = _empty_outputs(q, k, v, feature_map, chunk_size)
+    out_BGRTV, den_BGRT1 = out.unflatten(1, (k.shape[1], -1)), den.unflatten(1, (k.shape[1], -1)).unsqueeze(4)
+    with torch.autocast(q.device.type, enabled=False):
+        for places in _places(p):
+            carried = None if state is None else state[places[0].batch, places[0].heads]
+            for at in places:
+                block = _load(p, at)
+                sums = _carry(_only(block.fk, block.key_goes_on), block.v, block.link, carried, end=0)
+                before, after = sums[:, :-1].flatten(0, 1), sums[:, -1]
+                stored = states[at.batch, at.heads, at.span]
+                stored.copy_(sums[:, 0].view(stored.shape))
+                weights = _limit(torch.bmm(block.fq, block.fk.mT), block, p)
+                totals = torch.bmm(weights, block.v).baddbmm_(_only(block.fq, block.query_goes_on), before)
+                totals = _untile(totals, block.q_in, at, p)
+                num, total = totals[..., :-1], totals[..., -1:]
+                _part(den_BGRT1, at).copy_(total)
+                torch.div(num, total + eps, out=_part(out_BGRTV, at))
+                carried = after
+    return out, den, states
+
+
+@torch.library.custom_op("attn_plugins::causal_linear_backward", mutates_args=())
+def causal_linear_backward(
+    d_out: torch.Tensor,
+    d_den: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w_q: torch.Tensor | None,
+    w_k: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    label: torch.Tensor | None,
+    out: torch.Tensor,
+    den: torch.Tensor,
+    states: torch.Tensor,
+    feature_map: str,
+    chunk_size: int,
+    eps: float,
+    diagonal: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, w_q, w_k (empty where there is none) and of the state."""
+    p = _problem(q, k, v, w_q, w_k, padding, segments, label, feature_map, chunk_size, diagonal)
+    dq, dk, dv, dw_q, dw_k, d_state = _empty_gradients(q, k, v, w_q, w_k, states)
+    groups = (k.shape[1], -1)
+    dq_BGRTD, dk_BG1TD, dv_BG1TV = dq.unflatten(1, groups), dk.unsqueeze(2), dv.unsqueeze(2)
+    dw_q_GRDD = dw_q.unflatten(0, groups) if w_q is not None else dw_q
+    d_out, out = d_out.unflatten(1, groups), out.unflatten(1, groups)
+    d_den, den = d_den.unflatten(1, groups).unsqueeze(4), den.unflatten(1, groups).unsqueeze(4)
+    gradient_of = FEATURE_MAPS[feature_map].gradient
+    with torch.autocast(q.device.type, enabled=False):
+        for places in _places(p):
+            brought = None
+            for at in reversed(places):
+                block = _load(p, at)
+                fq, fk, v_one = block.fq, block.fk, block.v
+                fq_on, fk_on = _only(fq, block.query_goes_on), _only(fk, block.key_goes_on)
+                states_at = states[at.batch, at.heads, at.span]
+                before = _carry(fk_on, v_one, block.link, states_at, end=0)[:, :-1].flatten(0, 1)
+
+                g = _tile(_part(d_out, at), at, p)
+                below = _tile(_part(den, at), at, p) + eps
+                pulled = (_tile(_part(out, at), at, p) * g).sum(dim=-1, keepdim=True)
+                d_totals = torch.cat([g / below, _tile(_part(d_den, at), at, p) - pulled / below], dim=-1)
+
+                d_sums = _carry(fq_on, d_totals, block.link.mT, brought, end=-1)
+                d_after, brought = d_sums[:, 1:].flatten(0, 1), d_sums[:, 0]
+                weights = _limit(torch.bmm(fq, fk.mT), block, p)
+                d_v = torch.bmm(weights.mT, d_totals[..., :-1]).baddbmm_(fk_on, d_after[..., :-1])
+                _part(dv_BG1TV, at).copy_(_untile(d_v, block.k_in, at, p))
+                d_weights = _limit(torch.bmm(d_totals, v_one.mT), block, p)
+                d_fq = torch.bmm(d_weights, fk)
+                d_fk = torch.bmm(d_weights.mT, fq)
+                d_fq = d_fq.baddbmm_(_only(d_totals, block.query_goes_on), before.mT)
+                d_fk = d_fk.baddbmm_(_only(v_one, block.key_goes_on), d_after.mT)
+                d_q = _untile(gradient_of(fq, d_fq), block.q_in, at, p)
+                d_k = _untile(gradient_of(fk, d_fk), block.k_in, at, p)
+                if p.w_q is not None:
+                    dw_q_GRDD[at.heads] += (d_q.mT @ block.q_in.to(p.dtype)).sum(0)
+                    d_q = d_q @ p.w_q[at.heads]
+                if p.w_k is not None:
+                    dw_k[at.heads] += (d_k.mT @ block.k_in.to(p.dtype)).sum((0, 2))
+                    d_k = d_k @ p.w_k[at.heads]
+                _part(dq_BGRTD, at).copy_(d_q)
+                _part(dk_BG1TD, at).copy_(d_k)
+                if at.span == 0:
+                    d_state[at.batch, at.heads] = brought.view(states_at.shape)
+    return dq, dk, dv, dw_q, dw_k, d_state
+
+
+@causal_linear.register_fake
+def _(q, k, v, w_q, w_k, padding, segments, state, label, feature_map, chunk_size, eps, diagonal):
+    return _empty_outputs(q, k, v, feature_map, chunk_size)
+
+
+@causal_linear_backward.register_fake
+def _(d_out, d_den, q, k, v, w_q, w_k, padding, segments, label, out, den, states, *options):
+    return _empty_gradients(q, k, v, w_q, w_k, states)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, w_q, w_k, padding, segments, state, label, *options = inputs
+    ctx.save_for_backward(q, k, v, w_q, w_k, padding, segments, label, *output)
+    ctx.options, ctx.from_state = options, state is not None
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx, d_out, d_den, d_states):
+    saved = ctx.saved_tensors  # once: gradient checkpointing refuses a second look
+    dq, dk, dv, dw_q, dw_k, d_state = causal_linear_backward(d_out, d_den, *saved, *ctx.options)
+    w_q, w_k = saved[3:5]
+    return (
+        *(dq, dk, dv, None if w_q is None else dw_q, None if w_k is None else dw_k),
+        *(None, None, d_state if ctx.from_state else None, None),
+        *(None, None, None, None),
+    )
+
+
+causal_linear.register_autograd(_backward, setup_context=_setup_context)

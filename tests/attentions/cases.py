@@ -1,0 +1,160 @@
+"""What the contract tests run over: every attention of the registry, each with its defaults and its examples."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from attn_plugins.attention import Attention, HeadShape
+from attn_plugins.mask import AttentionMask
+from attn_plugins.registry import get_attention, list_attentions
+
+SCALE = 0.4
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention with options, serving either causal or bidirectional modules."""
+
+    cls: type[Attention]
+    options: dict[str, Any]
+    causal: bool
+
+    def __str__(self):
+        options = ",".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.cls.name}({options}) {'causal' if self.causal else 'bidirectional'}"
+
+    def module(
+        self, num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, *, backend="torch", dtype=torch.float64
+    ):
+        """The attention, its weights away from a start that may hide half of it (a gate at zero)."""
+        heads = HeadShape(
+            num_heads=num_heads, num_key_value_heads=num_key_value_heads, head_dim=head_dim, value_dim=value_dim
+        )
+        module = self.cls(self.cls.Config(**self.options), heads, backend=backend)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            module.reset_parameters()
+            with torch.no_grad():
+                for weight in module.parameters():
+                    weight.add_(0.3 * torch.randn(weight.shape))
+        return module.to(dtype)
+
+    def mask(self, batch, queries, keys, **options):
+        return AttentionMask(batch, queries, keys, causal=self.causal, **options)
+
+
+def _cases() -> list[Case]:
+    cases = []
+    for name in list_attentions():
+        cls = get_attention(name)
+        for options in {json.dumps(options): options for options in ({}, *cls.examples)}.values():
+            cases += [
+                Case(cls, options, causal) for causal in (True, False) if (cls.causal if causal else cls.bidirectional)
+            ]
+    return cases
+
+
+CASES = _cases()
+
+
+def every_case(**attributes):
+    """Parametrise over the cases whose attribute, or whose class's, has the given value."""
+    chosen = [
+        case
+        for case in CASES
+        if all(getattr(case if hasattr(case, name) else case.cls, name) == value for name, value in attributes.items())
+    ]
+    return pytest.mark.parametrize("case", chosen, ids=str)
+
+
+def every_class():
+    return pytest.mark.parametrize("cls", [get_attention(name) for name in list_attentions()], ids=lambda cls: cls.name)
+
+
+@dataclass
+class Inputs:
+    """Queries, keys and values, and what a call may bring beside them."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    extras: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def to(self, dtype):
+        extras = {name: x.to(dtype) if torch.is_tensor(x) else x for name, x in self.extras.items()}
+        return Inputs(self.q.to(dtype), self.k.to(dtype), self.v.to(dtype), extras)
+
+    def rows(self, index):
+        return Inputs(self.q[index], self.k[index], self.v[index], self.extras)
+
+    def tokens(self, index):
+        return Inputs(self.q[:, :, index], self.k[:, :, index], self.v[:, :, index], self.extras)
+
+    def tensors(self):
+        return [self.q, self.k, self.v, *(x for x in self.extras.values() if torch.is_tensor(x))]
+
+    def run(self, module, mask, **options):
+        """out_BQHV of one call."""
+        return module(self.q, self.k, self.v, mask=mask, scale=SCALE, **self.extras, **options)[0]
+
+
+def inputs(
+    batch,
+    queries,
+    keys=None,
+    *,
+    num_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    value_dim=8,
+    dtype=torch.float64,
+    seed=0,
+):
+    """Gaussian queries, keys and values, laid out as transformers hands them over: transposed views."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(length, heads, size):
+        return (
+            torch.randn(batch, length, heads, size, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
+        )
+
+    keys = queries if keys is None else keys
+    return Inputs(
+        make(queries, num_heads, head_dim),
+        make(keys, num_key_value_heads, head_dim),
+        make(keys, num_key_value_heads, value_dim),
+    )
+
+
+def left_padding(lengths, keys):
+    """(B, K): True for the last ``lengths[b]`` keys of each row."""
+    return torch.arange(keys) >= keys - torch.tensor(lengths)[:, None]
+
+
+def outcome(module, given: Inputs, mask, cotangent, **options):
+    """Output, and gradients to the inputs and to each weight, for a loss of <cotangent, output>."""
+    leaves = [x.detach().requires_grad_() for x in given.tensors()]
+    named = [name for name, x in given.extras.items() if torch.is_tensor(x)]
+    extras = {**given.extras, **dict(zip(named, leaves[3:], strict=True))}
+    out = Inputs(*leaves[:3], extras).run(module, mask, **options)
+    weights = [weight for weight in module.parameters() if weight.requires_grad]
+    gradients = torch.autograd.grad(out, [*leaves, *weights], cotangent.to(out.dtype), allow_unused=True)
+    names = ["q", "k", "v", *named, *(name for name, weight in module.named_parameters() if weight.requires_grad)]
+    return {"out": out.detach(), **{f"gradient to {name}": g for name, g in zip(names, gradients, strict=True)}}
+
+
+def assert_same(got, want, tolerance, what=""):
+    """Every entry is within ``tolerance``, times the largest entry wanted where that is above 1."""
+    for name in want:
+        a, b = got[name], want[name]
+        if a is None or b is None:
+            assert a is None or not a.any(), f"{what}{name}: only one of the forms has it"
+            assert b is None or not b.any(), f"{what}{name}: only one of the forms has it"
+            continue
+        assert a.isfinite().all(), f"{what}{name} is not finite"
+        error = (a.double() - b.double()).abs().max().item() / max(1.0, b.double().abs().max().item())
+        assert error <= tolerance, f"{what}{name}: differs by {error:.2e}, allowed {tolerance:.0e}"

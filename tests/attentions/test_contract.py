@@ -1,0 +1,505 @@
+"""What every attention in the registry keeps, ours and installed plug-ins' alike."""
+
+import copy
+import json
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    SCALE,
+    assert_same,
+    every_case,
+    every_class,
+    inputs,
+    left_padding,
+    outcome,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from attn_plugins.attention import CAPABILITIES, HeadShape
+from attn_plugins.mask import AttentionMask
+from attn_plugins.ops.dense import dense_attention
+from attn_plugins.rules import parse_rules
+
+EXACT = 1e-9
+"""Allowed difference in float64."""
+
+
+def cotangent_for(given, mask, seed=7):
+    """A random gradient of the output that is zero at padded queries, whose outputs nobody reads."""
+    shape = (given.q.shape[0], given.q.shape[2], given.q.shape[1], given.v.shape[3])
+    random = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if mask.padding_BK is not None and not mask.cross:
+        random = random * mask.padding_BK[:, -shape[1] :, None, None]
+    return random
+
+
+def assert_forms_agree(case, given, mask, *, dtype=torch.float64, tolerance=EXACT, **shape):
+    """``attend`` in ``dtype`` equals ``reference`` in float64: outputs of real queries, and all gradients."""
+    cotangent = cotangent_for(given, mask)
+    given = given.to(dtype)
+    module = case.module(dtype=dtype, **shape)
+    oracle = copy.deepcopy(module).double()
+    oracle.backend = "reference"
+    got = outcome(module, given, mask, cotangent)
+    want = outcome(oracle, given.to(torch.float64), mask, cotangent)
+    assert got["out"].dtype == dtype
+    assert got["out"].isfinite().all()
+    real = cotangent.any(dim=-1, keepdim=True)
+    got["out"], want["out"] = got["out"] * real, want["out"] * real
+    assert_same(got, want, tolerance)
+
+
+@every_case()
+def test_config_survives_json(case):
+    (rule,) = parse_rules({"type": case.cls.name, **case.options})
+    assert parse_rules(json.loads(json.dumps(rule.to_dict()))) == [rule]
+
+
+@every_class()
+def test_misspelt_and_mistyped_options_are_refused(cls):
+    with pytest.raises(ValueError, match="unknown option 'no_such_option'"):
+        parse_rules({"type": cls.name, "no_such_option": 1})
+    for option in cls.Config.__dataclass_fields__:
+        with pytest.raises(ValueError, match=f"{option}=.*allowed: "):
+            parse_rules({"type": cls.name, option: {"no": "such value"}})
+
+
+@every_case()
+@pytest.mark.parametrize("length", [1, 2, 7, 65, 150])
+def test_fast_form_equals_reference_in_float32(case, length):
+    given = inputs(2, length)
+    assert_forms_agree(case, given, case.mask(2, length, length), dtype=torch.float32, tolerance=2e-5)
+
+
+@every_case()
+@pytest.mark.parametrize("length", [1, 7, 65])
+def test_fast_form_equals_reference_in_bfloat16(case, length):
+    given = inputs(2, length).to(torch.bfloat16).to(torch.float64)
+    mask = case.mask(2, length, length, padding_BK=left_padding([length, length // 2 + 1], length))
+    assert_forms_agree(case, given, mask, dtype=torch.bfloat16, tolerance=5e-2)
+
+
+@every_case(options={})
+def test_fast_form_equals_reference_beyond_the_default_sizes(case):
+    given = inputs(1, 331, num_heads=2, num_key_value_heads=1)
+    mask = case.mask(1, 331, 331, padding_BK=left_padding([320], 331))
+    assert_forms_agree(case, given, mask, dtype=torch.float32, tolerance=2e-5, num_heads=2, num_key_value_heads=1)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_fast_form_equals_reference_for_any_shape(data):
+    case = data.draw(st.sampled_from(CASES), "case")
+    keys = data.draw(st.integers(1, 40), "K")
+    queries = data.draw(st.integers(1, keys), "Q") if case.causal else keys
+    groups, shared = data.draw(st.integers(1, 3), "G"), data.draw(st.integers(1, 3), "H / G")
+    lengths = data.draw(st.lists(st.integers(0, keys), min_size=1, max_size=3), "real keys")
+    segments = None
+    if case.cls.segments and data.draw(st.booleans(), "packed"):
+        segments = torch.arange(keys).expand(len(lengths), -1) // data.draw(st.integers(1, 12), "segment length")
+    shape = {"num_heads": groups * shared, "num_key_value_heads": groups, "head_dim": 4, "value_dim": 4}
+    given = inputs(len(lengths), queries, keys, **shape)
+    mask = case.mask(len(lengths), queries, keys, padding_BK=left_padding(lengths, keys), segments_BK=segments)
+    assert_forms_agree(case, given, mask, **shape)
+
+
+@every_case()
+def test_gradients_equal_finite_differences(case):
+    shape = {"num_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "value_dim": 4}
+    given = inputs(2, 6, **shape)
+    module = case.module(**shape)
+    mask = case.mask(2, 6, 6, padding_BK=left_padding([6, 4], 6))
+    leaves = [x.requires_grad_() for x in (given.q, given.k, given.v)]
+
+    def attend(q, k, v, *weights):
+        return module(q, k, v, mask=mask, scale=SCALE)[0] * mask.padding_BK[:, :, None, None]
+
+    torch.autograd.gradcheck(attend, (*leaves, *module.parameters()))
+
+
+@every_case()
+def test_output_is_laid_out_as_transformers_expects(case):
+    given = inputs(2, 9).to(torch.float32)
+    module = case.module(dtype=torch.float32)
+    mask = case.mask(2, 9, 9)
+    out, weights = module(given.q, given.k, given.v, mask=mask, scale=SCALE)
+    assert out.shape == (2, 9, 4, 8)
+    assert out.is_contiguous()
+    assert weights is None
+    same, weights = module(given.q, given.k, given.v, mask=mask, scale=SCALE, need_weights=True)
+    assert weights.shape == (2, 4, 9, 9)
+    torch.testing.assert_close(same, out, rtol=1e-4, atol=1e-5)
+
+
+@every_case()
+def test_values_may_differ_in_size_from_keys_or_are_refused(case):
+    given, mask = inputs(2, 11, value_dim=6), case.mask(2, 11, 11)
+    refusal = None
+    try:
+        given.run(case.module(value_dim=6), mask)
+    except ValueError as error:
+        refusal = str(error)
+    if refusal is None:
+        assert_forms_agree(case, given, mask, value_dim=6)
+    else:
+        assert "value" in refusal, "a refusal names the size that it refuses"
+
+
+@every_case(causal=True)
+@pytest.mark.parametrize("form", ["torch", "reference"])
+def test_future_tokens_do_not_matter_when_causal(case, form):
+    given, mask = inputs(2, 40), case.mask(2, 40, 40)
+    module = case.module(backend=form)
+    out = given.run(module, mask)
+    for now in (0, 1, 7, 22, 38):
+        changed = inputs(2, 40, seed=5)
+        for x, other in zip((changed.q, changed.k, changed.v), (given.q, given.k, given.v), strict=True):
+            x.mul_(10)
+            x[:, :, : now + 1] = other[:, :, : now + 1]
+        assert_same({"out": changed.run(module, mask)[:, : now + 1]}, {"out": out[:, : now + 1]}, EXACT)
+
+
+@every_case()
+@pytest.mark.parametrize("form", ["torch", "reference"])
+def test_left_padding_does_not_matter(case, form):
+    given, module = inputs(1, 21), case.module(backend=form)
+    alone = given.run(module, case.mask(1, 21, 21))
+    for pad in (1, 4, 13):
+        padded = inputs(1, 21 + pad, seed=3)
+        for x, real in zip((padded.q, padded.k, padded.v), (given.q, given.k, given.v), strict=True):
+            x.mul_(10)
+            x[:, :, pad:] = real
+        mask = case.mask(1, 21 + pad, 21 + pad, padding_BK=left_padding([21], 21 + pad))
+        assert_same({"out": padded.run(module, mask)[:, pad:]}, {"out": alone}, EXACT, f"{pad} pads: ")
+
+
+@every_case()
+def test_right_padding_does_not_matter(case):
+    given, module = inputs(1, 21), case.module()
+    alone = given.run(module, case.mask(1, 21, 21))
+    padded = inputs(1, 30, seed=3)
+    for x, real in zip((padded.q, padded.k, padded.v), (given.q, given.k, given.v), strict=True):
+        x[:, :, :21] = real
+    mask = case.mask(1, 30, 30, padding_BK=torch.arange(30).unsqueeze(0) < 21)
+    assert_same({"out": padded.run(module, mask)[:, :21]}, {"out": alone}, EXACT)
+
+
+@every_case()
+def test_rows_of_a_batch_do_not_matter_to_each_other(case):
+    given, module = inputs(3, 24), case.module()
+    padding = left_padding([24, 9, 17], 24)
+    out = given.run(module, case.mask(3, 24, 24, padding_BK=padding))
+    order = [2, 0, 1]
+    reordered = given.rows(order).run(module, case.mask(3, 24, 24, padding_BK=padding[order]))
+    for place, row in enumerate(order):
+        real = padding[row]
+        assert_same({"out": reordered[place, real]}, {"out": out[row, real]}, EXACT, f"row {row} reordered: ")
+        alone = given.rows([row]).run(module, case.mask(1, 24, 24, padding_BK=padding[[row]]))
+        assert_same({"out": alone[0, real]}, {"out": out[row, real]}, EXACT, f"row {row} alone: ")
+
+
+@every_case(segments=True)
+@pytest.mark.parametrize("form", ["torch", "reference"])
+def test_packed_segments_do_not_leak(case, form):
+    lengths = (5, 1, 19, 8)
+    given, module = inputs(2, sum(lengths)), case.module(backend=form)
+    segments = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).expand(2, -1)
+    packed = given.run(module, case.mask(2, sum(lengths), sum(lengths), segments_BK=segments))
+    for segment, length in enumerate(lengths):
+        inside = segments[0] == segment
+        alone = given.tokens(inside).run(module, case.mask(2, length, length))
+        assert_same({"out": packed[:, inside]}, {"out": alone}, EXACT, f"segment {segment}: ")
+
+
+@every_case(segments=True)
+def test_packed_segments_do_not_leak_through_gradients(case):
+    given, module = inputs(1, 20), case.module()
+    segments = (torch.arange(20) >= 8).long().unsqueeze(0)
+    cotangent = cotangent_for(given, case.mask(1, 20, 20))
+    cotangent[:, 8:] = 0
+    got = outcome(module, given, case.mask(1, 20, 20, segments_BK=segments), cotangent)
+    for name in "qkv":
+        assert not got[f"gradient to {name}"][:, :, 8:].any(), (
+            f"the second segment gets a gradient to {name} of the first"
+        )
+
+
+@every_case(causal=True)
+@pytest.mark.parametrize("pad", [0, 6])
+def test_cached_decoding_equals_one_pass(case, pad):
+    given, module = inputs(2, 37), case.module()
+    padding = left_padding([37, 37 - pad], 37) if pad else None
+
+    def mask(queries, keys):
+        return case.mask(2, queries, keys, padding_BK=None if padding is None else padding[:, :keys])
+
+    out = given.run(module, mask(37, 37))
+    for now in range(pad, 37):
+        step = given.tokens(slice(now + 1))
+        step.q = step.q[:, :, -1:]
+        decoded = step.run(module, mask(1, now + 1))
+        assert_same({"out": decoded[:, 0]}, {"out": out[:, now]}, EXACT, f"token {now}: ")
+
+
+@every_case(causal=True)
+@pytest.mark.parametrize("chunk", [2, 11, 16])
+def test_prefill_in_chunks_equals_one_pass(case, chunk):
+    given, module = inputs(2, 37), case.module()
+    padding = left_padding([37, 30], 37)
+    out = given.run(module, case.mask(2, 37, 37, padding_BK=padding))
+    for low in range(0, 37, chunk):
+        high = min(low + chunk, 37)
+        part = given.tokens(slice(high))
+        part.q = part.q[:, :, low:]
+        got = part.run(module, case.mask(2, high - low, high, padding_BK=padding[:, :high]))
+        real = padding[:, low:high, None, None]
+        assert_same({"out": got * real}, {"out": out[:, low:high] * real}, EXACT, f"tokens {low} to {high}: ")
+
+
+@every_case()
+def test_effective_weights_give_the_output(case):
+    given, module = inputs(2, 23), case.module()
+    mask = case.mask(2, 23, 23, padding_BK=left_padding([23, 14], 23))
+    out, weights = module(given.q, given.k, given.v, mask=mask, scale=SCALE, need_weights=True)
+    assert weights.shape == (2, 4, 23, 23)
+    assert not weights.masked_select(~mask.dense()).any(), "an invisible key has a weight"
+    if not case.cls.convex:
+        return
+    real = mask.padding_BK[:, None, :, None]
+    assert (weights >= 0).all()
+    total = weights.sum(dim=-1, keepdim=True)
+    assert ((total - 1).abs() < 1e-3).logical_or(total < 1e-3).logical_or(~real).all(), "weights do not sum to 1"
+    assert (total > 0.5).double().mean() > 0.5
+    from_weights = weights @ given.v.repeat_interleave(2, dim=1)
+    torch.testing.assert_close(out * real.transpose(1, 2), from_weights.transpose(1, 2) * real.transpose(1, 2))
+
+
+@every_class()
+def test_limit_case_is_softmax_attention(cls):
+    assert ("Limit case: none" in cls.__doc__) == (cls.limit is None), "the docstring says what the limit case is"
+    if cls.limit is None:
+        return
+    for causal in (True, False):
+        if not (cls.causal if causal else cls.bidirectional):
+            continue
+        shape = {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "value_dim": 8}
+        module = cls(cls.Config(**cls.limit), HeadShape(**shape))
+        module.reset_parameters()
+        given = inputs(2, 50, **shape)
+        mask = AttentionMask(2, 50, 50, causal=causal, padding_BK=left_padding([50, 33], 50))
+        want, _ = dense_attention(given.q, given.k, given.v, mask.dense(), scale=SCALE)
+        real = mask.padding_BK[:, :, None, None]
+        got = given.run(module.double(), mask)
+        assert_same({"out": got * real}, {"out": want.transpose(1, 2) * real}, EXACT)
+
+
+@every_case()
+def test_every_weight_gets_a_gradient(case):
+    heads = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
+    module = case.cls(case.cls.Config(**case.options), heads)
+    module.reset_parameters()
+    given, mask = inputs(2, 30).to(torch.float32), case.mask(2, 30, 30)
+    # After one step, since a weight may be fed by another that starts at zero.
+    for _ in range(2):
+        out = given.run(module, mask)
+        module.zero_grad()
+        if not list(module.parameters()):
+            return
+        (out * cotangent_for(given, mask)).sum().backward()
+        with torch.no_grad():
+            for weight in module.parameters():
+                weight.sub_(0.1 * weight.grad)
+    for name, weight in module.named_parameters():
+        assert weight.grad is not None, f"{name} has no gradient"
+        assert weight.grad.isfinite().all(), f"the gradient to {name} is not finite"
+        assert weight.grad.any(), f"the gradient to {name} is zero"
+
+
+@every_case()
+def test_reset_parameters_initialises_everything(case):
+    heads = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
+    module = case.cls(case.cls.Config(**case.options), heads)
+    states = []
+    for _ in range(2):
+        with torch.no_grad():
+            for tensor in module.state_dict().values():
+                tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
+        torch.manual_seed(3)
+        module.reset_parameters()
+        states.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
+    for name, tensor in states[0].items():
+        assert tensor.isfinite().all(), f"{name} is left as it was"
+        assert torch.equal(tensor, states[1][name]), f"{name} is not the same after the same seed"
+
+
+@every_case()
+def test_state_dict_carries_everything(case):
+    given, mask = inputs(2, 20), case.mask(2, 20, 20)
+    module = case.module()
+    other = case.cls(module.config, module.heads).double()
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(given.run(other, mask), given.run(module, mask))
+    assert torch.equal(given.run(copy.deepcopy(module), mask), given.run(module, mask))
+
+
+NEEDS = {
+    "causal": ({}, {"causal": True}, "causal attention"),
+    "bidirectional": ({}, {"causal": False}, "bidirectional attention"),
+    "cross": ({}, {"causal": False, "cross": True}, "keys of another sequence"),
+    "any_mask": ({}, {"causal": True, "plain": False, "rule": lambda b, h, q, k: k <= q}, "a mask beyond causal"),
+    "segments": ({}, {"segments_BK": torch.arange(10).expand(2, -1) // 4}, "packed sequences"),
+    "position_bias": ({"position_bias": torch.zeros(1, 4, 10, 10, dtype=torch.float64)}, {}, "a position bias"),
+    "softcap": ({"softcap": 5.0}, {}, "a softcap"),
+    "sinks": ({"sinks": torch.zeros(4, dtype=torch.float64)}, {}, "learned sink logits"),
+}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@every_class()
+def test_honours_what_it_declares_and_refuses_the_rest(cls, capability):
+    extras, options, need = NEEDS[capability]
+    case = next(case for case in CASES if case.cls is cls)
+    mask = AttentionMask(2, 10, 10, **{"causal": case.causal, **options})
+    given = inputs(2, 10)
+    given.extras = extras
+    if getattr(cls, capability):
+        assert given.run(case.module(), mask).isfinite().all()
+        return
+    message = f"this call needs {need}.*, which attention '{cls.name}' cannot honour; it can honour: "
+    with pytest.raises(ValueError, match=message):
+        given.run(case.module(), mask)
+
+
+@pytest.mark.parametrize(
+    ("case", "extra"),
+    [
+        pytest.param(case, extra, id=f"{case} {extra}")
+        for case in CASES
+        for extra in ("position_bias", "softcap", "sinks")
+        if getattr(case.cls, extra)
+    ],
+)
+def test_extras_that_are_declared_equal_the_reference(case, extra):
+    generator = torch.Generator().manual_seed(2)
+    for queries in (20, 3) if case.causal else (20,):
+        given = inputs(2, queries, 20)
+        given.extras = {
+            "position_bias": {
+                "position_bias": torch.randn(1, 4, queries, 20, generator=generator, dtype=torch.float64)
+            },
+            "softcap": {"softcap": 0.5},
+            "sinks": {"sinks": torch.randn(4, generator=generator, dtype=torch.float64)},
+        }[extra]
+        mask = case.mask(2, queries, 20, padding_BK=left_padding([20, 13], 20))
+        assert_forms_agree(case, given, mask)
+        if not case.options:  # a window of 1 is deaf to a softcap, the defaults are not
+            plain = inputs(2, queries, 20).run(case.module(), mask)
+            assert not torch.allclose(given.run(case.module(), mask), plain), "it has no effect"
+
+
+RULES = {
+    "sliding": (True, lambda b, h, q, k: (k <= q) & (k > q - 6)),
+    "prefix": (False, lambda b, h, q, k: (k <= q) | (k < 9)),
+    "of the row": (True, lambda b, h, q, k: (k <= q) & (k % 3 != b)),
+}
+
+
+@every_case(any_mask=True)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("queries", [26, 4])
+def test_masks_beyond_plain_equal_the_reference(case, rule, queries):
+    causal, rule = RULES[rule]
+    if causal != case.causal:
+        return
+    shape = {"plain": False, "causal": causal, "padding_BK": left_padding([26, 17], 26)}
+    lazy = AttentionMask(2, queries, 26, rule=rule, **shape)
+    assert_forms_agree(case, inputs(2, queries, 26), lazy)
+    dense = AttentionMask(2, queries, 26, dense_BQK=lazy.dense()[:, 0], **shape)
+    assert_forms_agree(case, inputs(2, queries, 26), dense)
+
+
+@every_case(cross=True, causal=False)
+@pytest.mark.parametrize(("queries", "keys"), [(9, 14), (14, 9), (1, 5), (70, 130)])
+def test_cross_attention_equals_the_reference(case, queries, keys):
+    mask = case.mask(2, queries, keys, cross=True, padding_BK=left_padding([keys, keys - 3], keys))
+    assert_forms_agree(case, inputs(2, queries, keys), mask)
+
+
+@every_case()
+def test_rows_without_a_real_token_stay_finite(case):
+    given, module = inputs(2, 12).to(torch.float32), case.module(dtype=torch.float32)
+    mask = case.mask(2, 12, 12, padding_BK=left_padding([0, 12], 12))
+    got = outcome(module, given, mask, torch.ones(2, 12, 4, 8))
+    for name, tensor in got.items():
+        assert tensor is None or tensor.isfinite().all(), f"{name} is not finite"
+    alone = given.rows([1]).run(module, case.mask(1, 12, 12))
+    assert_same({"out": got["out"][1:]}, {"out": alone}, 1e-5)
+
+
+@every_case()
+def test_large_scores_stay_finite(case):
+    given, module = inputs(2, 30).to(torch.float32), case.module(dtype=torch.float32)
+    given.q, given.k = 60 * given.q, 60 * given.k
+    got = outcome(module, given, case.mask(2, 30, 30), torch.ones(2, 30, 4, 8))
+    for name, tensor in got.items():
+        assert tensor is None or tensor.isfinite().all(), f"{name} is not finite"
+
+
+@every_case()
+def test_dropout_is_drawn_from_the_global_generator(case):
+    given, module, mask = inputs(2, 30), case.module(), case.mask(2, 30, 30)
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(outcome(module, given, mask, cotangent_for(given, mask), dropout=0.4))
+    assert_same(runs[1], runs[0], 0.0)
+    for name, tensor in runs[2].items():
+        assert tensor is None or tensor.isfinite().all(), f"{name} is not finite"
+
+
+@every_case()
+def test_mixed_dtypes_of_autocast_are_taken(case):
+    given, module = inputs(2, 20).to(torch.bfloat16).to(torch.float32), case.module(dtype=torch.float32)
+    mask = case.mask(2, 20, 20)
+    cotangent = cotangent_for(given, mask)
+    want = outcome(module, given, mask, cotangent)
+    # Rotary positions leave queries and keys in float32 under autocast, values come from a linear layer in bfloat16.
+    given.v = given.v.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = outcome(module, given, mask, cotangent)
+    assert got["out"].dtype == torch.bfloat16
+    assert_same(got, want, 2e-2)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest storage that any operation makes, in elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements, self.made_by = 0, ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+                if elements > self.elements:
+                    self.elements, self.made_by = elements, str(func)
+        return result
+
+
+@every_case(subquadratic=True)
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_nothing_of_length_squared_is_allocated(case, padded):
+    length, shape = 2048, {"num_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "value_dim": 8}
+    given, module = inputs(1, length, **shape).to(torch.float32), case.module(**shape, dtype=torch.float32)
+    mask = case.mask(1, length, length, padding_BK=left_padding([length - 5], length) if padded else None)
+    cotangent = cotangent_for(given, mask)
+    with Largest() as largest:
+        outcome(module, given, mask, cotangent)
+    assert largest.elements > 0
+    assert largest.elements < length * length, f"{largest.made_by} makes a tensor of {largest.elements} elements"

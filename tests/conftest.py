@@ -1,0 +1,117 @@
+"""Models and texts on disk, as a user would have them: tiny, random, made once a test run."""
+
+import atexit
+import json
+import os
+import random
+import shutil
+import tempfile
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+# Before a test imports datasets, which reads it once: tests leave nothing in the user's cache.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="attn-plugins-tests-")
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "cat",
+    "dog",
+    "good",
+    "bad",
+    "fine",
+    "poor",
+    "the",
+    "a",
+    "is",
+    ".",
+]
+SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+
+
+def tokenizer(*, encoder=False):
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL.values(), *WORDS])}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(SPECIAL)
+    if encoder:
+        ends = [(name, vocabulary[name]) for name in ("<s>", "</s>")]
+        made.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=ends
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """For models so small that a second thread costs more than it does, in this process and those that it starts."""
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """Folder of a tiny decoder with its tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes, **heads, **ids)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    """Folder of a tiny encoder without a classifier's head, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("bert")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    easy = {"initializer_range": 0.2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=20, **sizes, **easy, num_attention_heads=2, pad_token_id=3)
+    BertForSequenceClassification(config).bert.save_pretrained(folder)
+    tokenizer(encoder=True).save_pretrained(folder)
+    return str(folder)
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """JSONL of 40 texts of 5 to 40 words."""
+    chance = random.Random(0)
+    rows = [{"text": " ".join(chance.choices(WORDS, k=chance.randint(5, 40)))} for _ in range(40)]
+    return write_rows(tmp_path_factory.mktemp("text") / "text.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory):
+    """JSONL of 120 texts whose first word tells the label."""
+    chance = random.Random(0)
+    rows = []
+    for _ in range(120):
+        word, label = chance.choice([("good", "plus"), ("bad", "minus"), ("is", "none")])
+        words = chance.choices(["the", "a", "cat", "dog", "one"], k=chance.randint(2, 12))
+        rows.append({"text": " ".join([word, *words]), "label": label})
+    return write_rows(tmp_path_factory.mktemp("labelled") / "labelled.jsonl", rows)

@@ -1,0 +1,87 @@
+"""What importing the package does to transformers: as little as the docstrings of hf/patches.py say."""
+
+import subprocess
+import sys
+
+import tiny
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, masking_utils, modeling_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+import attn_plugins as ap
+from attn_plugins.hf import patches
+from attn_plugins.hf.dispatch import attention_forward, lazy_mask
+
+WITHOUT_FLAG = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+if {imported}:
+    import attn_plugins
+import tiny
+for name in ("llama", "gemma3", "bert", "t5", "vit", "llava"):
+    model, given = tiny.build(name), tiny.inputs(name, length=20 if name == "llava" else 13)
+    with torch.no_grad():
+        out = tiny.output(model, given)
+    print(name, out.double().sum().item().hex(), out.shape, sorted(model.config.to_dict().items(), key=str), sep="|")
+"""
+
+
+def test_importing_changes_nothing_for_models_without_the_flag():
+    folder = tiny.__file__.rpartition("/")[0]
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", WITHOUT_FLAG.format(folder=folder, imported=imported)],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for imported in (False, True)
+    ]
+    assert found[0].count("|") == 18
+    assert found[0] == found[1]
+
+
+def test_installing_twice_changes_nothing():
+    before = (PreTrainedModel.post_init, PreTrainedModel._initialize_weights, PreTrainedModel.set_attn_implementation)
+    patches.install()
+    after = (PreTrainedModel.post_init, PreTrainedModel._initialize_weights, PreTrainedModel.set_attn_implementation)
+    assert before == after
+    assert all(hasattr(method, patches._MARK) for method in after)
+
+
+def test_both_interfaces_know_the_name():
+    assert modeling_utils.ALL_ATTENTION_FUNCTIONS["attn_plugins"] is attention_forward
+    assert ALL_MASK_ATTENTION_FUNCTIONS["attn_plugins"] is lazy_mask
+
+
+def test_config_field_is_a_class_attribute_that_plain_configs_do_not_save():
+    assert PreTrainedConfig.attn_plugin is None
+    assert "attn_plugin" not in tiny.config_of("llama").to_dict()
+
+
+def test_post_init_still_runs_before_weights_load_and_inner_models_first():
+    """Fails when transformers builds models in another order; hf/patches.py has to find another moment then."""
+    order = []
+    original = PreTrainedModel.post_init
+    try:
+        PreTrainedModel.post_init = lambda self: (order.append(type(self).__name__), original(self))[1]
+        tiny.build("llava")
+    finally:
+        PreTrainedModel.post_init = original
+    assert order.index("LlamaModel") < order.index("LlavaModel") < order.index("LlavaForConditionalGeneration")
+
+
+def test_mask_function_still_gets_the_arguments_that_the_lazy_mask_keeps():
+    """Fails when transformers asks mask functions for masks in other terms."""
+    config = tiny.config_of("llama")
+    config._attn_implementation = "attn_plugins"
+    mask = masking_utils.create_causal_mask(config, torch.zeros(2, 5, 4), None, past_key_values=None)
+    assert {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function"} <= mask.arguments.keys()
+    assert (mask.batch_size, mask.q_length, mask.kv_length, mask.q_offset) == (2, 5, 5, 0)
+
+
+def test_new_weights_of_a_model_on_the_meta_device_stay_there():
+    with torch.device("meta"):
+        model = tiny.MODELS["llama"]()[0](tiny.config_of("llama"))
+    ap.swap_attention(model, "linear", feature_map="hedgehog")
+    assert {p.device.type for p in model.parameters()} == {"meta"}

@@ -1,0 +1,71 @@
+"""New parameters under LoRA: trained, saved with the adapter, loaded on a flagged base."""
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import attn_plugins as ap
+
+FLAG = {"type": "linear", "feature_map": "hedgehog", "layers": [0, 1]}
+
+
+def lora(model):
+    settings = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["attn_plugin"], task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, settings)
+
+
+def test_adapter_with_new_weights_comes_back_on_a_flagged_base(tmp_path):
+    tiny.build("llama").save_pretrained(tmp_path / "base")
+    given = tiny.inputs("llama")
+    model = lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_plugin=FLAG))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("attn_plugin.modules_to_save" in name for name in trainable)
+    assert all("lora_" in name or "attn_plugin.modules_to_save" in name for name in trainable)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if name in trainable}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        model(**given, labels=given["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, p in model.named_parameters() if name in trainable and not torch.equal(p, before[name])}
+    assert moved == trainable
+
+    model.eval().save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_plugin=FLAG)
+    back = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        assert torch.equal(tiny.output(back, given), tiny.output(model, given))
+    rows = ap.describe_attention(back)
+    assert [row.plugin for row in rows] == ["linear", "linear", None]
+
+
+@torch.no_grad()
+def test_merged_adapter_is_a_plain_swapped_model(tmp_path):
+    given = tiny.inputs("llama")
+    model = lora(ap.swap_attention(tiny.build("llama"), FLAG)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "modules_to_save" in name:
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    expected = tiny.output(model, given)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(tiny.output(merged, given), expected, atol=1e-5, rtol=1e-4)
+    merged.save_pretrained(tmp_path)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(tiny.output(back, given), tiny.output(merged, given))
+
+
+@pytest.mark.parametrize("flag", ["local", "softmax"])
+@torch.no_grad()
+def test_swap_and_restore_under_peft(flag):
+    given = tiny.inputs("llama")
+    settings = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny.build("llama"), settings).eval()
+    before = tiny.output(model, given)
+    ap.swap_attention(model, flag)
+    assert {row.plugin for row in ap.describe_attention(model)} == {flag}
+    ap.restore_attention(model)
+    assert torch.equal(tiny.output(model, given), before)
