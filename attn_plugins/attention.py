@@ -103,7 +103,7 @@ class Attention(nn.Module):
     subquadratic: ClassVar[bool] = True
     """``attend`` never holds a tensor of Q x K elements."""
     limit: ClassVar[dict[str, Any] | None] = None
-    """Options under which it equals softmax attention on a few dozen tokens, or None where it never does."""
+    """Options under which it equals softmax attention on 50 tokens, or None where it never does."""
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Options that matter on a few dozen tokens: the contract tests run each, the docs list them."""
 

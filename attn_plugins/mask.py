@@ -25,7 +25,7 @@ class AttentionMask:
         batch_size, q_length, kv_length: B, Q and K.
         causal: nothing after a query is visible. True also for a rule that is at most causal, such as a sliding window.
         plain: causal (or its absence), padding and segments say it all; ``rule`` is not needed.
-        padding_BK: True where a key is real, or None where all are.
+        padding_BK: True where a key is real, or None where all are. Tables of one row serve every row.
         segments_BK: number of the packed sequence that a key belongs to, or None where rows are not packed.
         rule: the full rule without padding, needed where not ``plain``; segments may be part of it.
         vectorised: ``rule`` indexes with tensors; if False it is evaluated under ``torch.vmap``.
@@ -115,19 +115,23 @@ class AttentionMask:
         batch = torch.arange(self.batch_size, device=q_index.device).view(
             -1, *[1] * (max(q_index.ndim, k_index.ndim) - 1)
         )
+
+        def rows(table: torch.Tensor) -> torch.Tensor:
+            return batch if table.shape[0] > 1 else batch[:1]
+
         if self.dense_BQK is not None:
-            rows = batch if self.dense_BQK.shape[0] > 1 else batch[:1]
-            seen = seen & self.dense_BQK[rows, q_index, k_index]
+            seen = seen & self.dense_BQK[rows(self.dense_BQK), q_index, k_index]
         elif self.plain:
             if self.causal:
                 seen = seen & (k_index + self.kv_offset <= q_index + self.q_offset)
             if self.segments_BK is not None:
                 own = q_index + (self.kv_length - self.q_length)
-                seen = seen & (self.segments_BK[batch, own] == self.segments_BK[batch, k_index])
+                row, segments = rows(self.segments_BK), self.segments_BK
+                seen = seen & (segments[row, own] == segments[row, k_index])
         else:
             seen = seen & self._evaluate(batch, q_index + self.q_offset, k_index + self.kv_offset)
         if self.padding_BK is not None:
-            seen = seen & self.padding_BK[batch, k_index]
+            seen = seen & self.padding_BK[rows(self.padding_BK), k_index]
         return seen
 
     def dense(self) -> torch.Tensor:

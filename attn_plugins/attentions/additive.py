@@ -40,7 +40,7 @@ class AdditiveAttention(Attention):
     class Config(AttentionConfig):
         hidden_dim: int = 16
         """Units of the additive score a head, twins counted, so an even number."""
-        tile_size: int = 64
+        tile_size: int = 128
         """Queries treated at a time; memory grows with it and the result does not change."""
         initial_gate: float = 0.0
         """Where g starts: 0 is what the model was pretrained with, 1 leaves the dot product out."""

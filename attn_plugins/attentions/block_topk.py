@@ -27,7 +27,7 @@ class BlockTopkAttention(Attention):
     cost = "O(N (topk block_size + N / block_size) D)"
     paper = "Lu et al. 2025, MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv:2502.13189"
     causal = bidirectional = segments = True
-    limit: ClassVar = {"block_size": 8, "topk": 8}
+    limit: ClassVar = {"block_size": 10, "topk": 5}
     examples = ({"block_size": 4, "topk": 2}, {"block_size": 3, "topk": 4}, {"block_size": 5, "topk": 1})
 
     @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,6 @@ class BlockTopkAttention(Attention):
         chosen = choose_blocks(q_BHQD, k_BGKD, blocks, self.config.topk)
         return dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen_keys(chosen, blocks), **options)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        blocks = blocks_of(mask, self.config.block_size)
-        chosen = choose_blocks(q_BHQD, k_BGKD, blocks, self.config.topk)
-        return gathered_attention(q_BHQD, k_BGKD, v_BGKV, chosen, blocks, scale=scale, dropout=dropout)
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        choice = {"block_size": self.config.block_size, "topk": self.config.topk}
+        return gathered_attention(q_BHQD, k_BGKD, v_BGKV, mask, **choice, **options)

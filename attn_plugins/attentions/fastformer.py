@@ -37,7 +37,7 @@ class FastformerAttention(Attention):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AttentionConfig):
-        chunk_size: int = 32
+        chunk_size: int = 16
         """Tokens that causal attention pools outright; changes the speed and not the result."""
 
         def __post_init__(self):

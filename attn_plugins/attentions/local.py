@@ -26,7 +26,7 @@ class LocalAttention(Attention):
     cost = "O(N (window_size + num_sink_tokens) D)"
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150; sinks: Xiao et al. 2023, arXiv:2309.17453"
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
-    limit: ClassVar = {"window_size": 512}
+    limit: ClassVar = {"window_size": 50}
     examples = (
         {"window_size": 5},
         {"window_size": 1},

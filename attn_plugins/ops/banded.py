@@ -115,6 +115,7 @@ def _tile(
     return Tile(queries, keys, sinks, hidden[:, None, None], None if bool(seen.all()) else ~seen[:, None, None])
 
 
+@torch.compiler.disable(reason="its loop over tiles would be unrolled into a graph of thousands of operations")
 def banded_attention(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,

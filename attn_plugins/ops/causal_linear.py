@@ -57,7 +57,6 @@ class _Problem(NamedTuple):
     w_k: torch.Tensor | None
     padding: torch.Tensor | None
     segments: torch.Tensor | None
-    label: torch.Tensor | None
     feature_map: str
     chunk_size: int
     diagonal: int
@@ -89,7 +88,7 @@ def _places(p: _Problem) -> Iterator[list[_Place]]:
 
 
 def _tile(x: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
-    """(b, g, R, L, D) -> (P N, R C, D), zeros after the end."""
+    """(b, g, R, L, D) -> (P N, R C, D); zeros after the end, where no query sees them."""
     b, g, group, length, size = x.shape
     if length < at.chunks * p.chunk_size:
         x = pad(x, (0, 0, 0, at.chunks * p.chunk_size - length))
@@ -126,8 +125,6 @@ def _load(p: _Problem, at: _Place) -> _Block:
     if p.padding is not None:
         real = pad(p.padding[at.batch, at.tokens], (0, rest)).view(b, at.chunks, p.chunk_size, 1)
         fk.mul_(_over_heads(real, heads))
-    elif rest:
-        fk.view(b * heads, -1, fk.shape[2])[:, length:] = 0
 
     link = torch.ones(at.chunks + 1, at.chunks + 1, dtype=p.dtype, device=fk.device).tril_()
     same = query_goes_on = key_goes_on = None
@@ -138,7 +135,7 @@ def _load(p: _Problem, at: _Place) -> _Block:
         if at.tokens.start:
             before = p.segments[at.batch, at.tokens.start - 1 : at.tokens.start]
         else:
-            before = own[:, :1] if p.label is None else p.label[at.batch].unsqueeze(1)
+            before = own[:, :1]
         own = torch.cat([own, own[:, -1:].expand(-1, rest)], dim=1).view(b, at.chunks, p.chunk_size)
         last = torch.cat([before, own[:, :, -1]], dim=1)  # the segment that a state, before and after chunks, is of
         link = link * (last.unsqueeze(2) == last.unsqueeze(1))
@@ -234,7 +231,6 @@ def causal_linear(
     padding: torch.Tensor | None,
     segments: torch.Tensor | None,
     state: torch.Tensor | None,
-    label: torch.Tensor | None,
     feature_map: str,
     chunk_size: int,
     eps: float,
@@ -246,15 +242,14 @@ def causal_linear(
         q, k, v: (B, H, T, D), (B, G, T, D), (B, G, T, V).
         w_q, w_k: (H, D, D) and (G, D, D) that come before the feature map, in float32 or float64, or None.
         padding, segments: (B, T), of the keys; segments in one piece each.
-        state: (B, G, F, V + 1) sums over earlier keys of phi(k) [v, 1]^T, or None.
-        label: (B,) segment that ``state`` is of.
+        state: (B, G, F, V + 1) sums over earlier keys, of the first token's segment, of phi(k) [v, 1]^T, or None.
         diagonal: 0 if a query sees its own key, -1 if only those before.
 
     Returns:
         out (B, H, T, V) in the dtype of v, laid out as (B, T, H, V); the denominators without ``eps``, (B, H, T); and
         the states before each block, which backward starts from.
     """
-    p = _problem(q, k, v, w_q, w_k, padding, segments, label, feature_map, chunk_size, diagonal)
+    p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
     out, den, states = _empty_outputs(q, k, v, feature_map, chunk_size)
     out_BGRTV, den_BGRT1 = out.unflatten(1, (k.shape[1], -1)), den.unflatten(1, (k.shape[1], -1)).unsqueeze(4)
     with torch.autocast(q.device.type, enabled=False):
@@ -287,7 +282,6 @@ def causal_linear_backward(
     w_k: torch.Tensor | None,
     padding: torch.Tensor | None,
     segments: torch.Tensor | None,
-    label: torch.Tensor | None,
     out: torch.Tensor,
     den: torch.Tensor,
     states: torch.Tensor,
@@ -297,7 +291,7 @@ def causal_linear_backward(
     diagonal: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v, w_q, w_k (empty where there is none) and of the state."""
-    p = _problem(q, k, v, w_q, w_k, padding, segments, label, feature_map, chunk_size, diagonal)
+    p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
     dq, dk, dv, dw_q, dw_k, d_state = _empty_gradients(q, k, v, w_q, w_k, states)
     groups = (k.shape[1], -1)
     dq_BGRTD, dk_BG1TD, dv_BG1TV = dq.unflatten(1, groups), dk.unsqueeze(2), dv.unsqueeze(2)
@@ -346,18 +340,18 @@ def causal_linear_backward(
 
 
 @causal_linear.register_fake
-def _(q, k, v, w_q, w_k, padding, segments, state, label, feature_map, chunk_size, eps, diagonal):
+def _(q, k, v, w_q, w_k, padding, segments, state, feature_map, chunk_size, eps, diagonal):
     return _empty_outputs(q, k, v, feature_map, chunk_size)
 
 
 @causal_linear_backward.register_fake
-def _(d_out, d_den, q, k, v, w_q, w_k, padding, segments, label, out, den, states, *options):
+def _(d_out, d_den, q, k, v, w_q, w_k, padding, segments, out, den, states, *options):
     return _empty_gradients(q, k, v, w_q, w_k, states)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, w_q, w_k, padding, segments, state, label, *options = inputs
-    ctx.save_for_backward(q, k, v, w_q, w_k, padding, segments, label, *output)
+    q, k, v, w_q, w_k, padding, segments, state, *options = inputs
+    ctx.save_for_backward(q, k, v, w_q, w_k, padding, segments, *output)
     ctx.options, ctx.from_state = options, state is not None
     ctx.set_materialize_grads(True)
 
@@ -368,7 +362,7 @@ def _backward(ctx, d_out, d_den, d_states):
     w_q, w_k = saved[3:5]
     return (
         *(dq, dk, dv, None if w_q is None else dw_q, None if w_k is None else dw_k),
-        *(None, None, d_state if ctx.from_state else None, None),
+        *(None, None, d_state if ctx.from_state else None),
         *(None, None, None, None),
     )
 

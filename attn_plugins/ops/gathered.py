@@ -17,8 +17,8 @@ from attn_plugins.ops.dense import outside_autocast, wide
 
 LARGEST_TILE = 64
 """Pairs that are multiplied with one block at a time."""
-SCORES_AT_ONCE = 2**17
-"""Scores worked on at a time. From 2^15 to 2^18 the speed hardly changes; beyond, the CPU's cache is left."""
+SCORES_AT_ONCE = 2**16
+"""Scores worked on at a time, few enough for the CPU's cache and enough to hide what an operation costs by itself."""
 
 
 @dataclass(frozen=True)
@@ -119,24 +119,28 @@ def chosen_keys(chosen_BQHT: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     return member.gather(-1, blocks.block_BK[:, None, None].expand(*member.shape[:3], -1))
 
 
+@torch.compiler.disable(reason="its loop over tiles would be unrolled into a graph of thousands of operations")
 def gathered_attention(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
     v_BGKV: torch.Tensor,
-    chosen_BQHT: torch.Tensor,
-    blocks: Blocks,
+    mask: AttentionMask,
     *,
+    block_size: int,
+    topk: int,
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Softmax attention over the real keys of the chosen blocks, those after the query left out where causal.
+    """Softmax attention over the visible keys of the blocks that :func:`choose_blocks` chooses.
 
     Args:
-        chosen_BQHT: distinct block numbers, -1 for none; the first is the query's own block.
+        mask: causal or bidirectional, padding, segments; no other rule.
 
     Returns:
         out_BHQV in the dtype of v. Sums are taken in at least float32. Differentiable once.
     """
+    blocks = blocks_of(mask, block_size)
+    chosen_BQHT = choose_blocks(q_BHQD, k_BGKD, blocks, topk)
     # The backward draws the same dropout again from this seed instead of keeping what was drawn.
     seed = int(torch.randint(2**62, ())) if dropout else 0
     return _Gathered.apply(q_BHQD, k_BGKD, v_BGKV, chosen_BQHT, blocks, (scale, dropout, seed))

@@ -100,18 +100,16 @@ def linear_attention(
         # A cache of fixed length holds room for keys to come: nothing after the last query is visible.
         old, new = slice(0, before), slice(before, before + queries)
         state_BGFV: torch.Tensor | None = None
-        label_B = None
         if before:
             seen_BK = None if padding_BK is None else padding_BK[:, old]
             if segments_BK is not None:
-                label_B = segments_BK[:, before - 1]
-                goes_on = segments_BK[:, old] == label_B.unsqueeze(1)
+                goes_on = segments_BK[:, old] == segments_BK[:, before : before + 1]
                 seen_BK = goes_on if seen_BK is None else seen_BK & goes_on
             state_BGFV = _sum_keys(k_BGKD[:, :, old], v_BGKV[:, :, old], w_k, feature_map, seen_BK)
         padding_BT, segments_BT = (None if x is None else x[:, new] for x in (padding_BK, segments_BK))
         k_BGTD, v_BGTV = k_BGKD[:, :, new], v_BGKV[:, :, new]
         return causal_linear(
-            q_BHQD, k_BGTD, v_BGTV, w_q, w_k, padding_BT, segments_BT, state_BGFV, label_B, *options, diagonal=0
+            q_BHQD, k_BGTD, v_BGTV, w_q, w_k, padding_BT, segments_BT, state_BGFV, *options, diagonal=0
         )[0]
 
 
@@ -167,9 +165,7 @@ def _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, featur
         if turned:
             q, k, v = (x.flip(2) for x in (q, k, v))
             rows = [None if x is None else x.flip(1) for x in rows]
-        out, den, _ = causal_linear(
-            q, k, v, w_q, w_k, *rows, None, None, feature_map, chunk_size, eps, diagonal=diagonal
-        )
+        out, den, _ = causal_linear(q, k, v, w_q, w_k, *rows, None, feature_map, chunk_size, eps, diagonal=diagonal)
         total = torch.cat([out * (den + eps).unsqueeze(3), den.unsqueeze(3)], dim=3)
         totals.append(total.flip(2) if turned else total)
     total = totals[0] + totals[1]

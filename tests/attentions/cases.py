@@ -1,5 +1,6 @@
 """What the contract tests run over: every attention of the registry, each with its defaults and its examples."""
 
+import copy
 import dataclasses
 import json
 from dataclasses import dataclass
@@ -158,3 +159,32 @@ def assert_same(got, want, tolerance, what=""):
         assert a.isfinite().all(), f"{what}{name} is not finite"
         error = (a.double() - b.double()).abs().max().item() / max(1.0, b.double().abs().max().item())
         assert error <= tolerance, f"{what}{name}: differs by {error:.2e}, allowed {tolerance:.0e}"
+
+
+EXACT = 1e-9
+"""Allowed difference in float64."""
+
+
+def cotangent_for(given, mask, seed=7):
+    """A random gradient of the output that is zero at padded queries, whose outputs nobody reads."""
+    shape = (given.q.shape[0], given.q.shape[2], given.q.shape[1], given.v.shape[3])
+    random = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if mask.padding_BK is not None and not mask.cross:
+        random = random * mask.padding_BK[:, -shape[1] :, None, None]
+    return random
+
+
+def assert_forms_agree(case, given, mask, *, dtype=torch.float64, tolerance=EXACT, **shape):
+    """``attend`` in ``dtype`` equals ``reference`` in float64: outputs of real queries, and all gradients."""
+    cotangent = cotangent_for(given, mask)
+    given = given.to(dtype)
+    module = case.module(dtype=dtype, **shape)
+    oracle = copy.deepcopy(module).double()
+    oracle.backend = "reference"
+    got = outcome(module, given, mask, cotangent)
+    want = outcome(oracle, given.to(torch.float64), mask, cotangent)
+    assert got["out"].dtype == dtype
+    assert got["out"].isfinite().all()
+    real = cotangent.any(dim=-1, keepdim=True)
+    got["out"], want["out"] = got["out"] * real, want["out"] * real
+    assert_same(got, want, tolerance)

@@ -7,8 +7,11 @@ import pytest
 import torch
 from cases import (
     CASES,
+    EXACT,
     SCALE,
+    assert_forms_agree,
     assert_same,
+    cotangent_for,
     every_case,
     every_class,
     inputs,
@@ -19,38 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attn_plugins.attention import CAPABILITIES, HeadShape
+from attn_plugins.attention import HeadShape
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.dense import dense_attention
 from attn_plugins.rules import parse_rules
-
-EXACT = 1e-9
-"""Allowed difference in float64."""
-
-
-def cotangent_for(given, mask, seed=7):
-    """A random gradient of the output that is zero at padded queries, whose outputs nobody reads."""
-    shape = (given.q.shape[0], given.q.shape[2], given.q.shape[1], given.v.shape[3])
-    random = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    if mask.padding_BK is not None and not mask.cross:
-        random = random * mask.padding_BK[:, -shape[1] :, None, None]
-    return random
-
-
-def assert_forms_agree(case, given, mask, *, dtype=torch.float64, tolerance=EXACT, **shape):
-    """``attend`` in ``dtype`` equals ``reference`` in float64: outputs of real queries, and all gradients."""
-    cotangent = cotangent_for(given, mask)
-    given = given.to(dtype)
-    module = case.module(dtype=dtype, **shape)
-    oracle = copy.deepcopy(module).double()
-    oracle.backend = "reference"
-    got = outcome(module, given, mask, cotangent)
-    want = outcome(oracle, given.to(torch.float64), mask, cotangent)
-    assert got["out"].dtype == dtype
-    assert got["out"].isfinite().all()
-    real = cotangent.any(dim=-1, keepdim=True)
-    got["out"], want["out"] = got["out"] * real, want["out"] * real
-    assert_same(got, want, tolerance)
 
 
 @every_case()
@@ -80,7 +55,7 @@ def test_fast_form_equals_reference_in_float32(case, length):
 def test_fast_form_equals_reference_in_bfloat16(case, length):
     given = inputs(2, length).to(torch.bfloat16).to(torch.float64)
     mask = case.mask(2, length, length, padding_BK=left_padding([length, length // 2 + 1], length))
-    assert_forms_agree(case, given, mask, dtype=torch.bfloat16, tolerance=5e-2)
+    assert_forms_agree(case, given, mask, dtype=torch.bfloat16, tolerance=1e-2)
 
 
 @every_case(options={})
@@ -346,89 +321,6 @@ def test_state_dict_carries_everything(case):
     assert torch.equal(given.run(copy.deepcopy(module), mask), given.run(module, mask))
 
 
-NEEDS = {
-    "causal": ({}, {"causal": True}, "causal attention"),
-    "bidirectional": ({}, {"causal": False}, "bidirectional attention"),
-    "cross": ({}, {"causal": False, "cross": True}, "keys of another sequence"),
-    "any_mask": ({}, {"causal": True, "plain": False, "rule": lambda b, h, q, k: k <= q}, "a mask beyond causal"),
-    "segments": ({}, {"segments_BK": torch.arange(10).expand(2, -1) // 4}, "packed sequences"),
-    "position_bias": ({"position_bias": torch.zeros(1, 4, 10, 10, dtype=torch.float64)}, {}, "a position bias"),
-    "softcap": ({"softcap": 5.0}, {}, "a softcap"),
-    "sinks": ({"sinks": torch.zeros(4, dtype=torch.float64)}, {}, "learned sink logits"),
-}
-
-
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@every_class()
-def test_honours_what_it_declares_and_refuses_the_rest(cls, capability):
-    extras, options, need = NEEDS[capability]
-    case = next(case for case in CASES if case.cls is cls)
-    mask = AttentionMask(2, 10, 10, **{"causal": case.causal, **options})
-    given = inputs(2, 10)
-    given.extras = extras
-    if getattr(cls, capability):
-        assert given.run(case.module(), mask).isfinite().all()
-        return
-    message = f"this call needs {need}.*, which attention '{cls.name}' cannot honour; it can honour: "
-    with pytest.raises(ValueError, match=message):
-        given.run(case.module(), mask)
-
-
-@pytest.mark.parametrize(
-    ("case", "extra"),
-    [
-        pytest.param(case, extra, id=f"{case} {extra}")
-        for case in CASES
-        for extra in ("position_bias", "softcap", "sinks")
-        if getattr(case.cls, extra)
-    ],
-)
-def test_extras_that_are_declared_equal_the_reference(case, extra):
-    generator = torch.Generator().manual_seed(2)
-    for queries in (20, 3) if case.causal else (20,):
-        given = inputs(2, queries, 20)
-        given.extras = {
-            "position_bias": {
-                "position_bias": torch.randn(1, 4, queries, 20, generator=generator, dtype=torch.float64)
-            },
-            "softcap": {"softcap": 0.5},
-            "sinks": {"sinks": torch.randn(4, generator=generator, dtype=torch.float64)},
-        }[extra]
-        mask = case.mask(2, queries, 20, padding_BK=left_padding([20, 13], 20))
-        assert_forms_agree(case, given, mask)
-        if not case.options:  # a window of 1 is deaf to a softcap, the defaults are not
-            plain = inputs(2, queries, 20).run(case.module(), mask)
-            assert not torch.allclose(given.run(case.module(), mask), plain), "it has no effect"
-
-
-RULES = {
-    "sliding": (True, lambda b, h, q, k: (k <= q) & (k > q - 6)),
-    "prefix": (False, lambda b, h, q, k: (k <= q) | (k < 9)),
-    "of the row": (True, lambda b, h, q, k: (k <= q) & (k % 3 != b)),
-}
-
-
-@every_case(any_mask=True)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("queries", [26, 4])
-def test_masks_beyond_plain_equal_the_reference(case, rule, queries):
-    causal, rule = RULES[rule]
-    if causal != case.causal:
-        return
-    shape = {"plain": False, "causal": causal, "padding_BK": left_padding([26, 17], 26)}
-    lazy = AttentionMask(2, queries, 26, rule=rule, **shape)
-    assert_forms_agree(case, inputs(2, queries, 26), lazy)
-    dense = AttentionMask(2, queries, 26, dense_BQK=lazy.dense()[:, 0], **shape)
-    assert_forms_agree(case, inputs(2, queries, 26), dense)
-
-
-@every_case(cross=True, causal=False)
-@pytest.mark.parametrize(("queries", "keys"), [(9, 14), (14, 9), (1, 5), (70, 130)])
-def test_cross_attention_equals_the_reference(case, queries, keys):
-    mask = case.mask(2, queries, keys, cross=True, padding_BK=left_padding([keys, keys - 3], keys))
-    assert_forms_agree(case, inputs(2, queries, keys), mask)
-
-
 @every_case()
 def test_rows_without_a_real_token_stay_finite(case):
     given, module = inputs(2, 12).to(torch.float32), case.module(dtype=torch.float32)
@@ -473,6 +365,24 @@ def test_mixed_dtypes_of_autocast_are_taken(case):
         got = outcome(module, given, mask, cotangent)
     assert got["out"].dtype == torch.bfloat16
     assert_same(got, want, 2e-2)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # dynamo's own, at a graph break
+@every_case(options={})
+def test_a_compiled_model_gives_the_same(case):
+    given, module = inputs(2, 70), case.module()
+
+    def layer(q, k, v):
+        return 2 * module(q + 1, k, v, mask=case.mask(2, 70, 70), scale=SCALE)[0]
+
+    leaves = [x.requires_grad_() for x in (given.q, given.k, given.v)]
+    torch.compiler.reset()
+    got, want = torch.compile(layer, backend="eager")(*leaves), layer(*leaves)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), leaves, allow_unused=True) for out in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 class Largest(TorchDispatchMode):

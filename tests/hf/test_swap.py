@@ -5,6 +5,7 @@ import pickle
 import threading
 import warnings
 
+import accelerate
 import pytest
 import tiny
 import torch
@@ -256,3 +257,12 @@ def test_config_is_enough():
     config.attn_plugin = {"type": "local", "window_size": 4, "layers": [0, 2]}
     assert plugins(AutoModelForCausalLM.from_config(config)) == ["local", None, "local"]
     assert plugins(LlamaForCausalLM(config)) == ["local", None, "local"]
+
+
+@torch.no_grad()
+def test_accelerates_device_hooks_pass_the_mask_on():
+    """Its hooks call ``.to`` on whatever has it, between any two modules."""
+    given, model = tiny.inputs("llama"), ap.swap_attention(tiny.build("llama"), "local", window_size=3)
+    expected = tiny.output(model, given)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(tiny.output(model, given), expected)

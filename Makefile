@@ -1,0 +1,97 @@
+# Everything a user or developer runs. `make` alone lists the targets.
+#   VENV=.venv      the environment, made on first use
+#   PYTHON=python3  the interpreter that makes it, 3.10 or newer
+#   TORCH_INDEX=    address of an extra package index, for PyTorch's CPU wheels; also from the environment
+#   CUDA=1          allow the CUDA build of torch, several gigabytes
+#   WORKERS=2       processes that run tests
+
+VENV = .venv
+PYTHON = python3
+TORCH_INDEX ?=
+CUDA =
+WORKERS = 2
+NAME =
+
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin
+# Compiling every module at install takes longer than installing. Python does it for those that are imported, once, if
+# it is let.
+export PYTHONDONTWRITEBYTECODE :=
+PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile $(if $(CI),--quiet) \
+	$(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -c constraints.txt
+# Tests never reach a hub. Their tensors are small: processes side by side help, threads inside them do harm.
+PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
+PYTEST = $(call PYTEST_IN,$(VENV))
+
+.PHONY: help setup fix check test test-slow test-real test-oldest demo docs try wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+setup: $(VENV)/.installed ## the environment with all extras, at the versions of constraints.txt
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.10; say make PYTHON=python3.12, or another" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP_INSTALL) --quiet pip
+	@$(PIP_INSTALL) --quiet --dry-run --no-deps --report $(VENV)/torch.json torch
+	@if [ -z "$(CUDA)" ] && [ "$$(uname -s)" = Linux ] && grep -qE '"(nvidia|cuda|triton)' $(VENV)/torch.json; then \
+		echo "error: pip would install the CUDA build of torch, several gigabytes." >&2; \
+		echo "  For the CPU build:  make setup TORCH_INDEX=<the address of PyTorch's index of CPU wheels>" >&2; \
+		echo "  For the CUDA build: make setup CUDA=1" >&2; exit 1; fi
+	$(PIP_INSTALL) -e ".[dev]"
+	@$(BIN)/python -m pip check
+	@touch $@
+
+fix: setup ## repair what ruff can, and format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: setup ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: setup ## the default test run: offline, no weights
+	$(PYTEST)
+
+test-slow: setup ## tests that take minutes
+	$(PYTEST) -m slow
+
+test-real: setup ## tests on real weights; fetches the demo's model
+	$(BIN)/python -m attn_plugins.demo
+	$(PYTEST) -m real
+
+test-oldest: $(OLDEST)/.installed ## tests of the bridge on the oldest transformers that is supported
+	$(call PYTEST_IN,$(OLDEST)) tests/hf
+
+# A venv of its own for the few packages that differ; all others are looked up in the first one.
+$(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
+	@rm -rf $(OLDEST)
+	@$(BIN)/python -m venv --without-pip $(OLDEST)
+	$(BIN)/python -m pip --python $(OLDEST)/bin/python install --quiet --no-compile --no-deps -r constraints-oldest.txt
+	@folder=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		$(OLDEST)/bin/python -c 'import pathlib, sys, sysconfig; \
+		pathlib.Path(sysconfig.get_path("purelib"), "base.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' "$$folder"
+	@$(BIN)/python -m pip --python $(OLDEST)/bin/python check
+	@touch $@
+
+demo: setup ## fetch a small pretrained model and compare attentions on it: table, plots, report
+	$(BIN)/python -m attn_plugins.demo
+	$(BIN)/attn-plugins compare --config configs/compare/demo.yaml
+
+docs: setup ## write docs/attentions.md from the docstrings
+	$(BIN)/python -m attn_plugins.docs docs/attentions.md
+
+try: setup ## NAME=local: the contract of one attention, in seconds
+	@test -n "$(NAME)" || { echo "error: which attention? say make try NAME=local" >&2; exit 1; }
+	$(PYTEST) -q -x -k "$(NAME) and not finite_differences and not length_squared" tests/attentions/test_contract.py
+
+wheel: setup ## dist/*.whl
+	$(BIN)/python -m build --wheel
+
+clean: ## remove what make made, except results in runs/
+	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find attn_plugins tests examples -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,310 @@
+"""The command line: attn-plugins VERB, or python -m attn_plugins VERB, or accelerate launch -m attn_plugins VERB."""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from attn_plugins.registry import did_you_mean, get_attention, list_attentions
+from attn_plugins.settings import build, override, parse_yaml, read_yaml
+
+# Only what every verb needs is imported above: `list` must be quick, and works without the extras.
+
+app = typer.Typer(
+    name="attn-plugins",
+    help="Put another attention into a Hugging Face model: fine-tune, evaluate and compare it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", help="YAML file of settings.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", "-s", metavar="KEY=VALUE", help="Set one setting, over the file's: training.max_steps=20. Repeatable."
+    ),
+]
+Model = Annotated[str | None, typer.Option("--model", "-m", help="A folder, a name on the hub, or smollm2-135m-demo.")]
+Attn = Annotated[
+    str | None,
+    typer.Option("--attn", "-a", help="A name, YAML such as '{type: local, window_size: 256}', a YAML file, or null."),
+]
+Data = Annotated[
+    str | None, typer.Option("--data", "-d", help="A local file or folder, a data set on the hub, or python-docs.")
+]
+
+
+def main() -> None:
+    """Run the command line. What a user got wrong ends as one line and exit status 2."""
+    # Until transformers drops the old name, peft asks for it on every load; a user can do nothing about it.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
+    app()
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """For what happens before work starts: a ValueError says what the user got wrong, and needs no traceback."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("ATTN_PLUGINS_TRACEBACK"):
+            raise
+        if os.environ.get("RANK", "0") == "0":  # of several processes, which all get here, one says so
+            print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
+def settings(
+    config: Path | None, flags: dict[str, Any], assignments: list[str] | None, attn: str | None = None
+) -> dict[str, Any]:
+    """The file's settings, over them the flags that were given, over those each --set."""
+    tree = {} if config is None else read_yaml(config)
+    tree = override(tree, [f"{key}={json.dumps(value)}" for key, value in flags.items() if value is not None])
+    if attn is not None:
+        tree["attention"] = attention_flag(attn)
+    return override(tree, assignments or [])
+
+
+def attention_flag(attn: str) -> Any:
+    """What --attn says. A bare name becomes a rule, so that ``--attn local --set attention.window_size=64`` works."""
+    value = attn if attn.endswith((".yaml", ".yml")) else parse_yaml(attn)
+    return {"type": value} if isinstance(value, str) and value in list_attentions() else value
+
+
+@app.command("list")
+def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, everything included.")] = False) -> None:
+    """List the attentions: name, family, cost, and what each is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    attentions = [get_attention(name) for name in list_attentions()]
+    if as_json:
+        print(json.dumps([facts(attention) for attention in attentions], indent=2))
+        return
+    table = Table(caption="attn-plugins describe NAME tells options, paper and source", caption_justify="left")
+    for column in ("name", "family", "cost of a head", "what it is"):
+        table.add_column(column)
+    for attention in sorted(attentions, key=lambda a: (a.family, a.name)):
+        table.add_row(attention.name, attention.family, attention.cost, facts(attention)["summary"])
+    Console().print(table)
+
+
+@app.command()
+def describe(
+    what: Annotated[str, typer.Argument(help="An attention's name, or a model: a folder, a name on the hub.")],
+    attn: Attn = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Describe an attention, or which attention serves each module of a model (with --attn: would serve)."""
+    if what in list_attentions() and attn is None:
+        _print_attention(facts(get_attention(what)), as_json)
+        return
+    with one_line_errors():
+        near = did_you_mean(what, list_attentions())
+        looks_like_model = Path(what).expanduser().exists() or "/" in what or what == "smollm2-135m-demo"
+        if not looks_like_model and near and attn is None:
+            raise ValueError(
+                f"{what!r} is neither an attention{near} nor a model folder; known: {', '.join(list_attentions())}"
+            )
+        from attn_plugins.hf.swap import describe_attention
+        from attn_plugins.training.models import skeleton
+
+        rows = describe_attention(skeleton(what) if attn is None else skeleton(what, attention_flag(attn)))
+    if as_json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+    else:
+        print(rows)
+
+
+@app.command()
+def finetune(
+    config: ConfigFile = None,
+    model: Model = None,
+    attn: Attn = None,
+    data: Data = None,
+    tune: Annotated[
+        str | None, typer.Option("--tune", help="What trains: lora, full, or new (new weights alone).")
+    ] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of new weights, data order and dropout.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last whole checkpoint in the output folder.")
+    ] = False,
+    assignments: Settings = None,
+) -> None:
+    """Fine-tune a model with an attention of your choice; writes the model, metrics.json and a model card."""
+    flags = {"model": model, "data.source": data, "tune": tune, "output_dir": output_dir, "seed": seed}
+    with one_line_errors():
+        tree = settings(config, flags, assignments, attn)
+        from attn_plugins.training.config import FinetuneConfig
+        from attn_plugins.training.finetune import prepare_finetune
+
+        parsed = build(FinetuneConfig, tree)
+        _spread()
+        run = prepare_finetune(parsed, resume=resume)
+    metrics = run.run()
+    if run.trainer.is_world_process_zero():
+        evaluation = metrics["evaluation"]
+        stages = {stage: evaluation[stage] for stage in ("before", "after") if evaluation[stage] is not None}
+        _print_figures(f"{evaluation['task']}, held-out", stages)
+        print(f"written to {run.config.output_dir}: the model, README.md, metrics.json")
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile = None,
+    model: Model = None,
+    attn: Attn = None,
+    data: Data = None,
+    task: Annotated[str | None, typer.Option("--task", help="perplexity or accuracy.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the result there, as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    assignments: Settings = None,
+) -> None:
+    """Measure a model, swapped or not, or a PEFT adapter, on held-out text."""
+    flags = {"model": model, "data.source": data, "evaluation.task": task, "output": output}
+    with one_line_errors():
+        tree = settings(config, flags, assignments, attn)
+        from attn_plugins.training.config import EvaluateConfig
+        from attn_plugins.training.evaluate import is_main_process, prepare_evaluation
+
+        parsed = build(EvaluateConfig, tree)
+        _spread()
+        run = prepare_evaluation(parsed)
+    result = run.run()
+    if not is_main_process():
+        return
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        served = ", ".join(f"{kind} in {count}" for kind, count in result["attention"]["modules"].items())
+        _print_figures(f"{result['task']} of {result['model']} ({served} attention modules)", {"": result["result"]})
+        if result["new_weights"]:
+            print(
+                f"note: {result['new_weights']} weights of the attention are at their initial values: it is untrained"
+            )
+
+
+@app.command()
+def compare(
+    config: ConfigFile = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run cells again that have a result already.")] = False,
+    assignments: Settings = None,
+) -> None:
+    """Compare attentions: quality untrained and fine-tuned, speed, memory. A killed run goes on where it was.
+
+    Exit status 1 if a cell failed.
+    """
+    from rich.console import Console
+
+    console = Console()
+    with one_line_errors():
+        from attn_plugins.compare import CompareConfig, prepare_compare, run_compare
+
+        parsed = build(CompareConfig, settings(config, {"output_dir": output_dir}, assignments))
+        results = prepare_compare(parsed)
+    from attn_plugins.report import write_report
+
+    run_compare(parsed, results, fresh=fresh)
+    tables, files = write_report(parsed, results)
+    for table in tables:
+        console.print(table.rich())
+        console.print()
+    print("files:", *[f"  {path}" for path in (results.path, *files)], sep="\n")
+    failed = [cell for cell in tables if cell.title == "Errors"]
+    if failed:
+        print("error: some cells failed; see the table of errors", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _spread() -> None:
+    """Where `accelerate launch` was asked for several processes and this is the only one, start them all, then exit."""
+    from attn_plugins.training.launch import spread
+
+    status = spread(sys.argv[1:])
+    if status is not None:
+        raise typer.Exit(status)
+
+
+def facts(attention: Any) -> dict[str, Any]:
+    """What there is to know of an attention, as JSON holds it."""
+    from attn_plugins.attention import capabilities
+    from attn_plugins.docs import options
+
+    file, line = inspect.getsourcefile(attention), inspect.getsourcelines(attention)[1]
+    doc = inspect.getdoc(attention) or ""
+    return {
+        "name": attention.name,
+        "family": attention.family,
+        "summary": " ".join(doc.partition("\n\n")[0].split()),
+        "cost": attention.cost,
+        "capabilities": capabilities(attention),
+        "paper": attention.paper,
+        "options": [dataclasses.asdict(option) for option in options(attention)],
+        "doc": doc,
+        "source": f"{file}:{line}",
+    }
+
+
+def _print_attention(known: dict[str, Any], as_json: bool) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    if as_json:
+        print(json.dumps(known, indent=2))
+        return
+    console = Console(highlight=False)
+    paragraphs = known["doc"].split("\n\n")  # lines are wrapped for the source; a terminal wraps them anew
+    doc = "\n\n".join(text if "\n " in text or "\n-" in text else " ".join(text.split()) for text in paragraphs)
+    console.print(f"[bold]{known['name']}[/bold] ({known['family']}), cost of a head {escape(known['cost'])}\n")
+    console.print(doc + "\n", markup=False)
+    console.print(f"honours: {', '.join(known['capabilities'])}", markup=False)
+    console.print(f"paper:   {known['paper']}", markup=False)
+    console.print(f"source:  {known['source']}\n", markup=False, soft_wrap=True)
+    if not known["options"]:
+        console.print("no options")
+        return
+    table = Table(title="options", title_justify="left")
+    for column in ("name", "type", "default", "what it does"):
+        table.add_column(column)
+    for option in known["options"]:
+        table.add_row(*(escape(option[name]) for name in ("name", "type", "default", "doc")))
+    console.print(table)
+
+
+def _print_figures(title: str, stages: dict[str, dict[str, Any]]) -> None:
+    """A column for each stage, a row for each figure."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    columns = [_flat(figures) for figures in stages.values()]
+    for name in columns[0]:
+        table.add_row(name, *(column[name] for column in columns))
+    Console().print(table)
+
+
+def _flat(figures: dict[str, Any]) -> dict[str, str]:
+    flat = {}
+    for name, value in figures.items():
+        if isinstance(value, list):
+            for part in value:
+                flat[f"perplexity at positions {part['from']} to {part['to']}"] = f"{part['perplexity']:.4g}"
+        else:
+            flat[name] = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return flat

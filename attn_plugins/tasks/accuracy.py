@@ -1,0 +1,60 @@
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from attn_plugins.data import labelled_examples
+from attn_plugins.tasks import Task, TaskConfig, register_task
+
+
+@register_task("accuracy")
+class Accuracy(Task):
+    """Share of texts whose class the model names right, and the mean cross-entropy.
+
+    ``majority`` is what a model gets that always answers the most frequent class: accuracy says nothing without it.
+    """
+
+    metric, better, model, labelled = "accuracy", "higher", "classification", True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TaskConfig):
+        batch_size: int = 16
+        """Rows measured at once, padded to the longest of them."""
+        max_length: int = 512
+        """Longer texts are cut to so many tokens."""
+        max_rows: int | None = None
+        """Measure only the first so many rows; null for all."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.require(self.max_length >= 1, "max_length", "at least 1")
+            self.require(self.max_rows is None or self.max_rows >= 1, "max_rows", "at least 1, or null")
+
+    def prepare(self, data, tokenizer, model):
+        if self.config.max_rows is not None:
+            data = data.select(range(min(len(data), self.config.max_rows)))
+        rows = labelled_examples(data, tokenizer, model.config.label2id, self.config.max_length)
+        batches = []
+        for start in range(0, len(rows), self.config.batch_size):
+            part = rows[start : start + self.config.batch_size]
+            labels = torch.tensor(part.pop("labels"))
+            batches.append({**tokenizer.pad(part, return_tensors="pt"), "labels": labels})
+        return batches
+
+    def score(self, model, batch):
+        labels = batch.pop("labels")
+        logits = model(**batch).logits.float()
+        return {
+            "right": (logits.argmax(-1) == labels).sum(),
+            "loss": cross_entropy(logits, labels, reduction="sum"),
+            "by_class": torch.bincount(labels, minlength=logits.shape[-1]),
+        }
+
+    def finish(self, sums):
+        rows = sums["by_class"].sum()
+        return {
+            "accuracy": float(sums["right"] / rows),
+            "majority": float(sums["by_class"].max() / rows),
+            "loss": float(sums["loss"] / rows),
+            "rows": int(rows),
+        }

@@ -1,0 +1,73 @@
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from attn_plugins.data import token_blocks
+from attn_plugins.tasks import Task, TaskConfig, register_task
+
+
+@register_task("perplexity")
+class Perplexity(Task):
+    """exp of the mean negative log-likelihood of a token given those before it in its block, overall and by position.
+
+    The text is laid end to end and cut into blocks that do not overlap, so a token has between 1 and length - 1 tokens
+    before it, and the first of a block is not scored. ``by_position`` tells early tokens (little context) from late
+    ones (the full context): an attention that forgets shows in the last of them. Figures at different lengths or with
+    different tokenizers are not comparable.
+    """
+
+    metric, better, model = "perplexity", "lower", "causal-lm"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(TaskConfig):
+        length: int = 1024
+        """Tokens in a block."""
+        max_tokens: int | None = None
+        """Measure only the first so many tokens (whole blocks); null for all."""
+        buckets: int = 4
+        """Ranges of positions, equal in size, that are also reported alone."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            self.require(self.length >= 2, "length", "at least 2")
+            self.require(1 <= self.buckets < self.length, "buckets", "1 to length - 1")
+            least = f"at least one block, length={self.length}, or null"
+            self.require(self.max_tokens is None or self.max_tokens >= self.length, "max_tokens", least)
+
+    def prepare(self, data, tokenizer, model):
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and self.config.length > limit:
+            raise ValueError(
+                f"length={self.config.length}; allowed: at most {limit}, the model's max_position_embeddings"
+            )
+        blocks = token_blocks(data, tokenizer, self.config.length)
+        if self.config.max_tokens is not None:
+            blocks = blocks.select(range(min(len(blocks), self.config.max_tokens // self.config.length)))
+        rows = torch.tensor(blocks["input_ids"][:])
+        return [{"input_ids": batch} for batch in rows.split(self.config.batch_size)]
+
+    def score(self, model, batch):
+        ids = batch["input_ids"]
+        logits = model(input_ids=ids, use_cache=False).logits
+        # Row by row: a float32 copy of all logits would be the largest tensor of the whole measurement.
+        losses = [
+            cross_entropy(row[:-1].float(), target[1:], reduction="none")
+            for row, target in zip(logits, ids, strict=True)
+        ]
+        return {"loss": torch.stack(losses).double().sum(0), "tokens": torch.full_like(losses[0], ids.shape[0])}
+
+    def finish(self, sums):
+        loss, tokens = sums["loss"], sums["tokens"]
+        by_position = []
+        for part in torch.arange(1, self.config.length).tensor_split(self.config.buckets):
+            mean = loss[part - 1].sum() / tokens[part - 1].sum()
+            by_position.append({"from": int(part[0]), "to": int(part[-1]), "perplexity": float(mean.exp())})
+        mean = loss.sum() / tokens.sum()
+        return {
+            "perplexity": float(mean.exp()),
+            "loss": float(mean),
+            "tokens": int(tokens.sum()),
+            "length": self.config.length,
+            "by_position": by_position,
+        }

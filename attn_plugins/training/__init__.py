@@ -1,0 +1,1 @@
+"""Recipes on transformers' Trainer, and the loading of models that they share with evaluation and comparison."""

@@ -1,0 +1,111 @@
+"""The model card of a fine-tune, README.md beside the weights: base model, attention, data, results, how to load it."""
+
+from typing import Any
+
+import yaml
+
+
+def model_card(metrics: dict[str, Any]) -> str:
+    """Markdown with the front matter that the hub reads, from what metrics.json holds."""
+    kinds = metrics["attention"]["modules"]
+    names = [kind for kind in kinds if not kind.startswith("own (")]
+    lora = metrics["tune"] == "lora"
+    front = {
+        "base_model": metrics["base_model"],
+        "library_name": "peft" if lora else "transformers",
+        "pipeline_tag": "text-generation" if metrics["task"] == "causal-lm" else "text-classification",
+        "tags": ["attn-plugins", *[f"attention-{name}" for name in names], *(["lora"] if lora else [])],
+    }
+    served = ", ".join(f"{kind} in {count}" for kind, count in kinds.items())
+    train, parameters = metrics["train"], metrics["parameters"]
+    lines = [
+        "---",
+        yaml.safe_dump(front, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# {metrics['model']} with {' + '.join(names) or 'its own'} attention",
+        "",
+        f"Fine-tuned with attn-plugins: {_TUNED[metrics['tune']]}.",
+        "",
+        "## Attention",
+        "",
+        f"Attention modules of the model: {served}. New parameters in them: {metrics['attention']['new_params']:,}.",
+        "",
+        "```yaml",
+        yaml.safe_dump(metrics["rules"], sort_keys=False).strip().removesuffix("...").strip(),
+        "```",
+        "",
+        "## Results",
+        "",
+        *_results(metrics["evaluation"]),
+        "",
+        "## Training",
+        "",
+        f"- Base model: {metrics['base_model']}",
+        f"- Data: {_spelled(metrics['data']['source'])}, column {metrics['data']['text_column']!r}",
+        f"- {train['steps']} steps, {train['rows']:,} rows (a row is a {train['row']}), {train['seconds']:,} s, "
+        f"{train['processes']} {'process' if train['processes'] == 1 else 'processes'}, mean loss {train['loss']:.4f}",
+        f"- Parameters: {parameters['trained']:,} trained of {parameters['total']:,}",
+        f"- Seed: {metrics['seed']}",
+        f"- {', '.join(f'{name} {version}' for name, version in metrics['versions'].items())}",
+        "",
+        "## Use",
+        "",
+        "```python",
+        *_use(metrics, lora),
+        "```",
+        "",
+        _WARNINGS[lora],
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_TUNED = {
+    "lora": "LoRA adapters, and all weights of the attention that are new",
+    "full": "all weights trained",
+    "new": "only the weights that the base model did not have were trained",
+}
+
+
+_WARNINGS = {
+    False: "Without attn-plugins installed transformers refuses to load this model.",
+    True: "Loaded onto a base model without `attn_plugin`, the adapter would run with another attention than it was "
+    "trained with. `attn-plugins evaluate` reads the rules from config.json beside the adapter.",
+}
+
+
+def _results(evaluation: dict[str, Any]) -> list[str]:
+    stages = [stage for stage in ("before", "after") if evaluation[stage] is not None]
+    figures = [name for name, value in evaluation["after"].items() if isinstance(value, (int, float))]
+    lines = [f"Held-out {evaluation['task']}:", ""]
+    lines += [f"| | {' | '.join(f'{stage} training' for stage in stages)} |", "|---" * (len(stages) + 1) + "|"]
+    for name in figures:
+        lines.append(f"| {name} | {' | '.join(_figure(evaluation[stage][name]) for stage in stages)} |")
+    for number, part in enumerate(evaluation["after"].get("by_position", [])):
+        cells = [_figure(evaluation[stage]["by_position"][number]["perplexity"]) for stage in stages]
+        lines.append(f"| perplexity at positions {part['from']} to {part['to']} | {' | '.join(cells)} |")
+    return lines
+
+
+def _figure(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _use(metrics: dict[str, Any], lora: bool) -> list[str]:
+    auto = "AutoModelForCausalLM" if metrics["task"] == "causal-lm" else "AutoModelForSequenceClassification"
+    lines = ["import attn_plugins", f"from transformers import {auto}", ""]
+    if not lora:
+        return [*lines, f'model = {auto}.from_pretrained("path/to/this/folder")']
+    flag = repr(metrics["rules"])
+    loaded = f'{auto}.from_pretrained("{metrics["base_model"]}", attn_plugin={flag})'
+    return [
+        *lines[:1],
+        "from peft import PeftModel",
+        *lines[1:],
+        f"base = {loaded}",
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+    ]
+
+
+def _spelled(source: str | list[str]) -> str:
+    return source if isinstance(source, str) else ", ".join(source)

@@ -1,0 +1,137 @@
+"""Settings of a fine-tune and of an evaluation, as YAML gives them, validated before anything is loaded."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from attn_plugins.data import DataConfig
+from attn_plugins.extras import need
+from attn_plugins.settings import build, check_keys, convert
+from attn_plugins.tasks import Task, get_task
+from attn_plugins.training.models import AS_SAVED, Dtype, Kind, read_attention
+
+DEFAULT_TASK = {"causal-lm": "perplexity", "classification": "accuracy"}
+
+OURS = {
+    "output_dir": "output_dir",
+    "seed": "seed",
+    "resume_from_checkpoint": "--resume",
+    "do_train": None,
+    "do_eval": None,
+    "do_predict": None,
+    "local_rank": None,
+}
+"""Fields of TrainingArguments that are set elsewhere, or mean nothing here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """One fine-tune: which model with which attention on which data, what of it trains, and how."""
+
+    model: str
+    """A folder, a name on the hub, or smollm2-135m-demo."""
+    data: DataConfig
+    """Training and held-out text."""
+    output_dir: str
+    """Where checkpoints, the result, metrics.json and the model card go."""
+    attention: Any = AS_SAVED
+    """A name, a rule, a list of rules, a YAML file of these, null for the model's own, or as-saved."""
+    task: Kind = "causal-lm"
+    """causal-lm: the next token, in blocks of ``block_size``. classification: a label a row, padded to the batch."""
+    tune: Literal["lora", "full", "new"] = "lora"
+    """lora: adapters, and all new weights. full: everything. new: new weights alone (of the attention, of a head)."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """Fields of peft's LoraConfig."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Fields of transformers' TrainingArguments."""
+    block_size: int = 1024
+    """Tokens in a training block, for causal-lm."""
+    max_length: int = 512
+    """Longer texts are cut to so many tokens, for classification."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """``task`` (default: perplexity or accuracy) and its options; measured on held-out rows after training."""
+    evaluate_before: bool = False
+    """Also measure before training."""
+    dtype: Dtype = "float32"
+    """What weights are loaded in; mixed precision is ``training: {bf16: true}``."""
+    seed: int = 0
+    """Of new weights, of the order of the data, and of dropout."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", read_attention(self.attention))
+        if self.block_size < 2:
+            raise ValueError(f"block_size={self.block_size}; allowed: at least 2")
+        if self.max_length < 1:
+            raise ValueError(f"max_length={self.max_length}; allowed: at least 1")
+        if self.tune != "lora" and self.lora:
+            raise ValueError(f"lora options {sorted(self.lora)} go with tune='lora', not with tune={self.tune!r}")
+        evaluation_task(self.evaluation, self.task)
+        check_training(self.training)
+        if self.tune == "lora":
+            check_lora(self.lora)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """One evaluation of one model."""
+
+    model: str
+    """A folder (a PEFT adapter's too), a name on the hub, or smollm2-135m-demo."""
+    data: DataConfig
+    """The held-out part is measured."""
+    attention: Any = AS_SAVED
+    """A name, a rule, a list of rules, a YAML file of these, null for the model's own, or as-saved."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """``task`` (default: perplexity) and its options."""
+    dtype: Dtype = "auto"
+    """What weights are loaded in; auto is what they were saved in."""
+    seed: int = 0
+    """Of new weights."""
+    output: str | None = None
+    """Write the result there, as JSON."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "attention", read_attention(self.attention))
+        evaluation_task(self.evaluation)
+
+
+def evaluation_task(evaluation: dict[str, Any], kind: Kind | None = None) -> Task:
+    """The task that ``{"task": name, option: value}`` describes.
+
+    Args:
+        kind: what the model is, where that is known; the task must be one for it.
+    """
+    name = evaluation.get("task", DEFAULT_TASK[kind or "causal-lm"])
+    cls = get_task(name)
+    if kind is not None and cls.model != kind:
+        raise ValueError(f"evaluation.task={name!r} is for {cls.model} models, and task={kind!r}")
+    options = {key: value for key, value in evaluation.items() if key != "task"}
+    return cls(build(cls.Config, options, "evaluation"))
+
+
+def check_training(training: dict[str, Any]) -> None:
+    """Raise a ValueError for what is no field of TrainingArguments, is set elsewhere, or is of a wrong type."""
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    for key in training:
+        if key in OURS:
+            instead = f"; use {OURS[key]}" if OURS[key] else ""
+            raise ValueError(f"training.{key} is not for a config{instead}")
+    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in OURS]
+    _check(training, known, hints, "training")
+
+
+def check_lora(lora: dict[str, Any]) -> None:
+    """Raise a ValueError for what is no field of peft's LoraConfig, or is of a wrong type."""
+    cls = need("peft", "train").LoraConfig
+    ours = ("task_type", "peft_type", "base_model_name_or_path", "inference_mode")
+    known = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in ours]
+    _check(lora, known, typing.get_type_hints(cls), "lora")
+
+
+def _check(values: dict[str, Any], known: list[str], hints: dict[str, Any], where: str) -> None:
+    check_keys(values, known, where)
+    for key, value in values.items():
+        convert(value, hints[key], f"{where}.{key}")

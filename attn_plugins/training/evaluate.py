@@ -1,0 +1,111 @@
+"""Measure one model on held-out text with one task."""
+
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attn_plugins.data import load_data
+from attn_plugins.extras import need
+from attn_plugins.hf.swap import describe_attention
+from attn_plugins.tasks import Task, run_task
+from attn_plugins.training.config import EvaluateConfig, evaluation_task
+from attn_plugins.training.launch import SIZES
+from attn_plugins.training.models import Loaded, in_slot, load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """An evaluation whose inputs are all there: what can be wrong in a config has shown by now."""
+
+    config: EvaluateConfig
+    task: Task
+    loaded: Loaded
+    batches: list[dict[str, torch.Tensor]]
+
+    def run(self) -> dict[str, Any]:
+        """Measure; the result is also written to ``config.output`` where that is set."""
+        started = time.perf_counter()
+        figures = run_task(self.task, self.loaded.model, self.batches, progress=self.task.name)
+        result = {
+            "task": self.task.name,
+            "result": figures,
+            "seconds": round(time.perf_counter() - started, 2),
+            "model": self.config.model,
+            "attention": attention_summary(self.loaded.model),
+            "new_weights": sum(map(in_slot, self.loaded.fresh)),
+            "data": dataclasses.asdict(self.config.data),
+            "seed": self.config.seed,
+        }
+        if self.config.output is not None and is_main_process():
+            write_json(self.config.output, result)
+        return result
+
+
+def prepare_evaluation(config: EvaluateConfig) -> Evaluation:
+    """Load model and data.
+
+    Raises:
+        ValueError: something that the config names is not there or does not fit, or the model lacks trained weights
+            outside its attention (a classifier's head), so that its figures would say nothing.
+    """
+    task = evaluation_task(config.evaluation)
+    start_processes()
+    _, held_out = load_data(config.data, labelled=task.labelled)
+    loaded = load(config.model, attention=config.attention, kind=task.model, dtype=config.dtype, seed=config.seed)
+    untrained = [name for name in loaded.fresh if not in_slot(name)]
+    if untrained:
+        raise ValueError(
+            f"{config.model} holds no weights for {', '.join(untrained[:3])}, so {task.name} would say nothing of it"
+        )
+    batches = task.prepare(held_out, loaded.tokenizer, loaded.model)
+    return Evaluation(config=config, task=task, loaded=place(loaded), batches=batches)
+
+
+def attention_summary(model: nn.Module) -> dict[str, Any]:
+    """What serves how many of the model's attention modules, as JSON holds it."""
+    rows = describe_attention(model)
+    kinds: dict[str, int] = {}
+    for row in rows:
+        kind = row.plugin or f"own ({row.implementation})"
+        kinds[kind] = kinds.get(kind, 0) + 1
+    return {"modules": kinds, "new_params": sum(row.new_params for row in rows)}
+
+
+def start_processes() -> None:
+    """Join the other processes, where `accelerate launch` or torchrun started several."""
+    if any(int(os.environ.get(name, "1")) > 1 for name in SIZES) and not torch.distributed.is_initialized():
+        need("accelerate", "train").PartialState()
+
+
+def place(loaded: Loaded) -> Loaded:
+    """Move a model to the accelerator of this process, if it has one."""
+    if torch.accelerator.is_available() and not in_cpu_run():
+        loaded.model.to(torch.accelerator.current_accelerator())
+    return loaded
+
+
+def in_cpu_run() -> bool:
+    """Whether `accelerate launch --cpu` asked for the CPU."""
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+
+
+def is_main_process() -> bool:
+    return (
+        not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        or torch.distributed.get_rank() == 0
+    )
+
+
+def write_json(path: str | Path, tree: Any) -> None:
+    """Write JSON through a rename, so that a killed run leaves no half a file."""
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,299 @@
+"""Fine-tune a model with whatever attention it has been given, on transformers' Trainer."""
+
+import dataclasses
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attn_plugins.data import label_names, labelled_examples, load_data, token_blocks
+from attn_plugins.extras import need
+from attn_plugins.hf.swap import describe_attention
+from attn_plugins.tasks import Task, run_task
+from attn_plugins.training.card import model_card
+from attn_plugins.training.config import FinetuneConfig, evaluation_task
+from attn_plugins.training.evaluate import attention_summary, start_processes, write_json
+from attn_plugins.training.models import Loaded, in_slot, load
+
+METRICS, CARD = "metrics.json", "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """A fine-tune whose inputs are all there: what can be wrong in a config has shown by now."""
+
+    config: FinetuneConfig
+    loaded: Loaded
+    trainer: Any
+    task: Task
+    batches: list[dict[str, torch.Tensor]]
+    checkpoint: str | None
+    """Where it goes on from."""
+
+    def run(self, progress: str | None = "evaluation") -> dict[str, Any]:
+        """Train, measure, and write the model, metrics.json and the model card into ``config.output_dir``.
+
+        Returns:
+            what metrics.json holds.
+        """
+        config, trainer = self.config, self.trainer
+        before = None
+        if config.evaluate_before:
+            before = run_task(self.task, trainer.model, self.batches, progress=progress and f"{progress} before")
+        started = time.perf_counter()
+        output = trainer.train(resume_from_checkpoint=self.checkpoint)
+        seconds = time.perf_counter() - started
+        after = run_task(self.task, trainer.model_wrapped, self.batches, progress=progress)
+        metrics = self._metrics(output, before, after, seconds)
+        trainer.save_model(config.output_dir)
+        if trainer.is_world_process_zero():
+            out = Path(config.output_dir)
+            if config.tune == "lora":
+                _base(trainer.model).config.save_pretrained(out)  # tells the attention to whoever loads the adapter
+            write_json(out / METRICS, metrics)
+            (out / CARD).write_text(model_card(metrics), encoding="utf-8")
+        trainer.accelerator.wait_for_everyone()
+        return metrics
+
+    def _metrics(
+        self, output: Any, before: dict[str, Any] | None, after: dict[str, Any], seconds: float
+    ) -> dict[str, Any]:
+        config, trainer = self.config, self.trainer
+        history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        return {
+            "model": config.model,
+            "base_model": self.loaded.source,
+            "attention": attention_summary(trainer.model),
+            "rules": getattr(_base(trainer.model).config, "attn_plugin", None),
+            "task": config.task,
+            "tune": config.tune,
+            "seed": config.seed,
+            "data": dataclasses.asdict(config.data),
+            "evaluation": {"task": self.task.name, "before": before, "after": after},
+            "train": {
+                "loss": output.training_loss,
+                "losses": [{"step": entry["step"], "loss": entry["loss"]} for entry in history],
+                "steps": trainer.state.global_step,
+                "rows": round((trainer.state.epoch or 0) * len(trainer.train_dataset)),
+                "row": f"block of {config.block_size} tokens" if config.task == "causal-lm" else "text",
+                "processes": trainer.args.world_size,
+                "seconds": round(seconds, 2),
+                "resumed_from": self.checkpoint,
+            },
+            "parameters": parameter_counts(trainer.model),
+            "training": config.training,
+            "lora": config.lora,
+            "versions": versions(),
+        }
+
+
+def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: bool = False) -> Finetune:
+    """Load data and model, choose what trains, and build the Trainer.
+
+    Args:
+        resume: go on from the last whole checkpoint in ``config.output_dir``, from the start if there is none.
+        quiet: no progress bar for training.
+
+    Raises:
+        ValueError: something that the config names is not there or does not fit, there is nothing to train, or
+            ``output_dir`` holds an earlier run and ``resume`` was not asked for.
+    """
+    need("accelerate", "train")
+    arguments = _arguments(config, quiet)
+    start_processes()
+    checkpoint = last_whole_checkpoint(config.output_dir)
+    if not resume and _holds_a_run(config.output_dir):
+        raise ValueError(
+            f"{config.output_dir} holds an earlier run; go on with it with --resume, or name another output_dir"
+        )
+    with arguments.main_process_first(desc="reading the data"):
+        train, held_out = load_data(config.data, labelled=config.task == "classification")
+    labels = label_names(train) if config.task == "classification" else None
+    loaded = load(
+        config.model, attention=config.attention, kind=config.task, labels=labels, dtype=config.dtype, seed=config.seed
+    )
+    task = evaluation_task(config.evaluation, config.task)
+    with arguments.main_process_first(desc="tokenizing"):
+        if config.task == "causal-lm":
+            rows = token_blocks(train, loaded.tokenizer, _checked_length(config, loaded.model))
+        else:
+            rows = labelled_examples(train, loaded.tokenizer, _base(loaded.model).config.label2id, config.max_length)
+        batches = task.prepare(held_out, loaded.tokenizer, loaded.model)
+    model = choose_parameters(config, loaded)
+    trainer = _trainer(config, arguments, model, loaded.tokenizer, rows, held_out)
+    return Finetune(
+        config=config,
+        loaded=loaded,
+        trainer=trainer,
+        task=task,
+        batches=batches,
+        checkpoint=checkpoint if resume else None,
+    )
+
+
+def choose_parameters(config: FinetuneConfig, loaded: Loaded) -> nn.Module:
+    """Make trainable what ``config.tune`` says, and nothing else.
+
+    Raises:
+        ValueError: nothing is left to train, or PEFT cannot place its adapters.
+    """
+    model = loaded.model
+    new = [name for name, _ in model.named_parameters() if in_slot(name) or name in loaded.fresh]
+    if hasattr(model, "peft_config"):
+        raise ValueError(f"{config.model} is a PEFT adapter; fine-tune its base model, or merge it first")
+    if config.tune == "full":
+        return model.requires_grad_(True)
+    if config.tune == "new":
+        if not new:
+            raise ValueError(
+                "tune='new' trains the weights that the checkpoint did not hold, and there are none: "
+                "this attention has no weights of its own; allowed here: lora, full"
+            )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in new)
+        return model
+    return _with_lora(config, model, new)
+
+
+def _with_lora(config: FinetuneConfig, model: nn.Module, new: list[str]) -> nn.Module:
+    peft = need("peft", "train")
+    options = dict(config.lora)
+    # A slot trains whole: no adapters inside it, even where a layer in it has the name of one of the model's.
+    targets = options.get("target_modules")
+    inside = {
+        path.rpartition(".")[2] for path, m in model.named_modules() if in_slot(path) and isinstance(m, nn.Linear)
+    }
+    if inside & set(targets) if isinstance(targets, list) else inside:
+        options.setdefault("exclude_modules", r"(.*\.)?attn_plugin(\..*)?")
+    whole = ["attn_plugin" if in_slot(name) else name.rpartition(".")[0] for name in new]
+    whole = sorted(set(whole) | set(options.pop("modules_to_save", None) or []))
+    kind = peft.TaskType.CAUSAL_LM if config.task == "causal-lm" else peft.TaskType.SEQ_CLS
+    try:
+        return peft.get_peft_model(model, peft.LoraConfig(task_type=kind, modules_to_save=whole or None, **options))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"lora: {error}") from error
+
+
+def _arguments(config: FinetuneConfig, quiet: bool) -> Any:
+    from transformers import TrainingArguments
+
+    options = dict(config.training)
+    options.setdefault("logging_steps", 10)
+    options.setdefault("report_to", "none")
+    options.setdefault("label_names", ["labels"])  # a PEFT model's forward hides them from Trainer
+    options.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
+    options.setdefault("disable_tqdm", quiet)
+    try:
+        return TrainingArguments(output_dir=config.output_dir, seed=config.seed, **options)
+    except (ValueError, TypeError, ImportError) as error:
+        raise ValueError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _checked_length(config: FinetuneConfig, model: nn.Module) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
+    if limit is not None and config.block_size > limit:
+        raise ValueError(
+            f"block_size={config.block_size}; allowed: at most {limit}, the model's max_position_embeddings"
+        )
+    return config.block_size
+
+
+def _trainer(config: FinetuneConfig, arguments: Any, model: nn.Module, tokenizer: Any, rows: Any, held_out: Any) -> Any:
+    from transformers import DataCollatorWithPadding, Trainer
+
+    evaluated = None
+    if arguments.eval_strategy != "no":
+        if config.task == "causal-lm":
+            evaluated = token_blocks(held_out, tokenizer, config.block_size)
+        else:
+            evaluated = labelled_examples(held_out, tokenizer, _base(model).config.label2id, config.max_length)
+    collate = collate_blocks if config.task == "causal-lm" else DataCollatorWithPadding(tokenizer)
+    checkpointed = arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False)
+    if checkpointed and config.tune != "full":
+        _base(model).enable_input_require_grads()  # reentrant checkpoints of frozen weights would pass no gradient on
+    return Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=evaluated,
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+
+
+def collate_blocks(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Blocks of one length, without a padding mask: there is no padding. The model shifts the labels itself."""
+    input_ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+def last_whole_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint that was written to its end, or None.
+
+    Trainer writes trainer_state.json last, so a checkpoint in which it is missing or broken was cut off.
+    """
+    found = []
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
+        if match and _whole(folder):
+            found.append((int(match[1]), str(folder)))
+    return max(found)[1] if found else None
+
+
+def _whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _holds_a_run(output_dir: str) -> bool:
+    path = Path(output_dir)
+    return (path / METRICS).exists() or any(path.glob("checkpoint-*"))
+
+
+def parameter_counts(model: nn.Module) -> dict[str, int]:
+    """Numbers of parameters: in all, of those that train, and of those that belong to attentions."""
+    named = list(model.named_parameters())
+    return {
+        "total": sum(p.numel() for _, p in named),
+        "trained": sum(p.numel() for _, p in named if p.requires_grad),
+        "attention": sum(row.new_params for row in describe_attention(model)),
+    }
+
+
+def versions() -> dict[str, str]:
+    """What a result depends on beside its config."""
+    import platform
+
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": device_name(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's kind and how many of its cores are there."""
+    import platform
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    if torch.accelerator.is_available():
+        return str(torch.accelerator.current_accelerator())
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

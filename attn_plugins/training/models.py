@@ -1,0 +1,195 @@
+"""From what a user names (built-in name, folder, model on the hub, PEFT adapter) to a model with its attention."""
+
+import contextlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+
+from attn_plugins.extras import need
+from attn_plugins.hf.dispatch import SLOT
+from attn_plugins.rules import parse_rules
+from attn_plugins.settings import parse_yaml
+
+DEMO = "smollm2-135m-demo"
+"""Built-in model name: SmolLM2-135M-Instruct, fetched and converted by attn_plugins.demo."""
+
+AS_SAVED = "as-saved"
+"""The value of ``attention`` that leaves a checkpoint as it is: swapped if it was saved swapped."""
+
+Kind = Literal["causal-lm", "classification"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+AUTO = {
+    "causal-lm": transformers.AutoModelForCausalLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model that is ready to train or measure."""
+
+    model: nn.Module
+    tokenizer: Any
+    source: str
+    """What transformers loaded it from: a folder or a name on the hub."""
+    fresh: list[str]
+    """Names of parameters that the checkpoint did not hold, so that they are at their initial values."""
+
+
+def read_attention(value: Any) -> Any:
+    """Attention rules as a config or a flag gives them: a name, a rule, a list of rules, null, or a YAML file of these.
+
+    Raises:
+        ValueError: the file is not there, or the rules are wrong as far as that shows without a model.
+    """
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+        try:
+            text = Path(value).expanduser().read_text(encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"cannot read attention {value}: {error.strerror}") from None
+        try:
+            return read_attention(parse_yaml(text))
+        except ValueError as error:
+            raise ValueError(f"{value}: {error}") from None
+    if value is not None and value != AS_SAVED:
+        parse_rules(value)
+    return value
+
+
+def resolve(source: str) -> str:
+    """The folder or hub name behind a name.
+
+    Raises:
+        ValueError: it names a folder that is not there, or the built-in model cannot be had.
+    """
+    if source == DEMO:
+        from attn_plugins.demo import demo_model
+
+        try:
+            return str(demo_model())
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists():
+        raise ValueError(f"model {source!r} is a file; allowed: a folder with config.json, or a name on the hub")
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or not source:
+        raise ValueError(f"no such model folder: {source!r}")
+    return source
+
+
+def load(
+    source: str,
+    *,
+    attention: Any = AS_SAVED,
+    kind: Kind = "causal-lm",
+    labels: list[str] | None = None,
+    dtype: Dtype = "auto",
+    seed: int = 0,
+) -> Loaded:
+    """Load a model, or the base model of a PEFT adapter and the adapter on top, with its tokenizer.
+
+    Args:
+        attention: rules, ``None`` for the model's own attention, or "as-saved".
+        labels: names of the classes of a classifier that is to be trained; None for those of the checkpoint.
+        seed: what new weights are drawn from.
+
+    Raises:
+        ValueError: there is no such model, or the attention does not fit it.
+    """
+    folder = resolve(source)
+    adapter = read_adapter(folder)
+    base, attention = (
+        (folder, attention) if adapter is None else (resolve(adapter["base"]), _of_adapter(attention, adapter))
+    )
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if attention != AS_SAVED:
+        options["attn_plugin"] = read_attention(attention)
+    names = labels if labels is not None or adapter is None else adapter["labels"]
+    if kind == "classification" and names is not None:
+        options["id2label"] = dict(enumerate(names))
+        options["label2id"] = {name: number for number, name in enumerate(names)}
+    if os.environ.get("RANK", "0") != "0":
+        transformers.utils.logging.set_verbosity_error()  # of several processes, one tells which weights are new
+    transformers.set_seed(seed)
+    with one_line(source):
+        model, info = AUTO[kind].from_pretrained(base, output_loading_info=True, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder if _has_tokenizer(folder) else base)
+    if kind == "classification" and tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if kind == "classification" and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    fresh = sorted(info["missing_keys"])
+    if adapter is not None:
+        model, fresh = need("peft", "train").PeftModel.from_pretrained(model, folder), []
+    return Loaded(model=model, tokenizer=tokenizer, source=base, fresh=fresh)
+
+
+def skeleton(source: str, attention: Any = AS_SAVED) -> nn.Module:
+    """The model without its weights (meta device), from config.json alone.
+
+    Raises:
+        ValueError: there is no such model, or the attention does not fit it.
+    """
+    folder = resolve(source)
+    adapter = read_adapter(folder)
+    with one_line(source):
+        config = transformers.AutoConfig.from_pretrained(folder if adapter is None else resolve(adapter["base"]))
+    attention = attention if adapter is None else _of_adapter(attention, adapter)
+    if attention != AS_SAVED:
+        config.attn_plugin = read_attention(attention)
+    architecture = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if architecture is not None:
+            return architecture._from_config(config)
+        return transformers.AutoModel.from_config(config)
+
+
+def read_adapter(folder: str) -> dict[str, Any] | None:
+    """What a folder says of the PEFT adapter in it (base, attention, labels), or None if it holds none."""
+    path = Path(folder)
+    if not (path / "adapter_config.json").exists():
+        return None
+    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ValueError(f"{path / 'adapter_config.json'} names no base model (base_model_name_or_path)")
+    found: dict[str, Any] = {"base": base, "attention": AS_SAVED, "labels": None}
+    if (
+        path / "config.json"
+    ).exists():  # `attn-plugins finetune` writes the swapped base model's config beside the adapter
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        found["attention"] = config.get("attn_plugin", AS_SAVED)
+        if "id2label" in config:
+            found["labels"] = [name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))]
+    return found
+
+
+def _of_adapter(attention: Any, adapter: dict[str, Any]) -> Any:
+    return adapter["attention"] if attention == AS_SAVED else attention
+
+
+def in_slot(parameter: str) -> bool:
+    """Whether a parameter's name is that of an attention's own weight."""
+    return SLOT in parameter.split(".")
+
+
+@contextlib.contextmanager
+def one_line(source: str):
+    """Turn what transformers raises where there is no such model into a ValueError of one line."""
+    try:
+        yield
+    except OSError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"model {source!r} could not be loaded: {' '.join(lines[:2])}") from error
+
+
+def _has_tokenizer(folder: str) -> bool:
+    return any((Path(folder) / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))

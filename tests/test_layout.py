@@ -1,0 +1,161 @@
+"""Who may import whom, read from the sources: an arrow that points the wrong way fails here, with file and line."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "attn_plugins"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+CORE = {
+    "mask": set(),
+    "ops": {"mask", "ops"},
+    "attention": {"mask"},
+    "registry": {"attention", "attentions"},  # the folder, which it walks; no module in it is named
+    "attentions": {"attention", "mask", "ops", "registry"},
+    "rules": {"attention", "mask", "ops", "registry"},
+}
+"""What the modules that know torch alone may import of the package, each its own list."""
+
+ABOVE = [
+    {"extras", "settings", "data"},
+    {"hf", "tasks", "demo"},
+    {"training", "bench", "compare", "report", "inspect", "docs"},
+    {"cli", "__main__", "__init__"},
+]
+"""The others, lowest first: each may import its own row, the rows before it, and the core without attentions."""
+
+REQUIRED = {"torch", "transformers", "yaml", "typer", "rich"}
+"""What `pip install attn-plugins` brings. Anything else belongs to an extra and is imported where it is used."""
+
+
+class Import(NamedTuple):
+    importer: str
+    """Path of the file below the package, without .py, with dots."""
+    imported: str
+    """Dotted name, as written."""
+    eager: bool
+    """Runs when the file is imported, not when a function is called or types are checked."""
+    where: str
+
+
+def imports(path: Path, text: str | None = None) -> list[Import]:
+    importer = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    found = []
+
+    def visit(node: ast.AST, eager: bool) -> None:
+        where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import):
+            found.extend(Import(importer, alias.name, eager, where) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{where}: relative import; write it out"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found.extend(Import(importer, name, eager, where) for name in names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") == "need":
+            found.append(Import(importer, str(node.args[0].value), False, where))  # extras.need("datasets", ...)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            eager = False
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            eager = False
+        for child in ast.iter_child_nodes(node):
+            visit(child, eager)
+
+    visit(ast.parse(path.read_text(encoding="utf8") if text is None else text), True)
+    return found
+
+
+def part(dotted: str) -> str:
+    return dotted.split(".")[0]
+
+
+def wrong(one: Import) -> str | None:
+    """What is wrong with an import, or None."""
+    importer, top = part(one.importer), part(one.imported)
+    if top in sys.stdlib_module_names:
+        return None
+    if top == "attn_plugins":
+        inside = one.imported.split(".")[1:]
+        if not inside:
+            return None if importer in ("__main__",) else "imports the whole package: name the module"
+        target = inside[0]
+        known = {*CORE, *set().union(*ABOVE)}
+        if importer not in known or target not in known:
+            return f"{importer if importer not in known else target} has no place in CORE or ABOVE yet: give it one"
+        if target == "attentions" and len(inside) > 1 and inside[1] != "__path__":
+            return "names an attention: the registry is the only list"
+        if importer in CORE:
+            return None if target in CORE[importer] else f"{importer} may import {sorted(CORE[importer])} only"
+        rank = next(rank for rank, row in enumerate(ABOVE) if importer in row)
+        allowed = set().union(*ABOVE[: rank + 1], CORE) - {"attentions"}
+        return None if target in allowed else f"{importer} is below {target}"
+    if importer in CORE and top != "torch":
+        return f"{importer} may import torch and the standard library only"
+    if top == "transformers" and importer in ABOVE[0] | {"docs", "__init__"}:
+        return f"{importer} may not know transformers: hf is the bridge"
+    if one.eager and top not in REQUIRED:
+        return f"{top} comes with an extra: import it where it is used"
+    return None
+
+
+def test_imports_point_one_way():
+    found = [one for path in SOURCES for one in imports(path)]
+    assert len(found) > 50
+    assert [f"{one.where}: {one.imported}: {wrong(one)}" for one in found if wrong(one)] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("attentions/local.py", "from attn_plugins.hf import swap", "attentions may import"),
+        ("attentions/local.py", "from attn_plugins.attentions.softmax import SoftmaxAttention", "names an attention"),
+        ("attentions/local.py", "import transformers", "may import torch and the standard library only"),
+        ("ops/dense.py", "def f():\n    import numpy", "may import torch and the standard library only"),
+        ("ops/dense.py", "from attn_plugins.attention import Attention", "ops may import"),
+        ("rules.py", "from attn_plugins.hf.swap import swap_attention", "rules may import"),
+        ("hf/swap.py", "from attn_plugins.training import finetune", "hf is below training"),
+        ("hf/swap.py", "from attn_plugins.attentions.local import LocalAttention", "names an attention"),
+        ("hf/swap.py", "import attn_plugins", "imports the whole package"),
+        ("data.py", "from transformers import AutoTokenizer", "may not know transformers"),
+        ("data.py", "import datasets", "datasets comes with an extra"),
+        ("data.py", "def f():\n    need('transformers', 'train')", "may not know transformers"),
+        ("new_room.py", "from attn_plugins.mask import AttentionMask", "new_room has no place"),
+    ],
+)
+def test_a_wrong_import_is_found(file, line, message):
+    (one,) = imports(PACKAGE / file, line)
+    assert message in (wrong(one) or "")
+
+
+@pytest.mark.parametrize("line", ["def f():\n    import datasets", "if TYPE_CHECKING:\n    import datasets"])
+def test_an_extra_may_be_imported_late(line):
+    (one,) = imports(PACKAGE / "data.py", line)
+    assert wrong(one) is None
+
+
+def test_no_file_holds_more_than_one_concept():
+    limits = {path: 500 for folder in ("attn_plugins", "tests", "examples") for path in (ROOT / folder).rglob("*.py")}
+    limits |= dict.fromkeys((PACKAGE / "attentions").glob("*.py"), 120)
+    long = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf8").splitlines()) for path in limits}
+    assert {name: lines for name, lines in long.items() if lines > limits[ROOT / name]} == {}
+
+
+def test_names_say_what_a_thing_is():
+    vague = re.compile(r"manager|factory|mixin|wrapper|util|helper", re.IGNORECASE)
+    classes = [(path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text(encoding="utf8")))]
+    names = [node.name for _, node in classes if isinstance(node, ast.ClassDef)] + [path.stem for path in SOURCES]
+    assert [name for name in names if vague.search(name)] == []
+
+
+def test_at_most_one_level_of_inheritance():
+    bases: dict[str, set[str]] = {}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            if isinstance(node, ast.ClassDef):
+                bases.setdefault(node.name, set()).update(ast.unparse(base).split(".")[-1] for base in node.bases)
+    deep = [name for name, over in bases.items() if any(bases.get(base, set()) & set(bases) for base in over)]
+    assert deep == []
