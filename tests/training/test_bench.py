@@ -119,7 +119,9 @@ def test_a_backward_pass_trains_the_attentions_weights_alone(llama, scope):
 def test_an_encoder_is_measured_too(bert, scope):
     model = AutoModelForSequenceClassification.from_pretrained(bert)
     for which in ("forward", "forward_backward"):
-        for part in bench.parts(model, torch.randint(20, (2, 12)), scope, which):
+        parts = bench.parts(model, torch.randint(20, (2, 12)), scope, which)
+        assert sum(part.count for part in parts) == (1 if scope == "model" else model.config.num_hidden_layers)
+        for part in parts:
             part.run()
 
 
