@@ -102,6 +102,10 @@ class Attention(nn.Module):
     Less than 1 with learned sinks, and where a query finds nothing that it is similar to."""
     subquadratic: ClassVar[bool] = True
     """``attend`` never holds a tensor of Q x K elements."""
+    any_length: ClassVar[bool] = True
+    """Serves sequences of every length; else it raises a ValueError for those that it cannot, such as a part of a grid.
+
+    The contract tests leave it out, its own tests call them at lengths that it serves."""
     limit: ClassVar[dict[str, Any] | None] = None
     """Options under which it equals softmax attention on 50 tokens, or None where it never does."""
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)

@@ -25,7 +25,7 @@ class Tile:
     queries: slice
     keys: slice
     sinks: torch.Tensor | None
-    """(B or 1, S): indices of sink keys outside the slice, or None where there are none to see."""
+    """(B or 1, S): indices of sink keys before the slice, or None where there are none to see."""
     hidden: torch.Tensor
     """(B or 1, 1, 1, queries, S + keys): 0 where visible, HIDDEN elsewhere."""
     empty: torch.Tensor | None
@@ -65,15 +65,8 @@ def band_tiles(mask: AttentionMask, window_size: int, num_sink_tokens: int, dtyp
         for low in range(0, mask.q_length, rows):
             high = min(low + rows, mask.q_length)
             keys = slice(max(0, first + low - window_size + 1), min(mask.kv_length, first + high + ahead))
-            before, after = keys.start, mask.kv_length - keys.stop
             # Without padding or rules only distances matter: almost all tiles look the same, and so do their masks.
-            alike = (
-                high - low,
-                before - low,
-                keys.stop - low,
-                min(before, num_sink_tokens),
-                min(after, num_sink_tokens),
-            )
+            alike = (high - low, keys.start - low, keys.stop - low, min(keys.start, num_sink_tokens))
             if mask.plain and not mask.row_starts and alike in known:
                 like = known[alike]
                 tiles.append(Tile(slice(low, high), keys, like.sinks, like.hidden, like.empty))
@@ -95,13 +88,13 @@ def _tile(
         near = near | is_sink(mask, k_index, num_sink_tokens)
     visible = mask.visible(q_index, k_index) & near
     sinks = None
-    if num_sink_tokens and (keys.start > 0 or keys.stop < mask.kv_length):
+    if num_sink_tokens and keys.start > 0:
         # A sequence that starts inside the tile has its sinks inside. At most one starts before it and reaches into it,
         # the one of the first query: its sinks become columns of their own.
         here = queries.start + mask.q_offset - mask.kv_offset
         sinks = mask.starts_BK()[:, here : here + 1] + torch.arange(num_sink_tokens, device=mask.device)
         held = (sinks >= 0) & (sinks < mask.kv_length)  # a sliding cache may have dropped some
-        outside = held & ((sinks < keys.start) | (sinks >= keys.stop))
+        outside = held & (sinks < keys.start)
         sinks = sinks.clamp(0, mask.kv_length - 1)
         apart = (outside & is_sink(mask, sinks, num_sink_tokens)).unsqueeze(1)
         apart = apart & mask.visible(q_index, sinks.unsqueeze(1))

@@ -45,7 +45,6 @@ def blocks_of(mask: AttentionMask, block_size: int) -> Blocks:
         starts_BK = mask.starts_BK().expand(mask.batch_size, -1)
         index = torch.arange(mask.kv_length, device=mask.device)
         begins = (index - starts_BK) % block_size == 0
-        begins[:, 1:] |= starts_BK[:, 1:] != starts_BK[:, :-1]
         begins[:, 0] = True
         block_BK = begins.long().cumsum(dim=1) - 1
         number = int(block_BK[:, -1].max()) + 1

@@ -52,6 +52,8 @@ def _cases() -> list[Case]:
     cases = []
     for name in list_attentions():
         cls = get_attention(name)
+        if not cls.any_length:
+            continue
         for options in {json.dumps(options): options for options in ({}, *cls.examples)}.values():
             cases += [
                 Case(cls, options, causal) for causal in (True, False) if (cls.causal if causal else cls.bidirectional)
@@ -73,7 +75,8 @@ def every_case(**attributes):
 
 
 def every_class():
-    return pytest.mark.parametrize("cls", [get_attention(name) for name in list_attentions()], ids=lambda cls: cls.name)
+    classes = [cls for cls in map(get_attention, list_attentions()) if cls.any_length]
+    return pytest.mark.parametrize("cls", classes, ids=lambda cls: cls.name)
 
 
 @dataclass

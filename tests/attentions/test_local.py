@@ -130,6 +130,16 @@ def test_a_cache_that_has_dropped_keys_changes_nothing_but_them():
     assert_same({"out": got[0, 0]}, {"out": alone[0, -1]}, 1e-9)
 
 
+@pytest.mark.parametrize("dropped", [1, 2, 3])
+def test_sinks_that_a_cache_has_dropped_in_part_are_counted_once(dropped):
+    case = local(window_size=4, num_sink_tokens=3)
+    given = inputs(1, 1, 30)
+    mask = case.mask(1, 1, 30, kv_offset=dropped)
+    assert_same(
+        {"out": given.run(case.module(), mask)}, {"out": given.run(case.module(backend="reference"), mask)}, 1e-9
+    )
+
+
 def test_layers_share_what_is_computed_from_the_mask():
     asked = []
 
