@@ -23,7 +23,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-oldest demo docs try wheel clean
+.PHONY: help setup fix check test test-slow test-real test-oldest demo bench docs try wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -81,6 +81,9 @@ $(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
 demo: setup ## fetch a small pretrained model and compare attentions on it: table, plots, report
 	$(BIN)/python -m attn_plugins.demo
 	$(BIN)/attn-plugins compare --config configs/compare/demo.yaml
+
+bench: setup ## time and memory of every attention alone, by length: about an hour; goes on where it was
+	$(BIN)/attn-plugins bench --config configs/bench/cpu.yaml
 
 docs: setup ## write docs/attentions.md from the docstrings
 	$(BIN)/python -m attn_plugins.docs docs/attentions.md

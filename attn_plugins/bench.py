@@ -1,214 +1,336 @@
-"""Time and peak memory of a pass, through a whole model or through its attention layers alone.
+"""Attentions by themselves, without a model: time and peak memory by length, against torch's own attention.
 
-Times are taken side by side: each round runs every contender once, the order turns round from one round to the next,
-and what counts is the ratio within a round, so that a machine that slows down slows all of them. Memory is the peak of
-what torch's allocator handed out during one pass, above what was there before it: weights and inputs are not in it.
+What is timed is one attention of one layer, mask included, on random queries, keys and values laid out as transformers
+lays them out. Contenders take turns with ``scaled_dot_product_attention`` in the same rounds, so that a machine that
+slows down slows all of them, and what counts is the ratio within a round.
 """
 
-import inspect
-import itertools
-import os
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from attn_plugins.hf.swap import describe_attention
-from attn_plugins.training.models import in_slot
+from attn_plugins import measuring
+from attn_plugins.attention import HeadShape
+from attn_plugins.mask import AttentionMask
+from attn_plugins.measuring import Part, Pass
+from attn_plugins.peers import PEERS, Attend
+from attn_plugins.registry import get_attention, list_attentions
+from attn_plugins.results import Results, hash_of, versions
+from attn_plugins.rules import Rule, parse_rules
 
-Pass = Literal["forward", "forward_backward"]
-Scope = Literal["model", "attention"]
-Run = Callable[[], None]
+FORMAT = 1
+"""Part of every cell's key: raise it when a measurement changes its meaning."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """A piece of work and how often it occurs in what is measured."""
+class BenchConfig:
+    """Which attentions at which lengths, and the shape of what they get."""
 
-    run: Run
-    count: int
+    output_dir: str = "runs/bench"
+    """Where results.jsonl, report.md and the plots go."""
+    attentions: dict[str, Any] | None = None
+    """Label -> a name, or a mapping with type, options and backend. Null: every attention with its defaults."""
+    lengths: list[int] = field(default_factory=lambda: [1024, 4096, 8192, 16384])
+    """Lengths in tokens."""
+    passes: list[Pass] = field(default_factory=lambda: list(typing.get_args(Pass)))
+    """forward: without autograd. forward_backward: with gradients to queries, keys, values and the own weights."""
+    batch_size: int = 1
+    num_heads: int = 8
+    """Query heads."""
+    num_key_value_heads: int = 8
+    """Key/value heads; num_heads is a multiple of it."""
+    head_dim: int = 64
+    dtype: str = "float32"
+    """float32, bfloat16 or float16."""
+    device: str = "cpu"
+    """cpu, cuda, or another that torch knows."""
+    rounds: int = 5
+    """Rounds of timing; each runs every contender once."""
+    together: int = 4
+    """Contenders that share rounds with one run of torch's own attention."""
+    patience: float = 30.0
+    """Seconds. A length at which a pass may take longer, judged by the length before, is left out for a contender."""
+    memory: bool = True
+    """Measure peak memory too; on CPU only."""
+    peers: bool = True
+    """Measure the attentions of other installed packages too."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_heads", "num_key_value_heads", "head_dim", "rounds", "together"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; allowed: at least 1")
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads}; allowed: a multiple of num_key_value_heads={self.num_key_value_heads}"
+            )
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"lengths={self.lengths}; allowed: at least one, each at least 1")
+        if not self.passes:
+            raise ValueError(f"passes={self.passes}; allowed: at least one of {', '.join(typing.get_args(Pass))}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        if self.patience <= 0:
+            raise ValueError(f"patience={self.patience}; allowed: seconds above 0")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device={self.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        if self.memory and torch.device(self.device).type != "cpu":
+            raise ValueError(f"memory=true with device={self.device!r}; allowed: memory is measured on cpu only")
+        contenders(self)
+
+    @property
+    def heads(self) -> HeadShape:
+        """The heads that every attention serves."""
+        return HeadShape(
+            num_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            value_dim=self.head_dim,
+        )
 
 
-def parts(model: nn.Module, input_ids: torch.Tensor, scope: Scope, which: Pass) -> list[Part]:
-    """What is to be run for one pass. The model is put into evaluation mode, its weights outside attentions are frozen.
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """Something that is measured against torch's own attention, causal or not as it is itself."""
+
+    label: str
+    family: str
+    causal: bool
+    source: dict[str, Any]
+    """The rule of an attention, or the peer."""
+    build: Callable[[int], Attend]
+    """(longest length) -> what runs; raises a ValueError where it cannot serve the shape."""
+
+
+def contenders(config: BenchConfig) -> list[Contender]:
+    """Ours by family and name, then the installed peers."""
+    chosen = {name: name for name in list_attentions()} if config.attentions is None else config.attentions
+    found = [_ours(config, label, value) for label, value in chosen.items()]
+    found.sort(key=lambda contender: contender.family)
+    for peer in PEERS if config.peers and config.num_heads == config.num_key_value_heads else ():
+        if peer.installed:
+            source = {"peer": peer.name, "ours": peer.ours, "note": peer.note}
+            found.append(
+                Contender(
+                    label=peer.name,
+                    family="other packages",
+                    causal=peer.causal,
+                    source=source,
+                    build=partial(peer.build, config.num_heads, config.head_dim),
+                )
+            )
+    return found
+
+
+def _ours(config: BenchConfig, label: str, value: Any) -> Contender:
+    try:
+        rules = parse_rules(value)
+    except ValueError as error:
+        raise ValueError(f"attentions.{label}: {error}") from None
+    if len(rules) != 1 or {*rules[0].to_dict()} & {"layers", "roles", "modules"}:
+        raise ValueError(
+            f"attentions.{label}={value!r}; allowed: one attention with its options and backend, there is no model here"
+        )
+    (rule,) = rules
+    attention = get_attention(rule.type)
+    return Contender(
+        label=label,
+        family=attention.family,
+        causal=attention.causal,
+        source=rule.to_dict(),
+        build=lambda length: _attend(config, rule, causal=attention.causal),
+    )
+
+
+def _attend(config: BenchConfig, rule: Rule, *, causal: bool) -> Attend:
+    backend = "torch" if rule.backend == "auto" else rule.backend
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = rule.attention(rule.config, config.heads, backend=backend)
+    module.to(config.device, DTYPES[config.dtype])
+    scale = config.head_dim**-0.5
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = AttentionMask(q.shape[0], q.shape[2], k.shape[2], causal=causal, device=q.device)
+        module.zero_grad(set_to_none=True)
+        return module(q, k, v, mask=mask, scale=scale)[0]
+
+    return attend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One contender at one length in one pass."""
+
+    contender: Contender
+    length: int
+    which: Pass
+    settings: dict[str, Any]
+    """All that the result depends on; the label is not in it."""
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the result depends on."""
+        return hash_of({"format": FORMAT, "measure": "bench", **self.settings})
+
+
+def cells(config: BenchConfig) -> Iterator[list[Cell]]:
+    """The cells of a benchmark in groups that share rounds: of one length, one pass, causal or not."""
+    shape = {name: getattr(config, name) for name in ("batch_size", "num_heads", "num_key_value_heads", "head_dim")}
+    how = {name: getattr(config, name) for name in ("dtype", "device", "rounds", "memory")}
+    for length in sorted(config.lengths):
+        for which in config.passes:
+            for causal in (True, False):
+                same = [contender for contender in contenders(config) if contender.causal == causal]
+                for start in range(0, len(same), config.together):
+                    yield [
+                        Cell(
+                            contender=contender,
+                            length=length,
+                            which=which,
+                            settings={
+                                **{"source": contender.source, "causal": causal, "length": length, "which": which},
+                                **{**shape, **how},
+                            },
+                        )
+                        for contender in same[start : start + config.together]
+                    ]
+
+
+def run_bench(
+    config: BenchConfig, results: Results, *, fresh: bool = False, say: Callable[[str], None] = print
+) -> None:
+    """Measure all cells that have no result yet, and add theirs to ``results``, group by group.
+
+    A contender that fails is recorded with its error, and the others go on.
 
     Args:
-        input_ids: (B, N) tokens.
-        scope: "model" is the whole of it, from embeddings to logits; "attention" is one attention module of each kind
-            that is in the model, projections included, on the inputs that it gets in the model.
-        which: "forward" runs without autograd. "forward_backward" runs as a fine-tune with adapters does: gradients
-            flow to the inputs and into the attention's own weights, and not into the other weights.
-
-    Returns:
-        one part for a model, one for each kind of attention module for "attention".
+        fresh: measure all cells, whatever has been written before.
+        say: gets a line of progress at a time.
     """
-    model.eval()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(in_slot(name))
-    if scope == "model":
-        return [Part(run=_model_run(model, input_ids, which), count=1)]
-    return [Part(run=_module_run(call, which), count=call.count) for call in attention_calls(model, input_ids)]
+    groups = list(cells(config))
+    total, number = sum(map(len, groups)), 0
+    held = 0 if fresh else sum(results.done(cell.key) for group in groups for cell in group)
+    if held:
+        say(f"{held} of {total} cells are in {results.path} already (--fresh measures them again)")
+    seconds: dict[tuple[str, Pass], tuple[int, float]] = {}
+    for group in groups:
+        todo = []
+        for cell in group:
+            number += 1
+            place = (cell.contender.label, cell.which)
+            if results.done(cell.key) and not fresh:
+                seconds[place] = (cell.length, results.records[cell.key]["result"]["seconds"])
+                continue
+            before, spent = seconds.get(place, (cell.length, 0.0))
+            if spent * (cell.length / before) ** 2 > config.patience:
+                say(
+                    f"[{number}/{total}] {cell.contender.label} · {cell.which} · {cell.length}: left out, a pass took "
+                    f"{spent:.0f} s at {before} tokens (patience={config.patience:g} s)"
+                )
+                continue
+            todo.append(cell)
+        for cell, record in _measure(config, todo) if todo else ():
+            results.add(record)
+            done = record["status"] == "ok"
+            if done:
+                seconds[cell.contender.label, cell.which] = (cell.length, record["result"]["seconds"])
+            note = _short(record["result"]) if done else record["error"]
+            say(f"[{number}/{total}] {cell.contender.label} · {cell.which} · {cell.length}: {note}")
 
 
-def interleaved(contenders: Mapping[str, list[Part]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each contender in each of ``rounds`` rounds, after one round that is thrown away.
+def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """The records of cells that share rounds, timed all together."""
+    device, length, which = torch.device(config.device), group[0].length, group[0].which
+    tensors = _tensors(config, length, gradients=which == "forward_backward")
+    causal = group[0].contender.causal
+    size = sum(x.numel() * x.element_size() for x in tensors) + tensors[0].numel() * tensors[0].element_size()
 
-    Several parts count as the mean of a part, weighted by how often each occurs.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds={rounds}; allowed: at least 1")
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
-    for number in range(rounds + 1):
-        for name in order if number % 2 else reversed(order):
-            total = sum(part.count for part in contenders[name])
-            spent = sum(_seconds(part.run, device) * part.count for part in contenders[name]) / total
-            if number > 0:
-                seconds[name].append(spent)
-    return seconds
+    def own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        grouped = config.num_heads != config.num_key_value_heads
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
-
-def compared(seconds: list[float], baseline: list[float]) -> dict[str, float]:
-    """Median times, and how many times as fast as the baseline in the same round: median, lowest and highest round."""
-    ratios = sorted(base / own for own, base in zip(seconds, baseline, strict=True))
-    return {
-        "seconds": statistics.median(seconds),
-        "baseline_seconds": statistics.median(baseline),
-        "times_as_fast": statistics.median(ratios),
-        "lowest": ratios[0],
-        "highest": ratios[-1],
-    }
-
-
-def peak_bytes(work: list[Part], device: torch.device) -> int:
-    """Peak of the memory that torch allocates during a pass above what it held before; of several parts, the largest.
-
-    It is summed up from the allocator's own reports to torch's profiler, so scratch memory of kernels counts
-    where they take it from torch's allocator, and not where a library (such as oneDNN) takes its own.
-    """
-    if device.type != "cpu":
-        raise ValueError(f"peak memory can be measured on cpu, not on {device.type}")
-    return max(_peak(part.run) for part in work)
-
-
-def _peak(run: Run) -> int:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to stderr each time
-    from torch.autograd.profiler import profile
-
-    run()  # what is allocated once and kept is not part of a pass
-    with profile(use_kineto=True, profile_memory=True) as recorded:
-        run()
-    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
-    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-    return max(itertools.accumulate(sizes, initial=0))
-
-
-def _seconds(run: Run, device: torch.device) -> float:
-    _finish(device)
-    started = time.perf_counter()
-    run()
-    _finish(device)
-    return time.perf_counter() - started
-
-
-def _finish(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
-
-
-def _model_run(model: Any, input_ids: torch.Tensor, which: Pass) -> Run:
-    no_cache = _no_cache(model)
-
-    def forward() -> None:
-        with torch.no_grad():
-            model(input_ids=input_ids, **no_cache)
-
-    def forward_backward() -> None:
-        embedded = model.get_input_embeddings()(input_ids).detach().requires_grad_()
-        model(inputs_embeds=embedded, **no_cache).logits.sum().backward()
-        model.zero_grad(set_to_none=True)
-
-    return forward if which == "forward" else forward_backward
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One call of an attention module, as the model makes it."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    count: int
-    """How many modules of the model are of this kind."""
-
-
-class _EnoughError(Exception):
-    """Ends a forward pass whose inputs have all been seen."""
-
-
-def attention_calls(model: nn.Module, input_ids: torch.Tensor) -> list[Call]:
-    """The inputs that the first attention module of each kind gets.
-
-    Modules are of one kind if class, attention, options and the model's own sliding window are the same. The model runs
-    only as far as the last of these modules.
-    """
-    groups: dict[str, list[str]] = {}
-    for row in describe_attention(model):
-        module = model.get_submodule(row.path)
-        kind = (type(module).__name__, row.role, row.plugin, row.options, getattr(module, "sliding_window", None))
-        groups.setdefault(repr(kind), []).append(row.path)
-    if not groups:
-        raise ValueError(f"{type(model).__name__} has no attention that can be measured alone")
-    calls: list[Call] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        paths = next(paths for paths in groups.values() if model.get_submodule(paths[0]) is module)
-        calls.append(Call(module=module, args=_detached(args), kwargs=_detached(kwargs), count=len(paths)))
-        if len(calls) == len(groups):
-            raise _EnoughError
-
-    firsts = [model.get_submodule(paths[0]) for paths in groups.values()]
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in firsts]
-    try:
-        with torch.no_grad():
-            model(input_ids=input_ids, **_no_cache(model))
-    except _EnoughError:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
-def _module_run(call: Call, which: Pass) -> Run:
-    def forward() -> None:
-        with torch.no_grad():
-            call.module(*call.args, **call.kwargs)
-
-    def forward_backward() -> None:
-        args, kwargs = call.args, dict(call.kwargs)
-        if "hidden_states" in kwargs:
-            kwargs["hidden_states"] = kwargs["hidden_states"].detach().requires_grad_()
+    baseline = [_part(own, tensors, which)]
+    ready: dict[str, list[Part]] = {}
+    errors: dict[str, str] = {}
+    for cell in group:
+        label = cell.contender.label
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                part = _part(cell.contender.build(max(config.lengths)), tensors, which)
+            part.run()
+            ready[label] = [part]
+        except Exception as error:  # what one attention cannot do must not end the others' measurement
+            errors[label] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    bytes_of = {}
+    if config.memory:
+        bytes_of = {label: measuring.peak_bytes(parts, device) for label, parts in ready.items()}
+        bytes_of[""] = measuring.peak_bytes(baseline, device)
+    seconds = measuring.interleaved({"": baseline, **ready}, config.rounds, device) if ready else {}
+    for cell in group:
+        label = cell.contender.label
+        record: dict[str, Any] = {"key": cell.key, "measure": "bench", "label": label, "family": cell.contender.family}
+        if label in errors:
+            record |= {"status": "error", "error": errors[label]}
         else:
-            args = (args[0].detach().requires_grad_(), *args[1:])
-        output = call.module(*args, **kwargs)
-        (output[0] if isinstance(output, tuple) else output).sum().backward()
-        call.module.zero_grad(set_to_none=True)
+            result: dict[str, Any] = dict(measuring.compared(seconds[label], seconds[""]))
+            if config.memory:
+                result |= {"bytes": bytes_of[label], "baseline_bytes": bytes_of[""], "tensor_bytes": size}
+            record |= {"status": "ok", "result": result}
+        record |= {
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "settings": cell.settings,
+            "versions": versions(),
+        }
+        yield cell, record
 
-    return forward if which == "forward" else forward_backward
+
+def _tensors(config: BenchConfig, length: int, *, gradients: bool) -> list[torch.Tensor]:
+    """Queries, keys and values as transformers hands them over: (B, N, H, D), transposed."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for heads in (config.num_heads, config.num_key_value_heads, config.num_key_value_heads):
+        x = torch.randn(config.batch_size, length, heads, config.head_dim, generator=generator)
+        made.append(x.to(config.device, DTYPES[config.dtype]).transpose(1, 2).requires_grad_(gradients))
+    return made
 
 
-def _no_cache(model: Any) -> dict[str, bool]:
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+def _part(attend: Attend, tensors: list[torch.Tensor], which: Pass) -> Part:
+    q, k, v = tensors
+
+    def forward() -> None:
+        with torch.no_grad():
+            attend(q, k, v)
+
+    def forward_backward() -> None:
+        out = attend(q, k, v)
+        out.backward(torch.ones_like(out))
+        for x in tensors:
+            x.grad = None
+
+    return Part(run=forward if which == "forward" else forward_backward, count=1)
 
 
-def _detached(tree: Any) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return tree.detach()
-    if isinstance(tree, tuple):
-        return tuple(_detached(item) for item in tree)
-    return {key: _detached(item) for key, item in tree.items()} if isinstance(tree, dict) else tree
+def _short(result: dict[str, Any]) -> str:
+    memory = f", {result['bytes'] / result['tensor_bytes']:.1f} x the tensors' bytes" if "bytes" in result else ""
+    return f"{result['times_as_fast']:.2f}x ({result['lowest']:.2f} to {result['highest']:.2f}){memory}"
+
+
+def prepare_bench(config: BenchConfig) -> Results:
+    """What an earlier run of the same benchmark has left.
+
+    Raises:
+        ValueError: results.jsonl is not one.
+    """
+    return Results(Path(config.output_dir).expanduser() / "results.jsonl")

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from attn_plugins.extras import need
 from attn_plugins.registry import did_you_mean, get_attention, list_attentions
 from attn_plugins.settings import build, override, parse_yaml, read_yaml
 
@@ -41,6 +43,19 @@ Attn = Annotated[
 Data = Annotated[
     str | None, typer.Option("--data", "-d", help="A local file or folder, a data set on the hub, or python-docs.")
 ]
+
+
+LETTERS = {
+    "causal": "C",
+    "bidirectional": "B",
+    "cross": "X",
+    "any_mask": "M",
+    "segments": "S",
+    "position_bias": "P",
+    "softcap": "T",
+    "sinks": "L",
+}
+"""A letter for each capability, for a table that is as narrow as a terminal."""
 
 
 def main() -> None:
@@ -82,7 +97,7 @@ def attention_flag(attn: str) -> Any:
 
 @app.command("list")
 def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, everything included.")] = False) -> None:
-    """List the attentions: name, family, cost, and what each is."""
+    """List the attentions: name, cost, what each can serve, and its paper, family by family."""
     from rich.console import Console
     from rich.table import Table
 
@@ -90,12 +105,26 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, ever
     if as_json:
         print(json.dumps([facts(attention) for attention in attentions], indent=2))
         return
-    table = Table(caption="attn-plugins describe NAME tells options, paper and source", caption_justify="left")
-    for column in ("name", "family", "cost of a head", "what it is"):
-        table.add_column(column)
+    legend = ", ".join(f"{letter} {name.replace('_', ' ')}" for name, letter in LETTERS.items())
+    caption = f"serves: {legend}\nattn-plugins describe NAME tells what it is: formula, options, limits, source"
+    table = Table(caption=caption, caption_justify="left")
+    for column in ("name", "family", "cost of a head", "serves", "paper"):
+        table.add_column(column, no_wrap=column in ("name", "family", "serves"))
+    family = None
     for attention in sorted(attentions, key=lambda a: (a.family, a.name)):
-        table.add_row(attention.name, attention.family, attention.cost, facts(attention)["summary"])
+        if family not in (None, attention.family):
+            table.add_section()
+        family = attention.family
+        serves = "".join(letter if getattr(attention, name) else "·" for name, letter in LETTERS.items())
+        table.add_row(attention.name, family, attention.cost, serves, brief_paper(attention.paper))
     Console().print(table)
+
+
+def brief_paper(paper: str) -> str:
+    """Authors and year of the first paper, and where to find it: 'Lu et al. 2025, arXiv:2502.13189'."""
+    authors = re.match(r".*?\b\d{4}\b", paper)
+    place = re.search(r"arXiv:\S*\d", paper)
+    return ", ".join(match.group() for match in (authors, place) if match) or paper
 
 
 @app.command()
@@ -224,6 +253,48 @@ def compare(
     failed = [cell for cell in tables if cell.title == "Errors"]
     if failed:
         print("error: some cells failed; see the table of errors", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    config: ConfigFile = None,
+    attn: Annotated[
+        list[str] | None,
+        typer.Option("--attn", "-a", help="A name, or YAML such as '{type: local, window_size: 64}'. Repeatable."),
+    ] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, or another that torch knows.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure cells again that have a result already.")] = False,
+    assignments: Settings = None,
+) -> None:
+    """Time and memory of attentions alone, by length, against torch's own; from which length each pays.
+
+    A killed run goes on where it was. Exit status 1 if a cell failed.
+    """
+    from rich.console import Console
+
+    console = Console()
+    with one_line_errors():
+        from attn_plugins.bench import BenchConfig, prepare_bench, run_bench
+
+        tree = settings(config, {"output_dir": output_dir, "device": device}, assignments)
+        if attn:
+            tree["attentions"] = {text: parse_yaml(text) for text in attn}
+        parsed = build(BenchConfig, tree)
+        results = prepare_bench(parsed)
+        need("matplotlib", "compare")
+    from attn_plugins.bench_report import Measured, write_bench_report
+
+    run_bench(parsed, results, fresh=fresh)
+    found = Measured(parsed, results)
+    tables, files = write_bench_report(found, results.path.parent)
+    for table in tables:
+        console.print(table.rich())
+        console.print()
+    print("files:", *[f"  {path}" for path in (results.path, *files)], sep="\n")
+    if found.failed:
+        print("error: some cells failed; see the last table", file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import gc
-import hashlib
-import json
 import os
 import re
 import time
@@ -17,16 +15,17 @@ from typing import Any, Literal
 
 import torch
 
-from attn_plugins import bench
-from attn_plugins.bench import Pass, Scope
+from attn_plugins import measuring
 from attn_plugins.data import DataConfig, load_data
 from attn_plugins.extras import need
+from attn_plugins.measuring import Pass, Scope
+from attn_plugins.results import Results, hash_of, versions
 from attn_plugins.rules import parse_rules
 from attn_plugins.settings import build
 from attn_plugins.tasks import Task, run_task
 from attn_plugins.training.config import FinetuneConfig, evaluation_task
 from attn_plugins.training.evaluate import attention_summary, place
-from attn_plugins.training.finetune import prepare_finetune, versions
+from attn_plugins.training.finetune import prepare_finetune
 from attn_plugins.training.models import AS_SAVED, Dtype, Loaded, in_slot, load, read_attention, skeleton
 
 FORMAT = 1
@@ -162,7 +161,7 @@ class Cell:
     def key(self) -> str:
         """Hash of all that the result depends on."""
         whole = {"format": FORMAT, "measure": self.measure, "seed": self.seed, **self.settings}
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()[:16]
+        return hash_of(whole)
 
     def __str__(self) -> str:
         place = [str(self.settings[name]) for name in ("scope", "length") if name in self.settings]
@@ -209,43 +208,6 @@ def finetune_config(config: CompareConfig, source: str, rules: Any, seed: int, o
     return build(FinetuneConfig, tree, "finetune")
 
 
-class Results:
-    """results.jsonl: one line a cell, appended and on disk as the cell ends. The last line of a cell counts."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.records: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            self._read()
-
-    def _read(self) -> None:
-        raw = self.path.read_bytes()
-        whole, newline, rest = raw.rpartition(b"\n")
-        for number, line in enumerate(whole.splitlines(), 1):
-            try:
-                record = json.loads(line)
-                self.records[record["key"]] = record
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(
-                    f"{self.path}, line {number} is not a result; repair it, or move the file away"
-                ) from None
-        if rest:  # a run was killed while it wrote: the cell did not end, and the next line must not join this one
-            with self.path.open("r+b") as file:
-                file.truncate(len(whole) + len(newline))
-
-    def add(self, record: dict[str, Any]) -> None:
-        self.records[record["key"]] = record
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def done(self, cell: Cell) -> bool:
-        """Whether the cell has a result; one that failed is run again."""
-        return self.records.get(cell.key, {}).get("status") == "ok"
-
-
 def prepare_compare(config: CompareConfig) -> Results:
     """What an earlier run of the same comparison has left, once it is clear that this one can start.
 
@@ -276,7 +238,7 @@ def run_compare(
         say: gets a line of progress at a time.
     """
     todo = cells(config)
-    skipped = [] if fresh else [cell for cell in todo if results.done(cell)]
+    skipped = [] if fresh else [cell for cell in todo if results.done(cell.key)]
     if skipped:
         say(f"{len(skipped)} of {len(todo)} cells are in {results.path} already (--fresh runs them again)")
     _quiet_loading()
@@ -381,11 +343,11 @@ def _speed(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
     found = {}
     for which in cell.settings["passes"]:
         contenders = {
-            "baseline": bench.parts(base.model, input_ids, scope, which),
-            "own": bench.parts(own.model, input_ids, scope, which),
+            "baseline": measuring.parts(base.model, input_ids, scope, which),
+            "own": measuring.parts(own.model, input_ids, scope, which),
         }
-        seconds = bench.interleaved(contenders, cell.settings["rounds"], device)
-        found[which] = bench.compared(seconds["own"], seconds["baseline"])
+        seconds = measuring.interleaved(contenders, cell.settings["rounds"], device)
+        found[which] = measuring.compared(seconds["own"], seconds["baseline"])
     return {"passes": found}
 
 
@@ -394,7 +356,7 @@ def _memory(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
     found = {}
     for which in cell.settings["passes"]:
         found[which] = {
-            "bytes": bench.peak_bytes(bench.parts(own.model, input_ids, cell.settings["scope"], which), device)
+            "bytes": measuring.peak_bytes(measuring.parts(own.model, input_ids, cell.settings["scope"], which), device)
         }
     return {"passes": found}
 

@@ -1,66 +1,19 @@
 """What a comparison found: tables for the terminal and report.md, and plots. Everything comes from results.jsonl."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table as RichTable
-
-from attn_plugins.compare import Cell, CompareConfig, Results, cells
+from attn_plugins.compare import Cell, CompareConfig, cells
 from attn_plugins.extras import need
+from attn_plugins.results import Results
+from attn_plugins.tables import Table, brief_number, duration, frame
 
 STAGES = {"evaluate": "untrained", "finetune": "fine-tuned"}
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 SCOPES = {"model": "whole model", "attention": "attention layer"}
-
-
-@dataclass
-class Table:
-    """A table, to be shown on a terminal or as Markdown."""
-
-    title: str
-    note: str
-    header: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-    aside: tuple[str, ...] = ()
-    """Columns that a terminal is too narrow for."""
-    detail: str = ""
-    """What stands in brackets in the cells; a terminal shows the cells without it."""
-
-    def markdown(self) -> str:
-        lines = [
-            f"## {self.title}",
-            "",
-            f"{self.note} {self.detail}".strip(),
-            "",
-            f"| {' | '.join(self.header)} |",
-            "|---" * len(self.header) + "|",
-        ]
-        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in self.rows]
-        return "\n".join(lines)
-
-    def rich(self) -> RichTable:
-        from rich.text import Text
-
-        table = RichTable(title=self.title, caption=self.note, title_justify="left", caption_justify="left")
-        shown = [number for number, name in enumerate(self.header) if name not in self.aside]
-        for number in shown:
-            table.add_column(
-                _brief(self.header[number]), justify="right" if number > 1 else "left", no_wrap=number == 0
-            )
-        for row in self.rows:
-            cells = [row[number].partition(" (")[0] if self.detail else row[number] for number in shown]
-            table.add_row(*map(Text, cells))
-        return table
-
-
-def _brief(header: str) -> str:
-    """A column's name for a terminal, where it may be one of nine."""
-    return header.replace("forward", "fwd").replace("backward", "bwd").replace(" + ", "+")
 
 
 class Found:
@@ -227,11 +180,11 @@ def _pass_cell(found: Found, measure: str, model: str, attention: str, place: tu
     if measure == "speed":
         figures = _ok(records)[0]["result"]["passes"][place[2]]
         ratio, lowest, highest = figures["times_as_fast"], figures["lowest"], figures["highest"]
-        return f"{ratio:.2f}x ({lowest:.2f} to {highest:.2f}; {_duration(figures['seconds'])})"
+        return f"{ratio:.2f}x ({lowest:.2f} to {highest:.2f}; {duration(figures['seconds'])})"
     own = found.pass_value(model, attention, measure, place, "bytes")
     base = found.pass_value(model, found.config.baseline, measure, place, "bytes")
     assert own is not None
-    return _number(own / 2**20) + (f" ({own / base:.2f})" if base else "")
+    return brief_number(own / 2**20) + (f" ({own / base:.2f})" if base else "")
 
 
 def draw(found: Found, out: Path) -> list[Path]:
@@ -267,7 +220,7 @@ def _quality_plot(found: Found, model: str) -> Any:
                 points.append((number, attention, measure, 1 / ratio, values))
     if place is None or not points:
         return None
-    figure, axes = _figure(1)
+    figure, axes = frame(1)
     for number, attention, measure, cost, values in points:
         face = f"C{number}" if measure == "finetune" else "none"
         mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
@@ -300,7 +253,7 @@ def _length_plot(found: Found, model: str, measure: str) -> Any:
     if passes is None:
         return None
     scope = max(passes.lengths, key=lambda name: len(passes.lengths[name]))
-    figure, axes = _figure(len(passes.passes_of(scope)))
+    figure, axes = frame(len(passes.passes_of(scope)))
     drawn = False
     for axis, which in zip(axes, passes.passes_of(scope), strict=True):
         for number, attention in enumerate(config.attentions):
@@ -324,16 +277,6 @@ def _length_plot(found: Found, model: str, measure: str) -> Any:
     axes[0].set_ylabel("peak memory, MiB" if measure == "memory" else f"times as fast as {config.baseline}")
     axes[0].legend(fontsize="small")
     return figure if drawn else None
-
-
-def _figure(panels: int) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8 if panels == 1 else 6 * panels, 5))
-    axes = figure.subplots(1, panels, squeeze=False)[0]
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    return figure, list(axes)
 
 
 def _longest(config: CompareConfig) -> tuple[str, int, str] | None:
@@ -390,19 +333,9 @@ def _spread(values: list[float]) -> str:
     if not values:
         return ""
     mean = statistics.mean(values)
-    return _number(mean) if len(values) == 1 else f"{_number(mean)} ± {_number(statistics.stdev(values))}"
-
-
-def _number(value: float) -> str:
-    if not math.isfinite(value):
-        return str(value)
-    if abs(value) >= 10_000:
-        return f"{value:.3g}"
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.1f} ms"
+    return (
+        brief_number(mean) if len(values) == 1 else f"{brief_number(mean)} ± {brief_number(statistics.stdev(values))}"
+    )
 
 
 def _with_model(config: CompareConfig, header: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import attn_plugins as ap
 from attn_plugins import cli, extras
+from attn_plugins.attention import CAPABILITIES
 from attn_plugins.data import PYTHON_DOCS
 from attn_plugins.tasks import list_tasks
 from attn_plugins.training.config import FinetuneConfig
@@ -21,7 +22,7 @@ from attn_plugins.training.models import DEMO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VERBS = ["compare", "describe", "evaluate", "finetune", "list"]
+VERBS = ["bench", "compare", "describe", "evaluate", "finetune", "list"]
 SHORT = ["-s", "evaluation.length=16", "-s", "evaluation.max_tokens=64"]
 
 
@@ -60,7 +61,13 @@ def test_help_tells_what_there_is():
 
 def test_list_shows_the_registry():
     text = call("list").output
-    assert all(name in text for name in ap.list_attentions())
+    for name in ap.list_attentions():
+        attention = ap.get_attention(name)
+        (row,) = [line for line in text.splitlines() if line.startswith(f"│ {name} ")]
+        serves = "".join(letter if getattr(attention, what) else "·" for what, letter in cli.LETTERS.items())
+        assert serves in row
+        assert cli.brief_paper(attention.paper)[:20] in row
+    assert list(cli.LETTERS) == list(CAPABILITIES)
     known = json.loads(call("list", "--json").output)
     assert [entry["name"] for entry in known] == ap.list_attentions()
     for entry in known:

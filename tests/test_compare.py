@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from attn_plugins import compare
-from attn_plugins.compare import CompareConfig, Results, cells, prepare_compare, run_compare
+from attn_plugins.compare import CompareConfig, cells, prepare_compare, run_compare
 from attn_plugins.report import Found, write_report
+from attn_plugins.results import Results
 from attn_plugins.settings import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")

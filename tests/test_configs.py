@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import transformers
 
+from attn_plugins.bench import BenchConfig, contenders
 from attn_plugins.compare import CompareConfig, cells
+from attn_plugins.registry import list_attentions
 from attn_plugins.rules import parse_rules
 from attn_plugins.settings import build, read_yaml
 from attn_plugins.training.config import FinetuneConfig
@@ -22,7 +24,7 @@ def files(folder):
 
 
 def test_every_file_is_of_a_kind_that_a_test_here_loads():
-    kinds = {"attention", "train", "compare", "accelerate"}
+    kinds = {"attention", "train", "compare", "accelerate", "bench"}
     stray = [
         path
         for path in CONFIGS.rglob("*")
@@ -51,6 +53,16 @@ def test_compare(path, monkeypatch):
     assert config.output_dir == f"runs/{path.stem}"
     todo = cells(config)
     assert len({cell.key for cell in todo}) == len(todo)
+
+
+@files("bench")
+def test_bench(path):
+    tree = read_yaml(path)
+    assert tree["output_dir"] == f"runs/bench/{path.stem}"
+    # What is meant for another device is checked on this one, as far as it is there.
+    config = build(BenchConfig, tree if tree["device"] == "cpu" else {**tree, "device": "cpu"})
+    served = {contender.source["type"] for contender in contenders(config) if "type" in contender.source}
+    assert served == set(list_attentions()), "every attention is in every benchmark"
 
 
 @files("accelerate")

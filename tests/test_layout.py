@@ -23,9 +23,9 @@ CORE = {
 """What the modules that know torch alone may import of the package, each its own list."""
 
 ABOVE = [
-    {"extras", "settings", "data"},
+    {"extras", "settings", "data", "results"},
     {"hf", "tasks", "demo"},
-    {"training", "bench", "compare", "report", "inspect", "docs"},
+    {"training", "measuring", "bench", "bench_report", "peers", "compare", "report", "tables", "inspect", "docs"},
     {"cli", "__main__", "__init__"},
 ]
 """The others, lowest first: each may import its own row, the rows before it, and the core without attentions."""

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import nn
 from attn_plugins.data import label_names, labelled_examples, load_data, token_blocks
 from attn_plugins.extras import need
 from attn_plugins.hf.swap import describe_attention
+from attn_plugins.results import versions
 from attn_plugins.tasks import Task, run_task
 from attn_plugins.training.card import model_card
 from attn_plugins.training.config import FinetuneConfig, evaluation_task
@@ -267,32 +267,6 @@ def parameter_counts(model: nn.Module) -> dict[str, int]:
         "trained": sum(p.numel() for _, p in named if p.requires_grad),
         "attention": sum(row.new_params for row in describe_attention(model)),
     }
-
-
-def versions() -> dict[str, str]:
-    """What a result depends on beside its config."""
-    import platform
-
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": device_name(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def device_name() -> str:
-    """The accelerator's name, or the processor's kind and how many of its cores are there."""
-    import platform
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    if torch.accelerator.is_available():
-        return str(torch.accelerator.current_accelerator())
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def _base(model: Any) -> Any:

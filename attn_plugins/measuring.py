@@ -1,0 +1,214 @@
+"""Time and peak memory of a pass, through a whole model or through its attention layers alone.
+
+Times are taken side by side: each round runs every contender once, the order turns round from one round to the next,
+and what counts is the ratio within a round, so that a machine that slows down slows all of them. Memory is the peak of
+what torch's allocator handed out during one pass, above what was there before it: weights and inputs are not in it.
+"""
+
+import inspect
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from attn_plugins.hf.swap import describe_attention
+from attn_plugins.training.models import in_slot
+
+Pass = Literal["forward", "forward_backward"]
+Scope = Literal["model", "attention"]
+Run = Callable[[], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A piece of work and how often it occurs in what is measured."""
+
+    run: Run
+    count: int
+
+
+def parts(model: nn.Module, input_ids: torch.Tensor, scope: Scope, which: Pass) -> list[Part]:
+    """What is to be run for one pass. The model is put into evaluation mode, its weights outside attentions are frozen.
+
+    Args:
+        input_ids: (B, N) tokens.
+        scope: "model" is the whole of it, from embeddings to logits; "attention" is one attention module of each kind
+            that is in the model, projections included, on the inputs that it gets in the model.
+        which: "forward" runs without autograd. "forward_backward" runs as a fine-tune with adapters does: gradients
+            flow to the inputs and into the attention's own weights, and not into the other weights.
+
+    Returns:
+        one part for a model, one for each kind of attention module for "attention".
+    """
+    model.eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(in_slot(name))
+    if scope == "model":
+        return [Part(run=_model_run(model, input_ids, which), count=1)]
+    return [Part(run=_module_run(call, which), count=call.count) for call in attention_calls(model, input_ids)]
+
+
+def interleaved(contenders: Mapping[str, list[Part]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each contender in each of ``rounds`` rounds, after one round that is thrown away.
+
+    Several parts count as the mean of a part, weighted by how often each occurs.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}; allowed: at least 1")
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
+    for number in range(rounds + 1):
+        for name in order if number % 2 else reversed(order):
+            total = sum(part.count for part in contenders[name])
+            spent = sum(_seconds(part.run, device) * part.count for part in contenders[name]) / total
+            if number > 0:
+                seconds[name].append(spent)
+    return seconds
+
+
+def compared(seconds: list[float], baseline: list[float]) -> dict[str, float]:
+    """Median times, and how many times as fast as the baseline in the same round: median, lowest and highest round."""
+    ratios = sorted(base / own for own, base in zip(seconds, baseline, strict=True))
+    return {
+        "seconds": statistics.median(seconds),
+        "baseline_seconds": statistics.median(baseline),
+        "times_as_fast": statistics.median(ratios),
+        "lowest": ratios[0],
+        "highest": ratios[-1],
+    }
+
+
+def peak_bytes(work: list[Part], device: torch.device) -> int:
+    """Peak of the memory that torch allocates during a pass above what it held before; of several parts, the largest.
+
+    It is summed up from the allocator's own reports to torch's profiler, so scratch memory of kernels counts
+    where they take it from torch's allocator, and not where a library (such as oneDNN) takes its own.
+    """
+    if device.type != "cpu":
+        raise ValueError(f"peak memory can be measured on cpu, not on {device.type}")
+    return max(_peak(part.run) for part in work)
+
+
+def _peak(run: Run) -> int:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes two lines to stderr each time
+    from torch.autograd.profiler import profile
+
+    run()  # what is allocated once and kept is not part of a pass
+    with profile(use_kineto=True, profile_memory=True) as recorded:
+        run()
+    events = [event for event in recorded.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def _seconds(run: Run, device: torch.device) -> float:
+    _finish(device)
+    started = time.perf_counter()
+    run()
+    _finish(device)
+    return time.perf_counter() - started
+
+
+def _finish(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _model_run(model: Any, input_ids: torch.Tensor, which: Pass) -> Run:
+    no_cache = _no_cache(model)
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(input_ids=input_ids, **no_cache)
+
+    def forward_backward() -> None:
+        embedded = model.get_input_embeddings()(input_ids).detach().requires_grad_()
+        model(inputs_embeds=embedded, **no_cache).logits.sum().backward()
+        model.zero_grad(set_to_none=True)
+
+    return forward if which == "forward" else forward_backward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of an attention module, as the model makes it."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    count: int
+    """How many modules of the model are of this kind."""
+
+
+class _EnoughError(Exception):
+    """Ends a forward pass whose inputs have all been seen."""
+
+
+def attention_calls(model: nn.Module, input_ids: torch.Tensor) -> list[Call]:
+    """The inputs that the first attention module of each kind gets.
+
+    Modules are of one kind if class, attention, options and the model's own sliding window are the same. The model runs
+    only as far as the last of these modules.
+    """
+    groups: dict[str, list[str]] = {}
+    for row in describe_attention(model):
+        module = model.get_submodule(row.path)
+        kind = (type(module).__name__, row.role, row.plugin, row.options, getattr(module, "sliding_window", None))
+        groups.setdefault(repr(kind), []).append(row.path)
+    if not groups:
+        raise ValueError(f"{type(model).__name__} has no attention that can be measured alone")
+    calls: list[Call] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        paths = next(paths for paths in groups.values() if model.get_submodule(paths[0]) is module)
+        calls.append(Call(module=module, args=_detached(args), kwargs=_detached(kwargs), count=len(paths)))
+        if len(calls) == len(groups):
+            raise _EnoughError
+
+    firsts = [model.get_submodule(paths[0]) for paths in groups.values()]
+    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in firsts]
+    try:
+        with torch.no_grad():
+            model(input_ids=input_ids, **_no_cache(model))
+    except _EnoughError:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _module_run(call: Call, which: Pass) -> Run:
+    def forward() -> None:
+        with torch.no_grad():
+            call.module(*call.args, **call.kwargs)
+
+    def forward_backward() -> None:
+        args, kwargs = call.args, dict(call.kwargs)
+        if "hidden_states" in kwargs:
+            kwargs["hidden_states"] = kwargs["hidden_states"].detach().requires_grad_()
+        else:
+            args = (args[0].detach().requires_grad_(), *args[1:])
+        output = call.module(*args, **kwargs)
+        (output[0] if isinstance(output, tuple) else output).sum().backward()
+        call.module.zero_grad(set_to_none=True)
+
+    return forward if which == "forward" else forward_backward
+
+
+def _no_cache(model: Any) -> dict[str, bool]:
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def _detached(tree: Any) -> Any:
+    if isinstance(tree, torch.Tensor):
+        return tree.detach()
+    if isinstance(tree, tuple):
+        return tuple(_detached(item) for item in tree)
+    return {key: _detached(item) for key, item in tree.items()} if isinstance(tree, dict) else tree
