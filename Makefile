@@ -23,7 +23,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-oldest demo bench docs try wheel clean
+.PHONY: help setup fix check test test-slow test-real test-oldest demo bench gpu-check docs try wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -84,6 +84,14 @@ demo: setup ## fetch a small pretrained model and compare attentions on it: tabl
 
 bench: setup ## time and memory of every attention alone, by length: about an hour; goes on where it was
 	$(BIN)/attn-plugins bench --config configs/bench/cpu.yaml
+
+# For a machine whose Python has torch with CUDA already: no environment is made, nothing is fetched.
+gpu-check: ## the contract tests and the benchmark on a CUDA GPU; PYTHON=python3 is the interpreter that has torch
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+		"error: torch " + torch.__version__ + " finds no CUDA GPU; gpu-check needs one")'
+	ATTN_PLUGINS_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 PYTHONPATH=. $(PYTHON) -m pytest -q tests/attentions/test_contract.py \
+		tests/attentions/test_capabilities.py
+	HF_HUB_OFFLINE=1 PYTHONPATH=. $(PYTHON) -m attn_plugins bench --config configs/bench/gpu.yaml
 
 docs: setup ## write docs/attentions.md from the docstrings
 	$(BIN)/python -m attn_plugins.docs docs/attentions.md

@@ -34,7 +34,7 @@ class AttentionMask:
         first_B: where a cache has dropped keys, index of each row's first real key, which is negative if that was one
             of them; None for rows without padding.
         cross: keys belong to another sequence than queries.
-        device: where ``rule`` can be evaluated and results are wanted.
+        device: where ``rule`` can be evaluated and results are wanted; None is torch's default device.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class AttentionMask:
         kv_offset: int = 0,
         first_B: torch.Tensor | None = None,
         cross: bool = False,
-        device: torch.device | str = "cpu",
+        device: torch.device | str | None = None,
     ):
         if not plain and rule is None and dense_BQK is None:
             raise ValueError("a mask that is not plain needs a rule or a dense mask")
@@ -64,7 +64,7 @@ class AttentionMask:
         self.rule, self.vectorised, self.dense_BQK = rule, vectorised, dense_BQK
         self.kv_offset, self.first_B = kv_offset, first_B
         self.q_offset = kv_offset + kv_length - q_length if q_offset is None else q_offset
-        self.device = self._rule_device = torch.device(device)
+        self.device = self._rule_device = torch.get_default_device() if device is None else torch.device(device)
         self.memo: dict[Hashable, Any] = {}
 
     def __repr__(self) -> str:

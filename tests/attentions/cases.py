@@ -79,6 +79,11 @@ def every_class():
     return pytest.mark.parametrize("cls", classes, ids=lambda cls: cls.name)
 
 
+def seeded(seed):
+    """A generator for the device that the tests run on."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 @dataclass
 class Inputs:
     """Queries, keys and values, and what a call may bring beside them."""
@@ -119,7 +124,7 @@ def inputs(
     seed=0,
 ):
     """Gaussian queries, keys and values, laid out as transformers hands them over: transposed views."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
 
     def make(length, heads, size):
         return (
@@ -171,7 +176,7 @@ EXACT = 1e-9
 def cotangent_for(given, mask, seed=7):
     """A random gradient of the output that is zero at padded queries, whose outputs nobody reads."""
     shape = (given.q.shape[0], given.q.shape[2], given.q.shape[1], given.v.shape[3])
-    random = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    random = torch.randn(shape, generator=seeded(seed), dtype=torch.float64)
     if mask.padding_BK is not None and not mask.cross:
         random = random * mask.padding_BK[:, -shape[1] :, None, None]
     return random

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, assert_forms_agree, every_case, every_class, inputs, left_padding
+from cases import CASES, assert_forms_agree, every_case, every_class, inputs, left_padding, seeded
 
 from attn_plugins.attention import CAPABILITIES, Attention
 from attn_plugins.mask import AttentionMask
@@ -75,7 +75,7 @@ def test_weights_refuse_heads_that_they_were_not_built_for(case):
     ],
 )
 def test_extras_that_are_declared_equal_the_reference(case, extra):
-    generator = torch.Generator().manual_seed(2)
+    generator = seeded(2)
     for queries in (20, 3) if case.causal else (20,):
         given = inputs(2, queries, 20)
         given.extras = {

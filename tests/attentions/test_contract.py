@@ -6,7 +6,6 @@ import json
 import pytest
 import torch
 from cases import (
-    CASES,
     EXACT,
     SCALE,
     assert_forms_agree,
@@ -44,18 +43,22 @@ def test_misspelt_and_mistyped_options_are_refused(cls):
 
 
 @every_case()
-@pytest.mark.parametrize("length", [1, 2, 7, 65, 150])
+@pytest.mark.parametrize("length", [1, 7, 65, 150])
 def test_fast_form_equals_reference_in_float32(case, length):
     given = inputs(2, length)
     assert_forms_agree(case, given, case.mask(2, length, length), dtype=torch.float32, tolerance=2e-5)
 
 
 @every_case()
-@pytest.mark.parametrize("length", [1, 7, 65])
-def test_fast_form_equals_reference_in_bfloat16(case, length):
-    given = inputs(2, length).to(torch.bfloat16).to(torch.float64)
+@pytest.mark.parametrize(
+    ("length", "dtype", "tolerance"),
+    [(1, torch.bfloat16, 1e-2), (65, torch.bfloat16, 1e-2), (65, torch.float16, 2e-3)],
+    ids=["1 bfloat16", "65 bfloat16", "65 float16"],
+)
+def test_fast_form_equals_reference_in_half_precision(case, length, dtype, tolerance):
+    given = inputs(2, length).to(dtype).to(torch.float64)
     mask = case.mask(2, length, length, padding_BK=left_padding([length, length // 2 + 1], length))
-    assert_forms_agree(case, given, mask, dtype=torch.bfloat16, tolerance=1e-2)
+    assert_forms_agree(case, given, mask, dtype=dtype, tolerance=tolerance)
 
 
 @every_case(options={})
@@ -65,10 +68,10 @@ def test_fast_form_equals_reference_beyond_the_default_sizes(case):
     assert_forms_agree(case, given, mask, dtype=torch.float32, tolerance=2e-5, num_heads=2, num_key_value_heads=1)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@every_case()
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_fast_form_equals_reference_for_any_shape(data):
-    case = data.draw(st.sampled_from(CASES), "case")
+def test_fast_form_equals_reference_for_any_shape(case, data):
     keys = data.draw(st.integers(1, 40), "K")
     queries = data.draw(st.integers(1, keys), "Q") if case.causal else keys
     groups, shared = data.draw(st.integers(1, 3), "G"), data.draw(st.integers(1, 3), "H / G")
