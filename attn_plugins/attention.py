@@ -31,6 +31,8 @@ class HeadShape:
     """Size of one query or key, D."""
     value_dim: int
     """Size of one value, V."""
+    grid_size: tuple[int, int] | None = None
+    """Rows and columns of an image's patches, where the model's config tells them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,8 @@ class Attention(nn.Module):
     """Time of one head in N (length) and the options, such as ``O(N window_size D)``."""
     paper: ClassVar[str]
     """Who described it, with year and a reference that can be found."""
+    when: ClassVar[str] = ""
+    """When to pick it, in a sentence or two, for the documentation."""
 
     causal: ClassVar[bool] = False
     """Serves modules whose queries don't see what follows them."""

@@ -1,6 +1,6 @@
-"""docs/attentions.md, written from the classes in the registry.
+"""docs/attentions.md, written from the classes in the registry and what a benchmark has measured of them.
 
-python -m attn_plugins.docs FILE        writes the page
+python -m attn_plugins.docs FILE        writes the page; figures are those of benchmarks/cpu/results.jsonl beside it
 """
 
 import ast
@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attn_plugins.attention import CAPABILITIES, Attention, capabilities
+from attn_plugins.bench_report import says_pays_from
 from attn_plugins.registry import get_attention, list_attentions
+from attn_plugins.results import Results
+from attn_plugins.tables import brief_number
 
 OWN = "attn_plugins.attentions."
 """Where the package's own attentions live: an installed plug-in has its own documentation."""
@@ -62,37 +65,80 @@ def _written_fields(config: type) -> dict[str, tuple[str, str]]:
     return written
 
 
-def page() -> str:
-    """The text of docs/attentions.md."""
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """How fast an attention was with some options, forward and backward together."""
+
+    label: str
+    causal: bool
+    ratios: dict[int, float]
+    """Length -> times as fast as torch's own attention."""
+
+
+def timed(results: Results) -> dict[str, list[Timed]]:
+    """What a benchmark measured, by the attention's name, in the order in which it was measured."""
+    found: dict[tuple[str, str], Timed] = {}
+    for record in results.records.values():
+        settings = record["settings"]
+        name = settings["source"].get("type")
+        if name is None or settings["which"] != "forward_backward" or record["status"] != "ok":
+            continue
+        new = Timed(label=record["label"], causal=settings["causal"], ratios={})
+        one = found.setdefault((name, record["label"]), new)
+        one.ratios[settings["length"]] = record["result"]["times_as_fast"]
+    by_name: dict[str, list[Timed]] = {}
+    for (name, _), one in found.items():
+        by_name.setdefault(name, []).append(one)
+    return by_name
+
+
+def page(measured: Path) -> str:
+    """The text of docs/attentions.md, with the figures of a benchmark's results.jsonl."""
     attentions = [get_attention(name) for name in list_attentions()]
     own = sorted((a for a in attentions if a.__module__.startswith(OWN)), key=lambda a: (a.family, a.name))
+    figures = timed(Results(measured))
     lines = [
         "# Attentions",
         "",
         "Written by `make docs` from the classes in the registry: change a docstring there, not this file.",
         "",
-        "| name | family | cost of a head | " + " | ".join(name.replace("_", " ") for name in CAPABILITIES) + " |",
-        "|---" * (3 + len(CAPABILITIES)) + "|",
+        "| name | family | cost of a head | pays from | "
+        + " | ".join(name.replace("_", " ") for name in CAPABILITIES)
+        + " |",
+        "|---" * (4 + len(CAPABILITIES)) + "|",
     ]
     for attention in own:
         honoured = ["yes" if name in capabilities(attention) else "" for name in CAPABILITIES]
-        first = f"[{attention.name}](#{attention.name})"
-        lines.append(f"| {first} | {attention.family} | {attention.cost} | " + " | ".join(honoured) + " |")
+        pays = "; ".join(dict.fromkeys(says_pays_from(one.ratios) for one in figures.get(attention.name, ())))
+        first = [f"[{attention.name}](#{attention.name})", attention.family, attention.cost, pays]
+        lines.append(f"| {' | '.join([*first, *honoured])} |")
     lines += [
         "",
         "A column says what an attention can honour. What it cannot, it refuses with an error and never drops. N is",
         "the length, D the size of a head. `any mask` means masks beyond causal, padding and packed segments: a",
         "model's own sliding window, prefixes, image blocks.",
+        "",
+        "`pays from` is the length in tokens from which it was faster than torch's `scaled_dot_product_attention`,",
+        "forward and backward together, on a CPU with 2 cores: 8 heads of 64, float32, batch 1, the attention alone.",
+        "Several values are for several options. All lengths, spread, memory and other packages are in",
+        "[benchmarks/cpu](benchmarks/cpu/report.md). On another machine it is another length: `attn-plugins bench`.",
     ]
     for attention in own:
-        lines += ["", *_section(attention)]
+        lines += ["", *_section(attention, figures.get(attention.name, []))]
     return "\n".join(lines) + "\n"
 
 
-def _section(attention: type[Attention]) -> list[str]:
+def _section(attention: type[Attention], figures: list[Timed]) -> list[str]:
     source = attention.__module__.replace(".", "/") + ".py"
     lines = [f"## {attention.name}", "", inspect.getdoc(attention) or "", ""]
+    lines += [f"- When to use it: {attention.when}"] if attention.when else []
     lines += [f"- Cost: {attention.cost}", f"- Paper: {attention.paper}"]
+    if not figures:
+        lines += [f"- Not measured yet: `attn-plugins bench --attn {attention.name}` does"]
+    for one in figures:
+        ratios = ", ".join(f"{brief_number(ratio)}x at {length}" for length, ratio in sorted(one.ratios.items()))
+        beside = "causal attention" if one.causal else "attention over the whole sequence"
+        lines.append(f"- Measured, `{one.label}`, beside torch's {beside}: {ratios}")
     lines += [f"- Honours: {', '.join(capabilities(attention))}", f"- Source: [{source}](../{source})"]
     tested = ", ".join(f"`{example}`" if example else "the defaults" for example in attention.examples)
     lines += [f"- Tested on a few dozen tokens with: {tested}"]
@@ -108,4 +154,5 @@ def _section(attention: type[Attention]) -> list[str]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python -m attn_plugins.docs FILE")
-    Path(sys.argv[1]).write_text(page(), encoding="utf8")
+    target = Path(sys.argv[1])
+    target.write_text(page(target.parent / "benchmarks" / "cpu" / "results.jsonl"), encoding="utf8")

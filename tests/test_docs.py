@@ -1,5 +1,6 @@
 """docs/attentions.md is what `make docs` writes, and every option in it is explained."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,18 +10,42 @@ import pytest
 from attn_plugins import docs, list_attentions
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.registry import get_attention
+from attn_plugins.results import Results
 
 PAGE = Path(__file__).parent.parent / "docs" / "attentions.md"
+FIGURES = PAGE.parent / "benchmarks" / "cpu" / "results.jsonl"
 OWN = [name for name in list_attentions() if get_attention(name).__module__.startswith(docs.OWN)]
 
 
 def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf8") == docs.page(), "a docstring or an option changed: run `make docs`"
+    assert PAGE.read_text(encoding="utf8") == docs.page(FIGURES), "a docstring or an option changed: run `make docs`"
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_every_option_is_explained(name):
     assert [option.name for option in docs.options(get_attention(name)) if not option.doc] == []
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_attention_says_when_to_use_it(name):
+    assert get_attention(name).when
+
+
+def test_figures_are_those_of_the_forward_and_backward_pass(tmp_path):
+    def record(key, which, length, ratio, status="ok", **source):
+        settings = {"source": source, "which": which, "length": length, "causal": True}
+        return {"key": key, "label": "l", "status": status, "settings": settings, "result": {"times_as_fast": ratio}}
+
+    results = Results(tmp_path / "results.jsonl")
+    results.add(record("a", "forward", 8, 9.0, type="local"))
+    results.add(record("b", "forward_backward", 8, 0.5, type="local"))
+    results.add(record("c", "forward_backward", 16, 2.0, type="local"))
+    results.add(record("d", "forward_backward", 32, 2.0, status="error", type="local"))
+    results.add(record("e", "forward_backward", 8, 2.0, peer="local-attention"))
+    assert docs.timed(results) == {"local": [docs.Timed(label="l", causal=True, ratios={8: 0.5, 16: 2.0})]}
+    page = docs.page(results.path)
+    assert "- Measured, `l`, beside torch's causal attention: 0.500x at 8, 2.00x at 16" in page
+    assert re.search(r"\| \[local\]\(#local\) \| local \| [^|]* \| 16 \|", page)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -57,4 +82,4 @@ def test_a_plug_in_is_not_in_our_page(monkeypatch):
     sample = type("Elsewhere", (get_attention("softmax"),), {"__module__": "someone.else"})
     monkeypatch.setattr(docs, "list_attentions", lambda: ["softmax", "elsewhere"])
     monkeypatch.setattr(docs, "get_attention", {"softmax": get_attention("softmax"), "elsewhere": sample}.get)
-    assert docs.page().count("\n## ") == 1
+    assert docs.page(FIGURES).count("\n## ") == 1

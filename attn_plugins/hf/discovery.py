@@ -96,7 +96,26 @@ def head_shape(module: nn.Module, config: Any) -> HeadShape:
     groups = getattr(module, "num_key_value_groups", None)
     shared = heads // groups if isinstance(groups, int) else find("num_key_value_heads num_kv_heads")
     value_dim = getattr(module, "v_head_dim", None) or head_dim
-    return HeadShape(num_heads=heads, num_key_value_heads=shared or heads, head_dim=head_dim, value_dim=value_dim)
+    return HeadShape(
+        num_heads=heads,
+        num_key_value_heads=shared or heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        grid_size=grid_size(config),
+    )
+
+
+def grid_size(config: Any) -> tuple[int, int] | None:
+    """Rows and columns of patches by the config of a vision model, or None where it does not tell."""
+    pairs = []
+    for name in ("image_size", "patch_size"):
+        value = getattr(config, name, None)
+        pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+        if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+            return None
+        pairs.append(pair)
+    (height, width), (rows, columns) = pairs
+    return height // rows, width // columns
 
 
 def _config_of(module: nn.Module, model: PreTrainedModel) -> Any:

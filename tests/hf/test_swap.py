@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import types
 import warnings
 
 import accelerate
@@ -12,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import attn_plugins as ap
+from attn_plugins.hf import discovery
 
 
 def plugins(model):
@@ -266,3 +268,25 @@ def test_accelerates_device_hooks_pass_the_mask_on():
     expected = tiny.output(model, given)
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert torch.equal(tiny.output(model, given), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "grid"),
+    [
+        ({"image_size": 224, "patch_size": 16}, (14, 14)),
+        ({"image_size": [32, 48], "patch_size": (8, 16)}, (4, 3)),
+        ({"image_size": 30, "patch_size": 8}, (3, 3)),  # as a convolution without padding cuts it
+        ({"image_size": 224}, None),
+        ({"image_size": {"height": 2}, "patch_size": 2}, None),
+        ({}, None),
+    ],
+)
+def test_the_grid_of_patches_comes_from_the_config(settings, grid):
+    assert discovery.grid_size(types.SimpleNamespace(**settings)) == grid
+
+
+def test_attentions_of_an_image_model_know_its_grid():
+    model = ap.swap_attention(tiny.build("vit"), "softmax")
+    size, patch = model.config.image_size, model.config.patch_size
+    grids = {module.attn_plugin.heads.grid_size for module in model.modules() if hasattr(module, "attn_plugin")}
+    assert grids == {(size // patch, size // patch)}
