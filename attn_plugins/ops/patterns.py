@@ -137,7 +137,7 @@ def global_tiles(mask: AttentionMask, sees: Sees, num_global: int) -> Iterator[T
     own = torch.arange(mask.q_length, device=mask.device).unsqueeze(0) + first_query(mask)
     index = places(in_row(mask, own) < num_global)
     starts, ends = mask.starts_BK().clamp(min=0), ends_BK(mask)
-    for queries in index.split(ROWS, dim=1):
+    for queries in index.split(ROWS, dim=1) if index.shape[1] else ():
         rows = torch.arange(len(starts), device=mask.device).unsqueeze(1).expand(-1, queries.shape[1])[queries >= 0]
         at = (queries + first_query(mask))[queries >= 0]
         keys = slice(int(starts[rows, at].min()), int(ends[rows, at].max()))

@@ -1,0 +1,57 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.dense import dense_attention
+from attn_plugins.ops.patterns import Blocks
+from attn_plugins.ops.tiled import dense_pattern, tiled_attention
+from attn_plugins.registry import register_attention
+
+
+@register_attention("block_local")
+class BlockLocalAttention(Attention):
+    """Attention within blocks: softmax attention over a query's own block and those beside it.
+
+    ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the keys j that the mask shows and whose block
+    ``floor(j / block_size)`` is the query's own, one of the ``look_backward`` before it or, where the mask is not
+    causal, one of the ``look_forward`` after it. Positions count from the first real token of a row or packed segment.
+
+    Deviates from the local attention of the Routing Transformer in nothing that is causal; blocks there are cut from
+    the left end of a padded row, here from its first real token.
+
+    Limit case: equals softmax attention when block_size >= K.
+    """
+
+    family = "local"
+    cost = "O(N block_size (1 + look_backward + look_forward) D)"
+    paper = "Parmar et al. 2018, Image Transformer, arXiv:1802.05751; Roy et al. 2021, arXiv:2003.05997"
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    limit: ClassVar = {"block_size": 50}
+    examples = (
+        {"block_size": 5},
+        {"block_size": 3, "look_backward": 2, "look_forward": 0},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        block_size: int = 128
+        """Tokens of a block."""
+        look_backward: int = 1
+        """Blocks before its own that a query sees."""
+        look_forward: int = 1
+        """Blocks after its own that it sees where the mask is not causal."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.require(self.block_size >= 1, "block_size", "an integer from 1 on")
+            self.require(self.look_backward >= 0, "look_backward", "an integer from 0 on")
+            self.require(self.look_forward >= 0, "look_forward", "an integer from 0 on")
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
+
+    def _pattern(self) -> Blocks:
+        return Blocks(self.config.block_size, self.config.look_backward, self.config.look_forward)

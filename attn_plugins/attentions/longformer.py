@@ -1,0 +1,57 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.dense import dense_attention
+from attn_plugins.ops.patterns import Band
+from attn_plugins.ops.tiled import dense_pattern, tiled_attention
+from attn_plugins.registry import register_attention
+
+
+@register_attention("longformer")
+class LongformerAttention(Attention):
+    """Longformer: a sliding window, and global tokens that see everything and are seen from everywhere.
+
+    ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the keys j that the mask shows and that have
+    ``|i - j| < window_size``, or where i or j is among the first ``num_global_tokens`` real tokens of the row or packed
+    segment (such as [CLS]). Where the mask is causal, global tokens see what is before them as every token does, and
+    the pattern is that of ``local`` with as many sinks.
+
+    Deviations from the paper: global tokens are the first ones, not chosen by the task, and go through the model's own
+    projections, not through a second set; so it starts from the pretrained model's weights as they are. The paper's
+    window of w counts both sides: it is ``window_size = w / 2 + 1`` here.
+
+    Limit case: equals softmax attention when window_size >= K.
+    """
+
+    family = "local"
+    cost = "O(N (window_size + num_global_tokens) D)"
+    paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150"
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    limit: ClassVar = {"window_size": 50}
+    examples = (
+        {"window_size": 4},
+        {"window_size": 2, "num_global_tokens": 5},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        window_size: int = 257
+        """Keys that a query sees up to and including itself; as many after it where the mask is not causal."""
+        num_global_tokens: int = 1
+        """First real tokens of a row or packed segment that see, and are seen by, all others."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.require(self.window_size >= 1, "window_size", "an integer from 1 on")
+            self.require(self.num_global_tokens >= 0, "num_global_tokens", "an integer from 0 on")
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
+
+    def _pattern(self) -> Band:
+        number = self.config.num_global_tokens
+        return Band(self.config.window_size, self.config.window_size - 1, num_first=number, first_see_all=number > 0)
