@@ -1,0 +1,80 @@
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.recurrence import Tokens, dense_recurrent_attention, recurrent_attention, unit
+from attn_plugins.registry import register_attention
+
+
+@register_attention("delta")
+class DeltaAttention(Attention):
+    """DeltaNet: a linear memory that corrects what it recalls for a key, instead of adding to it.
+
+    ``S_t = S_{t-1} - beta_t k_t (k_t^T S_{t-1} - v_t^T)``, ``out_t = a S_t^T q_t`` with queries and keys of unit length
+    and ``beta_t = sigmoid(w . v_t + bias)``. Rates are of a key/value head, and so is the state of D x V numbers, in
+    float32 whatever the model's dtype. Chunks solve one triangular system each for all their corrections.
+
+    Differs from the paper: beta is made from the token's value, as a cache holds nothing else of it that is free of
+    positions, where the paper takes the layer's input; queries and keys are normalised as they come, rotary positions
+    applied, without the paper's convolutions and SiLU; a learned factor ``a`` for each query head takes the place of
+    the norm over a head's output, which the output projection of a pretrained model does not expect. ``scale`` has no
+    part in it. Attention dropout isn't applied, weights may be negative.
+
+    Starts from ``a = 1``, where a query that equals a key recalls about its value, and ``beta = initial_beta`` for all
+    tokens (``w = 0``). A small beta averages over the last D / beta tokens or so, a large one recalls the latest.
+
+    Limit case: none. An untrained swap is far from softmax attention; it needs training.
+    """
+
+    family = "linear"
+    cost = "O(N (chunk_size^2 + D chunk_size + D^2))"
+    paper = (
+        "Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv:2406.06484"
+    )
+    causal = segments = True
+    convex = False
+    examples = ({"chunk_size": 4, "initial_beta": 0.8},)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        initial_beta: float = 0.1
+        """Share of a value that is corrected at once, before training."""
+        chunk_size: int = 64
+        """Tokens whose corrections are solved for at once, a power of two; changes the speed and not the result."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.require(0 < self.initial_beta < 1, "initial_beta", "a number between 0 and 1")
+            power = self.chunk_size >= 1 and self.chunk_size & (self.chunk_size - 1) == 0
+            self.require(power, "chunk_size", "a power of two from 1 on")
+
+    def __init__(self, config, heads=None, **options):
+        super().__init__(config, heads, **options)
+        if heads is None:
+            raise ValueError("attention 'delta' has weights a head and needs the sizes of the heads, got None")
+        self.output_weight = nn.Parameter(torch.empty(heads.num_heads))
+        self.beta_weight = nn.Parameter(torch.empty(heads.num_key_value_heads, heads.value_dim))
+        self.beta_bias = nn.Parameter(torch.empty(heads.num_key_value_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.output_weight)
+        nn.init.zeros_(self.beta_weight)
+        nn.init.constant_(self.beta_bias, math.log(self.config.initial_beta / (1 - self.config.initial_beta)))
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, tokens, list(self.parameters()))
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+        weights, chunk_size = list(self.parameters()), self.config.chunk_size
+        return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, tokens, weights, chunk_size=chunk_size)
+
+
+def tokens(q_BHTD, k_BGTD, v_BGTV, output_weight_H, beta_weight_GV, beta_bias_G):
+    q = unit(q_BHTD) * output_weight_H.view(-1, 1, 1)
+    k, v = unit(k_BGTD).to(q.dtype), v_BGTV.to(q.dtype)
+    beta = torch.sigmoid(v @ beta_weight_GV.to(q.dtype).unsqueeze(2) + beta_bias_G.to(q.dtype).view(-1, 1, 1))
+    return Tokens(q, k, v, None, beta)

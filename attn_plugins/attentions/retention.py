@@ -1,0 +1,76 @@
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.dense import expand_heads
+from attn_plugins.ops.recurrence import Tokens, dense_recurrent_attention, recurrent_attention, with_average
+from attn_plugins.registry import register_attention
+
+
+@register_attention("retention")
+class RetentionAttention(Attention):
+    """RetNet's retention: dot products without softmax, that fade with distance at a rate of each head.
+
+    ``out_t = sum_j gamma_h^(t - j) (a scale q_t . k_j + b) v_j / sum_j gamma_h^(t - j)`` over the visible keys j, with
+    ``gamma_h = 1 - 2^(-5 - h)`` for query head h = 0, 1, ... Sums run in chunks that carry a state of (D + 1) x V
+    numbers a query head, in float32 whatever the model's dtype. Padding has no place in the distance t - j.
+
+    Differs from the paper, whose output is normalised to unit size for each head and token, which the output projection
+    of a pretrained model does not expect. Here the decayed number of tokens takes that place, and ``b`` adds their
+    decayed average; ``a`` and ``b`` are learned, one of each a query head, and ``b = 0`` leaves the paper's sum. Queries
+    and keys come with the model's own rotary positions. Attention dropout isn't applied, weights may be negative.
+
+    Starts from ``a = b = 1``: softmax's exp(s) to first order, 1 + s, over a fading past.
+
+    Limit case: none. An untrained swap is far from softmax attention; it needs training.
+    """
+
+    family = "linear"
+    cost = "O(N D (chunk_size + D))"
+    paper = "Sun et al. 2023, Retentive Network: A Successor to Transformer for Large Language Models, arXiv:2307.08621"
+    causal = segments = True
+    convex = False
+    examples = ({"chunk_size": 4},)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        chunk_size: int = 64
+        """Tokens whose weights are formed outright, a power of two; changes the speed and not the result."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            power = self.chunk_size >= 1 and self.chunk_size & (self.chunk_size - 1) == 0
+            self.require(power, "chunk_size", "a power of two from 1 on")
+
+    def __init__(self, config, heads=None, **options):
+        super().__init__(config, heads, **options)
+        if heads is None:
+            raise ValueError("attention 'retention' has weights a head and needs the sizes of the heads, got None")
+        self.score_weight = nn.Parameter(torch.empty(heads.num_heads))
+        self.average_weight = nn.Parameter(torch.empty(heads.num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.score_weight)
+        nn.init.ones_(self.average_weight)
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+        prepare = functools.partial(tokens, scale=scale)
+        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, list(self.parameters()))
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+        prepare, weights = functools.partial(tokens, scale=scale), list(self.parameters())
+        return recurrent_attention(
+            q_BHQD, k_BGKD, v_BGKV, mask, prepare, weights, chunk_size=self.config.chunk_size
+        )
+
+
+def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, *, scale):
+    q, k = with_average(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, scale=scale)
+    heads = q.shape[1]
+    rate = torch.arange(heads, dtype=q.dtype, device=q.device).add(5).neg().exp2()
+    log_gate = torch.log1p(-rate).view(1, heads, 1, 1)
+    return Tokens(q, expand_heads(k, heads), expand_heads(v_BGTV.to(q.dtype), heads), log_gate, None)
