@@ -3,7 +3,7 @@ from typing import ClassVar
 
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.dense import dense_attention
-from attn_plugins.ops.gathered import blocks_of, choose_blocks, chosen_keys, gathered_attention
+from attn_plugins.ops.gathered import block_attention, blocks_of, choose_blocks, chosen_keys
 from attn_plugins.registry import register_attention
 
 
@@ -48,5 +48,6 @@ class BlockTopkAttention(Attention):
         return dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen_keys(chosen, blocks), **options)
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        choice = {"block_size": self.config.block_size, "topk": self.config.topk}
-        return gathered_attention(q_BHQD, k_BGKD, v_BGKV, mask, **choice, **options)
+        block_size = self.config.block_size
+        chosen = choose_blocks(q_BHQD, k_BGKD, blocks_of(mask, block_size), self.config.topk)
+        return block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=block_size, **options)

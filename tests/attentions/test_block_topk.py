@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import SCALE, Case, assert_same, inputs, left_padding
+from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.block_topk import BlockTopkAttention
 from attn_plugins.ops import gathered
@@ -110,6 +110,27 @@ def test_dropout_keeps_the_mean_and_the_backward_draws_the_same():
         return module(q, k, v, mask=case.mask(1, 8, 8), scale=SCALE, dropout=0.3)[0]
 
     torch.autograd.gradcheck(attend, [x.requires_grad_() for x in (small.q, small.k, small.v)])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_scores_may_lie_any_distance_above_a_query_s_own(causal, monkeypatch):
+    case = block_topk(causal, block_size=4, topk=3)
+    given, mask = inputs(2, 40), case.mask(2, 40, 40, padding_BK=left_padding([40, 31], 40))
+    given.k *= 30
+    passes = []
+    monkeypatch.setattr(gathered._Call, "highest", spy(gathered._Call.highest, passes))
+    assert_forms_agree(case, given.to(torch.float32).to(torch.float64), mask, dtype=torch.float32, tolerance=1e-4)
+    assert len(passes) == 1, "exp overflows, so the maximum is needed"
+    assert_forms_agree(case, inputs(2, 40), mask)
+    assert len(passes) == 1, "the level of a query's own key serves"
+
+
+def spy(function, calls):
+    def run(*args):
+        calls.append(args)
+        return function(*args)
+
+    return run
 
 
 def test_options_out_of_range_are_refused():
