@@ -5,7 +5,7 @@ import torch
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.topk import TopkAttention
-from attn_plugins.ops import tiled
+from attn_plugins.ops import topk as ops
 
 
 def topk(causal=True, **options):
@@ -59,7 +59,7 @@ def test_tiles_of_any_size_give_the_same(budget, monkeypatch):
     given.extras = {"sinks": torch.randn(4, dtype=torch.float64), "position_bias": torch.randn(1, 1, 30, 30).double()}
     mask = case.mask(2, 30, 30)
     out = given.run(case.module(), mask)
-    monkeypatch.setattr(tiled, "SCORES_AT_ONCE", budget)
+    monkeypatch.setattr(ops, "SCORES_AT_ONCE", budget)
     assert_same({"out": given.run(case.module(), mask)}, {"out": out}, 1e-12)
     assert_forms_agree(case, given, mask)
 
@@ -71,8 +71,8 @@ def test_the_choice_is_made_once_and_one_number_a_query_of_it_kept(monkeypatch):
         choices.append(least(scores, topk))
         return choices[-1]
 
-    least = tiled.least_chosen
-    monkeypatch.setattr(tiled, "least_chosen", spy)
+    least = ops.least_chosen
+    monkeypatch.setattr(ops, "least_chosen", spy)
     given.q.requires_grad_()
     given.run(case.module(), case.mask(1, 40, 40)).sum().backward()
     assert [x.shape for x in choices] == [(1, 4, 40, 1)]
