@@ -88,13 +88,15 @@ def make_tile(
         extra = extra.masked_fill(~apart, -1)
         seen_extra = _visible(mask, sees, q_index, extra.unsqueeze(1))
         needed = seen_extra.any(dim=1).any(dim=0)
+        if not keys:
+            needed[0] = True  # a tile without columns would be a case of its own
         extra = extra[:, needed] if bool(needed.any()) else None
     parts = []
     if columns:
         parts = [_visible(mask, sees, q_index, torch.cat(columns, dim=2))]
     if extra is not None:
         parts.insert(0, seen_extra[..., needed])
-    batch = max(len(part) for part in parts) if parts else 1
+    batch = max(len(part) for part in parts)
     visible = torch.cat([part.expand(batch, -1, -1) for part in parts], dim=2)
     hidden = None
     if not bool(visible.all()):

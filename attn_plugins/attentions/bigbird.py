@@ -1,0 +1,70 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.dense import dense_attention
+from attn_plugins.ops.random_blocks import RandomBlocks
+from attn_plugins.ops.tiled import dense_pattern, tiled_attention
+from attn_plugins.registry import register_attention
+
+
+@register_attention("bigbird")
+class BigBirdAttention(Attention):
+    """BigBird: global blocks, a sliding window of blocks, and random blocks.
+
+    ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the keys j that the mask shows and whose block is one of the
+    first ``num_global_blocks``, one of ``num_sliding_window_blocks`` around the query's own, or one of
+    ``num_random_blocks`` drawn for the query's block from the rest of the row. Queries of global blocks see everything.
+    Where the mask is causal, the window ends with the query's own block and random blocks are drawn from those before
+    it. Positions count from the first real token of a row or packed segment.
+
+    What is drawn depends on ``seed``, the number of the query's block and, where not causal, the number of blocks of
+    the row: it is the same in every layer and head, in every process, and after a reload.
+
+    Deviations from the published code: the last block is not global (where it is depends on the length); heads share
+    one draw; a row may have any length.
+
+    Limit case: equals softmax attention when block_size >= K.
+    """
+
+    family = "sparse"
+    cost = "O(N block_size (num_global_blocks + num_sliding_window_blocks + num_random_blocks) D)"
+    paper = "Zaheer et al. 2020, Big Bird, arXiv:2007.14062"
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    limit: ClassVar = {"block_size": 50}
+    examples = (
+        {"block_size": 3, "num_random_blocks": 1, "num_sliding_window_blocks": 1},
+        {"block_size": 2, "num_random_blocks": 2, "num_global_blocks": 2, "seed": 5},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        block_size: int = 64
+        """Tokens of a block."""
+        num_random_blocks: int = 3
+        """Blocks drawn for each block of queries."""
+        num_global_blocks: int = 1
+        """First blocks of a row or packed segment that see, and are seen by, all others."""
+        num_sliding_window_blocks: int = 3
+        """Blocks of the window, the query's own in the middle; the last of them where the mask is causal."""
+        seed: int = 0
+        """Which blocks are drawn."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            window = self.num_sliding_window_blocks
+            self.require(self.block_size >= 1, "block_size", "an integer from 1 on")
+            self.require(self.num_random_blocks >= 0, "num_random_blocks", "an integer from 0 on")
+            self.require(self.num_global_blocks >= 0, "num_global_blocks", "an integer from 0 on")
+            self.require(window >= 1 and window % 2 == 1, "num_sliding_window_blocks", "an odd integer from 1 on")
+            self.require(0 <= self.seed < 2**63, "seed", "an integer from 0 to 2**63 - 1")
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
+
+    def _pattern(self) -> RandomBlocks:
+        c = self.config
+        return RandomBlocks(c.block_size, c.num_global_blocks, c.num_sliding_window_blocks, c.num_random_blocks, c.seed)
