@@ -97,7 +97,8 @@ class Band:
             seen = seen | self._of_the_first(mask, q_index)
         return seen
 
-    def tiles(self, mask: AttentionMask) -> Iterator[Tile]:
+    def tiles(self, mask: AttentionMask, but: "Band | None" = None) -> Iterator[Tile]:
+        """As :meth:`Pattern.tiles`, but for what another band shows already."""
         first, step = first_query(mask), self.dilation
         rows = ROWS if self.window_size < 1024 else 2 * ROWS
         ahead = 0 if mask.causal else self.look_forward
@@ -105,6 +106,8 @@ class Band:
 
         def sees(mask, q_index, k_index):
             seen = self.sees(mask, q_index, k_index)
+            if but is not None:
+                seen = seen & ~but.sees(mask, q_index, k_index)
             return seen & ~self._of_the_first(mask, q_index) if apart else seen
 
         known: dict[tuple[int, ...], Tile] = {}

@@ -1,0 +1,61 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.dense import dense_attention
+from attn_plugins.ops.strides import Fixed
+from attn_plugins.ops.tiled import dense_pattern, tiled_attention
+from attn_plugins.registry import register_attention
+
+
+@register_attention("fixed")
+class FixedAttention(Attention):
+    """Sparse Transformer, fixed: a query's own block, and the last few positions of every block, which sum it up.
+
+    ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the keys j that the mask shows and that have
+    ``floor(j / stride) == floor(i / stride)`` or ``j % stride >= stride - num_summary_columns``. With
+    ``num_local_blocks`` above 1 the blocks before the query's own are seen whole too, and as many after it where the
+    mask is not causal. Positions count from the first real token of a row or packed segment.
+
+    The paper lets heads or layers alternate between the two sets of keys, or merges them, and may give each head
+    summary columns of its own; here every head sees both, and the same columns.
+
+    Limit case: equals softmax attention when stride >= K.
+    """
+
+    family = "sparse"
+    cost = "O(N (stride num_local_blocks + N num_summary_columns / stride) D)"
+    paper = "Child et al. 2019, Generating Long Sequences with Sparse Transformers, arXiv:1904.10509"
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    limit: ClassVar = {"stride": 50}
+    examples = (
+        {"stride": 5, "num_summary_columns": 1},
+        {"stride": 4, "num_summary_columns": 2, "num_local_blocks": 2},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        stride: int = 128
+        """Tokens of a block."""
+        num_local_blocks: int = 1
+        """Blocks that a query sees whole, up to and including its own."""
+        num_summary_columns: int = 8
+        """Last positions of each block that are seen from everywhere."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.require(self.stride >= 1, "stride", "an integer from 1 on")
+            self.require(self.num_local_blocks >= 1, "num_local_blocks", "an integer from 1 on")
+            self.require(
+                1 <= self.num_summary_columns <= self.stride, "num_summary_columns", "an integer from 1 to stride"
+            )
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
+
+    def _pattern(self) -> Fixed:
+        config = self.config
+        return Fixed(config.stride, config.num_local_blocks - 1, config.num_summary_columns)

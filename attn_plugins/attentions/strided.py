@@ -1,0 +1,50 @@
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.dense import dense_attention
+from attn_plugins.ops.strides import Strided
+from attn_plugins.ops.tiled import dense_pattern, tiled_attention
+from attn_plugins.registry import register_attention
+
+
+@register_attention("strided")
+class StridedAttention(Attention):
+    """Sparse Transformer, strided: the nearest keys, and every ``stride``-th one from the query on.
+
+    ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the keys j that the mask shows and that have
+    ``|i - j| < stride num_local_blocks`` or ``(i - j) % stride == 0``. With a stride near the root of the length any
+    two tokens are two layers apart. For data with a period, such as images (stride = width) or music.
+
+    The paper lets heads or layers alternate between the two sets of keys, or merges them; here each head sees both.
+
+    Limit case: equals softmax attention when stride >= K.
+    """
+
+    family = "sparse"
+    cost = "O(N (stride num_local_blocks + N / stride) D)"
+    paper = "Child et al. 2019, Generating Long Sequences with Sparse Transformers, arXiv:1904.10509"
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    limit: ClassVar = {"stride": 50}
+    examples = ({"stride": 5}, {"stride": 3, "num_local_blocks": 2})
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        stride: int = 128
+        """Distance between the far keys, best near the root of the length."""
+        num_local_blocks: int = 1
+        """The near keys, in strides."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.require(self.stride >= 1, "stride", "an integer from 1 on")
+            self.require(self.num_local_blocks >= 1, "num_local_blocks", "an integer from 1 on")
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
+
+    def _pattern(self) -> Strided:
+        return Strided(self.config.stride * self.config.num_local_blocks, self.config.stride)
