@@ -6,6 +6,7 @@ from torch import nn
 
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.linear import dense_linear_attention, linear_attention
+from attn_plugins.ops.token_features import LEARNED, orthogonal_features, prepare, reset_weights, weight_shapes
 from attn_plugins.registry import register_attention
 
 
@@ -13,73 +14,99 @@ from attn_plugins.registry import register_attention
 class LinearAttention(Attention):
     """Linear attention: the softmax's exp(q.k) becomes a product of features, so that keys can be summed up in a state.
 
-    ``out_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps)`` over the visible keys j, with
-    ``phi(x) = elu(x) + 1``, ``relu(x)`` or Hedgehog's ``[softmax(W x); softmax(-W x)]``. Causal attention runs in
-    chunks that carry the state of all keys before; bidirectional and cross-attention sum all keys once. States and
-    denominators are float32 whatever the model's dtype.
+    ``out_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps)`` over the visible keys j. Causal attention
+    runs in chunks that carry the state of all keys before; bidirectional and cross-attention sum all keys once. States
+    and denominators are float32 whatever the model's dtype. Queries and keys come with rotary positions applied.
 
-    Hedgehog learns one W a query head for queries and one a key/value head for keys; it is kept as ``W = I + weight``
-    and starts from the identity. The other maps learn nothing.
+    - ``elu``: elu(x) + 1. ``relu``: max(x, 0). ``relu2``: its square. They learn nothing.
+    - ``hedgehog``: [softmax(W x); softmax(-W x)]. ``t2r``: relu(W x + b). One W (and b) a query head for queries and
+      one a key/value head for keys, kept as ``W = I + weight``; they start from the identity and no bias.
+    - ``taylor``: [1, x', x'_i x'_j], so that weights are 1 + s + s^2 / 2, with x' a learned projection to
+      ``feature_dim``. It starts orthogonal, from the same W for queries and keys, and s on average at ``scale q.k``.
+    - ``favor``: exp(w.x' - |x'|^2 / 2), x' = sqrt(scale) x, for ``num_features`` fixed random w: an unbiased estimate
+      of softmax's exp(scale q.k). Published code subtracts a maximum over all keys, which depends on the future, and
+      adds a small number to each feature; here each feature's maximum so far is carried with the state, and nothing
+      is added. A key more than 87 (in exponents) below that of its block counts as nothing in float32.
+    - ``cosformer``: relu(x) [cos(a t); sin(a t)], a = pi / (2 max_length): weights fall with the distance. Positions t
+      count from a row's or segment's first token. Not for cross-attention, which has no distances.
 
-    As published, the feature maps take queries and keys as they are, rotary positions applied: ``scale`` has no part in
-    it. Attention dropout isn't applied, there are no weights to drop.
+    All but ``taylor`` and ``favor`` take queries and keys as they are: ``scale`` has no part in it. Attention dropout
+    isn't applied, there are no weights to drop.
 
     Limit case: none. An untrained swap is far from softmax attention; it needs training.
     """
 
     family = "linear"
-    cost = "O(N F (chunk_size + D)), F = D features, 2 D for hedgehog"
+    cost = "O(N F (chunk_size + D)), F = D, 2 D (hedgehog, cosformer), num_features, feature_dim^2 / 2 (taylor)"
     paper = (
         "Katharopoulos et al. 2020, Transformers are RNNs, arXiv:2006.16236, eq. 4 to 12; "
-        "hedgehog: Zhang et al. 2024, arXiv:2402.04347, eq. 3 and 6"
+        "hedgehog: Zhang et al. 2024, arXiv:2402.04347, eq. 3 and 6; t2r: Kasai et al. 2021, arXiv:2103.13076; "
+        "favor: Choromanski et al. 2021, arXiv:2009.14794; cosformer: Qin et al. 2022, arXiv:2202.08791; "
+        "taylor: Arora et al. 2024, arXiv:2402.18668; relu2: So et al. 2021, arXiv:2109.08668"
     )
     causal = bidirectional = cross = segments = True
     examples = (
-        {"chunk_size": 4},
-        {"feature_map": "relu", "chunk_size": 5},
+        {"feature_map": "taylor", "feature_dim": 3, "chunk_size": 5},
         {"feature_map": "hedgehog", "chunk_size": 8},
+        {"feature_map": "favor", "num_features": 12, "chunk_size": 4},
     )
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AttentionConfig):
-        feature_map: Literal["elu", "relu", "hedgehog"] = "elu"
-        """phi; hedgehog is the one that learns to imitate softmax."""
+        feature_map: Literal["elu", "relu", "relu2", "t2r", "hedgehog", "favor", "cosformer", "taylor"] = "elu"
+        """phi; hedgehog and t2r are those that learn to imitate softmax, taylor and favor approximate it."""
         chunk_size: int = 64
         """Tokens whose weights are formed outright; changes the speed and not the result."""
         eps: float = 1e-6
-        """Added to the denominator; matters where phi is zero."""
+        """Added to the denominator; matters where phi is zero. favor has no use for it."""
+        feature_dim: int = 16
+        """Dimensions that taylor projects to."""
+        num_features: int = 256
+        """Random directions of favor."""
+        seed: int = 0
+        """Of favor's directions, which are also saved."""
+        max_length: int = 8192
+        """Longest sequence that cosformer will ever see; longer ones are refused."""
 
         def __post_init__(self):
             super().__post_init__()
-            self.require(self.chunk_size >= 1, "chunk_size", "an integer from 1 on")
+            for option in ("chunk_size", "feature_dim", "num_features", "max_length"):
+                self.require(getattr(self, option) >= 1, option, "an integer from 1 on")
             self.require(self.eps > 0, "eps", "a number above 0")
+            self.require(self.seed >= 0, "seed", "an integer from 0 on")
 
     def __init__(self, config, heads=None, **options):
         super().__init__(config, heads, **options)
-        if config.feature_map == "hedgehog":
-            if heads is None:
-                raise ValueError("feature_map='hedgehog' has weights a head and needs the sizes of the heads, got None")
-            self.query_weight = nn.Parameter(torch.empty(heads.num_heads, heads.head_dim, heads.head_dim))
-            self.key_weight = nn.Parameter(torch.empty(heads.num_key_value_heads, heads.head_dim, heads.head_dim))
-            self.reset_parameters()
+        feature_map = config.feature_map
+        if feature_map not in (*LEARNED, "favor"):
+            return
+        if heads is None:
+            raise ValueError(
+                f"feature_map={feature_map!r} has weights a head and needs the sizes of the heads, got None"
+            )
+        sizes = (heads.num_heads, heads.num_key_value_heads, heads.head_dim, config.feature_dim)
+        for name, shape in weight_shapes(feature_map, *sizes).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        if feature_map == "favor":
+            self.register_buffer("projection", torch.empty(config.num_features, heads.head_dim))
+        self.reset_parameters()
 
     def reset_parameters(self):
-        if self.config.feature_map == "hedgehog":
-            nn.init.zeros_(self.query_weight)
-            nn.init.zeros_(self.key_weight)
+        reset_weights(self.config.feature_map, dict(self.named_parameters()))
+        if self.config.feature_map == "favor":
+            projection = self.get_buffer("projection")
+            num_features, head_dim = projection.shape
+            projection.copy_(orthogonal_features(num_features, head_dim, self.config.seed))
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        options = {"feature_map": self.config.feature_map, "eps": self.config.eps, **self._projections()}
+        q_BHQD, k_BGKD, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
         return dense_linear_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense(), **options)
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        options = {"feature_map": self.config.feature_map, "eps": self.config.eps, **self._projections()}
+        q_BHQD, k_BGKD, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
         return linear_attention(q_BHQD, k_BGKD, v_BGKV, mask, chunk_size=self.config.chunk_size, **options)
 
-    def _projections(self):
-        if self.config.feature_map != "hedgehog":
-            return {}
-        # Added in float32: steps of bfloat16 near 1 are 1/128, which would swallow what is learned.
-        dtype = torch.promote_types(self.query_weight.dtype, torch.float32)
-        identity = torch.eye(self.query_weight.shape[-1], dtype=dtype, device=self.query_weight.device)
-        return {"query_projection": identity + self.query_weight, "key_projection": identity + self.key_weight}
+    def _prepare(self, q_BHQD, k_BGKD, mask, scale):
+        weights = dict(self.named_parameters()) | dict(self.named_buffers())
+        options = {"scale": scale, "eps": self.config.eps, "max_length": self.config.max_length}
+        return prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights, **options)

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from attn_plugins.ops.dense import wide
-from attn_plugins.ops.feature_maps import FEATURE_MAPS
+from attn_plugins.ops.feature_maps import FEATURE_MAPS, NO_KEYS, FeatureMap, above_level
 
 ROWS_A_BLOCK = {"cpu": 1 << 11}
 """Tokens times query heads of one block, by type of device: on CPU what the nearer caches hold."""
@@ -34,17 +34,24 @@ class _Place(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """What a block's forward and backward both need; fk has zeros where keys are padding."""
+    """What a block's forward and backward both need; fk has zeros where keys are padding.
+
+    Of exponents, fk is the exponential of what is left above ``level`` (P, F), and fq that of what is left above
+    ``top``, see :func:`attn_plugins.ops.feature_maps.above_level`; None for other maps.
+    """
 
     q_in: torch.Tensor
     k_in: torch.Tensor
     fq: torch.Tensor
     fk: torch.Tensor
     v: torch.Tensor
+    real: torch.Tensor | None
     link: torch.Tensor
     same: torch.Tensor | None
     query_goes_on: torch.Tensor | None
     key_goes_on: torch.Tensor | None
+    level: torch.Tensor | None
+    top: torch.Tensor | None
 
 
 class _Problem(NamedTuple):
@@ -64,6 +71,10 @@ class _Problem(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         return wide(self.q, self.k, self.v)
+
+    @property
+    def phi(self) -> FeatureMap:
+        return FEATURE_MAPS[self.feature_map]
 
 
 def _span(q: torch.Tensor, group: int, chunk_size: int) -> int:
@@ -112,19 +123,29 @@ def _over_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.unsqueeze(1).expand(-1, heads, *x.shape[1:]).flatten(0, 2)
 
 
-def _load(p: _Problem, at: _Place) -> _Block:
-    phi = FEATURE_MAPS[p.feature_map].fast_features
+def _load(p: _Problem, at: _Place, level: torch.Tensor | None) -> _Block:
+    """A block; ``level`` is that of the exponents of all keys before it, (P, F)."""
     q_in, k_in = _part(p.q, at), _part(p.k, at)
     q = q_in if p.w_q is None else q_in.to(p.dtype) @ p.w_q[at.heads].mT
     k = k_in if p.w_k is None else k_in.to(p.dtype) @ p.w_k[at.heads].mT
-    fq, fk = phi(_tile(q, at, p)), phi(_tile(k, at, p))
+    fq, fk, top = _tile(q, at, p), _tile(k, at, p), None
     v = pad(_tile(_part(p.v, at), at, p), (0, 1), value=1.0)  # the column of ones sums up the denominator
     b, heads, _, length, _ = k_in.shape
     rest = at.chunks * p.chunk_size - length
 
-    if p.padding is not None:
-        real = pad(p.padding[at.batch, at.tokens], (0, rest)).view(b, at.chunks, p.chunk_size, 1)
-        fk.mul_(_over_heads(real, heads))
+    real = None
+    if p.padding is not None or (rest and level is not None):
+        own = k_in.new_ones(b, length, dtype=torch.bool) if p.padding is None else p.padding[at.batch, at.tokens]
+        real = _over_heads(pad(own, (0, rest)).view(b, at.chunks, p.chunk_size, 1), heads)
+    if level is None:
+        fq, fk = p.phi.fast_features(fq), _only(p.phi.fast_features(fk), real)
+    else:
+        if real is not None:
+            fk = fk.masked_fill(~real, -torch.inf)
+        level = torch.maximum(level, fk.reshape(b * heads, -1, fk.shape[-1]).amax(dim=1))
+        each = level.repeat_interleave(at.chunks, dim=0).unsqueeze(1)
+        fq, top = above_level(fq, each)
+        fk = torch.exp(fk - each)
 
     link = torch.ones(at.chunks + 1, at.chunks + 1, dtype=p.dtype, device=fk.device).tril_()
     same = query_goes_on = key_goes_on = None
@@ -144,7 +165,7 @@ def _load(p: _Problem, at: _Place) -> _Block:
         group = q_in.shape[2]
         query_goes_on = _over_heads((own == last[:, :-1].unsqueeze(2)).repeat(1, 1, group).unsqueeze(3), heads)
         key_goes_on = _over_heads((own == last[:, 1:].unsqueeze(2)).unsqueeze(3), heads)
-    return _Block(q_in, k_in, fq, fk, v, link, same, query_goes_on, key_goes_on)
+    return _Block(q_in, k_in, fq, fk, v, real, link, same, query_goes_on, key_goes_on, level, top)
 
 
 def _only(x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
@@ -167,7 +188,7 @@ def _carry(
     Args:
         x, y: (P N, rows, F) and (P N, rows, V + 1).
         link: (P, N + 1, N + 1).
-        brought: (b, g, F, V + 1) from the block before or after, or None.
+        brought: (P, F, V + 1) from the block before or after, or None.
         end: its place in ``link``, 0 or -1; the other places are the chunks.
 
     Returns:
@@ -176,12 +197,28 @@ def _carry(
     pairs, places, _ = link.shape
     chunks = slice(1, None) if end == 0 else slice(0, -1)
     s = x.new_empty(pairs, places, x.shape[2], y.shape[2])
-    s[:, end] = 0 if brought is None else brought.reshape(s[:, end].shape)
+    s[:, end] = 0 if brought is None else brought
     if pairs == 1:
         torch.bmm(x.mT, y, out=s[0, chunks])
     else:
         s[:, chunks] = torch.bmm(x.mT, y).view(pairs, places - 1, *s.shape[2:])
     return torch.bmm(link, s.flatten(2)).view(s.shape)
+
+
+def _first_level(p: _Problem, at: _Place, level: torch.Tensor | None) -> torch.Tensor | None:
+    """Level of the exponents before the first block, (P, F), or None where phi has none."""
+    if not p.phi.exponential:
+        return None
+    if level is not None:
+        return level[at.batch, at.heads].flatten(0, 1)
+    k = _part(p.k, at)
+    features = p.phi.size(k.shape[-1] if p.w_k is None else p.w_k.shape[-2])
+    return k.new_full((k.shape[0] * k.shape[1], features), NO_KEYS, dtype=p.dtype)
+
+
+def _lower(x: torch.Tensor | None, level: torch.Tensor | None, to: torch.Tensor | None) -> torch.Tensor | None:
+    """What was carried, (P, F, V + 1), put from one level of exponents to a higher one."""
+    return x if x is None or level is None or to is None else x * torch.exp(level - to).unsqueeze(2)
 
 
 def _problem(
@@ -199,14 +236,16 @@ def _problem(
 
 
 def _empty_outputs(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, feature_map: str, chunk_size: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: torch.Tensor | None, feature_map: str, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (batch, heads, length, head_dim), groups, value_dim = q.shape, k.shape[1], v.shape[3]
     blocks = -(-length // _span(q, heads // groups, chunk_size))
-    features = head_dim * FEATURE_MAPS[feature_map].factor
+    phi = FEATURE_MAPS[feature_map]
+    features = phi.size(head_dim if w_q is None else w_q.shape[1])
     out = v.new_empty(batch, length, heads, value_dim).transpose(1, 2)
     den = q.new_empty(batch, heads, length, dtype=wide(q, k, v))
-    return out, den, den.new_empty(batch, groups, blocks, features, value_dim + 1)
+    states = den.new_empty(batch, groups, blocks, features, value_dim + 1)
+    return out, den, states, den.new_empty(batch, groups, blocks if phi.exponential else 0, features)
 
 
 def _empty_gradients(
@@ -216,8 +255,9 @@ def _empty_gradients(
     w_q: torch.Tensor | None,
     w_k: torch.Tensor | None,
     states: torch.Tensor,
+    learned: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dw_q, dw_k = (states.new_empty(0) if w is None else torch.zeros_like(w) for w in (w_q, w_k))
+    dw_q, dw_k = (torch.zeros_like(w) if w is not None and learned else states.new_empty(0) for w in (w_q, w_k))
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dw_q, dw_k, torch.empty_like(states[:, :, 0])
 
 
@@ -231,32 +271,41 @@ def causal_linear(
     padding: torch.Tensor | None,
     segments: torch.Tensor | None,
     state: torch.Tensor | None,
+    level: torch.Tensor | None,
     feature_map: str,
     chunk_size: int,
     eps: float,
     diagonal: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Causal linear attention of T queries and T keys that start from a state.
+
+    Exponents are taken as they are above the largest one of each feature among all keys up to the end of the block: a
+    level that rises from block to block, and the state with it. It cancels in the result, and keeps it finite; a key
+    more than 87 (float32) below the level counts as nothing.
 
     Args:
         q, k, v: (B, H, T, D), (B, G, T, D), (B, G, T, V).
-        w_q, w_k: (H, D, D) and (G, D, D) that come before the feature map, in float32 or float64, or None.
+        w_q, w_k: (H, E, D) and (G, E, D) that come before the feature map, in float32 or float64, or None.
         padding, segments: (B, T), of the keys; segments in one piece each.
         state: (B, G, F, V + 1) sums over earlier keys, of the first token's segment, of phi(k) [v, 1]^T, or None.
+        level: (B, G, F), where phi is exp, that of the state.
         diagonal: 0 if a query sees its own key, -1 if only those before.
 
     Returns:
-        out (B, H, T, V) in the dtype of v, laid out as (B, T, H, V); the denominators without ``eps``, (B, H, T); and
-        the states before each block, which backward starts from.
+        out (B, H, T, V) in the dtype of v, laid out as (B, T, H, V); the denominators without ``eps``, (B, H, T), or
+        where phi is exp the logarithm of those with ``eps``; and, for the backward, the state that each block starts
+        from, and the level of each block.
     """
     p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
-    out, den, states = _empty_outputs(q, k, v, feature_map, chunk_size)
+    out, den, states, levels = _empty_outputs(q, k, v, w_q, feature_map, chunk_size)
     out_BGRTV, den_BGRT1 = out.unflatten(1, (k.shape[1], -1)), den.unflatten(1, (k.shape[1], -1)).unsqueeze(4)
     with torch.autocast(q.device.type, enabled=False):
         for places in _places(p):
-            carried = None if state is None else state[places[0].batch, places[0].heads]
+            carried = None if state is None else state[places[0].batch, places[0].heads].flatten(0, 1)
+            reached = _first_level(p, places[0], level)
             for at in places:
-                block = _load(p, at)
+                block = _load(p, at, reached)
+                carried = _lower(carried, reached, block.level)
                 sums = _carry(_only(block.fk, block.key_goes_on), block.v, block.link, carried, end=0)
                 before, after = sums[:, :-1].flatten(0, 1), sums[:, -1]
                 stored = states[at.batch, at.heads, at.span]
@@ -265,10 +314,15 @@ def causal_linear(
                 totals = torch.bmm(weights, block.v).baddbmm_(_only(block.fq, block.query_goes_on), before)
                 totals = _untile(totals, block.q_in, at, p)
                 num, total = totals[..., :-1], totals[..., -1:]
+                total_eps = total + eps
+                torch.div(num, total_eps, out=_part(out_BGRTV, at))
+                if block.level is not None and block.top is not None:
+                    stored = levels[at.batch, at.heads, at.span]
+                    stored.copy_(block.level.view(stored.shape))
+                    total = total_eps.log_() + _untile(block.top, block.q_in, at, p)
                 _part(den_BGRT1, at).copy_(total)
-                torch.div(num, total + eps, out=_part(out_BGRTV, at))
-                carried = after
-    return out, den, states
+                carried, reached = after, block.level
+    return out, den, states, levels
 
 
 @torch.library.custom_op("attn_plugins::causal_linear_backward", mutates_args=())
@@ -282,37 +336,48 @@ def causal_linear_backward(
     w_k: torch.Tensor | None,
     padding: torch.Tensor | None,
     segments: torch.Tensor | None,
+    level: torch.Tensor | None,
     out: torch.Tensor,
     den: torch.Tensor,
     states: torch.Tensor,
+    levels: torch.Tensor,
+    learned: bool,
     feature_map: str,
     chunk_size: int,
     eps: float,
     diagonal: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, w_q, w_k (empty where there is none) and of the state."""
+    """Gradients of q, k, v, w_q, w_k (empty where there is none, or not ``learned``) and of the state."""
     p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
-    dq, dk, dv, dw_q, dw_k, d_state = _empty_gradients(q, k, v, w_q, w_k, states)
+    dq, dk, dv, dw_q, dw_k, d_state = _empty_gradients(q, k, v, w_q, w_k, states, learned)
     groups = (k.shape[1], -1)
     dq_BGRTD, dk_BG1TD, dv_BG1TV = dq.unflatten(1, groups), dk.unsqueeze(2), dv.unsqueeze(2)
-    dw_q_GRDD = dw_q.unflatten(0, groups) if w_q is not None else dw_q
+    dw_q_GRED = dw_q.unflatten(0, groups) if dw_q.numel() else dw_q
     d_out, out = d_out.unflatten(1, groups), out.unflatten(1, groups)
     d_den, den = d_den.unflatten(1, groups).unsqueeze(4), den.unflatten(1, groups).unsqueeze(4)
-    gradient_of = FEATURE_MAPS[feature_map].gradient
+    gradient_of = p.phi.gradient
     with torch.autocast(q.device.type, enabled=False):
         for places in _places(p):
             brought = None
             for at in reversed(places):
-                block = _load(p, at)
+                reached = None
+                if p.phi.exponential:
+                    reached = levels[at.batch, at.heads, at.span].flatten(0, 1)
+                block = _load(p, at, reached)
                 fq, fk, v_one = block.fq, block.fk, block.v
                 fq_on, fk_on = _only(fq, block.query_goes_on), _only(fk, block.key_goes_on)
                 states_at = states[at.batch, at.heads, at.span]
-                before = _carry(fk_on, v_one, block.link, states_at, end=0)[:, :-1].flatten(0, 1)
+                before = _carry(fk_on, v_one, block.link, states_at.flatten(0, 1), end=0)[:, :-1].flatten(0, 1)
 
                 g = _tile(_part(d_out, at), at, p)
-                below = _tile(_part(den, at), at, p) + eps
+                below, d_below = _tile(_part(den, at), at, p), _tile(_part(d_den, at), at, p)
+                if block.top is None:
+                    below = below + eps
+                else:
+                    below = torch.exp(below - block.top)
+                    d_below = d_below / below
                 pulled = (_tile(_part(out, at), at, p) * g).sum(dim=-1, keepdim=True)
-                d_totals = torch.cat([g / below, _tile(_part(d_den, at), at, p) - pulled / below], dim=-1)
+                d_totals = torch.cat([g / below, d_below - pulled / below], dim=-1)
 
                 d_sums = _carry(fq_on, d_totals, block.link.mT, brought, end=-1)
                 d_after, brought = d_sums[:, 1:].flatten(0, 1), d_sums[:, 0]
@@ -325,44 +390,51 @@ def causal_linear_backward(
                 d_fq = d_fq.baddbmm_(_only(d_totals, block.query_goes_on), before.mT)
                 d_fk = d_fk.baddbmm_(_only(v_one, block.key_goes_on), d_after.mT)
                 d_q = _untile(gradient_of(fq, d_fq), block.q_in, at, p)
-                d_k = _untile(gradient_of(fk, d_fk), block.k_in, at, p)
+                d_k = _untile(gradient_of(fk, _only(d_fk, block.real)), block.k_in, at, p)
                 if p.w_q is not None:
-                    dw_q_GRDD[at.heads] += (d_q.mT @ block.q_in.to(p.dtype)).sum(0)
+                    if learned:
+                        dw_q_GRED[at.heads] += (d_q.mT @ block.q_in.to(p.dtype)).sum(0)
                     d_q = d_q @ p.w_q[at.heads]
                 if p.w_k is not None:
-                    dw_k[at.heads] += (d_k.mT @ block.k_in.to(p.dtype)).sum((0, 2))
+                    if learned:
+                        dw_k[at.heads] += (d_k.mT @ block.k_in.to(p.dtype)).sum((0, 2))
                     d_k = d_k @ p.w_k[at.heads]
                 _part(dq_BGRTD, at).copy_(d_q)
                 _part(dk_BG1TD, at).copy_(d_k)
-                if at.span == 0:
-                    d_state[at.batch, at.heads] = brought.view(states_at.shape)
+                if p.phi.exponential and at.span:
+                    brought = _lower(brought, levels[at.batch, at.heads, at.span - 1].flatten(0, 1), reached)
+            at = places[0]
+            brought = _lower(brought, _first_level(p, at, level), reached)
+            if brought is not None:
+                d_state[at.batch, at.heads] = brought.view(d_state[at.batch, at.heads].shape)
     return dq, dk, dv, dw_q, dw_k, d_state
 
 
 @causal_linear.register_fake
-def _(q, k, v, w_q, w_k, padding, segments, state, feature_map, chunk_size, eps, diagonal):
-    return _empty_outputs(q, k, v, feature_map, chunk_size)
+def _(q, k, v, w_q, w_k, padding, segments, state, level, feature_map, chunk_size, eps, diagonal):
+    return _empty_outputs(q, k, v, w_q, feature_map, chunk_size)
 
 
 @causal_linear_backward.register_fake
-def _(d_out, d_den, q, k, v, w_q, w_k, padding, segments, out, den, states, *options):
-    return _empty_gradients(q, k, v, w_q, w_k, states)
+def _(d_out, d_den, q, k, v, w_q, w_k, padding, segments, level, out, den, states, levels, learned, *options):
+    return _empty_gradients(q, k, v, w_q, w_k, states, learned)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, w_q, w_k, padding, segments, state, *options = inputs
-    ctx.save_for_backward(q, k, v, w_q, w_k, padding, segments, *output)
+    q, k, v, w_q, w_k, padding, segments, state, level, *options = inputs
+    ctx.save_for_backward(q, k, v, w_q, w_k, padding, segments, level, *output)
     ctx.options, ctx.from_state = options, state is not None
     ctx.set_materialize_grads(True)
 
 
-def _backward(ctx, d_out, d_den, d_states):
+def _backward(ctx, d_out, d_den, d_states, d_levels):
     saved = ctx.saved_tensors  # once: gradient checkpointing refuses a second look
-    dq, dk, dv, dw_q, dw_k, d_state = causal_linear_backward(d_out, d_den, *saved, *ctx.options)
-    w_q, w_k = saved[3:5]
+    learned = any(ctx.needs_input_grad[3:5])
+    dq, dk, dv, dw_q, dw_k, d_state = causal_linear_backward(d_out, d_den, *saved, learned, *ctx.options)
+    w_q, w_k = (w if learned else None for w in saved[3:5])
     return (
         *(dq, dk, dv, None if w_q is None else dw_q, None if w_k is None else dw_k),
-        *(None, None, d_state if ctx.from_state else None),
+        *(None, None, d_state if ctx.from_state else None, None),
         *(None, None, None, None),
     )
 

@@ -9,10 +9,10 @@ from torch.nn.functional import pad
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.causal_linear import causal_linear
 from attn_plugins.ops.dense import expand_heads, wide
-from attn_plugins.ops.feature_maps import FEATURE_MAPS
+from attn_plugins.ops.feature_maps import FEATURE_MAPS, above_level, level_of
 
 Projection = torch.Tensor | None
-"""(heads, D, D), applied to queries or keys before the feature map: x -> W x; None is the identity."""
+"""(heads, E, D), applied to queries or keys before the feature map: x -> W x; None is the identity."""
 
 
 def project(x_BHTD: torch.Tensor, projection: Projection) -> torch.Tensor:
@@ -35,18 +35,25 @@ def dense_linear_attention(
     """Linear attention through its whole matrix of weights: the definition.
 
     Args:
-        visible: bool, broadcastable to (B, H, Q, K).
+        visible: bool, broadcastable to (B, H, Q, K), the same for all heads.
 
     Returns:
         (out_BHQV in the dtype of v, weights_BHQK in at least float32; a row adds up to 1 up to ``eps``).
     """
     with torch.autocast(q_BHQD.device.type, enabled=False):
-        features = FEATURE_MAPS[feature_map].features
-        fq_BHQF, fk_BGKF = features(project(q_BHQD, query_projection)), features(project(k_BGKD, key_projection))
-        a_BHQK = fq_BHQF @ expand_heads(fk_BGKF, q_BHQD.shape[1]).mT
+        phi, heads = FEATURE_MAPS[feature_map], q_BHQD.shape[1]
+        fq_BHQF, fk_BGKF = project(q_BHQD, query_projection), project(k_BGKD, key_projection)
+        if phi.exponential:
+            seen = visible.any(dim=2).unsqueeze(3)
+            level = level_of(fk_BGKF, seen)
+            fk_BGKF = torch.exp(fk_BGKF.masked_fill(~seen, -torch.inf) - level)
+            fq_BHQF, _ = above_level(fq_BHQF, expand_heads(level, heads))
+        else:
+            fq_BHQF, fk_BGKF = phi.features(fq_BHQF), phi.features(fk_BGKF)
+        a_BHQK = fq_BHQF @ expand_heads(fk_BGKF, heads).mT
         a_BHQK = a_BHQK.masked_fill(~visible, 0.0)
         weights_BHQK = a_BHQK / (a_BHQK.sum(dim=-1, keepdim=True) + eps)
-        out_BHQV = weights_BHQK @ expand_heads(v_BGKV, q_BHQD.shape[1]).to(weights_BHQK.dtype)
+        out_BHQV = weights_BHQK @ expand_heads(v_BGKV, heads).to(weights_BHQK.dtype)
     return out_BHQV.to(v_BGKV.dtype), weights_BHQK
 
 
@@ -77,40 +84,75 @@ def linear_attention(
     Raises:
         ValueError: a segment goes on after another one began, or queries lie outside the keys.
     """
-    queries, features, value_dim = q_BHQD.shape[2], q_BHQD.shape[3] * FEATURE_MAPS[feature_map].factor, v_BGKV.shape[3]
-    if queries * (features + value_dim) <= features * value_dim:
-        projections = {"query_projection": query_projection, "key_projection": key_projection}
+    queries = q_BHQD.shape[2]
+    projections = {"query_projection": query_projection, "key_projection": key_projection}
+    if few_queries(q_BHQD, v_BGKV, feature_map, query_projection):
         return dense_linear_attention(
             q_BHQD, k_BGKD, v_BGKV, mask.dense(), feature_map=feature_map, eps=eps, **projections
         )[0]
-    padding_BK, segments_BK = mask.padding_BK, contiguous_segments(mask)
+    padding_BK, segments_BK = real_keys(mask), contiguous_segments(mask)
     with torch.autocast(q_BHQD.device.type, enabled=False):
         dtype = wide(q_BHQD, k_BGKD, v_BGKV)
         w_q, w_k = (None if w is None else w.to(dtype) for w in (query_projection, key_projection))
         if not mask.causal and segments_BK is None:
-            sums_BGFV = _sum_keys(k_BGKD, v_BGKV, w_k, feature_map, padding_BK)
-            return _read(q_BHQD, w_q, feature_map, sums_BGFV, eps).to(v_BGKV.dtype)
+            state = _sum_keys(k_BGKD, v_BGKV, w_k, feature_map, padding_BK)
+            return _read(q_BHQD, w_q, feature_map, *state, eps).to(v_BGKV.dtype)
         options = (feature_map, chunk_size, eps)
         if not mask.causal:
             return _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, *options).to(v_BGKV.dtype)
-
         before = mask.q_offset - mask.kv_offset
         if not 0 <= before <= k_BGKD.shape[2] - queries:
             raise ValueError(f"{queries} queries from key {before} on; allowed: queries within {k_BGKD.shape[2]} keys")
         # A cache of fixed length holds room for keys to come: nothing after the last query is visible.
-        old, new = slice(0, before), slice(before, before + queries)
-        state_BGFV: torch.Tensor | None = None
-        if before:
-            seen_BK = None if padding_BK is None else padding_BK[:, old]
-            if segments_BK is not None:
-                goes_on = segments_BK[:, old] == segments_BK[:, before : before + 1]
-                seen_BK = goes_on if seen_BK is None else seen_BK & goes_on
-            state_BGFV = _sum_keys(k_BGKD[:, :, old], v_BGKV[:, :, old], w_k, feature_map, seen_BK)
-        padding_BT, segments_BT = (None if x is None else x[:, new] for x in (padding_BK, segments_BK))
-        k_BGTD, v_BGTV = k_BGKD[:, :, new], v_BGKV[:, :, new]
-        return causal_linear(
-            q_BHQD, k_BGTD, v_BGTV, w_q, w_k, padding_BT, segments_BT, state_BGFV, *options, diagonal=0
-        )[0]
+        seen = slice(0, before + queries)
+        padding_BK, segments_BK = (None if x is None else x[:, seen] for x in (padding_BK, segments_BK))
+        k_BGKD, v_BGKV = k_BGKD[:, :, seen], v_BGKV[:, :, seen]
+        return last_queries(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, *options)[0]
+
+
+def few_queries(q_BHQD: torch.Tensor, v_BGKV: torch.Tensor, feature_map: str, projection: Projection) -> bool:
+    """Whether to read keys one by one is less work than a state of them."""
+    features = FEATURE_MAPS[feature_map].size(q_BHQD.shape[3] if projection is None else projection.shape[1])
+    return q_BHQD.shape[2] * (features + v_BGKV.shape[3]) <= features * v_BGKV.shape[3]
+
+
+def last_queries(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    w_q: Projection,
+    w_k: Projection,
+    padding_BK: torch.Tensor | None,
+    segments_BK: torch.Tensor | None,
+    feature_map: str,
+    chunk_size: int,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal linear attention of the last Q of K tokens.
+
+    Returns:
+        (out_BHQV, its denominators (B, H, Q)), see :func:`attn_plugins.ops.causal_linear.causal_linear`.
+    """
+    before = k_BGKD.shape[2] - q_BHQD.shape[2]
+    old, new = slice(0, before), slice(before, None)
+    state_BGFV = level_BGF = None
+    if before:
+        seen_BK = None if padding_BK is None else padding_BK[:, old]
+        if segments_BK is not None:
+            goes_on = segments_BK[:, old] == segments_BK[:, before : before + 1]
+            seen_BK = goes_on if seen_BK is None else seen_BK & goes_on
+        state_BGFV, level_BGF = _sum_keys(k_BGKD[:, :, old], v_BGKV[:, :, old], w_k, feature_map, seen_BK)
+    padding_BT, segments_BT = (None if x is None else x[:, new] for x in (padding_BK, segments_BK))
+    k_BGTD, v_BGTV, options = k_BGKD[:, :, new], v_BGKV[:, :, new], (feature_map, chunk_size, eps)
+    out_BHTV, den_BHT, _, _ = causal_linear(
+        q_BHQD, k_BGTD, v_BGTV, w_q, w_k, padding_BT, segments_BT, state_BGFV, level_BGF, *options, diagonal=0
+    )
+    return out_BHTV, den_BHT
+
+
+def real_keys(mask: AttentionMask) -> torch.Tensor | None:
+    """The mask's padding, a row for each of the batch."""
+    return None if mask.padding_BK is None else mask.padding_BK.expand(mask.batch_size, -1)
 
 
 def contiguous_segments(mask: AttentionMask) -> torch.Tensor | None:
@@ -131,26 +173,42 @@ def contiguous_segments(mask: AttentionMask) -> torch.Tensor | None:
 
     if mask.segments_BK is not None:
         mask.once("contiguous segments", check)
-    return mask.segments_BK
+    return None if mask.segments_BK is None else mask.segments_BK.expand(mask.batch_size, -1)
 
 
 def _sum_keys(
     k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, w_k: Projection, feature_map: str, seen_BK: torch.Tensor | None
-) -> torch.Tensor:
-    """State of all keys that are seen: sums of phi(k) [v, 1]^T, (B, G, F, V + 1)."""
-    fk_BGKF = FEATURE_MAPS[feature_map].fast_features(project(k_BGKD, w_k))
-    if seen_BK is not None:
-        fk_BGKF = fk_BGKF * seen_BK[:, None, :, None]
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """State of all keys that are seen, sums of phi(k) [v, 1]^T, (B, G, F, V + 1); level of exponents, (B, G, F)."""
+    phi, level = FEATURE_MAPS[feature_map], None
+    fk_BGKF = project(k_BGKD, w_k)
+    seen = None if seen_BK is None else seen_BK[:, None, :, None]
+    if phi.exponential:
+        level = level_of(fk_BGKF, seen)
+        fk_BGKF = fk_BGKF if seen is None else fk_BGKF.masked_fill(~seen, -torch.inf)
+        fk_BGKF = torch.exp(fk_BGKF - level)
+    else:
+        fk_BGKF = phi.fast_features(fk_BGKF)
+        fk_BGKF = fk_BGKF if seen is None else fk_BGKF * seen
     v_one = pad(v_BGKV.to(fk_BGKF.dtype), (0, 1), value=1.0)
-    return fk_BGKF.mT @ v_one
+    return fk_BGKF.mT @ v_one, None if level is None else level.squeeze(2)
 
 
 def _read(
-    q_BHQD: torch.Tensor, w_q: Projection, feature_map: str, state_BGFV: torch.Tensor, eps: float
+    q_BHQD: torch.Tensor,
+    w_q: Projection,
+    feature_map: str,
+    state_BGFV: torch.Tensor,
+    level_BGF: torch.Tensor | None,
+    eps: float,
 ) -> torch.Tensor:
     """What queries read from one state, (B, H, Q, V)."""
-    fq_BHQF = FEATURE_MAPS[feature_map].fast_features(project(q_BHQD, w_q))
-    batch, heads, queries, features = fq_BHQF.shape
+    q_BHQE, heads = project(q_BHQD, w_q), q_BHQD.shape[1]
+    if level_BGF is None:
+        fq_BHQF = FEATURE_MAPS[feature_map].fast_features(q_BHQE)
+    else:
+        fq_BHQF, _ = above_level(q_BHQE, expand_heads(level_BGF.unsqueeze(2), heads))
+    batch, _, queries, features = fq_BHQF.shape
     totals = fq_BHQF.reshape(batch, state_BGFV.shape[1], -1, features) @ state_BGFV
     return (totals[..., :-1] / (totals[..., -1:] + eps)).view(batch, heads, queries, -1)
 
@@ -158,15 +216,18 @@ def _read(
 def _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, feature_map, chunk_size, eps):
     """Bidirectional attention within segments: what is seen reading forwards, and, without the own key, backwards."""
     before = k_BGKD.shape[2] - q_BHQD.shape[2]
-    totals = []
+    outs, dens = [], []
     for turned, diagonal in ((False, 0), (True, -1)):
         q, k, v = pad(q_BHQD, (0, 0, before, 0)), k_BGKD, v_BGKV.to(wide(v_BGKV))
         rows = [padding_BK, segments_BK]
         if turned:
             q, k, v = (x.flip(2) for x in (q, k, v))
             rows = [None if x is None else x.flip(1) for x in rows]
-        out, den, _ = causal_linear(q, k, v, w_q, w_k, *rows, None, feature_map, chunk_size, eps, diagonal=diagonal)
-        total = torch.cat([out * (den + eps).unsqueeze(3), den.unsqueeze(3)], dim=3)
-        totals.append(total.flip(2) if turned else total)
-    total = totals[0] + totals[1]
-    return (total[..., :-1] / (total[..., -1:] + eps))[:, :, before:]
+        options = (None, None, feature_map, chunk_size, eps, diagonal)
+        out, den, _, _ = causal_linear(q, k, v, w_q, w_k, *rows, *options)
+        outs.append(out.flip(2) if turned else out)
+        dens.append((den.flip(2) if turned else den).unsqueeze(3))
+    if FEATURE_MAPS[feature_map].exponential:
+        return torch.lerp(outs[0], outs[1], torch.sigmoid(dens[1] - dens[0]))[:, :, before:]
+    totals = sum(out * (den + eps) for out, den in zip(outs, dens, strict=True))
+    return (totals / (dens[0] + dens[1] + eps))[:, :, before:]

@@ -1,0 +1,151 @@
+"""What comes before a feature map: learned projections and biases, random projections, positions.
+
+:func:`prepare` turns queries and keys, and an attention's weights, into what the operators on features take: tokens, a
+projection for each head, and a map of :data:`attn_plugins.ops.feature_maps.FEATURE_MAPS` after it. Tokens get one more
+entry where something is to be added to what is projected: a 1 for a bias.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from attn_plugins.mask import AttentionMask
+from attn_plugins.ops.dense import wide
+
+LEARNED = ("hedgehog", "t2r", "taylor")
+"""Maps with weights of their own."""
+MAP_OF = {"t2r": "relu", "favor": "exp", "cosformer": "identity"}
+"""The map after the projection, where it has another name."""
+
+
+class Prepared(NamedTuple):
+    """Arguments of the operators in :mod:`attn_plugins.ops.linear`."""
+
+    q_BHQD: torch.Tensor
+    k_BGKD: torch.Tensor
+    options: dict
+
+
+def weight_shapes(
+    feature_map: str, num_heads: int, num_key_value_heads: int, head_dim: int, feature_dim: int
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a map's weights: W a query head for queries, and one a key/value head for keys."""
+    if feature_map not in LEARNED:
+        return {}
+    rows = feature_dim if feature_map == "taylor" else head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "query_weight": (num_heads, rows, head_dim),
+        "key_weight": (num_key_value_heads, rows, head_dim),
+    }
+    if feature_map == "t2r":
+        shapes |= {"query_bias": (num_heads, head_dim), "key_bias": (num_key_value_heads, head_dim)}
+    return shapes
+
+
+def reset_weights(feature_map: str, weights: Mapping[str, torch.Tensor]) -> None:
+    """Start from the identity; Taylor's from a projection that keeps q.k, on average where it has fewer dimensions."""
+    if feature_map != "taylor":
+        for weight in weights.values():
+            nn.init.zeros_(weight)  # kept as the difference from the identity
+        return
+    query, key = weights["query_weight"], weights["key_weight"]
+    rows, head_dim = key.shape[1:]
+    for weight in key:
+        nn.init.orthogonal_(weight, gain=math.sqrt(max(1.0, head_dim / rows)))
+    with torch.no_grad():
+        query.copy_(key.repeat_interleave(len(query) // len(key), dim=0))
+
+
+def orthogonal_features(num_features: int, head_dim: int, seed: int) -> torch.Tensor:
+    """FAVOR+'s directions, (num_features, head_dim): orthogonal within each block of head_dim, long as Gaussian ones.
+
+    The same for a seed everywhere: drawn on CPU in float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-num_features // head_dim)
+    gaussian = torch.randn(2, blocks, head_dim, head_dim, generator=generator, dtype=torch.float64)
+    directions = torch.linalg.qr(gaussian[0]).Q.mT.reshape(-1, head_dim)
+    lengths = gaussian[1].reshape(-1, head_dim).norm(dim=1, keepdim=True)
+    return (directions * lengths)[:num_features]
+
+
+def prepare(
+    feature_map: str,
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    mask: AttentionMask,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    scale: float,
+    eps: float,
+    max_length: int = 0,
+) -> Prepared:
+    """Tokens, projections and map for ``feature_map``.
+
+    Args:
+        weights: those of :func:`weight_shapes`, and FAVOR+'s ``projection``.
+        scale: factor on the scores that taylor and favor approximate.
+        eps: of the denominator; exponents have no size of their own for it to be compared with, so that favor's is
+            only what keeps a denominator of 0 from being divided by.
+        max_length: cosformer's.
+
+    Raises:
+        ValueError: cosformer got more than ``max_length`` tokens, or queries and keys of different sequences.
+    """
+    dtype = wide(q_BHQD, k_BGKD, *weights.values())
+    options = {"feature_map": MAP_OF.get(feature_map, feature_map), "eps": 1e-30 if feature_map == "favor" else eps}
+    projections = []
+    if feature_map == "cosformer":
+        cos, sin = mask.once(("cosformer", max_length, dtype), lambda: _turns(mask, max_length, dtype))
+        before = mask.q_offset - mask.kv_offset
+        own = slice(before, before + mask.q_length)
+        q_BHQD, k_BGKD = (torch.relu(x.to(dtype)) for x in (q_BHQD, k_BGKD))
+        q_BHQD = torch.cat([q_BHQD * cos[:, :, own], q_BHQD * sin[:, :, own]], dim=-1)
+        k_BGKD = torch.cat([k_BGKD * cos, k_BGKD * sin], dim=-1)
+    elif feature_map == "favor":
+        w_FD = weights["projection"].to(dtype) * math.sqrt(scale)
+        k_BGKD = k_BGKD.to(dtype)
+        half = k_BGKD.square().sum(dim=-1, keepdim=True) * (-scale / 2)
+        k_BGKD = torch.cat([k_BGKD, half], dim=-1)
+        # A query's own half norm scales all that it reads alike, and is left out.
+        projections = [
+            w_FD.expand(q_BHQD.shape[1], -1, -1),
+            pad(w_FD, (0, 1), value=1.0).expand(k_BGKD.shape[1], -1, -1),
+        ]
+    elif feature_map == "taylor":
+        projections = [weights[name].to(dtype) * math.sqrt(scale) for name in ("query_weight", "key_weight")]
+    elif feature_map in LEARNED:
+        # Added in float32: steps of bfloat16 near 1 are 1/128, which would swallow what is learned.
+        identity = torch.eye(q_BHQD.shape[3], dtype=dtype, device=q_BHQD.device)
+        projections = [identity + weights[name] for name in ("query_weight", "key_weight")]
+        if feature_map == "t2r":
+            biases = [weights[name].to(dtype).unsqueeze(2) for name in ("query_bias", "key_bias")]
+            projections = [torch.cat(both, dim=2) for both in zip(projections, biases, strict=True)]
+            q_BHQD, k_BGKD = (pad(x.to(dtype), (0, 1), value=1.0) for x in (q_BHQD, k_BGKD))
+    if projections:
+        options |= {"query_projection": projections[0], "key_projection": projections[1]}
+    return Prepared(q_BHQD, k_BGKD, options)
+
+
+def _turns(mask: AttentionMask, max_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of a quarter turn times position / max_length for each key, (B or 1, 1, K, 1)."""
+    if mask.cross:
+        raise ValueError(
+            "feature_map='cosformer' weighs by distance, which tokens of different sequences do not have; "
+            "allowed in cross-attention: the other feature maps"
+        )
+    position_BK = torch.arange(mask.kv_length, device=mask.device) - mask.starts_BK()
+    if mask.kv_offset + mask.kv_length > max_length:
+        before = mask.q_offset - mask.kv_offset
+        longest = int(position_BK[:, before : before + mask.q_length].max()) + 1
+        if longest > max_length:
+            raise ValueError(
+                f"feature_map='cosformer' got a sequence of {longest} tokens; allowed: at most max_length={max_length}"
+            )
+    # What is before a row's first token or after its last query is seen by nobody.
+    angle = position_BK.clamp(0, max_length - 1).to(dtype)[:, None, :, None] * (math.pi / 2 / max_length)
+    return angle.cos(), angle.sin()
