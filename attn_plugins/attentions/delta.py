@@ -1,3 +1,4 @@
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,18 +14,20 @@ from attn_plugins.registry import register_attention
 class DeltaAttention(Attention):
     """DeltaNet: a linear memory that corrects what it recalls for a key, instead of adding to it.
 
-    ``S_t = S_{t-1} - beta_t k_t (k_t^T S_{t-1} - v_t^T)``, ``out_t = a S_t^T q_t`` with queries and keys of unit length
-    and ``beta_t = sigmoid(w . v_t + bias)``. Rates are of a key/value head, and so is the state of D x V numbers, in
-    float32 whatever the model's dtype. Chunks solve one triangular system each for all their corrections.
+    ``S_t = S_{t-1} - beta_t k_t (k_t^T S_{t-1} - v_t^T)``, ``out_t = a scale S_t^T q_t + b mean(v_1 .. v_t)`` with
+    queries and keys of unit length and ``beta_t = sigmoid(w . v_t + bias)``. Rates are of a key/value head, and so is
+    the state of D x V numbers, in float32 whatever the model's dtype. Chunks solve one triangular system each for all
+    their corrections.
 
     Differs from the paper: beta is made from the token's value, as a cache holds nothing else of it that is free of
     positions, where the paper takes the layer's input; queries and keys are normalised as they come, rotary positions
-    applied, without the paper's convolutions and SiLU; a learned factor ``a`` for each query head takes the place of
-    the norm over a head's output, which the output projection of a pretrained model does not expect. ``scale`` has no
-    part in it. Attention dropout isn't applied, weights may be negative.
+    applied, without the paper's convolutions and SiLU; the output has no norm over a head, which the output projection
+    of a pretrained model does not expect, and the average of the values beside it. ``a`` and ``b`` are learned for each
+    query head; ``b = 0`` leaves the paper's sum. Attention dropout isn't applied, weights may be negative.
 
-    Starts from ``a = 1``, where a query that equals a key recalls about its value, and ``beta = initial_beta`` for all
-    tokens (``w = 0``). A small beta averages over the last D / beta tokens or so, a large one recalls the latest.
+    Starts from ``a = b = 1`` and ``beta = initial_beta`` for all tokens (``w = 0``): the average is the part of softmax
+    that no score has moved, and S tends to a linear fit of values to keys, which ``scale`` turns into about what scores
+    add to first order. A small beta fits the last D / beta tokens or so, a large one the latest.
 
     Limit case: none. An untrained swap is far from softmax attention; it needs training.
     """
@@ -42,7 +45,7 @@ class DeltaAttention(Attention):
     class Config(AttentionConfig):
         initial_beta: float = 0.1
         """Share of a value that is corrected at once, before training."""
-        chunk_size: int = 64
+        chunk_size: int = 32
         """Tokens whose corrections are solved for at once, a power of two; changes the speed and not the result."""
 
         def __post_init__(self):
@@ -55,26 +58,30 @@ class DeltaAttention(Attention):
         super().__init__(config, heads, **options)
         if heads is None:
             raise ValueError("attention 'delta' has weights a head and needs the sizes of the heads, got None")
-        self.output_weight = nn.Parameter(torch.empty(heads.num_heads))
+        self.score_weight = nn.Parameter(torch.empty(heads.num_heads))
+        self.average_weight = nn.Parameter(torch.empty(heads.num_heads))
         self.beta_weight = nn.Parameter(torch.empty(heads.num_key_value_heads, heads.value_dim))
         self.beta_bias = nn.Parameter(torch.empty(heads.num_key_value_heads))
         self.reset_parameters()
 
     def reset_parameters(self):
-        nn.init.ones_(self.output_weight)
+        nn.init.ones_(self.score_weight)
+        nn.init.ones_(self.average_weight)
         nn.init.zeros_(self.beta_weight)
         nn.init.constant_(self.beta_bias, math.log(self.config.initial_beta / (1 - self.config.initial_beta)))
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, tokens, list(self.parameters()))
+        prepare = functools.partial(tokens, scale=scale)
+        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, list(self.parameters()))
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        weights, chunk_size = list(self.parameters()), self.config.chunk_size
-        return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, tokens, weights, chunk_size=chunk_size)
+        prepare, weights = functools.partial(tokens, scale=scale), list(self.parameters())
+        return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, weights, chunk_size=self.config.chunk_size)
 
 
-def tokens(q_BHTD, k_BGTD, v_BGTV, output_weight_H, beta_weight_GV, beta_bias_G):
-    q = unit(q_BHTD) * output_weight_H.view(-1, 1, 1)
+def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, beta_weight_GV, beta_bias_G, *, scale):
+    q = unit(q_BHTD)
+    q = q * (scale * score_weight_H.to(q.dtype)).view(-1, 1, 1)
     k, v = unit(k_BGTD).to(q.dtype), v_BGTV.to(q.dtype)
     beta = torch.sigmoid(v @ beta_weight_GV.to(q.dtype).unsqueeze(2) + beta_bias_G.to(q.dtype).view(-1, 1, 1))
-    return Tokens(q, k, v, None, beta)
+    return Tokens(q, k, v, None, beta, average_weight_H.to(q.dtype))

@@ -50,7 +50,7 @@ class GatedLinearAttention(Attention):
         """Divides the log gates: the larger, the slower a gate can forget."""
         initial_memory: float = 4096.0
         """Tokens over which a channel fades to 1/e before training."""
-        chunk_size: int = 64
+        chunk_size: int = 32
         """Tokens whose weights are formed outright, a power of two; changes the speed and not the result."""
 
         def __post_init__(self):
@@ -87,9 +87,7 @@ class GatedLinearAttention(Attention):
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         weights, chunk_size = list(self.parameters()), self.config.chunk_size
-        return recurrent_attention(
-            q_BHQD, k_BGKD, v_BGKV, mask, self._prepare(scale), weights, chunk_size=chunk_size
-        )
+        return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._prepare(scale), weights, chunk_size=chunk_size)
 
     def _prepare(self, scale):
         return functools.partial(tokens, scale=scale, normalizer=self.config.gate_logit_normalizer)

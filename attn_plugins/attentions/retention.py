@@ -20,8 +20,8 @@ class RetentionAttention(Attention):
 
     Differs from the paper, whose output is normalised to unit size for each head and token, which the output projection
     of a pretrained model does not expect. Here the decayed number of tokens takes that place, and ``b`` adds their
-    decayed average; ``a`` and ``b`` are learned, one of each a query head, and ``b = 0`` leaves the paper's sum. Queries
-    and keys come with the model's own rotary positions. Attention dropout isn't applied, weights may be negative.
+    decayed average; ``a`` and ``b`` are learned for each query head, and ``b = 0`` leaves the paper's sum. Queries and
+    keys come with the model's own rotary positions. Attention dropout isn't applied, weights may be negative.
 
     Starts from ``a = b = 1``: softmax's exp(s) to first order, 1 + s, over a fading past.
 
@@ -63,9 +63,7 @@ class RetentionAttention(Attention):
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         prepare, weights = functools.partial(tokens, scale=scale), list(self.parameters())
-        return recurrent_attention(
-            q_BHQD, k_BGKD, v_BGKV, mask, prepare, weights, chunk_size=self.config.chunk_size
-        )
+        return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, weights, chunk_size=self.config.chunk_size)
 
 
 def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, *, scale):

@@ -6,7 +6,9 @@ Averages (retention, gated linear attention), with log gates g <= 0 for each cha
 
 Delta rules, with a rate beta_t and one log gate a token or none; the state forgets before it is read and corrected:
 
-    S = e^g_t S_{t-1},   S_t = S - beta_t k_t (k_t^T S - v_t^T),   out_t = S_t^T q_t
+    S = e^g_t S_{t-1},   S_t = S - beta_t k_t (k_t^T S - v_t^T),   out_t = S_t^T q_t + b a_t
+
+with a_t the decayed average of the values so far and a weight b of each query head.
 
 The chunked form treats chunks in parallel, then joins their states. Decays between tokens of a chunk are products of
 e^(sum of log gates), the sums being taken over just the tokens between: by halves, the decay from j to t is that from
@@ -45,6 +47,8 @@ class Tokens(NamedTuple):
     """(B or 1, G, T or 1, F or 1), at most 0; None where nothing is forgotten."""
     beta: torch.Tensor | None
     """(B, G, T, 1) for a delta rule, None for an average."""
+    average_weight: torch.Tensor | None = None
+    """(H,), b of a delta rule."""
 
 
 Prepare = Callable[..., Tokens]
@@ -95,7 +99,8 @@ def dense_recurrent_attention(
         tokens, enters = _hide(prepare(q, k, v, *weights), real, fresh)
         batch, heads, length, features = tokens.k.shape
         state_BGFK = tokens.k.new_zeros(batch, heads, features, k_BGKD.shape[2])
-        count_BGF = tokens.k.new_zeros(batch, heads, features)
+        count_BGF = tokens.k.new_zeros(batch, heads, features if tokens.beta is None else 1)
+        total_BGK = state_BGFK[:, :, 0]
         rows = []
         for t in range(length):
             k_BGF1 = tokens.k[:, :, t].unsqueeze(3)
@@ -103,22 +108,30 @@ def dense_recurrent_attention(
             if tokens.log_gate is not None:
                 gate_BGF = tokens.log_gate[:, :, t if tokens.log_gate.shape[2] > 1 else 0].exp()
                 state_BGFK, count_BGF = gate_BGF.unsqueeze(3) * state_BGFK, gate_BGF * count_BGF
+                total_BGK = gate_BGF * total_BGK if tokens.beta is not None else total_BGK
+            enters_BG1 = torch.ones_like(count_BGF[:, :, :1]) if enters is None else enters[:, :, t]
+            count_BGF = count_BGF + enters_BG1
             if tokens.beta is None:
                 state_BGFK = state_BGFK + k_BGF1 * value_K
-                count_BGF = count_BGF + (1.0 if enters is None else enters[:, :, t])
             else:
                 error_BG1K = k_BGF1.mT @ state_BGFK - value_K
                 state_BGFK = state_BGFK - tokens.beta[:, :, t].unsqueeze(3) * k_BGF1 * error_BG1K
+                total_BGK = total_BGK + enters_BG1 * value_K
             if t >= before:
-                q_BGRF = tokens.q[:, :, t].unflatten(1, (heads, -1))
+                q_BGRF, n_BG1F = tokens.q[:, :, t].unflatten(1, (heads, -1)), count_BGF.clamp_min(1.0).unsqueeze(2)
                 if tokens.beta is None:
-                    q_BGRF = q_BGRF / count_BGF.clamp_min(1.0).unsqueeze(2)
-                rows.append((q_BGRF @ state_BGFK).flatten(1, 2))
+                    row_BGRK = (q_BGRF / n_BG1F) @ state_BGFK
+                else:
+                    assert tokens.average_weight is not None
+                    b_GR1 = tokens.average_weight.view(heads, -1, 1)
+                    row_BGRK = q_BGRF @ state_BGFK + b_GR1 * total_BGK.unsqueeze(2) / n_BG1F
+                rows.append(row_BGRK.flatten(1, 2))
         weights_BHQK = torch.stack(rows, dim=2)
         out_BHQV = weights_BHQK @ expand_heads(v_BGKV, q_BHQD.shape[1]).to(weights_BHQK.dtype)
     return out_BHQV.to(v_BGKV.dtype), weights_BHQK
 
 
+@torch.compiler.disable(reason="the loops over spans and chunks would be unrolled")
 def recurrent_attention(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
@@ -158,14 +171,16 @@ def recurrent_attention(
             q = k.new_empty(batch, num_heads, 0, k.shape[3])
         tokens, enters = _hide(prepare(q, k, v, *weights), real, fresh)
         rule = _average if tokens.beta is None else _delta
-        out, after = rule(_tile(tokens, enters, chunk_size), state, silent)
+        # A short span, such as one token in decoding, makes one chunk no longer than it has to be.
+        size = min(chunk_size, 1 << (k.shape[2] - 1).bit_length())
+        out, after = rule(_tile(tokens, enters, size), state, silent)
         return out[:, :, : 0 if silent else v.shape[2]].to(v.dtype), after
 
     with torch.autocast(q_BHQD.device.type, enabled=False):
         # Sizes of the state, from no tokens at all.
         none = prepare(*(x[:, :, :0] for x in (q_BHQD, k_BGKD, v_BGKV)), *weights)
-        columns = v_BGKV.shape[3] + (1 if none.beta is None else 0)
-        state = none.k.new_zeros(batch, none.k.shape[1], none.k.shape[3], columns)
+        features = none.k.shape[3] + (0 if none.beta is None else 1)
+        state = none.k.new_zeros(batch, none.k.shape[1], features, v_BGKV.shape[3] + 1)
         if before:
             _, state = scan(step, span, state, [None if x is None else x[:, :, :before] for x in sequences], weights)
         new = [None if x is None else x[:, :, before:end] for x in sequences]
@@ -190,9 +205,7 @@ def _rows(mask: AttentionMask) -> tuple[torch.Tensor | None, torch.Tensor | None
     return real, fresh_BK[:, None, :, None]
 
 
-def _hide(
-    tokens: Tokens, real: torch.Tensor | None, fresh: torch.Tensor | None
-) -> tuple[Tokens, torch.Tensor | None]:
+def _hide(tokens: Tokens, real: torch.Tensor | None, fresh: torch.Tensor | None) -> tuple[Tokens, torch.Tensor | None]:
     """Padding neither enters the state nor decays it; a new segment starts from an empty one.
 
     Returns:
@@ -206,7 +219,8 @@ def _hide(
     if fresh is not None:
         log_gate = k.new_zeros(1, 1, 1, 1) if log_gate is None else log_gate
         log_gate = log_gate.masked_fill(fresh, -torch.inf)
-    return Tokens(tokens.q, k, tokens.v, log_gate, beta), None if real is None else real.to(k.dtype)
+    tokens = tokens._replace(k=k, log_gate=log_gate, beta=beta)
+    return tokens, None if real is None else real.to(k.dtype)
 
 
 class _Tiles(NamedTuple):
@@ -223,15 +237,17 @@ class _Tiles(NamedTuple):
     beta: torch.Tensor | None
     """(B, G, N, C, 1)"""
     enters: torch.Tensor | None
-    """(B or 1, 1, N, C, 1)"""
+    """(B or 1, 1, N, C, 1), 1 where a token counts and 0 where not; None where all count."""
+    average_weight: torch.Tensor | None
+    """(G, R)"""
 
 
 def _tile(tokens: Tokens, enters: torch.Tensor | None, chunk_size: int) -> _Tiles:
     length = tokens.k.shape[2]
     rest = -length % chunk_size
 
-    def tile(x):
-        return None if x is None else pad(x, (0, 0, 0, rest)).unflatten(2, (-1, chunk_size))
+    def tile(x: torch.Tensor) -> torch.Tensor:
+        return pad(x, (0, 0, 0, rest)).unflatten(2, (-1, chunk_size))
 
     log_gate = tokens.log_gate
     if log_gate is not None and log_gate.shape[2] == 1:
@@ -240,7 +256,10 @@ def _tile(tokens: Tokens, enters: torch.Tensor | None, chunk_size: int) -> _Tile
         enters = tokens.k.new_ones(1, 1, length, 1)
     q = pad(tokens.q, (0, 0, 0, length + rest - tokens.q.shape[2] if tokens.q.shape[2] else 0))
     q = q.unflatten(1, (tokens.k.shape[1], -1)).unflatten(3, (-1, chunk_size)).permute(0, 1, 3, 4, 2, 5)
-    return _Tiles(q, *map(tile, (tokens.k, tokens.v, log_gate, tokens.beta, enters)))
+    b = tokens.average_weight
+    b = None if b is None else b.view(tokens.k.shape[1], -1)
+    log_gate, beta, enters = (None if x is None else tile(x) for x in (log_gate, tokens.beta, enters))
+    return _Tiles(q, tile(tokens.k), tile(tokens.v), log_gate, beta, enters, b)
 
 
 def _untile(out_BGNCRV: torch.Tensor) -> torch.Tensor:
@@ -259,7 +278,7 @@ class _Decay(NamedTuple):
     """From each token to the state after the chunk."""
     whole: torch.Tensor
     """From the state before to the state after, (..., F or 1)."""
-    count: torch.Tensor
+    number: torch.Tensor
     """The decayed number of tokens of the chunk up to each."""
 
 
@@ -317,7 +336,7 @@ def _products(q: torch.Tensor, k: torch.Tensor, decay: _Decay) -> torch.Tensor:
 
 def _average(tiles: _Tiles, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """One span. The state is S and, as its last column, n."""
-    q, k, v, log_gate, _, enters = tiles
+    q, k, v, log_gate, _, enters, _ = tiles
     assert log_gate is not None
     decay = _decay(log_gate, enters)
     chunks = k.shape[2]
@@ -335,7 +354,7 @@ def _average(tiles: _Tiles, state: torch.Tensor, silent: bool) -> tuple[torch.Te
 
     shared = log_gate.shape[-1] == 1
     met = states[..., :1, -1] if shared else states[..., -1]
-    count = decay.count + decay.since * met.unsqueeze(-2)
+    count = decay.number + decay.since * met.unsqueeze(-2)
     q = q / count.clamp_min(1.0).unsqueeze(-2)
     if shared:
         weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * _between(decay).unsqueeze(-2)
@@ -347,32 +366,45 @@ def _average(tiles: _Tiles, state: torch.Tensor, silent: bool) -> tuple[torch.Te
 
 
 def _delta(tiles: _Tiles, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """One span. What a chunk writes depends on the state before it: values U - W S, with U and W known beforehand."""
-    q, k, v, log_gate, beta, _ = tiles
+    """One span. What a chunk writes depends on the state before it: values U - W S, with U and W known beforehand.
+
+    The state is S and, as its last row, the sum of the values and their number.
+    """
+    q, k, v, log_gate, beta, enters, average_weight = tiles
     assert beta is not None
-    chunk_size, chunks = k.shape[3], k.shape[2]
-    if log_gate is None:
-        between = k.new_ones(chunk_size, chunk_size).tril_()
-        since, until, whole = k, k, [None] * chunks
-        q_since = q
-    else:
+    assert average_weight is not None
+    chunk_size = k.shape[3]
+    since = until = whole = k.new_ones(())
+    between = k.new_ones(chunk_size, chunk_size).tril_()
+    if log_gate is not None:
         decay = _decay(log_gate, None)
-        between = _between(decay)
-        since, until, q_since = k * decay.since, k * decay.until, q * decay.since.unsqueeze(-2)
-        whole = decay.whole.unsqueeze(-1).expand(-1, -1, chunks, -1, -1).unbind(2)
+        between, since, until, whole = _between(decay), decay.since, decay.until, decay.whole.unsqueeze(-1)
     # (I + strict lower triangle)^-1; the solver takes the diagonal for ones and doesn't read what is above.
     system = beta * (k @ k.mT) * between
-    solved = torch.linalg.solve_triangular(system, beta * torch.cat([v, since], -1), upper=False, unitriangular=True)
-    u, w = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
-    before, written = [], []
-    for n, (u_n, w_n, until_n) in enumerate(zip(u.unbind(2), w.unbind(2), until.unbind(2), strict=True)):
-        before.append(state)
-        written.append(u_n - w_n @ state)
-        more = until_n.mT @ written[-1]
-        state = state + more if whole[n] is None else whole[n] * state + more
+    right = beta * torch.cat([v, k * since], dim=-1)
+    u, w = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
+        [v.shape[-1], k.shape[-1]], dim=-1
+    )
+    counted = pad(v, (0, 1), value=1.0)
+    counted = counted if enters is None else counted * enters
+    added = (counted * until).sum(dim=-2, keepdim=True)
+    whole = whole.expand(*k.shape[:3], 1, 1)
+    memory, total = state[..., :-1, :-1], state[..., -1:, :]
+    memories, totals, written = [], [], []
+    for u_n, w_n, k_n, more, gate in zip(*(x.unbind(2) for x in (u, w, k * until, added, whole)), strict=True):
+        memories.append(memory)
+        totals.append(total)
+        written.append(u_n - w_n @ memory)
+        memory, total = gate * memory + k_n.mT @ written[-1], gate * total + more
+    state = torch.cat([pad(memory, (0, 1)), total], dim=-2)
     if silent:
         return v.new_empty(v.shape[0], v.shape[1], 0, v.shape[-1]), state
+
     weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * between.unsqueeze(-2)
-    out = weights.flatten(3, 4) @ torch.stack(written, dim=2)
-    out = out + q_since.flatten(3, 4) @ torch.stack(before, dim=2)
-    return _untile(out.unflatten(3, q.shape[3:5])), state
+    recalled = weights.flatten(3, 4) @ torch.stack(written, dim=2)
+    q_since = q if log_gate is None else q * since.unsqueeze(-2)
+    recalled = recalled + q_since.flatten(3, 4) @ torch.stack(memories, dim=2)
+    sums = between @ counted + since * torch.stack(totals, dim=2)
+    average = sums[..., :-1] / sums[..., -1:].clamp_min(1.0)
+    out = recalled.unflatten(3, q.shape[3:5]) + average_weight[:, None, None, :, None] * average.unsqueeze(-2)
+    return _untile(out), state

@@ -11,7 +11,6 @@ Step = Callable[[torch.Tensor, list[Any], Sequence[torch.Tensor]], tuple[torch.T
 """(state, the span of each sequence, weights) -> (out of the span with time in dimension 2, state after it)."""
 
 
-@torch.compiler.disable(reason="the loop over spans would be unrolled")
 def scan(
     step: Step,
     span: int,
@@ -62,9 +61,7 @@ class _Scan(torch.autograd.Function):
             parts = [*_cut(tensors[: ctx.count], at), *tensors[ctx.count :]]
             with torch.enable_grad():
                 state = state.detach().requires_grad_()
-                leaves = [
-                    x.detach().requires_grad_() if need else x for x, need in zip(parts, needed, strict=True)
-                ]
+                leaves = [x.detach().requires_grad_() if need else x for x, need in zip(parts, needed, strict=True)]
                 out, after = ctx.step(state, leaves[: ctx.count], leaves[ctx.count :])
             wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
             cotangents = (d_out[:, :, done - out.shape[2] : done], d_state)
@@ -76,10 +73,9 @@ class _Scan(torch.autograd.Function):
             if d_state is None:
                 d_state = torch.zeros_like(state)
             for place, total in enumerate(gradients):
-                part = next(found) if total is not None else None
-                if part is not None:
-                    target = total[:, :, at] if place < ctx.count else total
-                    target.add_(part)
+                part = None if total is None else next(found)
+                if total is not None and part is not None:
+                    (total[:, :, at] if place < ctx.count else total).add_(part)
         return None, None, None, d_state if ctx.needs_input_grad[3] else None, *gradients
 
 

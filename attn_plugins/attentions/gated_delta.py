@@ -1,0 +1,103 @@
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.functional import softplus
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.recurrence import Tokens, dense_recurrent_attention, recurrent_attention, unit
+from attn_plugins.registry import register_attention
+
+
+@register_attention("gated_delta")
+class GatedDeltaAttention(Attention):
+    """Gated DeltaNet: the delta rule's memory, which corrects what it recalls for a key and can also forget at once.
+
+    ``S = e^g_t S_{t-1}``, ``S_t = S - beta_t k_t (k_t^T S - v_t^T)``, ``out_t = a scale S_t^T q_t + b mean_t`` with
+    queries and keys of unit length, ``beta_t = sigmoid(w . v_t + bias)``,
+    ``g_t = -exp(A_log) softplus(u . v_t + dt_bias)`` and ``mean_t`` the average of the values so far, decayed by the
+    same gates. Rates and gates are of a key/value head, and so is the state of D x V numbers, in float32 whatever the
+    model's dtype. Chunks solve one triangular system each; decays within one never have an exponent above 0.
+
+    Differs from the paper: rates and gates are made from the token's value, as a cache holds nothing else of it that is
+    free of positions, where the paper takes the layer's input; queries and keys are normalised as they come, rotary
+    positions applied, without the paper's convolutions and SiLU; the output has neither its gate nor its norm over a
+    head, which the output projection of a pretrained model does not expect, and the average beside it. ``a`` and ``b``
+    are learned for each query head; ``b = 0`` leaves the paper's sum. Attention dropout isn't applied, weights may be
+    negative.
+
+    Starts from ``a = b = 1``, ``beta = initial_beta`` and gates that fade to 1/e over ``initial_memory`` tokens, the
+    same for all tokens (``w = u = 0``): the average is the part of softmax that no score has
+    moved, and S tends to a linear fit of values to keys, which ``scale`` turns into about what scores add to first
+    order.
+
+    Limit case: none. An untrained swap is far from softmax attention; it needs training.
+    """
+
+    family = "linear"
+    cost = "O(N (chunk_size^2 + D chunk_size + D^2))"
+    paper = "Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464, eq. 10"
+    causal = segments = True
+    convex = False
+    examples = ({"chunk_size": 4, "initial_beta": 0.8, "initial_memory": 3.0},)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        initial_beta: float = 0.1
+        """Share of a value that is corrected at once, before training."""
+        initial_memory: float = 4096.0
+        """Tokens over which a head fades to 1/e before training."""
+        chunk_size: int = 32
+        """Tokens whose corrections are solved for at once, a power of two; changes the speed and not the result."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.require(0 < self.initial_beta < 1, "initial_beta", "a number between 0 and 1")
+            self.require(self.initial_memory > 0, "initial_memory", "a number above 0")
+            power = self.chunk_size >= 1 and self.chunk_size & (self.chunk_size - 1) == 0
+            self.require(power, "chunk_size", "a power of two from 1 on")
+
+    def __init__(self, config, heads=None, **options):
+        super().__init__(config, heads, **options)
+        if heads is None:
+            raise ValueError("attention 'gated_delta' has weights a head and needs the sizes of the heads, got None")
+        groups = heads.num_key_value_heads
+        self.score_weight = nn.Parameter(torch.empty(heads.num_heads))
+        self.average_weight = nn.Parameter(torch.empty(heads.num_heads))
+        self.beta_weight = nn.Parameter(torch.empty(groups, heads.value_dim))
+        self.beta_bias = nn.Parameter(torch.empty(groups))
+        self.gate_weight = nn.Parameter(torch.empty(groups, heads.value_dim))
+        self.dt_bias = nn.Parameter(torch.empty(groups))
+        self.A_log = nn.Parameter(torch.empty(groups))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.ones_(self.score_weight)
+        nn.init.ones_(self.average_weight)
+        nn.init.zeros_(self.beta_weight)
+        nn.init.constant_(self.beta_bias, math.log(self.config.initial_beta / (1 - self.config.initial_beta)))
+        nn.init.zeros_(self.gate_weight)
+        nn.init.zeros_(self.A_log)
+        # softplus(bias) = 1 / memory
+        fade = 1 / self.config.initial_memory
+        nn.init.constant_(self.dt_bias, fade + math.log(-math.expm1(-fade)))
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+        prepare = functools.partial(tokens, scale=scale)
+        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, list(self.parameters()))
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+        prepare, weights = functools.partial(tokens, scale=scale), list(self.parameters())
+        return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, weights, chunk_size=self.config.chunk_size)
+
+
+def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, w_GV, bias_G, u_GV, dt_bias_G, a_log_G, *, scale):
+    q = unit(q_BHTD)
+    q = q * (scale * score_weight_H.to(q.dtype)).view(-1, 1, 1)
+    k, v = unit(k_BGTD).to(q.dtype), v_BGTV.to(q.dtype)
+    w, bias, u, dt_bias, a_log = (x.to(q.dtype) for x in (w_GV, bias_G, u_GV, dt_bias_G, a_log_G))
+    beta = torch.sigmoid(v @ w.unsqueeze(2) + bias.view(-1, 1, 1))
+    log_gate = -a_log.exp().view(-1, 1, 1) * softplus(v @ u.unsqueeze(2) + dt_bias.view(-1, 1, 1))
+    return Tokens(q, k, v, log_gate, beta, average_weight_H.to(q.dtype))
