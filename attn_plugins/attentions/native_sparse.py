@@ -1,0 +1,104 @@
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.native_sparse import Weights, dense_native_sparse_attention, native_sparse_attention
+from attn_plugins.registry import register_attention
+
+
+@register_attention("native_sparse")
+class NativeSparseAttention(Attention):
+    """Native sparse attention (NSA): compressed, selected and window branches, summed by gates.
+
+    ``out_i = sum_b sigmoid(w_b . q_i + c_b) out_b,i``, with w and c a query head's own, over three softmax attentions:
+
+    - compressed: over blocks of ``kernel_size`` keys at every ``kernel_stride``-th token, each a weighted sum of its
+      keys and of its values; a causal query sees those that end no later than itself.
+    - selected: over the keys of ``topk`` blocks of ``block_size``: its own, causally masked, the ``local_blocks``
+      nearest (its own counted; on both sides where attention is not causal), the ``init_blocks`` first, and those to
+      whose keys the compressed branch gives most, summed over the query heads of a key/value head, which share the
+      choice. It has no gradient; a block to which nothing is given is not chosen.
+    - window: over the ``window_size`` nearest keys, itself included, before it (and after, if not causal).
+
+    Blocks count from the first real token of a row or packed segment; incomplete ones are not compressed.
+
+    Deviations: gates are a function of the head's query, since the slot has no hidden state; keys and values are the
+    same for all branches; compression weighs the positions in a block where the paper has an MLP.
+
+    It starts from means as compressed blocks and from gates of 0.02, 0.96 and 0.02, w at zero: close to the selected
+    branch, which has a pretrained model's sinks, neighbourhood and strongest blocks. A query before the end of the
+    first compressed block gets 0.98 of its softmax attention.
+
+    Limit case: none; as block_size * topk grows to K the start comes within 4 % of softmax attention.
+    """
+
+    family = "sparse"
+    cost = "O(N (topk block_size + window_size + N / kernel_stride) D)"
+    paper = "Yuan et al. 2025, Native Sparse Attention, arXiv:2502.11089, eq. 5 to 12"
+    causal = bidirectional = segments = True
+    convex = False
+    examples = (
+        {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "topk": 4, "local_blocks": 1, "window_size": 5},
+        {"kernel_size": 3, "kernel_stride": 5, "block_size": 2, "topk": 6, "init_blocks": 0, "window_size": 1},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        kernel_size: int = 32
+        """Tokens that are compressed to one."""
+        kernel_stride: int = 16
+        """Tokens from one compressed block to the next."""
+        block_size: int = 64
+        """Keys a block of the selection."""
+        topk: int = 16
+        """Blocks that a query selects, its own and all that it has in any case included."""
+        init_blocks: int = 1
+        """First blocks of a row or segment that every query selects."""
+        local_blocks: int = 2
+        """Nearest blocks that a query selects, its own included; to both sides where attention is not causal."""
+        window_size: int = 512
+        """Keys that the window shows up to and including the query; as many after it where not causal."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            for option in ("kernel_size", "kernel_stride", "block_size", "local_blocks", "window_size"):
+                self.require(getattr(self, option) >= 1, option, "an integer from 1 on")
+            self.require(self.init_blocks >= 0, "init_blocks", "an integer from 0 on")
+            least = self.init_blocks + 2 * self.local_blocks - 1
+            self.require(self.topk >= least, "topk", f"init_blocks + 2 local_blocks - 1 = {least} or more")
+
+    def __init__(self, config, heads=None, **options):
+        super().__init__(config, heads, **options)
+        if heads is None:
+            raise ValueError("attention 'native_sparse' has weights a head and needs the sizes of the heads, got None")
+        self.gate_weight = nn.Parameter(torch.empty(heads.num_heads, 3, heads.head_dim))
+        self.compressed_gate = nn.Parameter(torch.empty(heads.num_heads))
+        self.selected_gate = nn.Parameter(torch.empty(heads.num_heads))
+        self.window_gate = nn.Parameter(torch.empty(heads.num_heads))
+        self.key_weight = nn.Parameter(torch.empty(heads.num_key_value_heads, config.kernel_size))
+        self.value_weight = nn.Parameter(torch.empty(heads.num_key_value_heads, config.kernel_size))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.gate_weight)
+        for bias, gate in ((self.compressed_gate, 0.02), (self.selected_gate, 0.96), (self.window_gate, 0.02)):
+            nn.init.constant_(bias, math.log(gate / (1 - gate)))
+        nn.init.constant_(self.key_weight, 1 / self.config.kernel_size)
+        nn.init.constant_(self.value_weight, 1 / self.config.kernel_size)
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return dense_native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._weights(), **self._sizes(), **options)
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._weights(), **self._sizes(), **options)
+
+    def _weights(self):
+        gates = torch.stack([self.compressed_gate, self.selected_gate, self.window_gate], dim=1)
+        return Weights(self.gate_weight, gates, self.key_weight, self.value_weight)
+
+    def _sizes(self):
+        return dataclasses.asdict(self.config)

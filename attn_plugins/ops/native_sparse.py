@@ -1,0 +1,282 @@
+"""Native sparse attention: compressed blocks of keys, the choice that they make, and the sum of its three branches.
+
+Letter beside the legend's: M compressed blocks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from attn_plugins.mask import AttentionMask
+from attn_plugins.ops.banded import banded_attention, in_window
+from attn_plugins.ops.dense import dense_attention, expand_heads, masked_softmax, scores, wide
+from attn_plugins.ops.gathered import Blocks, block_attention, blocks_of, chosen_keys
+
+SCORES_AT_ONCE = 2**20
+"""Scores with compressed blocks that are worked on at a time."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is learned, a query head or a key/value head."""
+
+    gate_weight_H3D: torch.Tensor
+    gate_bias_H3: torch.Tensor
+    """Gates of the compressed, the selected and the window branch are sigmoids of weight . q + bias."""
+    key_weight_GC: torch.Tensor
+    value_weight_GC: torch.Tensor
+    """How keys and values of a compressed block are summed."""
+
+    def gates(self, q_BHQD: torch.Tensor) -> torch.Tensor:
+        """(B, H, Q, 3)"""
+        dtype = wide(q_BHQD, self.gate_weight_H3D)
+        return torch.sigmoid(
+            q_BHQD.to(dtype) @ self.gate_weight_H3D.to(dtype).mT + self.gate_bias_H3[:, None].to(dtype)
+        )
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Where the compressed blocks of a mask's keys lie: all of real keys of one row or segment, in order."""
+
+    keys_BMC: torch.Tensor
+    """(B, M, kernel_size): the keys of each, 0 where a row has fewer blocks."""
+    real_BM: torch.Tensor
+    """(B, M): whether there is such a block."""
+    last_BM: torch.Tensor
+    """(B, M): its last key."""
+    start_BM: torch.Tensor
+    """(B, M): the first real key of its row or segment."""
+    over_BNW: torch.Tensor
+    """(B, N, W): which of them share keys with a block of the selection, 0 where there are fewer than W."""
+    share_BNW: torch.Tensor
+    """(B, N, W): which share of its keys."""
+    blocks: Blocks
+    """The blocks of the selection."""
+
+
+def compression_of(mask: AttentionMask, kernel_size: int, kernel_stride: int, block_size: int) -> Compression:
+    """Compressed blocks at multiples of the stride from where a row or segment starts; made once a forward pass."""
+
+    def build() -> Compression:
+        blocks, device, length = blocks_of(mask, block_size), mask.device, mask.kv_length
+        starts_BK = mask.starts_BK().expand(mask.batch_size, -1)
+        index = torch.arange(length, device=device)
+        real_BK = torch.ones_like(starts_BK, dtype=torch.bool)
+        if mask.padding_BK is not None:
+            real_BK = mask.padding_BK.expand(mask.batch_size, -1)
+        until_BK = torch.nn.functional.pad(real_BK.long().cumsum(dim=1), (1, 0))
+        end = (index + kernel_size).clamp(max=length)
+        whole_BK = until_BK[:, end] - until_BK[:, :-1] == kernel_size
+        whole_BK = whole_BK & (starts_BK[:, end - 1] == starts_BK) & ((index - starts_BK) % kernel_stride == 0)
+        # The first keys of whole blocks, in order; rows with fewer end with keys that begin none.
+        first_BM = torch.where(whole_BK, index, length).sort(dim=1).values[:, : max(1, int(whole_BK.sum(dim=1).max()))]
+        real_BM = first_BM < length
+        first_BM = first_BM.masked_fill(~real_BM, 0)
+        keys_BMC = (first_BM.unsqueeze(-1) + torch.arange(kernel_size, device=device)) * real_BM.unsqueeze(-1)
+        # Of blocks that share keys with [low, low + block_size), the first begins after low - kernel_size.
+        low_BN = blocks.keys_BNC[..., 0]
+        reach = (block_size + kernel_size - 2) // kernel_stride + 1
+        from_BN = torch.searchsorted(torch.where(real_BM, first_BM, length), low_BN - kernel_size + 1)
+        over_BNW = from_BN.unsqueeze(-1) + torch.arange(reach, device=device)
+        there = over_BNW < first_BM.shape[1]
+        over_BNW = over_BNW.masked_fill(~there, 0)
+        begin_BNW = first_BM.gather(1, over_BNW.flatten(1)).view(over_BNW.shape)
+        there &= real_BM.gather(1, over_BNW.flatten(1)).view(over_BNW.shape)
+        low = low_BN.unsqueeze(-1)
+        shared = torch.minimum(begin_BNW + kernel_size, low + block_size) - torch.maximum(begin_BNW, low)
+        share_BNW = shared.clamp(min=0).masked_fill(~there, 0) / kernel_size
+        start_BM = starts_BK.gather(1, first_BM)
+        return Compression(
+            keys_BMC, real_BM, first_BM + kernel_size - 1, start_BM, over_BNW, share_BNW.to(torch.float64), blocks
+        )
+
+    return mask.once(("compression", kernel_size, kernel_stride, block_size), build)
+
+
+def compress(x_BGKD: torch.Tensor, weight_GC: torch.Tensor, keys_BMC: torch.Tensor) -> torch.Tensor:
+    """(B, G, M, D): sums of the keys or values of each compressed block by ``weight_GC``, in at least float32."""
+    dtype = wide(x_BGKD)
+    batch, groups, length, size = x_BGKD.shape
+    by_token = x_BGKD.transpose(1, 2).reshape(batch * length, groups * size)
+    index = keys_BMC + torch.arange(batch, device=x_BGKD.device).view(-1, 1, 1) * length
+    picked = by_token.index_select(0, index.flatten()).view(*keys_BMC.shape, groups, size)
+    return torch.einsum("bmcgd,gc->bgmd", picked.to(dtype), weight_GC.to(dtype))
+
+
+def compressed_weights(
+    q_BHTD: torch.Tensor, k_BGMD: torch.Tensor, at: slice, compression: Compression, scale: float
+) -> torch.Tensor:
+    """(B, H, T, M): softmax over the first M compressed blocks, those that end no later than a causal query."""
+    blocks = compression.blocks
+    seen = slice(k_BGMD.shape[2])
+    position = blocks.position_Q[at]
+    start_BT = blocks.start_BN.gather(1, blocks.block_BK[:, position])
+    visible = compression.real_BM[:, None, seen] & (compression.start_BM[:, None, seen] == start_BT.unsqueeze(2))
+    if blocks.causal:
+        visible = visible & (compression.last_BM[:, None, seen] <= position.view(1, -1, 1))
+    return masked_softmax(scores(q_BHTD, k_BGMD, scale=scale), visible.unsqueeze(1))
+
+
+@torch.no_grad()
+def choose_by_weights(
+    p_BHTM: torch.Tensor,
+    groups: int,
+    at: slice,
+    compression: Compression,
+    *,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> torch.Tensor:
+    """The blocks that queries of one key/value head see: (B, G, T, topk), own first, -1 where there are fewer.
+
+    A block's score is what the compressed blocks' weights, summed over the heads, leave to its keys. The first
+    ``init_blocks`` of a row or segment and those less than ``local_blocks`` away are chosen in any case.
+    """
+    blocks, (batch, _, queries, number) = compression.blocks, p_BHTM.shape
+    own = blocks.block_BK[:, blocks.position_Q[at]].unsqueeze(2)
+    start = blocks.start_BN.gather(1, own.squeeze(2)).unsqueeze(2)
+    chosen = own.new_full((batch, groups, queries, min(topk, blocks.start_BN.shape[1])), -1)
+    chosen[..., 0] = own.squeeze(2).unsqueeze(1)
+    block = torch.arange(int(own.max()) if blocks.causal else blocks.start_BN.shape[1], device=own.device)
+    if not len(block) or chosen.shape[-1] == 1:
+        return chosen
+    p_BGTM = p_BHTM.unflatten(1, (groups, -1)).sum(dim=2)
+    over, share = compression.over_BNW[:, block], compression.share_BNW[:, block].to(p_BGTM.dtype)
+    share = share.masked_fill(over >= number, 0.0)  # what no query of these sees
+    index = over.clamp(max=number - 1).flatten(1)[:, None, None].expand(*p_BGTM.shape[:3], -1)
+    score = (p_BGTM.gather(-1, index).unflatten(-1, over.shape[1:]) * share[:, None, None]).sum(dim=-1)
+    there = blocks.real_BNC[:, block].any(dim=-1).unsqueeze(1) & (blocks.start_BN[:, None, block] == start)
+    there &= (block < own) if blocks.causal else (block != own)
+    near = (own - block).abs() < local_blocks
+    near |= (blocks.keys_BNC[:, None, block, 0] - start) < init_blocks * blocks.keys_BNC.shape[-1]
+    score = score.masked_fill(near.unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
+    best = score.topk(min(chosen.shape[-1] - 1, len(block)), dim=-1)
+    chosen[..., 1 : 1 + best.indices.shape[-1]] = best.indices.masked_fill(best.values == 0, -1)
+    return chosen
+
+
+@torch.compiler.disable(reason="its loop over tiles would be unrolled into a graph of thousands of operations")
+def compressed_attention(
+    q_BHQD: torch.Tensor,
+    k_BGMD: torch.Tensor,
+    v_BGMV: torch.Tensor,
+    compression: Compression,
+    *,
+    scale: float,
+    dropout: float,
+    **choice: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention over compressed blocks, a tile of queries at a time, each computed again in the backward.
+
+    Returns:
+        (out_BHQV in the dtype of the compressed values, chosen_BGQT of :func:`choose_by_weights`).
+    """
+    batch, heads, queries = q_BHQD.shape[:3]
+    groups, number = k_BGMD.shape[1:3]
+    rows = max(1, SCORES_AT_ONCE // (batch * heads * number))
+    outs, choices = [], []
+
+    for low in range(0, queries, rows):
+        at = slice(low, min(low + rows, queries))
+        seen = number
+        if compression.blocks.causal:
+            past = compression.real_BM & (compression.last_BM <= compression.blocks.position_Q[at][-1])
+            seen = max(1, int(past.sum(dim=1).max()))
+        chosen: list[torch.Tensor] = []
+
+        def tile(q, k, v, at=at, chosen=chosen):
+            p_BHTM = compressed_weights(q, k, at, compression, scale)
+            if not chosen:  # and not again in the backward
+                chosen.append(choose_by_weights(p_BHTM, groups, at, compression, **choice))
+            return torch.dropout(p_BHTM, dropout, train=dropout > 0) @ expand_heads(v, heads).to(p_BHTM.dtype)
+
+        inputs = (q_BHQD[:, :, at], k_BGMD[:, :, :seen], v_BGMV[:, :, :seen])
+        if torch.is_grad_enabled():
+            outs.append(checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
+        else:
+            outs.append(tile(*inputs))
+        choices.append(chosen[0])
+    return torch.cat(outs, dim=2), torch.cat(choices, dim=2)
+
+
+def native_sparse_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    weights: Weights,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    window_size: int,
+    scale: float,
+    dropout: float,
+    **choice: int,
+) -> torch.Tensor:
+    """The gated sum of the three branches, for masks of causality, padding and segments only.
+
+    Args:
+        choice: topk, init_blocks and local_blocks.
+
+    Returns:
+        out_BHQV in the dtype of v. Sums are taken in at least float32.
+    """
+    compression = compression_of(mask, kernel_size, kernel_stride, block_size)
+    # The copies of keys that overlap in compressed blocks are made again in the backward.
+    k_BGMD, v_BGMV = (
+        checkpoint(compress, x, weight, compression.keys_BMC, use_reentrant=False, preserve_rng_state=False)
+        for x, weight in ((k_BGKD, weights.key_weight_GC), (v_BGKV, weights.value_weight_GC))
+    )
+    options = {"scale": scale, "dropout": dropout}
+    compressed, chosen_BGQT = compressed_attention(q_BHQD, k_BGMD, v_BGMV, compression, **choice, **options)
+    chosen = expand_heads(chosen_BGQT, q_BHQD.shape[1])
+    selected = block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=block_size, **options)
+    window = banded_attention(q_BHQD, k_BGKD, v_BGKV, mask, window_size=window_size, **options)
+    gates = weights.gates(q_BHQD)
+    out = sum(gates[..., [b]] * branch.to(gates.dtype) for b, branch in enumerate((compressed, selected, window)))
+    return torch.as_tensor(out).to(v_BGKV.dtype)
+
+
+def dense_native_sparse_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    weights: Weights,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    window_size: int,
+    scale: float,
+    dropout: float,
+    **choice: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, through the whole matrix: (out_BHQV in the dtype of v, weights_BHQK in at least float32)."""
+    compression, everywhere = compression_of(mask, kernel_size, kernel_stride, block_size), slice(None)
+    heads, groups = q_BHQD.shape[1], k_BGKD.shape[1]
+    options: dict[str, Any] = {"scale": scale, "dropout": dropout}
+    k_BGMD = compress(k_BGKD, weights.key_weight_GC, compression.keys_BMC)
+    p_BHQM = compressed_weights(q_BHQD, k_BGMD, everywhere, compression, scale)
+    chosen_BGQT = choose_by_weights(p_BHQM, groups, everywhere, compression, **choice)
+    # What a compressed block gets goes to its keys as its values are summed.
+    spread_BGMK = p_BHQM.new_zeros(*k_BGMD.shape[:3], k_BGKD.shape[2])
+    keys = compression.keys_BMC.unsqueeze(1).expand(-1, groups, -1, -1)
+    value_weight = weights.value_weight_GC.to(p_BHQM.dtype)[:, None] * compression.real_BM[:, None, :, None]
+    spread_BGMK = spread_BGMK.scatter_add(3, keys, value_weight)
+    compressed = torch.dropout(p_BHQM, dropout, train=dropout > 0) @ expand_heads(spread_BGMK, heads)
+    chosen = chosen_keys(expand_heads(chosen_BGQT, heads), compression.blocks)
+    selected = dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen, **options)[1]
+    i = torch.arange(mask.q_length, device=q_BHQD.device).view(1, -1, 1)
+    j = torch.arange(mask.kv_length, device=q_BHQD.device).view(1, 1, -1)
+    near = in_window(mask, i, j, window_size).unsqueeze(1)
+    window = dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & near, **options)[1]
+    gates = weights.gates(q_BHQD)
+    weights_BHQK = gates[..., [0]] * compressed + gates[..., [1]] * selected + gates[..., [2]] * window
+    out_BHQV = weights_BHQK @ expand_heads(v_BGKV, heads).to(weights_BHQK.dtype)
+    return out_BHQV.to(v_BGKV.dtype), weights_BHQK
