@@ -32,6 +32,10 @@ class AdditiveAttention(Attention):
     paper = (
         "Bahdanau et al. 2014, Neural Machine Translation by Jointly Learning to Align and Translate, arXiv:1409.0473"
     )
+    when = (
+        "To fine-tune with additive scores from exactly what the model computes; for interpretable weights, "
+        "not for speed."
+    )
     causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = True
     limit: ClassVar = {"hidden_dim": 8, "tile_size": 8}
     examples = ({"hidden_dim": 4, "tile_size": 8}, {"hidden_dim": 4, "initial_gate": 1.0})

@@ -30,6 +30,7 @@ class BigBirdAttention(Attention):
     family = "sparse"
     cost = "O(N block_size (num_global_blocks + num_sliding_window_blocks + num_random_blocks) D)"
     paper = "Zaheer et al. 2020, Big Bird, arXiv:2007.14062"
+    when = "For long documents where a window alone has too short a reach and no training is to choose the far keys."
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
     limit: ClassVar = {"block_size": 50}
     examples = (

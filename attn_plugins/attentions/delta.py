@@ -37,6 +37,7 @@ class DeltaAttention(Attention):
     paper = (
         "Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv:2406.06484"
     )
+    when = "With much training, for recall: a key's old value is replaced instead of added to."
     causal = segments = True
     convex = False
     examples = ({"chunk_size": 4, "initial_beta": 0.8},)

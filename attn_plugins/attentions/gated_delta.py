@@ -39,6 +39,7 @@ class GatedDeltaAttention(Attention):
     family = "linear"
     cost = "O(N (chunk_size^2 + D chunk_size + D^2))"
     paper = "Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464, eq. 10"
+    when = "With much training: the most capable of the recurrent ones, which forgets and replaces."
     causal = segments = True
     convex = False
     examples = ({"chunk_size": 4, "initial_beta": 0.8, "initial_memory": 3.0},)

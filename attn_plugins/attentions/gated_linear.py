@@ -38,6 +38,7 @@ class GatedLinearAttention(Attention):
         "Yang et al. 2023, Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635, "
         "eq. 3 and section 4"
     )
+    when = "With much training: as retention, but what to forget depends on the data."
     causal = segments = True
     convex = False
     examples = ({"chunk_size": 4, "gate_low_rank_dim": 2, "initial_memory": 3.0},)

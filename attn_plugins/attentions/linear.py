@@ -44,6 +44,7 @@ class LinearAttention(Attention):
         "favor: Choromanski et al. 2021, arXiv:2009.14794; cosformer: Qin et al. 2022, arXiv:2202.08791; "
         "taylor: Arora et al. 2024, arXiv:2402.18668; relu2: So et al. 2021, arXiv:2109.08668"
     )
+    when = "With training, for constant memory at decoding and the longest contexts; hedgehog imitates softmax best."
     causal = bidirectional = cross = segments = True
     examples = (
         {"feature_map": "taylor", "feature_dim": 3, "chunk_size": 5},

@@ -25,6 +25,10 @@ class LocalAttention(Attention):
     family = "local"
     cost = "O(N (window_size + num_sink_tokens) D)"
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150; sinks: Xiao et al. 2023, arXiv:2309.17453"
+    when = (
+        "First of all: with a few sink tokens it needs no training, honours every mask, and its cost grows "
+        "with the length alone."
+    )
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
     limit: ClassVar = {"window_size": 50}
     examples = (

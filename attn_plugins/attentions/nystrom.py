@@ -32,6 +32,7 @@ class NystromAttention(Attention):
     family = "low_rank"
     cost = "O(N num_landmarks D + num_iterations num_landmarks^3)"
     paper = "Xiong et al. 2021, Nystromformer, arXiv:2102.03902, eq. 11 to 14"
+    when = "For encoders of a few thousand tokens, without training or with little; landmarks beside the length decide."
     bidirectional = True
     convex = False
     limit: ClassVar = {"num_landmarks": 50, "num_iterations": 30}

@@ -27,6 +27,10 @@ class SoftmaxPlusOneAttention(Attention):
     family = "dense"
     cost = "O(N^2 D)"
     paper = "Miller 2023, Attention Is Off By One, https://www.evanmiller.org/attention-is-off-by-one.html"
+    when = (
+        "Where a head should be able to attend to nothing, such as against outliers before quantisation; near "
+        "the model's own at the start."
+    )
     causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = True
     convex = False
     subquadratic = False
