@@ -10,9 +10,10 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from attn_plugins.mask import AttentionMask
-from attn_plugins.ops.banded import banded_attention, in_window
 from attn_plugins.ops.dense import dense_attention, expand_heads, masked_softmax, scores, wide
 from attn_plugins.ops.gathered import Blocks, block_attention, blocks_of, chosen_keys
+from attn_plugins.ops.patterns import Band
+from attn_plugins.ops.tiled import dense_pattern, tiled_attention
 
 SCORES_AT_ONCE = 2**20
 """Scores with compressed blocks that are worked on at a time."""
@@ -236,7 +237,7 @@ def native_sparse_attention(
     compressed, chosen_BGQT = compressed_attention(q_BHQD, k_BGMD, v_BGMV, compression, **choice, **options)
     chosen = expand_heads(chosen_BGQT, q_BHQD.shape[1])
     selected = block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=block_size, **options)
-    window = banded_attention(q_BHQD, k_BGKD, v_BGKV, mask, window_size=window_size, **options)
+    window = tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, Band(window_size, window_size - 1), **options)
     gates = weights.gates(q_BHQD)
     out = sum(gates[..., [b]] * branch.to(gates.dtype) for b, branch in enumerate((compressed, selected, window)))
     return torch.as_tensor(out).to(v_BGKV.dtype)
@@ -272,10 +273,8 @@ def dense_native_sparse_attention(
     compressed = torch.dropout(p_BHQM, dropout, train=dropout > 0) @ expand_heads(spread_BGMK, heads)
     chosen = chosen_keys(expand_heads(chosen_BGQT, heads), compression.blocks)
     selected = dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen, **options)[1]
-    i = torch.arange(mask.q_length, device=q_BHQD.device).view(1, -1, 1)
-    j = torch.arange(mask.kv_length, device=q_BHQD.device).view(1, 1, -1)
-    near = in_window(mask, i, j, window_size).unsqueeze(1)
-    window = dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & near, **options)[1]
+    near = dense_pattern(mask, Band(window_size, window_size - 1))
+    window = dense_attention(q_BHQD, k_BGKD, v_BGKV, near, **options)[1]
     gates = weights.gates(q_BHQD)
     weights_BHQK = gates[..., [0]] * compressed + gates[..., [1]] * selected + gates[..., [2]] * window
     out_BHQV = weights_BHQK @ expand_heads(v_BGKV, heads).to(weights_BHQK.dtype)
