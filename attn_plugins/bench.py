@@ -5,6 +5,7 @@ lays them out. Contenders take turns with ``scaled_dot_product_attention`` in th
 slows down slows all of them, and what counts is the ratio within a round.
 """
 
+import time
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class BenchConfig:
     device: str = "cpu"
     """cpu, cuda, or another that torch knows."""
     rounds: int = 5
-    """Rounds of timing; each runs every contender once."""
+    """Rounds of timing; each runs every contender once. 0 measures memory alone."""
     together: int = 4
     """Contenders that share rounds with one run of torch's own attention."""
     patience: float = 30.0
@@ -65,9 +66,11 @@ class BenchConfig:
     """Measure the attentions of other installed packages too."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_heads", "num_key_value_heads", "head_dim", "rounds", "together"):
+        for name in ("batch_size", "num_heads", "num_key_value_heads", "head_dim", "together"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; allowed: at least 1")
+        if self.rounds < 0 or (self.rounds == 0 and not self.memory):
+            raise ValueError(f"rounds={self.rounds}; allowed: at least 1, or 0 with memory=true")
         if self.num_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_heads={self.num_heads}; allowed: a multiple of num_key_value_heads={self.num_key_value_heads}"
@@ -263,13 +266,16 @@ def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dic
     baseline = [_part(own, tensors, which)]
     ready: dict[str, list[Part]] = {}
     errors: dict[str, str] = {}
+    first: dict[str, float] = {}
     for cell in group:
         label = cell.contender.label
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 part = _part(cell.contender.build(max(config.lengths)), tensors, which)
+            started = time.perf_counter()
             part.run()
+            first[label] = time.perf_counter() - started
             ready[label] = [part]
         except Exception as error:  # what one attention cannot do must not end the others' measurement
             errors[label] = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -277,14 +283,16 @@ def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dic
     if config.memory:
         bytes_of = {label: measuring.peak_bytes(parts, device) for label, parts in ready.items()}
         bytes_of[""] = measuring.peak_bytes(baseline, device)
-    seconds = measuring.interleaved({"": baseline, **ready}, config.rounds, device) if ready else {}
+    seconds = measuring.interleaved({"": baseline, **ready}, config.rounds, device) if ready and config.rounds else {}
     for cell in group:
         label = cell.contender.label
         record: dict[str, Any] = {"key": cell.key, "measure": "bench", "label": label, "family": cell.contender.family}
         if label in errors:
             record |= {"status": "error", "error": errors[label]}
         else:
-            result: dict[str, Any] = dict(measuring.compared(seconds[label], seconds[""]))
+            result: dict[str, Any] = {"seconds": first[label]}
+            if config.rounds:
+                result = dict(measuring.compared(seconds[label], seconds[""]))
             if config.memory:
                 result |= {"bytes": bytes_of[label], "baseline_bytes": bytes_of[""], "tensor_bytes": size}
             record |= {"status": "ok", "result": result}
@@ -323,8 +331,12 @@ def _part(attend: Attend, tensors: list[torch.Tensor], which: Pass) -> Part:
 
 
 def _short(result: dict[str, Any]) -> str:
-    memory = f", {result['bytes'] / result['tensor_bytes']:.1f} x the tensors' bytes" if "bytes" in result else ""
-    return f"{result['times_as_fast']:.2f}x ({result['lowest']:.2f} to {result['highest']:.2f}){memory}"
+    said = []
+    if "times_as_fast" in result:
+        said.append(f"{result['times_as_fast']:.2f}x ({result['lowest']:.2f} to {result['highest']:.2f})")
+    if "bytes" in result:
+        said.append(f"{result['bytes'] / result['tensor_bytes']:.1f} x the tensors' bytes")
+    return ", ".join(said)
 
 
 def prepare_bench(config: BenchConfig) -> Results:

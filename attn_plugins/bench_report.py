@@ -33,7 +33,7 @@ class Measured:
     def ratios(self, label: str, which: str) -> dict[int, float]:
         """Length -> times as fast as torch's own attention."""
         found = {length: self.result(label, which, length) for length in sorted(self.config.lengths)}
-        return {length: result["times_as_fast"] for length, result in found.items() if result}
+        return {n: result["times_as_fast"] for n, result in found.items() if result and "times_as_fast" in result}
 
     def errors(self) -> dict[str, dict[str, list[str]]]:
         """label -> message -> the passes and lengths that failed with it."""
@@ -93,7 +93,7 @@ def write_bench_report(found: Measured, out: Path) -> tuple[list[Table], list[Pa
 def bench_tables(found: Measured) -> list[Table]:
     """Speed for each pass, memory for each pass where it was measured, and what failed."""
     config = found.config
-    tables = [_speed(found, which) for which in config.passes]
+    tables = [_speed(found, which) for which in config.passes if config.rounds]
     tables += [_memory(found, which) for which in config.passes if config.memory]
     errors = found.errors()
     if errors:

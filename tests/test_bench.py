@@ -114,6 +114,15 @@ def test_what_takes_too_long_is_left_out_at_longer_lengths(tmp_path, monkeypatch
     assert len(results.records) == 2
 
 
+def test_no_rounds_measure_memory_alone(tmp_path):
+    config = config_of(tmp_path, attentions={"local": "local"}, rounds=0)
+    results, said = run(config)
+    assert all("the tensors' bytes" in line and "x (" not in line for line in said)
+    tables, files = write_bench_report(Measured(config, results), tmp_path)
+    assert [table.title.split(",")[0] for table in tables] == ["Peak memory"] * 2
+    assert sorted(path.name for path in files) == ["memory_forward.png", "memory_forward_backward.png", "report.md"]
+
+
 def test_an_attention_runs_against_torch_with_the_same_direction(tmp_path, monkeypatch):
     seen = []
 
@@ -180,7 +189,8 @@ def test_the_length_from_which_it_pays(ratios, pays, says):
         ({"lengths": [0]}, r"lengths=\[0\]; allowed: at least one"),
         ({"passes": []}, r"passes=\[\]; allowed: at least one of forward, forward_backward"),
         ({"dtype": "float8"}, "dtype='float8'; allowed: float32, bfloat16, float16"),
-        ({"rounds": 0}, "rounds=0; allowed: at least 1"),
+        ({"rounds": -1}, "rounds=-1; allowed: at least 1, or 0 with memory=true"),
+        ({"rounds": 0, "memory": False}, "rounds=0; allowed: at least 1, or 0 with memory=true"),
         ({"patience": 0.0}, "patience=0.0; allowed: seconds above 0"),
         ({"num_heads": 3, "num_key_value_heads": 2}, "num_heads=3; allowed: a multiple of num_key_value_heads=2"),
         ({"device": "abacus"}, "device='abacus' cannot be used here: "),
