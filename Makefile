@@ -23,7 +23,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-oldest demo bench gpu-check docs try wheel clean
+.PHONY: help setup fix check test test-slow test-real test-peers test-oldest demo bench gpu-check docs try wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -63,6 +63,10 @@ test-slow: setup ## tests that take minutes
 test-real: setup ## tests on real weights; fetches the demo's model
 	$(BIN)/python -m attn_plugins.demo
 	$(PYTEST) -m real
+
+test-peers: setup ## numbers beside published implementations; installs them into the environment
+	$(PIP_INSTALL) --quiet -e ".[dev,peers]"
+	$(PYTEST) -m peers
 
 test-oldest: $(OLDEST)/.installed ## tests of the bridge on the oldest transformers that is supported
 	$(call PYTEST_IN,$(OLDEST)) tests/hf

@@ -31,7 +31,10 @@ class RetentionAttention(Attention):
     family = "linear"
     cost = "O(N D (chunk_size + D))"
     paper = "Sun et al. 2023, Retentive Network: A Successor to Transformer for Large Language Models, arXiv:2307.08621"
-    when = "With much training, where a fixed decay by distance is wanted: no new weights, constant memory at decoding."
+    when = (
+        "With much training, where a fixed decay by distance is wanted: two numbers a head to learn, constant memory at "
+        "decoding."
+    )
     causal = segments = True
     convex = False
     examples = ({"chunk_size": 4},)
