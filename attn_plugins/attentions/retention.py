@@ -32,8 +32,8 @@ class RetentionAttention(Attention):
     cost = "O(N D (chunk_size + D))"
     paper = "Sun et al. 2023, Retentive Network: A Successor to Transformer for Large Language Models, arXiv:2307.08621"
     when = (
-        "With much training, where a fixed decay by distance is wanted: two numbers a head to learn, constant memory at "
-        "decoding."
+        "With much training, where a fixed decay by distance is wanted: two numbers a head to learn, constant memory "
+        "at decoding."
     )
     causal = segments = True
     convex = False

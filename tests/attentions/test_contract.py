@@ -280,7 +280,7 @@ def test_every_weight_gets_a_gradient(case):
     heads = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
     module = case.cls(case.cls.Config(**case.options), heads)
     module.reset_parameters()
-    given, mask = inputs(2, 50).to(torch.float32), case.mask(2, 50, 50)
+    given, mask = inputs(2, 150).to(torch.float32), case.mask(2, 150, 150)
     # After one step, since a weight may be fed by another that starts at zero.
     for _ in range(2):
         out = given.run(module, mask)

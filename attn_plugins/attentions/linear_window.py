@@ -1,0 +1,107 @@
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.linear_window import dense_linear_window, linear_window_attention
+from attn_plugins.ops.token_features import LEARNED, prepare, reset_weights, weight_shapes
+from attn_plugins.registry import register_attention
+
+BRANCHES = ("both", "window", "linear")
+
+
+@register_attention("linear_window")
+class LinearWindowAttention(Attention):
+    """Softmax over a window and linear attention over what has left it, under one denominator (LoLCATs).
+
+    ``out_i = (sum_near g e^(s_ij - c_i) v_j + sum_far phi(q_i).phi(k_j) v_j) / (the same without v)``: near are the
+    visible keys with ``i - window_size < j <= i`` (``|i - j| < window_size`` where the mask is not causal), far are all
+    other visible ones, ``s_ij = scale q_i.k_j``, c_i is the largest s_ij of the window and ``g = sigmoid(window_gate)``
+    is learned a head. A key is in one of the sums and never in both: it enters the state when it leaves the window.
+
+    The feature maps are those of ``linear``. Starts with g = 0.1 and hedgehog's W at the identity: what is in the
+    window is as pretrained, the rest is an average of the past that training sharpens. Hybrids tend to leave the work
+    to the window: set the attribute ``branch`` to "window" or "linear" of a built module to see what one half does
+    alone. Linear alone gives zeros to tokens whose window holds all that came before.
+
+    As published there is a variant whose window is cut into blocks, that grow from one to two block lengths; this one
+    is exact for each token. Attention dropout isn't applied.
+
+    Limit case: equals softmax attention when window_size >= K.
+    """
+
+    family = "linear"
+    cost = "O(N (window_size D + F (chunk_size + D))), F = D features, 2 D for hedgehog"
+    paper = "Zhang et al. 2024, LoLCATs, arXiv:2410.10254, eq. 6"
+    when = (
+        "The linear attention to start with: the window keeps the model usable, the linear part adds the rest "
+        "once trained."
+    )
+    causal = bidirectional = segments = True
+    limit: ClassVar = {"window_size": 50}
+    examples = (
+        {"window_size": 5, "chunk_size": 4},
+        {"window_size": 1, "feature_map": "elu", "chunk_size": 8},
+        {"window_size": 9, "feature_map": "taylor", "feature_dim": 3, "chunk_size": 8},
+    )
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        window_size: int = 64
+        """Keys with softmax weights up to and including the query's own; as many after it where not causal."""
+        feature_map: Literal["hedgehog", "elu", "relu", "relu2", "t2r", "taylor"] = "hedgehog"
+        """phi, for keys outside the window."""
+        branch: Literal["both", "window", "linear"] = "both"
+        """Which sums take part; one alone shows what that half has learned."""
+        chunk_size: int = 64
+        """Tokens whose linear weights are formed outright; changes the speed and not the result."""
+        eps: float = 1e-6
+        """Added to the denominator where the linear sum is alone."""
+        feature_dim: int = 16
+        """Dimensions that taylor projects to."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            for option in ("window_size", "chunk_size", "feature_dim"):
+                self.require(getattr(self, option) >= 1, option, "an integer from 1 on")
+            self.require(self.eps > 0, "eps", "a number above 0")
+
+    def __init__(self, config, heads=None, **options):
+        super().__init__(config, heads, **options)
+        if heads is None:
+            raise ValueError("attention 'linear_window' has weights a head and needs the sizes of the heads, got None")
+        self.branch = config.branch
+        sizes = (heads.num_heads, heads.num_key_value_heads, heads.head_dim, config.feature_dim)
+        for name, shape in weight_shapes(config.feature_map, *sizes).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.window_gate = nn.Parameter(torch.empty(heads.num_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        nn.init.constant_(self.window_gate, math.log(0.1 / 0.9))
+        if self.config.feature_map in LEARNED:
+            reset_weights(self.config.feature_map, self._feature_weights())
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+        prepared, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
+        return dense_linear_window(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+        prepared, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
+        options["chunk_size"] = self.config.chunk_size
+        return linear_window_attention(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
+
+    def _feature_weights(self):
+        return {name: weight for name, weight in self.named_parameters() if name != "window_gate"}
+
+    def _prepare(self, q_BHQD, k_BGKD, mask, scale):
+        if self.branch not in BRANCHES:
+            raise ValueError(f"branch={self.branch!r}; allowed: {', '.join(map(repr, BRANCHES))}")
+        weights, eps = self._feature_weights(), self.config.eps
+        prepared = prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights, scale=scale, eps=eps)
+        factor_H = torch.sigmoid(self.window_gate.to(torch.promote_types(self.window_gate.dtype, torch.float32)))
+        options = {"window_size": self.config.window_size, "factor_H": factor_H}
+        return prepared, {**options, "branch": self.branch, "scale": scale}

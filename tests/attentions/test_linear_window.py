@@ -1,0 +1,182 @@
+"""LoLCATs' hybrid against the recurrence of its paper, and what its two halves do alone."""
+
+import pytest
+import torch
+from torch.nn.functional import elu
+
+from attn_plugins.attention import HeadShape
+from attn_plugins.attentions.linear_window import LinearWindowAttention
+from attn_plugins.mask import AttentionMask
+from attn_plugins.ops import linear_window as ops
+from attn_plugins.ops.dense import dense_attention
+
+SCALE = 0.4
+
+
+def attention(dtype=torch.float64, moved=True, **options):
+    heads = HeadShape(num_heads=2, num_key_value_heads=1, head_dim=8, value_dim=8)
+    torch.manual_seed(0)
+    module = LinearWindowAttention(LinearWindowAttention.Config(**options), heads)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in module.parameters():
+            weight.add_(0.3 * torch.randn(weight.shape, generator=generator) if moved else 0)
+    return module.to(dtype)
+
+
+def tensors(length, batch=1, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(batch, n, length, 8, generator=generator, dtype=torch.float64).to(dtype) for n in (2, 1, 1)]
+
+
+def run(module, q, k, v, mask):
+    return module.attend(q, k, v, mask=mask, scale=SCALE, dropout=0.0)
+
+
+def phi(module, x, head, side):
+    if module.config.feature_map == "elu":
+        return elu(x) + 1
+    x = x + getattr(module, f"{side}_weight")[head] @ x
+    return torch.cat([x.softmax(0), (-x).softmax(0)])
+
+
+@pytest.mark.parametrize("branch", ["both", "window", "linear"])
+@pytest.mark.parametrize("feature_map", ["hedgehog", "elu"])
+def test_the_recurrence_of_the_paper(feature_map, branch):
+    window_size, length = 6, 80
+    module = attention(feature_map=feature_map, window_size=window_size, branch=branch, chunk_size=8)
+    q, k, v = tensors(length)
+    mask = AttentionMask(1, length, length, causal=True)
+    reference, _ = module.reference(q, k, v, mask=mask, scale=SCALE, dropout=0.0)
+    got = run(module, q, k, v, mask)
+    for head in range(2):
+        g = torch.sigmoid(module.window_gate[head])
+        features = len(phi(module, k[0, 0, 0], 0, "key"))
+        state, norm = torch.zeros(features, 8, dtype=torch.float64), torch.zeros(features, dtype=torch.float64)
+        for t in range(length):
+            if t >= window_size:
+                left = t - window_size  # leaves the window, enters the state
+                f = phi(module, k[0, 0, left], 0, "key")
+                state, norm = state + torch.outer(f, v[0, 0, left]), norm + f
+            near = slice(max(0, t - window_size + 1), t + 1)
+            s = SCALE * k[0, 0, near] @ q[0, head, t]
+            e, f = g * torch.exp(s - s.max()), phi(module, q[0, head, t], head, "query")
+            if branch == "window":
+                want = e @ v[0, 0, near] / e.sum()
+            elif branch == "linear":
+                want = f @ state / (f @ norm + module.config.eps)
+            else:
+                want = (e @ v[0, 0, near] + f @ state) / (e.sum() + f @ norm)
+            torch.testing.assert_close(got[0, head, t], want, rtol=1e-9, atol=1e-9)
+            torch.testing.assert_close(reference[0, head, t], want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("feature_map", ["hedgehog", "taylor"])
+def test_chunked_and_quadratic_forms_agree_in_float32_at_4096_tokens(feature_map):
+    q, k, v = tensors(4096, dtype=torch.float32)
+    mask = AttentionMask(1, 4096, 4096, causal=True)
+    options = {"feature_map": feature_map, "feature_dim": 4, "window_size": 100}
+    want = attention(torch.float32, **options).reference(q, k, v, mask=mask, scale=SCALE, dropout=0.0)[0]
+    for chunk_size in (16, 64):
+        got = run(attention(torch.float32, **options, chunk_size=chunk_size), q, k, v, mask)
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("branch", ["both", "window", "linear"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_each_branch_s_gradients_equal_the_reference(branch, causal):
+    module, padding = (
+        attention(window_size=5, chunk_size=4, branch=branch),
+        torch.arange(40) >= torch.tensor([[0], [9]]),
+    )
+    for segments in (None, (torch.arange(40) // 17).expand(2, -1)):
+        mask, found = AttentionMask(2, 40, 40, causal=causal, padding_BK=padding, segments_BK=segments), []
+        for form in ("attend", "reference"):
+            leaves = [x.requires_grad_() for x in tensors(40, batch=2)]
+            out = getattr(module, form)(*leaves, mask=mask, scale=SCALE, dropout=0.0)
+            out = (out if form == "attend" else out[0]) * padding[:, None, :, None]
+            gradients = torch.autograd.grad(out.square().sum(), [*leaves, *module.parameters()], allow_unused=True)
+            found.append([out, *gradients])
+        for got, want in zip(*found, strict=True):
+            if got is None or want is None:  # what has no part in a branch
+                assert all(x is None or x.abs().max() < 1e-12 for x in (got, want))
+                continue
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+def test_branches_can_be_told_apart_on_a_built_module():
+    module, (q, k, v) = attention(window_size=5), tensors(60)
+    mask = AttentionMask(1, 60, 60, causal=True)
+    both = run(module, q, k, v, mask)
+    module.branch = "window"
+    index = torch.arange(60)
+    near = (index[:, None] - index < 5) & (index[:, None] >= index)
+    torch.testing.assert_close(run(module, q, k, v, mask), dense_attention(q, k, v, near, scale=SCALE)[0])
+    module.branch = "linear"
+    linear = run(module, q, k, v, mask)
+    assert not linear[:, :, :5].any(), "the window of the first 5 tokens holds all that came before"
+    assert linear[:, :, 5:].any(dim=-1).all()
+    torch.testing.assert_close(linear[:, 0, 5], v[:, 0, 0], rtol=1e-4, atol=1e-4)  # all that has left by then
+    module.branch = "both"
+    assert torch.equal(run(module, q, k, v, mask), both)
+    module.branch = "neither"
+    with pytest.raises(ValueError, match="branch='neither'; allowed: 'both', 'window', 'linear'"):
+        run(module, q, k, v, mask)
+
+
+def test_starts_at_a_tenth_for_the_window_and_hedgehog_s_identity():
+    module = attention(moved=False)
+    torch.testing.assert_close(torch.sigmoid(module.window_gate), torch.full((2,), 0.1, dtype=torch.float64))
+    assert not module.query_weight.any()
+    assert not module.key_weight.any()
+
+
+def test_a_key_s_weight_is_of_the_window_or_of_the_state():
+    module, (q, k, v) = attention(window_size=4, feature_map="elu"), tensors(12)
+    found = {}
+    for branch in ("both", "window", "linear"):
+        module.branch = branch
+        found[branch] = run_weights(module, q, k, v)
+    near = found["window"] > 0
+    assert torch.equal(near, ~(found["linear"] > 0) & torch.ones(12, 12, dtype=torch.bool).tril())
+    assert ((found["both"] > 0) == (found["window"] + found["linear"] > 0)).all()
+
+
+def run_weights(module, q, k, v):
+    return module.reference(q, k, v, mask=AttentionMask(1, 12, 12, causal=True), scale=SCALE, dropout=0.0)[1]
+
+
+def test_scores_are_made_for_the_window_only():
+    for causal, sides in ((True, 1), (False, 2)):
+        mask = AttentionMask(1, 4096, 4096, causal=causal)
+        pairs = sum(tile.hidden[0].numel() for tile in ops._tiles(mask, 100, torch.float32))
+        assert pairs <= 4096 * (sides * 100 + ops.ROWS_A_TILE)
+
+
+def test_the_state_is_float32_in_half_precision():
+    module, (q, k, v) = attention(torch.bfloat16, window_size=16), tensors(4096, dtype=torch.bfloat16)
+    v, mask = v + 0.5, AttentionMask(1, 4096, 4096, causal=True)
+    got = run(module, q, k, v, mask)
+    want = run(module.double(), q.double(), k.double(), v.double(), mask)
+    assert got.dtype == torch.bfloat16
+    assert (got - want).norm() / want.norm() < 4e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_size": 0}, "window_size=0; allowed: an integer from 1 on"),
+        ({"chunk_size": 0}, "chunk_size=0; allowed: an integer from 1 on"),
+        ({"eps": 0.0}, "eps=0.0; allowed: a number above 0"),
+        ({"branch": "none"}, "branch='none'; allowed: 'both', 'window', 'linear'"),
+        ({"feature_map": "favor"}, "feature_map='favor'; allowed: 'hedgehog', 'elu', "),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LinearWindowAttention.Config(**options)
+
+
+def test_needs_the_sizes_of_the_heads():
+    with pytest.raises(ValueError, match="'linear_window' has weights a head and needs the sizes of the heads"):
+        LinearWindowAttention(LinearWindowAttention.Config())
