@@ -31,6 +31,7 @@ class VerticalSlashAttention(Attention):
     family = "sparse"
     cost = "O(N (vertical_size + slash_size + last_q) D)"
     paper = "Jiang et al. 2024, MInference 1.0, arXiv:2407.02490, algorithm 2"
+    when = "For encoders whose weights gather on a few keys and a few distances."
     bidirectional = True
     limit: ClassVar = {"vertical_size": 50}
     examples = (
