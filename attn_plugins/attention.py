@@ -112,11 +112,16 @@ class Attention(nn.Module):
     The contract tests leave it out, its own tests call them at lengths that it serves."""
     limit: ClassVar[dict[str, Any] | None] = None
     """Options under which it equals softmax attention on 50 tokens, or None where it never does."""
+    branches: ClassVar[tuple[str, ...]] = ()
+    """Parts that can be measured alone: one of them in the attribute ``branch`` of a module leaves out the others.
+
+    What ``branch`` holds before is all of them."""
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Options that matter on a few dozen tokens: the contract tests run each, the docs list them."""
 
     Config: ClassVar[type[AttentionConfig]] = AttentionConfig
     config: Any
+    branch: str
 
     def __init__(
         self,

@@ -376,6 +376,8 @@ def _flat(figures: dict[str, Any]) -> dict[str, str]:
         if isinstance(value, list):
             for part in value:
                 flat[f"perplexity at positions {part['from']} to {part['to']}"] = f"{part['perplexity']:.4g}"
+        elif isinstance(value, dict):
+            flat |= {f"with the branch {part!r} alone": f"{figure:.4g}" for part, figure in value.items()}
         else:
             flat[name] = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     return flat

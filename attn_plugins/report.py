@@ -118,6 +118,10 @@ def _quality(found: Found) -> Table:
     parts = _positions(found)
     header += [f"at {part['from']}-{part['to']}" for part in parts]
     header += ["times the bar's"] if config.bar is not None else []
+    branches = any(
+        _branches(_ok([record])) for record in found.record.values() if "figures" in record.get("result", {})
+    )
+    header += ["branches alone"] if branches else []
     header += ["new parameters", "training seconds"]
     middle = [f"at {part['from']}-{part['to']}" for part in parts[1:-1]]
     aside = (*middle, "new parameters", "training seconds")
@@ -139,10 +143,18 @@ def _quality(found: Found) -> Table:
                         [statistics.mean(r["result"]["value"] for r in ok) / statistics.mean(bar)] if ok and bar else []
                     )
                     row.append(_spread(mean))
+                if branches:
+                    row.append(_branches(ok))
                 row.append(f"{ok[0]['result']['attention']['new_params']:,}" if ok else "")
                 row.append(_spread([r["result"]["train"]["seconds"] for r in ok if "train" in r["result"]]))
                 table.rows.append([model, *row] if len(config.models) > 1 else row)
     return table
+
+
+def _branches(records: list[dict[str, Any]]) -> str:
+    """The task's figure with each branch of an attention alone, mean over seeds."""
+    parts = [record["result"]["figures"].get("branches", {}) for record in records]
+    return ", ".join(f"{branch} {_spread([part[branch] for part in parts])}" for branch in (parts[0] if parts else ()))
 
 
 def _positions(found: Found) -> list[dict[str, Any]]:

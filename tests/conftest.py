@@ -42,6 +42,9 @@ WORDS = [
 ]
 SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
+if "ATTN_PLUGINS_TEST_DEVICE" in os.environ:  # for the tests of attentions, see `make gpu-check`
+    torch.set_default_device(os.environ["ATTN_PLUGINS_TEST_DEVICE"])
+
 
 def tokenizer(*, encoder=False):
     vocabulary = {word: number for number, word in enumerate([*SPECIAL.values(), *WORDS])}

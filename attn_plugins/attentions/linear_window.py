@@ -10,8 +10,6 @@ from attn_plugins.ops.linear_window import dense_linear_window, linear_window_at
 from attn_plugins.ops.token_features import LEARNED, prepare, reset_weights, weight_shapes
 from attn_plugins.registry import register_attention
 
-BRANCHES = ("both", "window", "linear")
-
 
 @register_attention("linear_window")
 class LinearWindowAttention(Attention):
@@ -24,8 +22,8 @@ class LinearWindowAttention(Attention):
 
     The feature maps are those of ``linear``. Starts with g = 0.1 and hedgehog's W at the identity: what is in the
     window is as pretrained, the rest is an average of the past that training sharpens. Hybrids tend to leave the work
-    to the window: set the attribute ``branch`` to "window" or "linear" of a built module to see what one half does
-    alone. Linear alone gives zeros to tokens whose window holds all that came before.
+    to the window: evaluation also reports each half alone, and the attribute ``branch`` of a built module, "window" or
+    "linear", leaves out the other. Linear alone gives zeros to tokens whose window holds all that came before.
 
     As published there is a variant whose window is cut into blocks, that grow from one to two block lengths; this one
     is exact for each token. Attention dropout isn't applied.
@@ -42,6 +40,7 @@ class LinearWindowAttention(Attention):
     )
     causal = bidirectional = segments = True
     limit: ClassVar = {"window_size": 50}
+    branches = ("window", "linear")
     examples = (
         {"window_size": 5, "chunk_size": 4},
         {"window_size": 1, "feature_map": "elu", "chunk_size": 8},
@@ -98,8 +97,8 @@ class LinearWindowAttention(Attention):
         return {name: weight for name, weight in self.named_parameters() if name != "window_gate"}
 
     def _prepare(self, q_BHQD, k_BGKD, mask, scale):
-        if self.branch not in BRANCHES:
-            raise ValueError(f"branch={self.branch!r}; allowed: {', '.join(map(repr, BRANCHES))}")
+        if self.branch not in ("both", *self.branches):
+            raise ValueError(f"branch={self.branch!r}; allowed: 'both', {', '.join(map(repr, self.branches))}")
         weights, eps = self._feature_weights(), self.config.eps
         prepared = prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights, scale=scale, eps=eps)
         factor_H = torch.sigmoid(self.window_gate.to(torch.promote_types(self.window_gate.dtype, torch.float32)))

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import nn
 
+from attn_plugins.attention import Attention
 from attn_plugins.registry import did_you_mean
 
 
@@ -109,8 +110,25 @@ def run_task(
         progress: label of the progress bar, or None for no bar.
 
     Returns:
-        what ``task.finish`` makes of the sums; the same in all processes.
+        what ``task.finish`` makes of the sums; the same in all processes. Where attentions of the model have branches,
+        "branches" holds the task's figure with each of them alone: one that is idle shows in no other figure.
     """
+    figures = _run(task, model, batches, progress)
+    slots = [module for module in model.modules() if isinstance(module, Attention) and module.branches]
+    for branch in dict.fromkeys(branch for slot in slots for branch in slot.branches):
+        having = [(slot, slot.branch) for slot in slots if branch in slot.branches]
+        try:
+            for slot, _ in having:
+                slot.branch = branch
+            alone = _run(task, model, batches, progress and f"{progress}, {branch} alone")
+        finally:
+            for slot, before in having:
+                slot.branch = before
+        figures.setdefault("branches", {})[branch] = alone[task.metric]
+    return figures
+
+
+def _run(task: Task, model: nn.Module, batches: list[dict[str, torch.Tensor]], progress: str | None) -> dict[str, Any]:
     from tqdm.auto import tqdm
 
     rank, world = _place()

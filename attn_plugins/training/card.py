@@ -84,6 +84,9 @@ def _results(evaluation: dict[str, Any]) -> list[str]:
     for number, part in enumerate(evaluation["after"].get("by_position", [])):
         cells = [_figure(evaluation[stage]["by_position"][number]["perplexity"]) for stage in stages]
         lines.append(f"| perplexity at positions {part['from']} to {part['to']} | {' | '.join(cells)} |")
+    for branch in evaluation["after"].get("branches", {}):
+        cells = [_figure(evaluation[stage]["branches"][branch]) for stage in stages]
+        lines.append(f"| with the branch {branch!r} alone | {' | '.join(cells)} |")
     return lines
 
 

@@ -96,7 +96,8 @@ def test_gradients_equal_finite_differences(case):
     def attend(q, k, v, *weights):
         return module(q, k, v, mask=mask, scale=SCALE)[0] * mask.padding_BK[:, :, None, None]
 
-    torch.autograd.gradcheck(attend, (*leaves, *module.parameters()))
+    # Along random directions, which is quick; entry by entry gradients are compared with the reference above.
+    torch.autograd.gradcheck(attend, (*leaves, *module.parameters()), fast_mode=True)
 
 
 @every_case()

@@ -112,3 +112,18 @@ def test_processes_share_the_batches_in_equal_steps(total, world):
     assert len({len(share) for share in shares}) == 1, "a sharded model waits for all of its processes"
     counted = sorted(index for share in shares for index, counts in share if counts)
     assert counted == list(range(total))
+
+
+def test_branches_of_an_attention_are_measured_alone_too(llama):
+    maker, cls = tokenizer(), get_task("perplexity")
+    task = cls(cls.Config(length=10, batch_size=3))
+    rule, found = {"type": "linear_window", "window_size": 3}, {}
+    for branch in ("both", "window", "linear"):
+        model = AutoModelForCausalLM.from_pretrained(llama, attn_plugin={**rule, "branch": branch})
+        figures = measured(model, task, ROWS, maker)
+        found[branch] = figures["perplexity"]
+        assert {slot.branch for slot in model.modules() if hasattr(slot, "branch")} == {branch}, "put back"
+    assert figures["branches"] == {"window": found["window"], "linear": found["linear"]}
+    assert len(set(found.values())) == 3
+    model = AutoModelForCausalLM.from_pretrained(llama, attn_plugin="local")
+    assert "branches" not in measured(model, task, ROWS, maker)
