@@ -79,7 +79,7 @@ def bigbird(i, j, n, h, *, causal, block_size, num_random_blocks, num_global_blo
 
 PATTERNS = [
     (local, {"window_size": 5, "look_forward": 2, "dilation": 1, "num_sink_tokens": 0}),
-    (local, {"window_size": 3, "look_forward": None, "dilation": 4, "num_sink_tokens": 7}),
+    (local, {"window_size": 3, "look_forward": None, "dilation": 4, "num_sink_tokens": 13}),
     (local, {"window_size": 30, "look_forward": 1, "dilation": 2, "num_sink_tokens": 1}),
     (block_local, {"block_size": 7, "look_backward": 2, "look_forward": 1}),
     (block_local, {"block_size": 90, "look_backward": 0, "look_forward": 0}),
@@ -195,7 +195,7 @@ def test_fast_form_equals_reference_with_all_extras(rule, options, causal, kind)
         tables["padding_BK"] = left_padding([keys - 17, keys], keys)
         tables["padding_BK"][1, -5:] = False
     if kind == "packed":
-        tables["segments_BK"] = torch.stack([torch.arange(keys) // 23, torch.arange(keys) // 90])
+        tables["segments_BK"] = torch.stack([torch.arange(keys) // 11, torch.arange(keys) // 90])
     generator = torch.Generator().manual_seed(1)
     case = case_of(rule.__name__, causal, **options)
     for queries, heads, groups in ((keys, 6, 3), (9, 2, 1)) if causal else ((keys, 4, 2),):
@@ -215,6 +215,20 @@ def test_fast_form_equals_reference_with_all_extras(rule, options, causal, kind)
         )
         for result in (got, want):
             result["out"] = result["out"] * real
+        assert_same(got, want, 1e-9)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@every_pattern()
+def test_tiles_that_are_alike_share_a_mask(rule, options, causal):
+    length, shape = 420, {"num_heads": 2, "num_key_value_heads": 2, "head_dim": 4, "value_dim": 4}
+    case = case_of(rule.__name__, causal, **options)
+    for queries in (length, 330) if causal else (length,):
+        given, mask = inputs(1, queries, length, **shape), case.mask(1, queries, length)
+        cotangent = torch.ones(1, queries, 2, 4).cumsum(dim=1)
+        got, want = (
+            outcome(case.module(**shape, backend=form), given, mask, cotangent) for form in ("torch", "reference")
+        )
         assert_same(got, want, 1e-9)
 
 
