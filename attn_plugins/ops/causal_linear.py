@@ -31,6 +31,11 @@ class _Place(NamedTuple):
     span: int
     tokens: slice
     chunks: int
+    first_chunk: int
+
+    @property
+    def chunk_slice(self) -> slice:
+        return slice(self.first_chunk, self.first_chunk + self.chunks)
 
 
 class _Block(NamedTuple):
@@ -95,20 +100,31 @@ def _places(p: _Problem) -> Iterator[list[_Place]]:
     for b in range(0, batch, batch_step):
         for h in range(0, heads, head_step):
             at = slice(b, b + batch_step), slice(h, h + head_step)
-            yield [_Place(*at, i, s, -(-(s.stop - s.start) // p.chunk_size)) for i, s in enumerate(spans)]
+            yield [
+                _Place(*at, i, s, -(-(s.stop - s.start) // p.chunk_size), s.start // p.chunk_size)
+                for i, s in enumerate(spans)
+            ]
+
+
+def _chunks(x: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
+    """(b, g, R, L, D) -> (b, g, N, R, C, D); zeros after the end, where no query sees them."""
+    rest = at.chunks * p.chunk_size - x.shape[3]
+    if rest:
+        x = pad(x, (0, 0, 0, rest))
+    return x.unflatten(3, (at.chunks, p.chunk_size)).transpose(2, 3)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """(b, g, N, R, C, D) -> (P N, R C, D)."""
+    return x.flatten(3, 4).flatten(0, 2)
 
 
 def _tile(x: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
-    """(b, g, R, L, D) -> (P N, R C, D); zeros after the end, where no query sees them."""
-    b, g, group, length, size = x.shape
-    if length < at.chunks * p.chunk_size:
-        x = pad(x, (0, 0, 0, at.chunks * p.chunk_size - length))
-    x = x.unflatten(3, (at.chunks, p.chunk_size)).transpose(2, 3)
-    return x.to(p.dtype).reshape(b * g * at.chunks, group * p.chunk_size, size)
+    return _flat(_chunks(x, at, p).to(p.dtype))
 
 
 def _untile(tile: torch.Tensor, like: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
-    """The inverse of :func:`_tile` for a target of shape (b, g, R, L, any)."""
+    """(P N, R C, any) -> (b, g, R, L, any), for a target of the shape of ``like``."""
     b, g, group, length, _ = like.shape
     x = tile.view(b, g, at.chunks, group, p.chunk_size, -1).transpose(2, 3)
     return x.reshape(b, g, group, at.chunks * p.chunk_size, -1)[:, :, :, :length]
@@ -129,7 +145,11 @@ def _load(p: _Problem, at: _Place, level: torch.Tensor | None) -> _Block:
     q = q_in if p.w_q is None else q_in.to(p.dtype) @ p.w_q[at.heads].mT
     k = k_in if p.w_k is None else k_in.to(p.dtype) @ p.w_k[at.heads].mT
     fq, fk, top = _tile(q, at, p), _tile(k, at, p), None
-    v = pad(_tile(_part(p.v, at), at, p), (0, 1), value=1.0)  # the column of ones sums up the denominator
+    v_in = _chunks(_part(p.v, at), at, p)
+    v = v_in.new_empty(*v_in.shape[:-1], v_in.shape[-1] + 1, dtype=p.dtype)
+    v[..., :-1] = v_in
+    v[..., -1] = 1  # sums up the denominator
+    v = _flat(v)
     b, heads, _, length, _ = k_in.shape
     rest = at.chunks * p.chunk_size - length
 
@@ -180,19 +200,17 @@ def _limit(a: torch.Tensor, block: _Block, p: _Problem) -> torch.Tensor:
     return a
 
 
-def _carry(
-    x: torch.Tensor, y: torch.Tensor, link: torch.Tensor, brought: torch.Tensor | None, end: int
-) -> torch.Tensor:
-    """Sums of x^T y over the chunks that ``link`` joins.
+def _sums(x: torch.Tensor, y: torch.Tensor, brought: torch.Tensor | None, link: torch.Tensor, end: int) -> torch.Tensor:
+    """What ``link`` adds up: x^T y of each chunk, and what was brought from the block before or after.
 
     Args:
         x, y: (P N, rows, F) and (P N, rows, V + 1).
+        brought: (P, F, V + 1) or None.
         link: (P, N + 1, N + 1).
-        brought: (P, F, V + 1) from the block before or after, or None.
-        end: its place in ``link``, 0 or -1; the other places are the chunks.
+        end: the place of what was brought, 0 or -1; the other places are the chunks.
 
     Returns:
-        (P, N + 1, F, V + 1), the sums at all places.
+        (P, N + 1, F (V + 1)).
     """
     pairs, places, _ = link.shape
     chunks = slice(1, None) if end == 0 else slice(0, -1)
@@ -202,7 +220,7 @@ def _carry(
         torch.bmm(x.mT, y, out=s[0, chunks])
     else:
         s[:, chunks] = torch.bmm(x.mT, y).view(pairs, places - 1, *s.shape[2:])
-    return torch.bmm(link, s.flatten(2)).view(s.shape)
+    return s.flatten(2)
 
 
 def _first_level(p: _Problem, at: _Place, level: torch.Tensor | None) -> torch.Tensor | None:
@@ -239,12 +257,12 @@ def _empty_outputs(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: torch.Tensor | None, feature_map: str, chunk_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (batch, heads, length, head_dim), groups, value_dim = q.shape, k.shape[1], v.shape[3]
-    blocks = -(-length // _span(q, heads // groups, chunk_size))
+    chunks, blocks = (-(-length // size) for size in (chunk_size, _span(q, heads // groups, chunk_size)))
     phi = FEATURE_MAPS[feature_map]
     features = phi.size(head_dim if w_q is None else w_q.shape[1])
     out = v.new_empty(batch, length, heads, value_dim).transpose(1, 2)
     den = q.new_empty(batch, heads, length, dtype=wide(q, k, v))
-    states = den.new_empty(batch, groups, blocks, features, value_dim + 1)
+    states = den.new_empty(batch, groups, chunks, features, value_dim + 1)
     return out, den, states, den.new_empty(batch, groups, blocks if phi.exponential else 0, features)
 
 
@@ -293,7 +311,7 @@ def causal_linear(
 
     Returns:
         out (B, H, T, V) in the dtype of v, laid out as (B, T, H, V); the denominators without ``eps``, (B, H, T), or
-        where phi is exp the logarithm of those with ``eps``; and, for the backward, the state that each block starts
+        where phi is exp the logarithm of those with ``eps``; and, for the backward, the state that each chunk starts
         from, and the level of each block.
     """
     p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
@@ -306,10 +324,11 @@ def causal_linear(
             for at in places:
                 block = _load(p, at, reached)
                 carried = _lower(carried, reached, block.level)
-                sums = _carry(_only(block.fk, block.key_goes_on), block.v, block.link, carried, end=0)
-                before, after = sums[:, :-1].flatten(0, 1), sums[:, -1]
-                stored = states[at.batch, at.heads, at.span]
-                stored.copy_(sums[:, 0].view(stored.shape))
+                sums = _sums(_only(block.fk, block.key_goes_on), block.v, carried, block.link, end=0)
+                before = states[at.batch, at.heads, at.chunk_slice].view(len(sums), at.chunks, -1)
+                torch.bmm(block.link[:, :-1], sums, out=before)
+                before = before.view(-1, block.fk.shape[2], block.v.shape[2])
+                after = torch.bmm(block.link[:, -1:], sums).view(len(sums), *before.shape[1:])
                 weights = _limit(torch.bmm(block.fq, block.fk.mT), block, p)
                 totals = torch.bmm(weights, block.v).baddbmm_(_only(block.fq, block.query_goes_on), before)
                 totals = _untile(totals, block.q_in, at, p)
@@ -366,20 +385,24 @@ def causal_linear_backward(
                 block = _load(p, at, reached)
                 fq, fk, v_one = block.fq, block.fk, block.v
                 fq_on, fk_on = _only(fq, block.query_goes_on), _only(fk, block.key_goes_on)
-                states_at = states[at.batch, at.heads, at.span]
-                before = _carry(fk_on, v_one, block.link, states_at.flatten(0, 1), end=0)[:, :-1].flatten(0, 1)
+                before = states[at.batch, at.heads, at.chunk_slice].flatten(0, 2)
 
-                g = _tile(_part(d_out, at), at, p)
-                below, d_below = _tile(_part(den, at), at, p), _tile(_part(d_den, at), at, p)
+                g, below, d_below = (_chunks(_part(x, at), at, p) for x in (d_out, den, d_den))
                 if block.top is None:
                     below = below + eps
                 else:
-                    below = torch.exp(below - block.top)
+                    below = torch.exp(below - block.top.view(below.shape))
                     d_below = d_below / below
-                pulled = (_tile(_part(out, at), at, p) * g).sum(dim=-1, keepdim=True)
-                d_totals = torch.cat([g / below, d_below - pulled / below], dim=-1)
+                d_totals = below.new_empty(*g.shape[:-1], g.shape[-1] + 1)
+                d_num = d_totals[..., :-1]
+                torch.div(g, below, out=d_num)
+                pulled = (_chunks(_part(out, at), at, p) * d_num).sum(dim=-1, keepdim=True)
+                torch.sub(d_below, pulled, out=d_totals[..., -1:])
+                d_totals = _flat(d_totals)
 
-                d_sums = _carry(fq_on, d_totals, block.link.mT, brought, end=-1)
+                link = block.link.mT
+                d_sums = torch.bmm(link, _sums(fq_on, d_totals, brought, link, end=-1))
+                d_sums = d_sums.view(*d_sums.shape[:2], *before.shape[1:])
                 d_after, brought = d_sums[:, 1:].flatten(0, 1), d_sums[:, 0]
                 weights = _limit(torch.bmm(fq, fk.mT), block, p)
                 d_v = torch.bmm(weights.mT, d_totals[..., :-1]).baddbmm_(fk_on, d_after[..., :-1])

@@ -188,7 +188,7 @@ def _sum_keys(
         fk_BGKF = fk_BGKF if seen is None else fk_BGKF.masked_fill(~seen, -torch.inf)
         fk_BGKF = torch.exp(fk_BGKF - level)
     else:
-        fk_BGKF = phi.fast_features(fk_BGKF)
+        fk_BGKF = phi.features(fk_BGKF)
         fk_BGKF = fk_BGKF if seen is None else fk_BGKF * seen
     v_one = pad(v_BGKV.to(fk_BGKF.dtype), (0, 1), value=1.0)
     return fk_BGKF.mT @ v_one, None if level is None else level.squeeze(2)
@@ -205,7 +205,7 @@ def _read(
     """What queries read from one state, (B, H, Q, V)."""
     q_BHQE, heads = project(q_BHQD, w_q), q_BHQD.shape[1]
     if level_BGF is None:
-        fq_BHQF = FEATURE_MAPS[feature_map].fast_features(q_BHQE)
+        fq_BHQF = FEATURE_MAPS[feature_map].features(q_BHQE)
     else:
         fq_BHQF, _ = above_level(q_BHQE, expand_heads(level_BGF.unsqueeze(2), heads))
     batch, _, queries, features = fq_BHQF.shape
