@@ -1,9 +1,10 @@
-"""Chunked causal linear attention as one operator: nothing of the size of the features or of the weights is kept.
+"""Chunked causal linear attention as one operator: no features and no weights are kept.
 
 The sequence is treated in blocks of chunks, a block being what fits a cache. Within a chunk the weights are formed
 outright; before a chunk all keys are summed up in a state. States of a block's chunks come from one product with a
-triangular matrix whose entries also say across which chunks a packed segment goes on. Backward forms the features, the
-weights and the states again, block by block from the end, and carries the states' gradients the other way.
+triangular matrix whose entries also say across which chunks a packed segment goes on. They are kept, F (V + 1) numbers
+a chunk and key/value head: as much as keys for F = chunk_size. Backward forms the features and the weights again, block
+by block from the end, and carries the states' gradients the other way.
 
 Letters beside the legend's: P (row of the batch, key/value head) pairs of a block, R query heads that share a
 key/value head, L tokens of a block, N its chunks, C tokens of a chunk; a tile is (P N, R C, D).
@@ -200,8 +201,10 @@ def _limit(a: torch.Tensor, block: _Block, p: _Problem) -> torch.Tensor:
     return a
 
 
-def _sums(x: torch.Tensor, y: torch.Tensor, brought: torch.Tensor | None, link: torch.Tensor, end: int) -> torch.Tensor:
-    """What ``link`` adds up: x^T y of each chunk, and what was brought from the block before or after.
+def _sums(
+    x: torch.Tensor, y: torch.Tensor, brought: torch.Tensor | None, link: torch.Tensor, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is to be added up at each place: x^T y of each chunk, and what was brought from the block before or after.
 
     Args:
         x, y: (P N, rows, F) and (P N, rows, V + 1).
@@ -210,17 +213,19 @@ def _sums(x: torch.Tensor, y: torch.Tensor, brought: torch.Tensor | None, link: 
         end: the place of what was brought, 0 or -1; the other places are the chunks.
 
     Returns:
-        (P, N + 1, F (V + 1)).
+        (columns of ``link``, (P, as many, F (V + 1)) to be multiplied with them).
     """
     pairs, places, _ = link.shape
     chunks = slice(1, None) if end == 0 else slice(0, -1)
+    if brought is None:
+        return link[:, :, chunks], torch.bmm(x.mT, y).view(pairs, places - 1, -1)
     s = x.new_empty(pairs, places, x.shape[2], y.shape[2])
-    s[:, end] = 0 if brought is None else brought
+    s[:, end] = brought
     if pairs == 1:
         torch.bmm(x.mT, y, out=s[0, chunks])
     else:
         s[:, chunks] = torch.bmm(x.mT, y).view(pairs, places - 1, *s.shape[2:])
-    return s.flatten(2)
+    return link, s.flatten(2)
 
 
 def _first_level(p: _Problem, at: _Place, level: torch.Tensor | None) -> torch.Tensor | None:
@@ -324,11 +329,12 @@ def causal_linear(
             for at in places:
                 block = _load(p, at, reached)
                 carried = _lower(carried, reached, block.level)
-                sums = _sums(_only(block.fk, block.key_goes_on), block.v, carried, block.link, end=0)
+                link, sums = _sums(_only(block.fk, block.key_goes_on), block.v, carried, block.link, end=0)
                 before = states[at.batch, at.heads, at.chunk_slice].view(len(sums), at.chunks, -1)
-                torch.bmm(block.link[:, :-1], sums, out=before)
+                torch.bmm(link[:, :-1], sums, out=before)
                 before = before.view(-1, block.fk.shape[2], block.v.shape[2])
-                after = torch.bmm(block.link[:, -1:], sums).view(len(sums), *before.shape[1:])
+                if at is not places[-1]:
+                    carried = torch.bmm(link[:, -1:], sums).view(len(sums), *before.shape[1:])
                 weights = _limit(torch.bmm(block.fq, block.fk.mT), block, p)
                 totals = torch.bmm(weights, block.v).baddbmm_(_only(block.fq, block.query_goes_on), before)
                 totals = _untile(totals, block.q_in, at, p)
@@ -340,7 +346,7 @@ def causal_linear(
                     stored.copy_(block.level.view(stored.shape))
                     total = total_eps.log_() + _untile(block.top, block.q_in, at, p)
                 _part(den_BGRT1, at).copy_(total)
-                carried, reached = after, block.level
+                reached = block.level
     return out, den, states, levels
 
 
@@ -400,8 +406,7 @@ def causal_linear_backward(
                 torch.sub(d_below, pulled, out=d_totals[..., -1:])
                 d_totals = _flat(d_totals)
 
-                link = block.link.mT
-                d_sums = torch.bmm(link, _sums(fq_on, d_totals, brought, link, end=-1))
+                d_sums = torch.bmm(*_sums(fq_on, d_totals, brought, block.link.mT, end=-1))
                 d_sums = d_sums.view(*d_sums.shape[:2], *before.shape[1:])
                 d_after, brought = d_sums[:, 1:].flatten(0, 1), d_sums[:, 0]
                 weights = _limit(torch.bmm(fq, fk.mT), block, p)

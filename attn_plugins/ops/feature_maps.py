@@ -67,7 +67,7 @@ def _hedgehog(x: torch.Tensor) -> torch.Tensor:
 
 
 def _hedgehog_fast(x: torch.Tensor) -> torch.Tensor:
-    return torch.stack([x, -x], dim=-2).softmax(dim=-1).flatten(-2).clamp(min=SMALLEST_FEATURE)
+    return torch.stack([x, -x], dim=-2).softmax(dim=-1).flatten(-2).clamp_(min=SMALLEST_FEATURE)
 
 
 def _hedgehog_gradient(features: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
