@@ -18,7 +18,7 @@ def scan(
     sequences: Sequence[torch.Tensor | None],
     weights: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Apply ``step`` to one span after another.
+    """Apply ``step`` to one span after another. To be called outside autocast.
 
     Args:
         step: a function of its arguments alone; other tensors that it holds get no gradient.
@@ -42,11 +42,10 @@ class _Scan(torch.autograd.Function):
         ctx.step, ctx.count = step, count
         ctx.spans = [slice(start, min(start + span, length)) for start in range(0, length, span)]
         outs, states = [], []
-        with torch.autocast(state.device.type, enabled=False):
-            for at in ctx.spans:
-                states.append(state)
-                out, state = step(state, _cut(sequences, at), weights)
-                outs.append(out)
+        for at in ctx.spans:
+            states.append(state)
+            out, state = step(state, _cut(sequences, at), weights)
+            outs.append(out)
         ctx.save_for_backward(*tensors, *states)
         return torch.cat(outs, dim=2), state
 
