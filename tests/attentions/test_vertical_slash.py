@@ -18,6 +18,7 @@ def vertical_slash(**options):
         {"vertical_size": 3, "slash_size": 4, "last_q": 5},
         {"vertical_size": 0, "slash_size": 2, "last_q": 1},
         {"vertical_size": 6, "slash_size": 1, "last_q": 100},
+        {"vertical_size": 2, "slash_size": 80, "last_q": 1},
     ],
 )
 @pytest.mark.parametrize("pad", [0, 7])
