@@ -249,6 +249,11 @@ def _merged_forward(call, tiles, dtype):
     return out.div_(total.masked_fill(total == 0, 1.0)).to(dtype), lse
 
 
+def _take(x, dim, index):
+    """``x.index_select(dim, index)``, which would copy the whole of a transposed view for a few of its entries."""
+    return x.index_select(dim, index) if x.is_contiguous() else x[(slice(None),) * dim + (index,)]
+
+
 class _Call:
     """The inputs of one call, batch and key/value heads as one dimension, and what both directions do to a tile.
 
@@ -280,7 +285,7 @@ class _Call:
             return x[:, :, tile.queries]
         index = tile.queries.clamp(min=0)
         if len(index) == 1:
-            return x.index_select(2, index[0])
+            return _take(x, 2, index[0])
         index = index[:, None, None, :, None].expand(-1, self.groups, self.shared, -1, x.shape[-1])
         return x.gather(2, index.flatten(0, 1))
 
@@ -299,7 +304,7 @@ class _Call:
         parts = [x[:, keys] for keys in tile.keys]
         if tile.extra is not None:
             shared = len(tile.extra) == 1
-            parts.insert(0, x.index_select(1, tile.extra[0]) if shared else x.gather(1, self._extra_index(x, tile)))
+            parts.insert(0, _take(x, 1, tile.extra[0]) if shared else x.gather(1, self._extra_index(x, tile)))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def add_columns(self, x, columns, tile):

@@ -1,0 +1,85 @@
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.ops.dense import dense_attention
+from attn_plugins.ops.neighborhood import Neighborhood
+from attn_plugins.ops.tiled import dense_pattern, tiled_attention
+from attn_plugins.registry import register_attention
+
+
+@register_attention("neighborhood_2d")
+class Neighborhood2dAttention(Attention):
+    """Neighbourhood attention (NATTEN): each patch of an image sees the nearest patches, in two dimensions.
+
+    ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over ``kernel_size x kernel_size`` patches around i. At a border
+    the square is shifted inwards, so that every patch sees as many. With ``dilation`` d it is the same within each of
+    the d x d grids of every d-th row and column. Tokens before the patches (class token, registers) see all and are
+    seen by all. A mask of the model's own hides patches within that; images of different sizes in a batch, told by
+    padding, are refused, since patches would lie elsewhere than on the grid.
+
+    Where a grid has fewer than ``kernel_size`` patches to a side (of a phase, if dilated), they are all seen; NATTEN
+    refuses that. An even ``kernel_size`` reaches one patch farther up and left than down and right.
+
+    Nothing is learned: it starts from the pretrained model with a limited view.
+
+    Limit case: equals softmax attention when kernel_size >= height and width, without dilation.
+    """
+
+    family = "local"
+    cost = "O(N kernel_size^2 D)"
+    paper = (
+        "Hassani et al. 2023, Neighborhood Attention Transformer, arXiv:2204.07143; "
+        "dilated: Hassani and Shi 2022, arXiv:2209.15001"
+    )
+    bidirectional = any_mask = position_bias = softcap = sinks = True
+    any_length = False
+    limit: ClassVar = {"kernel_size": 7, "num_prefix_tokens": 1}
+    examples = ({"kernel_size": 3}, {"kernel_size": 3, "dilation": 2, "num_prefix_tokens": 5})
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        kernel_size: int = 7
+        """Patches that a patch sees in each direction, itself included."""
+        dilation: int = 1
+        """Distance between the patches that it sees."""
+        num_prefix_tokens: int = 1
+        """Tokens before the patches, such as a class token and registers: 1 for ViT, 5 for DINOv3, 0 for SigLIP."""
+        grid_size: tuple[int, int] | None = None
+        """(height, width) of the image in patches; None for a square image."""
+
+        def __post_init__(self):
+            super().__post_init__()
+            self.require(self.kernel_size >= 1, "kernel_size", "an integer from 1 on")
+            self.require(self.dilation >= 1, "dilation", "an integer from 1 on")
+            self.require(self.num_prefix_tokens >= 0, "num_prefix_tokens", "an integer from 0 on")
+            grid = self.grid_size
+            self.require(grid is None or (len(grid) == 2 and min(grid) >= 1), "grid_size", "None or (height, width)")
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern(mask)), **options)
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(mask), **options)
+
+    def _pattern(self, mask) -> Neighborhood:
+        if mask.q_length != mask.kv_length:
+            raise ValueError(
+                f"attention 'neighborhood_2d' takes whole images, got {mask.q_length} queries and {mask.kv_length} "
+                "keys; allowed: as many queries as keys"
+            )
+        if mask.padding_BK is not None and not mask.once("all real", lambda: bool(mask.padding_BK.all())):
+            raise ValueError("attention 'neighborhood_2d' got padding; allowed: images of one size in a batch")
+        prefix, grid_size = self.config.num_prefix_tokens, self.config.grid_size
+        patches = mask.kv_length - prefix
+        got = f"got {mask.kv_length} tokens, of which {prefix} come before the patches (num_prefix_tokens)"
+        if grid_size is None:
+            side = math.isqrt(max(patches, 0))
+            grid_size = (side, side)
+            allowed = "a square number of patches, or the option grid_size=(height, width)"
+        else:
+            allowed = f"{grid_size[0]} x {grid_size[1]} patches (grid_size)"
+        if patches < 1 or grid_size[0] * grid_size[1] != patches:
+            raise ValueError(f"attention 'neighborhood_2d' {got}; allowed: {allowed}")
+        return Neighborhood(self.config.kernel_size, self.config.dilation, prefix, grid_size)
