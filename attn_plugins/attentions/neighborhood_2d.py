@@ -33,6 +33,10 @@ class Neighborhood2dAttention(Attention):
         "Hassani et al. 2023, Neighborhood Attention Transformer, arXiv:2204.07143; "
         "dilated: Hassani and Shi 2022, arXiv:2209.15001"
     )
+    when = (
+        "For images of high resolution: a patch sees the patches around it on the grid, and CLS and registers "
+        "see everything."
+    )
     bidirectional = any_mask = position_bias = softcap = sinks = True
     any_length = False
     limit: ClassVar = {"kernel_size": 7, "num_prefix_tokens": 1}
@@ -47,7 +51,7 @@ class Neighborhood2dAttention(Attention):
         num_prefix_tokens: int = 1
         """Tokens before the patches, such as a class token and registers: 1 for ViT, 5 for DINOv3, 0 for SigLIP."""
         grid_size: tuple[int, int] | None = None
-        """(height, width) of the image in patches; None for a square image."""
+        """(height, width) of the image in patches; None is the model's where it has as many, else a square."""
 
         def __post_init__(self):
             super().__post_init__()
@@ -74,6 +78,9 @@ class Neighborhood2dAttention(Attention):
         prefix, grid_size = self.config.num_prefix_tokens, self.config.grid_size
         patches = mask.kv_length - prefix
         got = f"got {mask.kv_length} tokens, of which {prefix} come before the patches (num_prefix_tokens)"
+        known = None if self.heads is None else self.heads.grid_size
+        if grid_size is None and known is not None and math.prod(known) == patches:
+            grid_size = known
         if grid_size is None:
             side = math.isqrt(max(patches, 0))
             grid_size = (side, side)

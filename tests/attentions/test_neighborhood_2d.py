@@ -12,6 +12,7 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
+from attn_plugins.attention import HeadShape
 from attn_plugins.attentions.neighborhood_2d import Neighborhood2dAttention
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.dense import dense_attention
@@ -256,3 +257,24 @@ def test_options_out_of_range_are_refused():
     for grid in ((3,), (0, 4), (2, 3, 4)):
         with pytest.raises(ValueError, match=r"grid_size=.*; allowed: None or \(height, width\)"):
             Neighborhood2dAttention.Config(grid_size=grid)
+
+
+def test_the_grid_of_the_model_is_taken_where_it_has_as_many_patches():
+    heads = {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "value_dim": 8}
+    options = {"kernel_size": 3, "num_prefix_tokens": 0}
+
+    def run(length, known, **more):
+        module = Neighborhood2dAttention(
+            Neighborhood2dAttention.Config(**options, **more), HeadShape(**heads, grid_size=known)
+        )
+        return inputs(1, length).run(module, AttentionMask(1, length, length, causal=False))
+
+    told = {grid: run(16, None, grid_size=grid) for grid in ((2, 8), (4, 4), (8, 2))}
+    assert torch.equal(run(16, (2, 8)), told[2, 8])
+    assert not torch.equal(told[2, 8], told[4, 4])
+    assert torch.equal(run(16, (2, 8), grid_size=(8, 2)), told[8, 2]), "the option counts first"
+    assert torch.equal(run(16, (3, 3)), told[4, 4]), "an image of another size than in the config"
+    with pytest.raises(
+        ValueError, match=r"got 12 tokens.*; allowed: a square number of patches, or the option grid_size"
+    ):
+        run(12, (3, 3))
