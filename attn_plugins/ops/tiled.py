@@ -249,11 +249,6 @@ def _merged_forward(call, tiles, dtype):
     return out.div_(total.masked_fill(total == 0, 1.0)).to(dtype), lse
 
 
-def _take(x, dim, index):
-    """``x.index_select(dim, index)``, which would copy the whole of a transposed view for a few of its entries."""
-    return x.index_select(dim, index) if x.is_contiguous() else x[(slice(None),) * dim + (index,)]
-
-
 class _Call:
     """The inputs of one call, batch and key/value heads as one dimension, and what both directions do to a tile.
 
@@ -283,28 +278,23 @@ class _Call:
         """(B * G, heads that share, R, ...) of (B * G, heads that share, Q, ...)."""
         if isinstance(tile.queries, slice):
             return x[:, :, tile.queries]
-        index = tile.queries.clamp(min=0)
-        if len(index) == 1:
-            return _take(x, 2, index[0])
-        index = index[:, None, None, :, None].expand(-1, self.groups, self.shared, -1, x.shape[-1])
-        return x.gather(2, index.flatten(0, 1))
+        # Indexed, since index_select copies the whole of a tensor that is not contiguous.
+        return torch.cat([x[here][:, :, index] for here, index in self._by_row(tile.queries.clamp(min=0))])
 
     def put_rows(self, x, rows, tile):
         """The reverse of :meth:`rows`."""
         if isinstance(tile.queries, slice):
             x[:, :, tile.queries] = rows
             return
-        groups = len(x) // len(tile.queries)
-        for row, index in enumerate(tile.queries):
-            here, some = slice(row * groups, (row + 1) * groups), index >= 0
+        for here, index in self._by_row(tile.queries):
+            some = index >= 0
             x[here].index_copy_(2, index[some], rows[here][:, :, some].to(x.dtype))
 
     def columns(self, x, tile):
         """(B * G, C, ...) of (B * G, K, ...)."""
         parts = [x[:, keys] for keys in tile.keys]
         if tile.extra is not None:
-            shared = len(tile.extra) == 1
-            parts.insert(0, _take(x, 1, tile.extra[0]) if shared else x.gather(1, self._extra_index(x, tile)))
+            parts.insert(0, torch.cat([x[here][:, index] for here, index in self._by_row(tile.extra)]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def add_columns(self, x, columns, tile):
@@ -312,10 +302,8 @@ class _Call:
         at = 0
         if tile.extra is not None:
             at = tile.extra.shape[1]
-            if len(tile.extra) == 1:
-                x.index_add_(1, tile.extra[0], columns[:, :at])
-            else:
-                x.scatter_add_(1, self._extra_index(x, tile), columns[:, :at])
+            for here, index in self._by_row(tile.extra):
+                x[here].index_add_(1, index, columns[here, :at])
         for keys in tile.keys:
             here = x[:, keys]
             here += columns[:, at : at + here.shape[1]]
@@ -389,6 +377,8 @@ class _Call:
         q_index = _indices(tile.queries, device).clamp(min=0)
         return batch, q_index.unsqueeze(2), torch.cat(columns, dim=1).unsqueeze(1)
 
-    def _extra_index(self, x, tile):
-        index = tile.extra[:, None, :, None].expand(self.batch, self.groups, -1, x.shape[-1])
-        return index.flatten(0, 1)
+    def _by_row(self, indices):
+        """What of the first dimension each row of the indices is for, and that row."""
+        if len(indices) == 1:
+            return [(slice(None), indices[0])]
+        return [(slice(row * self.groups, (row + 1) * self.groups), index) for row, index in enumerate(indices)]
