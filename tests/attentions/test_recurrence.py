@@ -340,6 +340,12 @@ def test_gates_start_with_the_memory_asked_for(name, memory):
     torch.testing.assert_close(gates, torch.full_like(gates, -1 / memory), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("name", ["delta", "gated_delta"])
+def test_rates_start_as_asked_for(name):
+    beta = prepared(attention(name, noise=0.0, initial_beta=0.25), *tensors(1, 9, 9)).beta
+    torch.testing.assert_close(beta, torch.full_like(beta, 0.25), rtol=1e-6, atol=0)
+
+
 def test_scan_passes_gradients_through_states_weights_and_spans():
     generator = torch.Generator().manual_seed(0)
     state, x, w = (
