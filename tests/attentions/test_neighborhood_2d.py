@@ -61,6 +61,21 @@ def test_each_patch_sees_the_nearest_and_the_prefix(grid_size, window, num_prefi
     assert torch.equal(got, want)
 
 
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # flex_attention's, uncompiled
+@pytest.mark.parametrize(("kernel_size", "dilation"), [(3, 1), (4, 1), (5, 2), (4, 2), (3, 3)])
+def test_equals_natten(kernel_size, dilation):
+    """Ours differs on purpose where the grid is smaller than kernel_size x dilation, which NATTEN refuses."""
+    natten = pytest.importorskip("natten", reason="natten is not installed")
+    given = inputs(2, 11 * 13, num_key_value_heads=4).to(torch.float32)
+    grids = [x.transpose(1, 2).reshape(2, 11, 13, 4, 8) for x in (given.q, given.k, given.v)]
+    options = {"kernel_size": kernel_size, "dilation": dilation}
+    want = natten.na2d(*grids, **options, scale=SCALE, backend="flex-fna")
+    case = neighborhood_2d(**options, num_prefix_tokens=0, grid_size=(11, 13))
+    got = given.run(case.module(4, 4, dtype=torch.float32), whole(2, 11 * 13))
+    assert_same({"out": got}, {"out": want.flatten(1, 2)}, 2e-6)
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @drawn(data=st.data())
 def test_forms_agree_on_any_grid(data):
@@ -137,12 +152,12 @@ def test_a_mask_of_the_models_own_hides_patches_within():
     def rule(b, h, q, k):
         return (q + k + b) % 3 > 0
 
-    case = neighborhood_2d(kernel_size=3)
-    lazy = whole(2, 26, plain=False, rule=rule)
-    assert_forms_agree(case, inputs(2, 26), lazy)
-    dense = whole(2, 26, plain=False, dense_BQK=lazy.dense()[:, 0])
-    assert_forms_agree(case, inputs(2, 26), dense)
-    assert not torch.allclose(inputs(2, 26).run(case.module(), lazy), inputs(2, 26).run(case.module(), whole(2, 26)))
+    case = neighborhood_2d(kernel_size=3, dilation=2)  # four tiles that would hide the same without the mask
+    lazy = whole(2, 65, plain=False, rule=rule)
+    assert_forms_agree(case, inputs(2, 65), lazy)
+    dense = whole(2, 65, plain=False, dense_BQK=lazy.dense()[:, 0])
+    assert_forms_agree(case, inputs(2, 65), dense)
+    assert not torch.allclose(inputs(2, 65).run(case.module(), lazy), inputs(2, 65).run(case.module(), whole(2, 65)))
 
 
 def test_gradients_equal_finite_differences():
