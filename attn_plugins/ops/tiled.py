@@ -156,7 +156,7 @@ class _Tiled(torch.autograd.Function):
             ctx.save_for_backward(q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, out, lse)
             return out.view(*q_BHQD.shape[:3], -1)
         ctx.save_for_backward(q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, None, None)
-        out = v_BGKV.new_zeros((*call.q.shape[:3], v_BGKV.shape[-1]))
+        out = _rows_to_fill(tiles, (*call.q.shape[:3], v_BGKV.shape[-1]), v_BGKV.dtype, v_BGKV.device)
         for tile in tiles:
             scores, _ = call.scores(call.queries(tile), call.columns(call.k, tile), tile)
             weights = call.softmax(scores)
@@ -171,9 +171,10 @@ class _Tiled(torch.autograd.Function):
         q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, out, lse = ctx.saved_tensors
         call = _Call(q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, ctx.options)
         grad = grad_BHQV.reshape(*call.q.shape[:3], -1)
-        dq = torch.zeros_like(
-            call.q, memory_format=torch.contiguous_format, dtype=call.dtype if out is not None else None
-        )
+        if out is None:
+            dq = _rows_to_fill(ctx.tiles, call.q.shape, call.q.dtype, call.q.device)
+        else:
+            dq = torch.zeros(call.q.shape, dtype=call.dtype, device=call.q.device)
         dk, dv = torch.zeros_like(call.k), torch.zeros_like(call.v)
         d_bias = d_sinks = delta = None
         if ctx.needs_input_grad[3]:
@@ -220,6 +221,12 @@ class _Tiled(torch.autograd.Function):
             d_bias = d_bias.flatten(1, 2).sum_to_size(position_bias.shape)
         # autograd casts each gradient to the dtype of its input.
         return dq.view(q_BHQD.shape), dk.view(k_BGKD.shape), dv.view(v_BGKV.shape), d_bias, d_sinks, None, None, None
+
+
+def _rows_to_fill(tiles, shape, dtype, device):
+    """Zeros, or anything where slices of queries are sure to fill it."""
+    sliced = all(isinstance(tile.queries, slice) for tile in tiles)
+    return (torch.empty if sliced else torch.zeros)(shape, dtype=dtype, device=device)
 
 
 def _merged_forward(call, tiles, dtype):
