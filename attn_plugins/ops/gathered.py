@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.dense import outside_autocast, wide
 
-LARGEST_TILE = 64
+LARGEST_TILE = 128
 """Pairs that are multiplied with one block at a time."""
 SCORES_AT_ONCE = 2**17
 """Scores worked on at a time, few enough for the CPU's cache and enough to hide what an operation costs by itself."""
@@ -166,7 +166,8 @@ def block_attention(
         real_XC = blocks.real_BNC.unsqueeze(1).expand(-1, groups, -1, -1).flatten(0, 2)
 
     def ahead(rows_TR: torch.Tensor, keys_TC: torch.Tensor) -> torch.Tensor:
-        return (keys_TC % mask.kv_length).unsqueeze(1) > blocks.position_Q[rows_TR % queries].unsqueeze(2)
+        position_TR = rows_TR % queries + (mask.q_offset - mask.kv_offset)
+        return (keys_TC % mask.kv_length).unsqueeze(1) > position_TR.unsqueeze(2)
 
     chosen = chosen_BHQT.reshape(-1)
     first = torch.arange(len(chosen), device=chosen.device) % width == 0

@@ -14,8 +14,9 @@ from attn_plugins.ops.dense import dense_attention, expand_heads, masked_softmax
 from attn_plugins.ops.gathered import Blocks, block_attention, blocks_of, chosen_keys
 from attn_plugins.ops.patterns import Band
 from attn_plugins.ops.tiled import dense_pattern, tiled_attention
+from attn_plugins.ops.topk import few_sizes, pieces
 
-SCORES_AT_ONCE = 2**20
+SCORES_AT_ONCE = 2**19
 """Scores with compressed blocks that are worked on at a time."""
 
 
@@ -181,12 +182,11 @@ def compressed_attention(
     rows = max(1, SCORES_AT_ONCE // (batch * heads * number))
     outs, choices = [], []
 
-    for low in range(0, queries, rows):
-        at = slice(low, min(low + rows, queries))
+    for at, q_BHTD in zip(pieces(queries, rows), q_BHQD.split(rows, dim=2), strict=True):
         seen = number
         if compression.blocks.causal:
             past = compression.real_BM & (compression.last_BM <= compression.blocks.position_Q[at][-1])
-            seen = max(1, int(past.sum(dim=1).max()))
+            seen = few_sizes(int(past.sum(dim=1).max()), number)
         chosen: list[torch.Tensor] = []
 
         def tile(q, k, v, at=at, chosen=chosen):
@@ -195,7 +195,7 @@ def compressed_attention(
                 chosen.append(choose_by_weights(p_BHTM, groups, at, compression, **choice))
             return torch.dropout(p_BHTM, dropout, train=dropout > 0) @ expand_heads(v, heads).to(p_BHTM.dtype)
 
-        inputs = (q_BHQD[:, :, at], k_BGMD[:, :, :seen], v_BGMV[:, :, :seen])
+        inputs = (q_BHTD, k_BGMD[:, :, :seen], v_BGMV[:, :, :seen])
         if torch.is_grad_enabled():
             outs.append(checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
         else:

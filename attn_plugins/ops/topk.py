@@ -20,6 +20,15 @@ def pieces(number: int, size: int) -> Iterator[slice]:
         yield slice(low, min(low + size, number))
 
 
+def few_sizes(seen: int, total: int) -> int:
+    """``seen`` or somewhat more, one of 8 sizes up to ``total``.
+
+    Tiles that grow one by one would each find what the last one freed too small, and the heap would grow with them.
+    """
+    step = -(-total // 8)
+    return min(-(-max(seen, 1) // step) * step, total)
+
+
 def even_scores(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
@@ -72,7 +81,7 @@ def topk_attention(
     """Softmax attention over the ``topk`` visible keys of highest score, after softcap and bias, of each query.
 
     Tiles are computed again in the backward, all but the choice: what is kept of it is one number a query. Where the
-    mask is causal, keys after a tile are left out.
+    mask is causal, most keys after a tile are left out.
 
     Returns:
         out_BHQV in the dtype of v. Sums are taken in at least float32.
@@ -92,12 +101,13 @@ def topk_attention(
         if position_bias is not None:
             bias = position_bias.expand(*position_bias.shape[:-3], heads, queries, keys)[..., h, :, :]
         parts = []
-        for t in pieces(queries, rows):
-            seen = min(max(t.stop + mask.q_offset - mask.kv_offset, 1), keys) if mask.causal else keys
+        # Split and not sliced: the gradient of a slice is as large as the whole.
+        for t, q_BHTD in zip(pieces(queries, rows), q.split(rows, dim=2), strict=True):
+            seen = few_sizes(t.stop + mask.q_offset - mask.kv_offset, keys) if mask.causal else keys
             i = torch.arange(t.start, t.stop, device=q.device).view(1, -1, 1)
             visible = mask.visible(i, torch.arange(seen, device=q.device).view(1, 1, -1)).unsqueeze(1)
             tile = _Tile(visible, topk, scale, dropout, softcap)
-            inputs: list[torch.Tensor | None] = [q[:, :, t], k[:, :, :seen], v[:, :, :seen]]
+            inputs: list[torch.Tensor | None] = [q_BHTD, k[:, :, :seen], v[:, :, :seen]]
             inputs += [None if bias is None else bias[..., t, :seen], None if sinks is None else sinks[h]]
             if torch.is_grad_enabled():
                 parts.append(checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
