@@ -169,6 +169,20 @@ def assert_same(got, want, tolerance, what=""):
         assert error <= tolerance, f"{what}{name}: differs by {error:.2e}, allowed {tolerance:.0e}"
 
 
+def kept_for_backward(module, given: Inputs, mask):
+    """Elements that autograd keeps of one call, each storage counted once."""
+    leaves = Inputs(*(x.detach().requires_grad_() for x in (given.q, given.k, given.v)), given.extras)
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        leaves.run(module, mask)
+    return sum(kept.values())
+
+
 EXACT = 1e-9
 """Allowed difference in float64."""
 

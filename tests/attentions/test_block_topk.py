@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
+from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, kept_for_backward, left_padding
 
 from attn_plugins.attentions.block_topk import BlockTopkAttention
 from attn_plugins.ops import gathered
@@ -82,18 +82,9 @@ def test_layers_share_the_blocks_of_a_mask():
 def test_nothing_of_topk_times_the_keys_is_kept_for_the_backward():
     case = block_topk(block_size=16, topk=4)
     given = inputs(1, 512)
-    for x in (given.q, given.k, given.v):
-        x.requires_grad_()
-    kept = {}
-
-    def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        given.run(case.module(), case.mask(1, 512, 512))
+    kept = kept_for_backward(case.module(), given, case.mask(1, 512, 512))
     # Inputs, the output and one number a query and head.
-    assert 0 < sum(kept.values()) <= 2 * given.q.numel() + given.k.numel() + given.v.numel() + 4 * 512
+    assert 0 < kept <= 2 * given.q.numel() + given.k.numel() + given.v.numel() + 4 * 512
 
 
 def test_dropout_keeps_the_mean_and_the_backward_draws_the_same():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import SCALE, Case, assert_same, inputs, left_padding, outcome
+from cases import SCALE, Case, assert_same, inputs, kept_for_backward, left_padding, outcome
 
 from attn_plugins.attentions.local import LocalAttention
 from attn_plugins.mask import AttentionMask
@@ -162,17 +162,8 @@ def test_layers_share_what_is_computed_from_the_mask():
 def test_nothing_but_inputs_is_kept_for_the_backward():
     case = local(window_size=32, num_sink_tokens=4)
     given = inputs(1, 512)
-    for x in (given.q, given.k, given.v):
-        x.requires_grad_()
-    kept = {}
-
-    def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        given.run(case.module(), case.mask(1, 512, 512))
-    assert 0 < sum(kept.values()) <= given.q.numel() + given.k.numel() + given.v.numel()
+    kept = kept_for_backward(case.module(), given, case.mask(1, 512, 512))
+    assert 0 < kept <= given.q.numel() + given.k.numel() + given.v.numel()
 
 
 def test_dropout_keeps_the_mean_and_the_backward_draws_the_same():

@@ -7,7 +7,7 @@ import pytest
 import test_capabilities
 import test_contract
 import torch
-from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding, outcome
+from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, kept_for_backward, left_padding, outcome
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -207,17 +207,8 @@ def test_nothing_of_length_squared_is_allocated():
 
 def test_nothing_but_inputs_is_kept_for_the_backward():
     given = inputs(1, 401)
-    for x in (given.q, given.k, given.v):
-        x.requires_grad_()
-    kept = {}
-
-    def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        given.run(neighborhood_2d().module(), whole(1, 401))
-    assert 0 < sum(kept.values()) <= given.q.numel() + given.k.numel() + given.v.numel()
+    kept = kept_for_backward(neighborhood_2d().module(), given, whole(1, 401))
+    assert 0 < kept <= given.q.numel() + given.k.numel() + given.v.numel()
 
 
 def test_transposed_inputs_are_not_copied_for_each_tile(monkeypatch):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
+from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, kept_for_backward, left_padding
 
 from attn_plugins.attentions.sigmoid import SigmoidAttention
 from attn_plugins.mask import AttentionMask
@@ -110,17 +110,8 @@ def test_layers_count_visible_keys_once():
 
 def test_nothing_but_inputs_is_kept_for_the_backward():
     given = inputs(1, 512)
-    for x in (given.q, given.k, given.v):
-        x.requires_grad_()
-    kept = {}
-
-    def note(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        given.run(sigmoid().module(), sigmoid().mask(1, 512, 512))
-    assert 0 < sum(kept.values()) <= given.q.numel() + given.k.numel() + given.v.numel() + 512
+    kept = kept_for_backward(sigmoid().module(), given, sigmoid().mask(1, 512, 512))
+    assert 0 < kept <= given.q.numel() + given.k.numel() + given.v.numel() + 512
 
 
 def test_dropout_keeps_the_mean_and_the_backward_draws_the_same(monkeypatch):
