@@ -75,7 +75,7 @@ class Attention(nn.Module):
     name: ClassVar[str]
     """Set by :func:`attn_plugins.register_attention`."""
     family: ClassVar[str] = "other"
-    """Where it is listed: dense, local, sparse, linear, additive, or a family of its own."""
+    """Where it is listed: dense, local, sparse, linear, low_rank, additive, or a family of its own."""
     cost: ClassVar[str]
     """Time of one head in N (length) and the options, such as ``O(N window_size D)``."""
     paper: ClassVar[str]

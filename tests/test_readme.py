@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attn_plugins import registry
+from attn_plugins import docs, registry
 from attn_plugins.cli import app
 
 ROOT = Path(__file__).parent.parent
@@ -46,6 +46,11 @@ def test_the_python_runs(tmp_path, monkeypatch, clean_registry):
     with torch.no_grad():
         before, after = (names["model"](input_ids=ids).logits[:, :8] for ids in (tokens, changed))
     torch.testing.assert_close(before, after)  # causal
+
+
+def test_every_attention_is_named():
+    own = [name for name in registry.list_attentions() if registry.get_attention(name).__module__.startswith(docs.OWN)]
+    assert [name for name in own if f"`{name}`" not in README] == []
 
 
 def test_the_commands_exist():

@@ -1,6 +1,7 @@
 """What every attention in the registry keeps, ours and installed plug-ins' alike."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from cases import (
     EXACT,
     SCALE,
+    Case,
     assert_forms_agree,
     assert_same,
     cotangent_for,
@@ -17,7 +19,7 @@ from cases import (
     left_padding,
     outcome,
 )
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -68,10 +70,7 @@ def test_fast_form_equals_reference_beyond_the_default_sizes(case):
     assert_forms_agree(case, given, mask, dtype=torch.float32, tolerance=2e-5, num_heads=2, num_key_value_heads=1)
 
 
-@every_case()
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_fast_form_equals_reference_for_any_shape(case, data):
+def assert_forms_agree_on_any_shape(case, data):
     keys = data.draw(st.integers(1, 40), "K")
     queries = data.draw(st.integers(1, keys), "Q") if case.causal else keys
     groups, shared = data.draw(st.integers(1, 3), "G"), data.draw(st.integers(1, 3), "H / G")
@@ -83,6 +82,31 @@ def test_fast_form_equals_reference_for_any_shape(case, data):
     given = inputs(len(lengths), queries, keys, **shape)
     mask = case.mask(len(lengths), queries, keys, padding_BK=left_padding(lengths, keys), segments_BK=segments)
     assert_forms_agree(case, given, mask, **shape)
+
+
+@every_case()
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_fast_form_equals_reference_for_any_shape(case, data):
+    assert_forms_agree_on_any_shape(case, data)
+
+
+@every_class()
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_fast_form_equals_reference_for_any_options(cls, data):
+    """Each option at its default or at a value of an example, in any combination that the attention allows."""
+    options = {}
+    for field in dataclasses.fields(cls.Config):
+        values = [example[field.name] for example in cls.examples if field.name in example]
+        if values and data.draw(st.booleans(), f"{field.name} is set"):
+            options[field.name] = data.draw(st.sampled_from(values), field.name)
+    try:
+        cls.Config(**options)
+    except ValueError:
+        assume(False)
+    directions = [causal for causal in (True, False) if (cls.causal if causal else cls.bidirectional)]
+    assert_forms_agree_on_any_shape(Case(cls, options, data.draw(st.sampled_from(directions), "causal")), data)
 
 
 @every_case()
