@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from attn_plugins.mask import AttentionMask
-from attn_plugins.ops.dense import dense_attention, expand_heads, masked_softmax, scores, wide
+from attn_plugins.ops.dense import dense_attention, expand_heads, masked_softmax, outside_autocast, scores, wide
 from attn_plugins.ops.gathered import Blocks, block_attention, blocks_of, chosen_keys
 from attn_plugins.ops.patterns import Band
 from attn_plugins.ops.tiled import dense_pattern, tiled_attention
-from attn_plugins.ops.topk import few_sizes, pieces
+from attn_plugins.ops.topk import Tile, attention_by_tiles, few_sizes, pieces
 
 SCORES_AT_ONCE = 2**19
 """Scores with compressed blocks that are worked on at a time."""
@@ -98,28 +98,60 @@ def compression_of(mask: AttentionMask, kernel_size: int, kernel_stride: int, bl
     return mask.once(("compression", kernel_size, kernel_stride, block_size), build)
 
 
+@torch.compiler.disable(reason="its loop over the positions of a block would be unrolled")
 def compress(x_BGKD: torch.Tensor, weight_GC: torch.Tensor, keys_BMC: torch.Tensor) -> torch.Tensor:
     """(B, G, M, D): sums of the keys or values of each compressed block by ``weight_GC``, in at least float32."""
-    dtype = wide(x_BGKD)
+    return _Compress.apply(x_BGKD, weight_GC, keys_BMC)
+
+
+class _Compress(torch.autograd.Function):
+    """One position of the blocks after the other: as blocks overlap, their keys would be more than all keys."""
+
+    @staticmethod
+    def forward(ctx, x_BGKD, weight_GC, keys_BMC):
+        ctx.save_for_backward(x_BGKD, weight_GC, keys_BMC)
+        groups, size = x_BGKD.shape[1], x_BGKD.shape[3]
+        out_BMGD = torch.zeros(*keys_BMC.shape[:2], groups, size, dtype=wide(x_BGKD), device=x_BGKD.device)
+        for picked_BMGD, weight_G1, _ in _positions(x_BGKD, weight_GC.to(out_BMGD.dtype), keys_BMC):
+            out_BMGD.addcmul_(picked_BMGD, weight_G1)
+        return out_BMGD.transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx, grad_BGMD):
+        x_BGKD, weight_GC, keys_BMC = ctx.saved_tensors
+        grad_BMGD = grad_BGMD.transpose(1, 2).contiguous()
+        batch, groups, length, size = x_BGKD.shape
+        dx = torch.zeros(batch * length, groups, size, dtype=grad_BMGD.dtype, device=x_BGKD.device)
+        d_weight = []
+        for picked_BMGD, weight_G1, index in _positions(x_BGKD, weight_GC.to(grad_BMGD.dtype), keys_BMC):
+            dx.index_add_(0, index, (grad_BMGD * weight_G1).flatten(0, 1))
+            d_weight.append((picked_BMGD * grad_BMGD).sum(dim=(0, 1, 3)))
+        # autograd casts each gradient to the dtype of its input.
+        return dx.view(batch, length, groups, size).transpose(1, 2), torch.stack(d_weight, dim=1), None
+
+
+def _positions(x_BGKD, weight_GC, keys_BMC):
+    """For each position of a block, what of x is there, its weight, and its index by row and key."""
     batch, groups, length, size = x_BGKD.shape
-    by_token = x_BGKD.transpose(1, 2).reshape(batch * length, groups * size)
-    index = keys_BMC + torch.arange(batch, device=x_BGKD.device).view(-1, 1, 1) * length
-    picked = by_token.index_select(0, index.flatten()).view(*keys_BMC.shape, groups, size)
-    return torch.einsum("bmcgd,gc->bgmd", picked.to(dtype), weight_GC.to(dtype))
+    by_token = x_BGKD.transpose(1, 2).reshape(batch * length, groups, size)
+    first = torch.arange(batch, device=x_BGKD.device).unsqueeze(1) * length
+    for position in range(keys_BMC.shape[2]):
+        index = (keys_BMC[..., position] + first).flatten()
+        picked = by_token.index_select(0, index).to(weight_GC.dtype)
+        yield picked.view(batch, -1, groups, size), weight_GC[:, [position]], index
 
 
-def compressed_weights(
-    q_BHTD: torch.Tensor, k_BGMD: torch.Tensor, at: slice, compression: Compression, scale: float
-) -> torch.Tensor:
-    """(B, H, T, M): softmax over the first M compressed blocks, those that end no later than a causal query."""
-    blocks = compression.blocks
-    seen = slice(k_BGMD.shape[2])
+def visible_blocks(at: slice, number: int, compression: Compression) -> torch.Tensor:
+    """(B, T, M): which of the first M compressed blocks queries see, causal ones those that end before or with them."""
+    blocks, seen = compression.blocks, slice(number)
     position = blocks.position_Q[at]
     start_BT = blocks.start_BN.gather(1, blocks.block_BK[:, position])
     visible = compression.real_BM[:, None, seen] & (compression.start_BM[:, None, seen] == start_BT.unsqueeze(2))
     if blocks.causal:
         visible = visible & (compression.last_BM[:, None, seen] <= position.view(1, -1, 1))
-    return masked_softmax(scores(q_BHTD, k_BGMD, scale=scale), visible.unsqueeze(1))
+    return visible
 
 
 @torch.no_grad()
@@ -172,36 +204,38 @@ def compressed_attention(
     dropout: float,
     **choice: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention over compressed blocks, a tile of queries at a time, each computed again in the backward.
+    """Softmax attention over compressed blocks, a tile of queries at a time, and the choice by its weights.
 
     Returns:
         (out_BHQV in the dtype of the compressed values, chosen_BGQT of :func:`choose_by_weights`).
     """
     batch, heads, queries = q_BHQD.shape[:3]
     groups, number = k_BGMD.shape[1:3]
-    rows = max(1, SCORES_AT_ONCE // (batch * heads * number))
-    outs, choices = [], []
-
-    for at, q_BHTD in zip(pieces(queries, rows), q_BHQD.split(rows, dim=2), strict=True):
+    blocks, tiles = compression.blocks, []
+    for at in pieces(queries, max(1, SCORES_AT_ONCE // (batch * heads * number))):
         seen = number
-        if compression.blocks.causal:
-            past = compression.real_BM & (compression.last_BM <= compression.blocks.position_Q[at][-1])
+        if blocks.causal:
+            past = compression.real_BM & (compression.last_BM <= blocks.position_Q[at][-1])
             seen = few_sizes(int(past.sum(dim=1).max()), number)
-        chosen: list[torch.Tensor] = []
+        tiles.append(Tile(slice(0, batch), slice(0, groups), at, seen))
+    chosen_BGQT = torch.empty(
+        (batch, groups, queries, min(choice["topk"], blocks.start_BN.shape[1])), dtype=torch.long, device=q_BHQD.device
+    )
 
-        def tile(q, k, v, at=at, chosen=chosen):
-            p_BHTM = compressed_weights(q, k, at, compression, scale)
-            if not chosen:  # and not again in the backward
-                chosen.append(choose_by_weights(p_BHTM, groups, at, compression, **choice))
-            return torch.dropout(p_BHTM, dropout, train=dropout > 0) @ expand_heads(v, heads).to(p_BHTM.dtype)
+    def choose(tile: Tile, p_BHTM: torch.Tensor) -> None:
+        chosen_BGQT[:, :, tile.queries] = choose_by_weights(p_BHTM, groups, tile.queries, compression, **choice)
 
-        inputs = (q_BHTD, k_BGMD[:, :, :seen], v_BGMV[:, :, :seen])
-        if torch.is_grad_enabled():
-            outs.append(checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
-        else:
-            outs.append(tile(*inputs))
-        choices.append(chosen[0])
-    return torch.cat(outs, dim=2), torch.cat(choices, dim=2)
+    out_BHQV = attention_by_tiles(
+        q_BHQD,
+        k_BGMD,
+        v_BGMV,
+        tiles,
+        lambda tile: visible_blocks(tile.queries, tile.keys, compression).unsqueeze(1),
+        look=choose,
+        scale=scale,
+        dropout=dropout,
+    )
+    return out_BHQV, chosen_BGQT
 
 
 def native_sparse_attention(
@@ -228,11 +262,8 @@ def native_sparse_attention(
         out_BHQV in the dtype of v. Sums are taken in at least float32.
     """
     compression = compression_of(mask, kernel_size, kernel_stride, block_size)
-    # The copies of keys that overlap in compressed blocks are made again in the backward.
-    k_BGMD, v_BGMV = (
-        checkpoint(compress, x, weight, compression.keys_BMC, use_reentrant=False, preserve_rng_state=False)
-        for x, weight in ((k_BGKD, weights.key_weight_GC), (v_BGKV, weights.value_weight_GC))
-    )
+    k_BGMD = compress(k_BGKD, weights.key_weight_GC, compression.keys_BMC)
+    v_BGMV = compress(v_BGKV, weights.value_weight_GC, compression.keys_BMC)
     options = {"scale": scale, "dropout": dropout}
     compressed, chosen_BGQT = compressed_attention(q_BHQD, k_BGMD, v_BGMV, compression, **choice, **options)
     chosen = expand_heads(chosen_BGQT, q_BHQD.shape[1])
@@ -262,14 +293,21 @@ def dense_native_sparse_attention(
     compression, everywhere = compression_of(mask, kernel_size, kernel_stride, block_size), slice(None)
     heads, groups = q_BHQD.shape[1], k_BGKD.shape[1]
     options: dict[str, Any] = {"scale": scale, "dropout": dropout}
-    k_BGMD = compress(k_BGKD, weights.key_weight_GC, compression.keys_BMC)
-    p_BHQM = compressed_weights(q_BHQD, k_BGMD, everywhere, compression, scale)
+    dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+    keys = compression.keys_BMC.unsqueeze(1).expand(-1, groups, -1, -1)
+
+    def spread(weight_GC: torch.Tensor) -> torch.Tensor:
+        """(B, G, M, K): the weight of each key in each compressed block."""
+        weight_BGMC = weight_GC.to(dtype)[:, None] * compression.real_BM[:, None, :, None]
+        zeros = weight_BGMC.new_zeros(*weight_BGMC.shape[:3], k_BGKD.shape[2])
+        return zeros.scatter_add(3, keys, weight_BGMC)
+
+    k_BGMD = spread(weights.key_weight_GC) @ k_BGKD.to(dtype)
+    visible = visible_blocks(everywhere, k_BGMD.shape[2], compression).unsqueeze(1)
+    p_BHQM = masked_softmax(scores(q_BHQD, k_BGMD, scale=scale), visible)
     chosen_BGQT = choose_by_weights(p_BHQM, groups, everywhere, compression, **choice)
     # What a compressed block gets goes to its keys as its values are summed.
-    spread_BGMK = p_BHQM.new_zeros(*k_BGMD.shape[:3], k_BGKD.shape[2])
-    keys = compression.keys_BMC.unsqueeze(1).expand(-1, groups, -1, -1)
-    value_weight = weights.value_weight_GC.to(p_BHQM.dtype)[:, None] * compression.real_BM[:, None, :, None]
-    spread_BGMK = spread_BGMK.scatter_add(3, keys, value_weight)
+    spread_BGMK = spread(weights.value_weight_GC)
     compressed = torch.dropout(p_BHQM, dropout, train=dropout > 0) @ expand_heads(spread_BGMK, heads)
     chosen = chosen_keys(expand_heads(chosen_BGQT, heads), compression.blocks)
     selected = dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen, **options)[1]

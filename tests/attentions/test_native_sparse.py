@@ -5,6 +5,7 @@ import torch
 from cases import SCALE, Case, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.native_sparse import NativeSparseAttention
+from attn_plugins.measuring import Part, peak_bytes
 from attn_plugins.ops import native_sparse as ops
 from attn_plugins.ops.dense import dense_attention
 
@@ -125,6 +126,26 @@ def test_the_choice_is_made_once_a_tile(monkeypatch):
     given.q.requires_grad_()
     given.run(case.module(), case.mask(1, 40, 40)).sum().backward()
     assert len(calls) == 1
+
+
+def test_dropout_is_the_same_again_in_the_backward():
+    shape = {"num_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "value_dim": 4}
+    case, small = native_sparse(**SMALL), inputs(1, 12, **shape)
+    module = case.module(**shape)
+
+    def attend(q, k, v):
+        torch.manual_seed(5)
+        return module(q, k, v, mask=case.mask(1, 12, 12), scale=SCALE, dropout=0.3)[0]
+
+    torch.autograd.gradcheck(attend, [x.requires_grad_() for x in (small.q, small.k, small.v)], fast_mode=True)
+
+
+def test_compression_keeps_its_inputs_only_and_copies_no_key_twice():
+    length, heads, size = 4096, 2, 16
+    x_BGKD = torch.randn(1, length, heads, size).transpose(1, 2).requires_grad_()
+    weight_GC, keys_BMC = torch.randn(heads, 32), torch.arange(length).unfold(0, 32, 8).unsqueeze(0)
+    run = Part(run=lambda: ops.compress(x_BGKD, weight_GC, keys_BMC).sum().backward(), count=1)
+    assert peak_bytes([run], torch.device("cpu")) < 3 * x_BGKD.nbytes  # blocks overlap: their keys are 4 times as many
 
 
 @pytest.mark.parametrize(

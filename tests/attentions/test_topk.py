@@ -5,6 +5,7 @@ import torch
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.topk import TopkAttention
+from attn_plugins.measuring import Part, peak_bytes
 from attn_plugins.ops import topk as ops
 
 
@@ -53,11 +54,12 @@ def test_of_equal_scores_the_earlier_ones_are_chosen(form):
             assert set(seen[0, i, h].nonzero().flatten().tolist()) == want, f"query {i}, head {h}"
 
 
-@pytest.mark.parametrize("budget", [1, 60, 500])
-def test_tiles_of_any_size_give_the_same(budget, monkeypatch):
+@pytest.mark.parametrize("budget", [1, 60, 500, 4000])  # the last: a row of the batch at a time, with all its heads
+@pytest.mark.parametrize("bias", [(1, 1, 30, 30), (2, 4, 30, 30), (2, 1, 1, 30)])
+def test_tiles_of_any_size_give_the_same(budget, bias, monkeypatch):
     case, given = topk(topk=5), inputs(2, 30)
-    given.extras = {"sinks": torch.randn(4, dtype=torch.float64), "position_bias": torch.randn(1, 1, 30, 30).double()}
-    mask = case.mask(2, 30, 30)
+    given.extras = {"sinks": torch.randn(4).double(), "position_bias": torch.randn(bias).double(), "softcap": 2.0}
+    mask = case.mask(2, 30, 30, padding_BK=left_padding([30, 21], 30))
     out = given.run(case.module(), mask)
     monkeypatch.setattr(ops, "SCORES_AT_ONCE", budget)
     assert_same({"out": given.run(case.module(), mask)}, {"out": out}, 1e-12)
@@ -76,6 +78,17 @@ def test_the_choice_is_made_once_and_one_number_a_query_of_it_kept(monkeypatch):
     given.q.requires_grad_()
     given.run(case.module(), case.mask(1, 40, 40)).sum().backward()
     assert [x.shape for x in choices] == [(1, 4, 40, 1)]
+
+
+def test_nothing_of_queries_times_keys_is_kept(monkeypatch):
+    case, length = topk(topk=5), 1024
+    given = inputs(1, length, dtype=torch.float32)
+    module = case.module(dtype=torch.float32)
+    monkeypatch.setattr(ops, "SCORES_AT_ONCE", 2**14)
+    for x in given.tensors():
+        x.requires_grad_()
+    run = Part(run=lambda: given.run(module, case.mask(1, length, length)).sum().backward(), count=1)
+    assert peak_bytes([run], torch.device("cpu")) < length * length
 
 
 def test_dropout_is_the_same_again_in_the_backward():
