@@ -227,6 +227,7 @@ def run_bench(
     if held:
         say(f"{held} of {total} cells are in {results.path} already (--fresh measures them again)")
     seconds: dict[tuple[str, Pass], tuple[int, float]] = {}
+    numbers: dict[str, int] = {}
     for group in groups:
         todo = []
         for cell in group:
@@ -243,13 +244,14 @@ def run_bench(
                 )
                 continue
             todo.append(cell)
+            numbers[cell.key] = number
         for cell, record in _measure(config, todo) if todo else ():
             results.add(record)
             done = record["status"] == "ok"
             if done:
                 seconds[cell.contender.label, cell.which] = (cell.length, record["result"]["seconds"])
             note = _short(record["result"]) if done else record["error"]
-            say(f"[{number}/{total}] {cell.contender.label} · {cell.which} · {cell.length}: {note}")
+            say(f"[{numbers[cell.key]}/{total}] {cell.contender.label} · {cell.which} · {cell.length}: {note}")
 
 
 def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:

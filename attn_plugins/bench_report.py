@@ -30,10 +30,10 @@ class Measured:
         record = self.record.get((label, which, length))
         return record["result"] if record and record["status"] == "ok" else None
 
-    def ratios(self, label: str, which: str) -> dict[int, float]:
-        """Length -> times as fast as torch's own attention."""
+    def ratios(self, label: str, which: str, of: str = "times_as_fast") -> dict[int, float]:
+        """Length -> times as fast as torch's own attention: the median of the rounds, or their "lowest"."""
         found = {length: self.result(label, which, length) for length in sorted(self.config.lengths)}
-        return {n: result["times_as_fast"] for n, result in found.items() if result and "times_as_fast" in result}
+        return {n: result[of] for n, result in found.items() if result and of in result}
 
     def errors(self) -> dict[str, dict[str, list[str]]]:
         """label -> message -> the passes and lengths that failed with it."""
@@ -55,22 +55,22 @@ def _place(cell: Cell) -> tuple[str, str, int]:
     return cell.contender.label, cell.which, cell.length
 
 
-def pays_from(ratios: dict[int, float]) -> int | None:
-    """The length from which on every measured length is faster than torch's own attention, or None."""
+def pays_from(lowest: dict[int, float]) -> int | None:
+    """The length from which on it is faster than torch's own attention in every round, or None."""
     pays = None
-    for length in sorted(ratios, reverse=True):
-        if ratios[length] <= 1:
+    for length in sorted(lowest, reverse=True):
+        if lowest[length] <= 1:
             break
         pays = length
     return pays
 
 
-def says_pays_from(ratios: dict[int, float]) -> str:
+def says_pays_from(lowest: dict[int, float]) -> str:
     """The same in words."""
-    if not ratios:
+    if not lowest:
         return ""
-    pays = pays_from(ratios)
-    return f"not up to {max(ratios)}" if pays is None else f"{pays}"
+    pays = pays_from(lowest)
+    return f"not up to {max(lowest)}" if pays is None else f"{pays}"
 
 
 def write_bench_report(found: Measured, out: Path) -> tuple[list[Table], list[Path]]:
@@ -108,7 +108,7 @@ def _speed(found: Measured, which: str) -> Table:
     table = Table(
         f"Speed, {PASSES[which]}",
         "Times as fast as torch's scaled_dot_product_attention in the same rounds, causal or not as the attention is; "
-        "median.",
+        "median. It pays from the length from which every round was faster.",
         ["attention", "family", *map(str, sorted(config.lengths)), "pays from"],
         detail=f"In brackets the lowest and highest of {config.rounds} rounds, and the median time of a pass.",
         aside=("family",),
@@ -118,7 +118,7 @@ def _speed(found: Measured, which: str) -> Table:
         for length in sorted(config.lengths):
             result = found.result(contender.label, which, length)
             row.append(_ratio(result) if result else _why(found, contender.label, which, length))
-        table.rows.append([*row, says_pays_from(found.ratios(contender.label, which))])
+        table.rows.append([*row, says_pays_from(found.ratios(contender.label, which, "lowest"))])
     return table
 
 

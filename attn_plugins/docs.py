@@ -72,7 +72,9 @@ class Timed:
     label: str
     causal: bool
     ratios: dict[int, float]
-    """Length -> times as fast as torch's own attention."""
+    """Length -> times as fast as torch's own attention, median of the rounds."""
+    lowest: dict[int, float]
+    """Length -> the same in the slowest round."""
 
 
 def timed(results: Results) -> dict[str, list[Timed]]:
@@ -83,20 +85,34 @@ def timed(results: Results) -> dict[str, list[Timed]]:
         name = settings["source"].get("type")
         if name is None or settings["which"] != "forward_backward" or record["status"] != "ok":
             continue
-        new = Timed(label=record["label"], causal=settings["causal"], ratios={})
+        new = Timed(label=record["label"], causal=settings["causal"], ratios={}, lowest={})
         one = found.setdefault((name, record["label"]), new)
         one.ratios[settings["length"]] = record["result"]["times_as_fast"]
+        one.lowest[settings["length"]] = record["result"]["lowest"]
     by_name: dict[str, list[Timed]] = {}
     for (name, _), one in found.items():
         by_name.setdefault(name, []).append(one)
     return by_name
 
 
+def measured_on(results: Results) -> list[str]:
+    """Shapes, machines and versions that figures are from."""
+    found = []
+    for record in results.records.values():
+        shape, made = record["settings"], record["versions"]
+        found.append(
+            f"batch {shape['batch_size']}, {shape['num_heads']} heads of {shape['head_dim']}, {shape['dtype']}, on "
+            f"{made['device']}, {made['threads']} threads, torch {made['torch']}"
+        )
+    return list(dict.fromkeys(found)) or ["not measured yet"]
+
+
 def page(measured: Path) -> str:
     """The text of docs/attentions.md, with the figures of a benchmark's results.jsonl."""
     attentions = [get_attention(name) for name in list_attentions()]
     own = sorted((a for a in attentions if a.__module__.startswith(OWN)), key=lambda a: (a.family, a.name))
-    figures = timed(Results(measured))
+    results = Results(measured)
+    figures = timed(results)
     lines = [
         "# Attentions",
         "",
@@ -109,7 +125,7 @@ def page(measured: Path) -> str:
     ]
     for attention in own:
         honoured = ["yes" if name in capabilities(attention) else "" for name in CAPABILITIES]
-        pays = "; ".join(dict.fromkeys(says_pays_from(one.ratios) for one in figures.get(attention.name, ())))
+        pays = "; ".join(dict.fromkeys(says_pays_from(one.lowest) for one in figures.get(attention.name, ())))
         first = [f"[{attention.name}](#{attention.name})", attention.family, attention.cost, pays]
         lines.append(f"| {' | '.join([*first, *honoured])} |")
     lines += [
@@ -118,8 +134,9 @@ def page(measured: Path) -> str:
         "the length, D the size of a head. `any mask` means masks beyond causal, padding and packed segments: a",
         "model's own sliding window, prefixes, image blocks.",
         "",
-        "`pays from` is the length in tokens from which it was faster than torch's `scaled_dot_product_attention`,",
-        "forward and backward together, on a CPU with 2 cores: 8 heads of 64, float32, batch 1, the attention alone.",
+        "`pays from` is the length in tokens from which every round was faster than torch's own attention, which is",
+        "`scaled_dot_product_attention`:",
+        f"forward and backward together, the attention alone: {'; '.join(measured_on(results))}.",
         "Several values are for several options. All lengths, spread, memory and other packages are in",
         "[benchmarks/cpu](benchmarks/cpu/report.md). On another machine it is another length: `attn-plugins bench`.",
     ]

@@ -33,8 +33,12 @@ def test_every_attention_says_when_to_use_it(name):
 
 def test_figures_are_those_of_the_forward_and_backward_pass(tmp_path):
     def record(key, which, length, ratio, status="ok", **source):
-        settings = {"source": source, "which": which, "length": length, "causal": True}
-        return {"key": key, "label": "l", "status": status, "settings": settings, "result": {"times_as_fast": ratio}}
+        settings = {"source": source, "which": which, "length": length, "causal": True, "dtype": "float32"}
+        settings |= {"batch_size": 1, "num_heads": 8, "head_dim": 64}
+        made = {"device": "an abacus", "threads": "2", "torch": "9.9"}
+        result = {"times_as_fast": ratio, "lowest": ratio - 0.1}
+        names = ("key", "label", "status", "settings", "result", "versions")
+        return dict(zip(names, (key, "l", status, settings, result, made), strict=True))
 
     results = Results(tmp_path / "results.jsonl")
     results.add(record("a", "forward", 8, 9.0, type="local"))
@@ -42,8 +46,11 @@ def test_figures_are_those_of_the_forward_and_backward_pass(tmp_path):
     results.add(record("c", "forward_backward", 16, 2.0, type="local"))
     results.add(record("d", "forward_backward", 32, 2.0, status="error", type="local"))
     results.add(record("e", "forward_backward", 8, 2.0, peer="local-attention"))
-    assert docs.timed(results) == {"local": [docs.Timed(label="l", causal=True, ratios={8: 0.5, 16: 2.0})]}
+    assert docs.timed(results) == {
+        "local": [docs.Timed(label="l", causal=True, ratios={8: 0.5, 16: 2.0}, lowest={8: 0.4, 16: 1.9})]
+    }
     page = docs.page(results.path)
+    assert "batch 1, 8 heads of 64, float32, on an abacus, 2 threads, torch 9.9." in page
     assert "- Measured, `l`, beside torch's causal attention: 0.500x at 8, 2.00x at 16" in page
     assert re.search(r"\| \[local\]\(#local\) \| local \| [^|]* \| 16 \|", page)
 
