@@ -39,7 +39,7 @@ def test_the_python_runs(tmp_path, monkeypatch, clean_registry):
     exec(compile(source, "README.md", "exec"), names)
 
     assert {row.plugin for row in names["ap"].describe_attention(names["plain"])} == {None}
-    assert {row.plugin for row in names["ap"].describe_attention(names["model"])} == {"relu"}
+    assert {row.plugin for row in names["ap"].describe_attention(names["model"])} == {"my_relu"}
     tokens = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()
     changed[:, 8:] = (changed[:, 8:] + 1) % 64
