@@ -41,7 +41,7 @@ def test_figures_are_those_of_the_forward_and_backward_pass(tmp_path):
         return dict(zip(names, (key, "l", status, settings, result, made), strict=True))
 
     results = Results(tmp_path / "results.jsonl")
-    results.add(record("a", "forward", 8, 9.0, type="local"))
+    results.add(record("a", "forward", 64, 9.0, type="local"))
     results.add(record("b", "forward_backward", 8, 0.5, type="local"))
     results.add(record("c", "forward_backward", 16, 2.0, type="local"))
     results.add(record("d", "forward_backward", 32, 2.0, status="error", type="local"))
