@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from attn_plugins.mask import AttentionMask
+from attn_plugins.state import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,10 @@ class Attention(nn.Module):
     Both forms take ``(q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout)`` and, of ``position_bias``, ``softcap`` and
     ``sinks``, those that the class declares and the call brings. ``reference`` returns ``(out_BHQV, weights_BHQK)``,
     ``attend`` returns ``out_BHQV``. A query that sees nothing gives zeros.
+
+    When text is generated, keys and values of all tokens are kept, and the queries are the last of them. A causal
+    attention that needs less than that can say so: ``new_state`` makes what it keeps instead, and ``attend_from``
+    attends from there.
     """
 
     name: ClassVar[str]
@@ -145,6 +150,7 @@ class Attention(nn.Module):
         position_bias: torch.Tensor | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        state: State | None = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.
@@ -157,6 +163,8 @@ class Attention(nn.Module):
             position_bias: added to the scores, broadcastable to (B, H, Q, K).
             softcap: limit of the scores.
             sinks: (H,) logits that take part in the softmax without a value.
+            state: of :meth:`new_state`, standing for all tokens before these queries and keys, which are then as many;
+                ``mask`` is that of all tokens. It takes these in.
             need_weights: also return the effective weights, through the dense form.
 
         Returns:
@@ -170,6 +178,13 @@ class Attention(nn.Module):
             if value is not None:
                 extras[extra] = value
         self._refuse(q_BHQD, k_BGKD, mask, extras)
+        if state is not None:
+            if need_weights:
+                raise ValueError(
+                    "the weights of tokens that a cache no longer holds cannot be returned; call the model without a "
+                    "cache (use_cache=False) to get them"
+                )
+            state.check(q_BHQD, k_BGKD, v_BGKV, mask)
         options = {"mask": mask, "scale": scale, "dropout": dropout, **extras}
         device = q_BHQD.device.type
         autocast = torch.is_autocast_enabled(device)
@@ -180,7 +195,10 @@ class Attention(nn.Module):
             q_BHQD, k_BGKD, v_BGKV = (x if x.dtype == torch.float64 else x.to(lower) for x in (q_BHQD, k_BGKD, v_BGKV))
         weights_BHQK = None
         with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-            if need_weights or self.backend == "reference":
+            if state is not None:
+                k_BGKD, v_BGKV = state.begin(k_BGKD, v_BGKV)
+                out_BHQV = self.attend_from(q_BHQD, k_BGKD, v_BGKV, state=state, **options)
+            elif need_weights or self.backend == "reference":
                 out_BHQV, weights_BHQK = self.reference(q_BHQD, k_BGKD, v_BGKV, **options)
             else:
                 out_BHQV = self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
@@ -195,6 +213,24 @@ class Attention(nn.Module):
     def attend(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any) -> torch.Tensor:
         """The form whose cost the method promises: out_BHQV."""
         raise NotImplementedError(f"{type(self).__name__} has no form of its own cost")
+
+    def new_state(self, fixed_length: int | None = None) -> State | None:
+        """What to keep of tokens seen, at its beginning; None where that is all keys and values, in an ordinary cache.
+
+        Args:
+            fixed_length: the most tokens that will come, where shapes have to stay the same from the first call on.
+        """
+        return None
+
+    def attend_from(
+        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, *, state: Any, **options: Any
+    ) -> torch.Tensor:
+        """As ``attend``, equal to it over all tokens so far, given only the new ones and the state before them.
+
+        The queries are the last Q of K new tokens, Q <= K, and ``mask`` is that of Q queries and all tokens so far. The
+        state takes all K in.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a state and nothing that attends from it")
 
     def reset_parameters(self) -> None:
         """Initialise the weights, all of them, through torch.nn.init."""

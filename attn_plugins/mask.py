@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 T = TypeVar("T")
+M = TypeVar("M", bound="AttentionMask")
 
 Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(batch index, head index, query position, key position) -> bool, elementwise over tensors that broadcast."""
@@ -33,6 +34,8 @@ class AttentionMask:
         q_offset, kv_offset: absolute position of the first query and of the first key.
         first_B: where a cache has dropped keys, index of each row's first real key, which is negative if that was one
             of them; None for rows without padding.
+        positions_BK: absolute positions of keys that do not follow one another, as a cache of chosen keys has them,
+            instead of ``kv_offset``; ``first_B`` is then absolute too.
         cross: keys belong to another sequence than queries.
         device: where ``rule`` can be evaluated and results are wanted; None is torch's default device.
     """
@@ -53,6 +56,7 @@ class AttentionMask:
         q_offset: int | None = None,
         kv_offset: int = 0,
         first_B: torch.Tensor | None = None,
+        positions_BK: torch.Tensor | None = None,
         cross: bool = False,
         device: torch.device | str | None = None,
     ):
@@ -62,7 +66,7 @@ class AttentionMask:
         self.causal, self.plain, self.cross = causal, plain, cross
         self.padding_BK, self.segments_BK = padding_BK, segments_BK
         self.rule, self.vectorised, self.dense_BQK = rule, vectorised, dense_BQK
-        self.kv_offset, self.first_B = kv_offset, first_B
+        self.kv_offset, self.first_B, self.positions_BK = kv_offset, first_B, positions_BK
         self.q_offset = kv_offset + kv_length - q_length if q_offset is None else q_offset
         self.device = self._rule_device = torch.get_default_device() if device is None else torch.device(device)
         self.memo: dict[Hashable, Any] = {}
@@ -86,12 +90,65 @@ class AttentionMask:
         device = torch.device(device)
         if device == self.device:
             return self
-        held = {name: getattr(self, name) for name in ("padding_BK", "segments_BK", "dense_BQK", "first_B")}
+        held = {
+            name: getattr(self, name) for name in ("padding_BK", "segments_BK", "dense_BQK", "first_B", "positions_BK")
+        }
         return self._copy(device=device, **{name: None if t is None else t.to(device) for name, t in held.items()})
 
     def as_cross(self) -> "AttentionMask":
         """The same mask for queries and keys of different sequences."""
         return self if self.cross else self.once("cross", lambda: self._copy(cross=True))
+
+    def last(self, number: int) -> "AttentionMask":
+        """The mask of the last ``number`` keys, for the same queries."""
+        dropped = self.kv_length - number
+        if dropped == 0:
+            return self
+
+        def build() -> AttentionMask:
+            first_B = self.first_B if self.first_B is None else self.first_B - dropped
+            if first_B is None and self.padding_BK is not None:
+                first_B = self.padding_BK.long().argmax(dim=1) - dropped
+            cut = {
+                name: None if table is None else table[..., dropped:]
+                for name, table in (
+                    ("padding_BK", self.padding_BK),
+                    ("segments_BK", self.segments_BK),
+                    ("dense_BQK", self.dense_BQK),
+                )
+            }
+            return self._copy(kv_length=number, kv_offset=self.kv_offset + dropped, first_B=first_B, **cut)
+
+        return self.once(("last", number), build)
+
+    def at(self, positions_BK: torch.Tensor, real_BK: torch.Tensor, first_B: torch.Tensor) -> "AttentionMask":
+        """The mask of keys at these absolute positions, for the same queries.
+
+        Args:
+            positions_BK: (B or 1, K), in any order.
+            real_BK: (B or 1, K), False where there is no key, or padding.
+            first_B: (B or 1,), absolute position of each row's first real key.
+        """
+        dense_BQK = self.dense_BQK
+        if dense_BQK is not None:
+            index = (positions_BK - self.kv_offset).clamp(0, dense_BQK.shape[2] - 1).unsqueeze(1)
+            batch = max(len(index), len(dense_BQK))
+            dense_BQK = dense_BQK.expand(batch, -1, -1).gather(2, index.expand(batch, self.q_length, -1))
+        return self._copy(
+            kv_length=positions_BK.shape[1],
+            kv_offset=0,
+            padding_BK=real_BK,
+            positions_BK=positions_BK,
+            first_B=first_B,
+            dense_BQK=dense_BQK,
+        )
+
+    def key_positions(self, k_index: torch.Tensor) -> torch.Tensor:
+        """Absolute positions of keys (B or 1, ...) by their indices in 0..K-1."""
+        if self.positions_BK is None:
+            return k_index + self.kv_offset
+        rows = torch.arange(len(self.positions_BK), device=k_index.device).view(-1, *[1] * (k_index.ndim - 1))
+        return self.positions_BK[rows, k_index]
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """``compute()``, kept under ``key`` for the other layers of this forward pass."""
@@ -123,13 +180,13 @@ class AttentionMask:
             seen = seen & self.dense_BQK[rows(self.dense_BQK), q_index, k_index]
         elif self.plain:
             if self.causal:
-                seen = seen & (k_index + self.kv_offset <= q_index + self.q_offset)
+                seen = seen & (self.key_positions(k_index) <= q_index + self.q_offset)
             if self.segments_BK is not None:
                 own = q_index + (self.kv_length - self.q_length)
                 row, segments = rows(self.segments_BK), self.segments_BK
                 seen = seen & (segments[row, own] == segments[row, k_index])
         else:
-            seen = seen & self._evaluate(batch, q_index + self.q_offset, k_index + self.kv_offset)
+            seen = seen & self._evaluate(batch, q_index + self.q_offset, self.key_positions(k_index))
         if self.padding_BK is not None:
             seen = seen & self.padding_BK[rows(self.padding_BK), k_index]
         return seen
@@ -171,7 +228,7 @@ class AttentionMask:
 
         return self.once("starts", build)
 
-    def _copy(self, **changes: Any) -> "AttentionMask":
+    def _copy(self: M, **changes: Any) -> M:
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__, memo={}, **changes)
         return copied

@@ -14,10 +14,11 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 CORE = {
     "mask": set(),
-    "ops": {"mask", "ops"},
-    "attention": {"mask"},
+    "state": {"mask"},
+    "ops": {"mask", "ops", "state"},
+    "attention": {"mask", "state"},
     "registry": {"attention", "attentions"},  # the folder, which it walks; no module in it is named
-    "attentions": {"attention", "mask", "ops", "registry"},
+    "attentions": {"attention", "mask", "ops", "registry", "state"},
     "rules": {"attention", "mask", "ops", "registry"},
 }
 """What the modules that know torch alone may import of the package, each its own list."""

@@ -9,7 +9,9 @@ from torch import nn
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from attn_plugins.attention import Attention
 from attn_plugins.mask import AttentionMask
+from attn_plugins.state import State
 
 IMPLEMENTATION = "attn_plugins"
 """The name under which both functions are registered, and which config.json carries."""
@@ -30,9 +32,53 @@ HIDDEN = -1e4
 class LazyMask(AttentionMask):
     """An AttentionMask that also keeps what transformers asked for, so that any other mask can be made from it."""
 
+    ndim = 4
+    """As a mask that is prepared: where transformers is given one instead of the padding, it asks."""
+
     def __init__(self, *args: Any, arguments: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.arguments = arguments
+        self.state: State | None = None
+        """What the module that it was sent to has kept, where it attends from a state."""
+        self.fixed_length = isinstance(self.q_offset, torch.Tensor) or (
+            self.causal and self.kv_offset + self.kv_length > self.q_offset + self.q_length
+        )
+        """Whether it is for a cache of fixed length, with room for tokens to come."""
+
+    def with_state(self, state: State) -> "LazyMask":
+        """For the module whose state this is: the mask of its queries and of all tokens so far, whatever is cached.
+
+        Layers of one model share what is computed from it.
+        """
+        seen = state.seen
+
+        def build() -> LazyMask:
+            queries, padding_BK = self.q_length, self.arguments["attention_mask"]
+            if state.fixed_length is not None and queries == 1:
+                padding_BK = self.padding_BK  # as long as the cache: no shape changes from token to token
+            elif padding_BK is not None:
+                padding_BK = nn.functional.pad(padding_BK, (0, max(0, seen + queries - padding_BK.shape[1])))
+                padding_BK = padding_BK[:, : seen + queries]
+                padding_BK = None if bool(padding_BK.all()) else padding_BK
+            sizes = {"kv_length": seen + queries, "kv_offset": 0, "q_offset": seen}
+            return self._copy(**sizes, padding_BK=padding_BK, first_B=None, fixed_length=False)
+
+        if self.kv_offset or self.fixed_length or self.q_offset != seen:
+            if not self.fixed_length and self.q_offset != seen:
+                raise ValueError(
+                    f"the cache has seen {self.q_offset} tokens, and {seen} in the layer of this attention; it is of "
+                    "another model, or broken by an error in an earlier call"
+                )
+            whole = self.once(("whole", seen), build)
+        else:
+            whole = self
+        bound = whole._copy(state=state)
+        bound.memo = whole.memo
+        return bound
+
+    def contiguous(self) -> "LazyMask":
+        """Itself: generate() says it to the masks that it prepares for static caches."""
+        return self
 
     def native(self, implementation: str) -> Any:
         """The mask that ``implementation`` would have been given, made once for all layers."""
@@ -58,6 +104,8 @@ def lazy_mask(
     **others: Any,
 ) -> LazyMask:
     """Registered as a mask function: keeps the request and computes nothing that is N x N."""
+    if isinstance(attention_mask, LazyMask):
+        return attention_mask  # prepared before the forward, as generate() does for static caches
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -71,10 +119,6 @@ def lazy_mask(
         **others,
     }
     causal, plain, segments_BK = read_rule(mask_function)
-    if isinstance(q_offset, torch.Tensor) or (causal and kv_offset + kv_length > q_offset + q_length):
-        raise ValueError(
-            "swapped models don't serve static caches (cache_implementation='static'); use the default cache"
-        )
     padding_BK = first_B = None
     if attention_mask is not None:
         first_B = attention_mask.long().argmax(dim=1) - kv_offset if kv_offset else None
@@ -156,7 +200,10 @@ def attention_forward(
     if kwargs.get("cache") is not None:
         raise ValueError("attn_plugins cannot serve paged caches (continuous batching); use generate() without it")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    mask, bias = as_mask(attention_mask, query, key, causal=causal, cross=getattr(module, ROLE) == "cross")
+    state = attention_mask.state if isinstance(attention_mask, LazyMask) else None
+    mask, bias = attention_mask, None
+    if state is None:
+        mask, bias = as_mask(attention_mask, query, key, causal=causal, cross=getattr(module, ROLE) == "cross")
     if bias is not None:
         position_bias = bias if position_bias is None else position_bias + bias
     return slot(
@@ -169,6 +216,7 @@ def attention_forward(
         position_bias=position_bias,
         softcap=softcap,
         sinks=s_aux,
+        state=state,
         need_weights=bool(kwargs.get("output_attentions")),
     )
 
@@ -183,6 +231,8 @@ def as_mask(
     """
     batch_size, q_length, kv_length, device = query.shape[0], query.shape[2], key.shape[2], query.device
     if isinstance(given, AttentionMask):
+        if getattr(given, "fixed_length", False) and not cross:
+            raise ValueError("this attention cannot be served from a static cache; use the default cache")
         if (given.q_length, given.kv_length) != (q_length, kv_length):
             raise ValueError(
                 f"the mask is for {given.q_length} queries and {given.kv_length} keys, "
@@ -211,6 +261,14 @@ def as_mask(
         bias = given.masked_fill(~allowed, 0.0)
     dense_BQK = allowed[:, 0].expand(-1, q_length, -1)
     return AttentionMask(**sizes, causal=False, plain=False, cross=cross, dense_BQK=dense_BQK), bias
+
+
+def slot_of(module: nn.Module) -> Attention | None:
+    """The attention in a module's slot, also where PEFT has put its own module around it."""
+    slot = getattr(module, SLOT, None)
+    if slot is None or isinstance(slot, Attention):
+        return slot
+    return next((inner for inner in slot.modules() if isinstance(inner, Attention)), None)
 
 
 def native_attention(module: nn.Module, implementation: str) -> Callable:

@@ -1,4 +1,4 @@
-"""All global state of the package: two registrations and four changes to transformers, made once at import.
+"""All global state of the package: two registrations and five changes to transformers, made once at import.
 
 None of them does anything to a model whose config does not carry the flag.
 """
@@ -7,11 +7,12 @@ import functools
 import sys
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from attn_plugins.attention import Attention
+from attn_plugins.hf.caches import RECORDING
 from attn_plugins.hf.dispatch import IMPLEMENTATION, attention_forward, lazy_mask
 from attn_plugins.hf.swap import attach_from_config
 
@@ -35,6 +36,9 @@ def install() -> None:
 
     # Weights that a checkpoint lacks are initialised by the model's own _init_weights, which does not know a slot's.
     _wrap(PreTrainedModel, "_initialize_weights", _initialize_weights)
+
+    # A cache is told to record before its layers are exchanged for states, and ordinary layers do not remember it.
+    _wrap(Cache, "activate_past_recording", _activate_past_recording)
 
     # It would bypass the slots in silence.
     _wrap(PreTrainedModel, "set_attn_implementation", _set_attn_implementation)
@@ -89,3 +93,8 @@ def _set_attn_implementation(original: Any, self: PreTrainedModel, *args: Any, *
             "call attn_plugins.restore_attention(model) first, set the implementation, then swap again"
         )
     original(self, *args, **kwargs)
+
+
+def _activate_past_recording(original: Any, self: Cache) -> None:
+    setattr(self, RECORDING, True)
+    original(self)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.attention import Attention
 from attn_plugins.hf import discovery
-from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT
+from attn_plugins.hf.caches import leave, serve
+from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of
 from attn_plugins.rules import Flag, Rule, assign, parse_rules
 
 
@@ -80,6 +80,7 @@ def restore_attention(model: nn.Module) -> nn.Module:
             for config in _configs_of(inner, path, module):
                 _set_implementation(config, getattr(module, BASE))
     for path, module in discovery.attention_modules(inner):
+        leave(discovery.owner(inner, path), [module])
         for attribute in (SLOT, BASE, ROLE):
             if hasattr(module, attribute):
                 delattr(module, attribute)
@@ -113,14 +114,6 @@ def describe_attention(model: nn.Module) -> AttentionRows:
             )
         )
     return rows
-
-
-def slot_of(module: nn.Module) -> Attention | None:
-    """The attention in a module's slot, also where PEFT has put its own module around it."""
-    slot = getattr(module, SLOT, None)
-    if slot is None or isinstance(slot, Attention):
-        return slot
-    return next((inner for inner in slot.modules() if isinstance(inner, Attention)), None)
 
 
 def attach_from_config(model: PreTrainedModel) -> None:
@@ -177,7 +170,20 @@ def _attach(model: PreTrainedModel, rules: list[Rule]) -> None:
         for config in _configs_of(model, target.path, modules[target.path]):
             if id(config) in ours:
                 _set_implementation(config, IMPLEMENTATION)
+    _serve_caches(model, modules)
     _flag(model, rules, assigned, modules)
+
+
+def _serve_caches(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
+    """Where modules are causal and have a slot, caches hold what their attentions need."""
+    held: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
+    for path, module in modules.items():
+        owner, served = held.setdefault(id(o := discovery.owner(model, path)), (o, []))
+        leave(owner, [module])
+        if hasattr(module, SLOT) and getattr(module, ROLE, None) == "decoder":
+            served.append(module)
+    for owner, served in held.values():
+        serve(owner, served)
 
 
 def _flag(model: PreTrainedModel, rules: list[Rule], assigned: dict[str, Rule], modules: dict[str, nn.Module]) -> None:

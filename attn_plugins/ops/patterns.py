@@ -23,8 +23,24 @@ def first_query(mask: AttentionMask) -> int:
     return mask.q_offset - mask.kv_offset
 
 
+def distance(mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
+    """How far keys lie before queries, negative where after."""
+    return q_index + mask.q_offset - mask.key_positions(k_index)
+
+
+def query_in_row(mask: AttentionMask, q_index: torch.Tensor) -> torch.Tensor:
+    """As :func:`in_row`, of queries."""
+    if mask.positions_BK is None:
+        return in_row(mask, q_index + first_query(mask))
+    assert mask.first_B is not None
+    return q_index + mask.q_offset - mask.first_B.view(-1, *[1] * (q_index.ndim - 1))
+
+
 def in_row(mask: AttentionMask, k_index: torch.Tensor) -> torch.Tensor:
     """Positions of keys (B or 1, ...) counted from the first real key of their row or segment."""
+    if mask.positions_BK is not None:
+        assert mask.first_B is not None
+        return mask.key_positions(k_index) - mask.first_B.view(-1, *[1] * (k_index.ndim - 1))
     if not mask.row_starts:
         return k_index
     starts = mask.starts_BK()
@@ -86,11 +102,11 @@ class Band:
     merged: ClassVar[bool] = False
 
     def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
-        distance = q_index + first_query(mask) - k_index
-        seen = distance < self.window_size * self.dilation
-        seen &= distance >= 0 if mask.causal else distance >= -self.look_forward * self.dilation
+        before = distance(mask, q_index, k_index)
+        seen = before < self.window_size * self.dilation
+        seen &= before >= 0 if mask.causal else before >= -self.look_forward * self.dilation
         if self.dilation > 1:
-            seen &= distance % self.dilation == 0
+            seen &= before % self.dilation == 0
         if self.num_first:
             seen = seen | (in_row(mask, k_index) < self.num_first)
         if self.first_see_all:
@@ -132,7 +148,7 @@ class Band:
             yield from global_tiles(mask, self.sees, self.num_first)
 
     def _of_the_first(self, mask: AttentionMask, q_index: torch.Tensor) -> torch.Tensor:
-        return in_row(mask, q_index + first_query(mask)) < self.num_first
+        return query_in_row(mask, q_index) < self.num_first
 
 
 def global_tiles(mask: AttentionMask, sees: Sees, num_global: int) -> Iterator[Tile]:
@@ -161,7 +177,7 @@ class Blocks:
     merged: ClassVar[bool] = False
 
     def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
-        blocks = self._block(mask, q_index + first_query(mask)) - self._block(mask, k_index)
+        blocks = self._block(query_in_row(mask, q_index)) - self._block(in_row(mask, k_index))
         return (blocks <= self.look_backward) & (blocks >= (0 if mask.causal else -self.look_forward))
 
     def tiles(self, mask: AttentionMask) -> Iterator[Tile]:
@@ -196,5 +212,5 @@ class Blocks:
             yield slice(low, high), slice(max(0, min(begin[low:high])), stop)
             low = high
 
-    def _block(self, mask: AttentionMask, k_index: torch.Tensor) -> torch.Tensor:
-        return (in_row(mask, k_index) + self.shift) // self.block_size
+    def _block(self, position: torch.Tensor) -> torch.Tensor:
+        return (position + self.shift) // self.block_size

@@ -118,9 +118,9 @@ def test_the_implementation_name_alone_is_not_a_flag():
         AutoModelForCausalLM.from_config(LlamaConfig(**tiny.GROUPED), attn_implementation="attn_plugins")
 
 
-def test_static_caches_are_refused():
-    model = ap.swap_attention(tiny.build("llama"), "local", layers=0)
-    with pytest.raises(ValueError, match="don't serve static caches"):
+def test_static_caches_are_refused_by_attentions_that_keep_all_keys():
+    model = ap.swap_attention(tiny.build("llama"), "softmax", layers=0)
+    with pytest.raises(ValueError, match=r"'softmax' cannot be served from this static cache.*use the default cache"):
         model.generate(**tiny.inputs("llama"), max_new_tokens=4, cache_implementation="static")
 
 

@@ -1,0 +1,232 @@
+"""Layers of transformers' caches that hold the state of an attention in place of all keys and values.
+
+A stock cache is made before the model is called, from a config that does not know which module has which attention. So
+layers are put into it when the model is called: at the beginning of the forward of the model that holds the swapped
+modules, each of these exchanges its layer, if that is still empty, for one with its attention's state. Where the cache
+is made inside the model, the modules themselves do it.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
+
+from attn_plugins.hf.dispatch import LazyMask, slot_of
+from attn_plugins.state import State
+
+GENERATING = "_attn_plugin_generating"
+"""Attribute of a model that holds swapped modules: those of them that a cache may serve."""
+
+RECORDING = "_attn_plugin_recording"
+"""Attribute of a cache: whether it was told to record the past."""
+
+
+class StateLayer(CacheLayerMixin):
+    """One layer of a cache, with the state of the attention that it was made for."""
+
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, state: State, owner: str):
+        super().__init__()
+        self.state = state
+        self.owner = owner
+        """Name and options of the attention, which has to be the same in every call."""
+        self.expected = False
+        """Whether the module about to update the layer is one that has this attention."""
+        self.is_compileable = state.fixed_length is not None
+
+    def __repr__(self) -> str:
+        return f"StateLayer({self.owner}, {self.state.seen} tokens, {self.num_bytes} bytes)"
+
+    @property
+    def num_bytes(self) -> int:
+        return self.state.num_bytes
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state.seen > 0
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        """The base class sets it; a state knows by itself."""
+
+    @property
+    def record_past(self) -> bool:
+        return self.state.recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.state.recording = value
+        if not value:
+            self.state.history = []
+
+    def activate_past_recording(self) -> None:
+        self.state.recording = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the state makes its tensors when the first tokens come."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new keys and values as they are; the attention takes them in."""
+        if not self.expected:
+            raise ValueError(
+                f"this layer of the cache holds the state of {self.owner}, which the module that is to use it does not "
+                "have; use a new cache"
+            )
+        self.expected = False
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.state.fixed_length is not None:
+            return self.state.fixed_length, 0
+        return self.state.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.state.seen
+
+    def get_max_length(self) -> int:
+        return -1 if self.state.fixed_length is None else self.state.fixed_length
+
+    def offload(self) -> None:
+        """Move what is held to the CPU; it comes back with the next tokens."""
+        self.state.apply(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Nothing to do: the state comes back when it is used."""
+
+    def reset(self) -> None:
+        self.state.reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.state.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.state.apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.state.apply(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}); allowed: a negative number, of tokens to remove")
+        self.state.crop(-tokens_to_remove)
+
+
+def serve(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Have caches hold the states of these modules of ``model``, which are all of its swapped causal ones."""
+    modules = list(modules)
+    leave(model, modules)
+    if modules:
+        setattr(model, GENERATING, modules)
+        model.register_forward_pre_hook(before_model, with_kwargs=True)
+    for module in modules:
+        module.register_forward_pre_hook(before_attention, with_kwargs=True)
+
+
+def leave(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Undo :func:`serve`."""
+    vars(model).pop(GENERATING, None)
+    for module in (model, *modules):
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook in (before_model, before_attention):
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+
+
+def before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Put states into the cache's empty layers, before masks are made and before any layer has changed."""
+    cache = _find(Cache, args, kwargs)
+    if cache is not None:
+        for module in getattr(model, GENERATING):
+            layer_of(module, cache)
+
+
+def before_attention(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Send the cache's layer along with the mask: an attention function is given no cache."""
+    cache, mask = _find(Cache, args, kwargs), _find(LazyMask, args, kwargs)
+    if cache is None or mask is None:
+        return None
+    layer = layer_of(module, cache)
+    if layer is None:
+        return None
+    bound = mask.with_state(layer.state)
+    layer.expected = True
+    args = tuple(bound if x is mask else x for x in args)
+    return args, {name: bound if x is mask else x for name, x in kwargs.items()}
+
+
+def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
+    """The layer with the state of a module's attention, which takes the place of an empty ordinary layer.
+
+    Returns:
+        None where keys and values are kept in an ordinary way: the attention needs all of them, the model computes with
+        their number (T5's position bias), or the layer was filled before the swap.
+
+    Raises:
+        ValueError: the cache cannot serve the module.
+    """
+    slot, index = slot_of(module), getattr(module, "layer_idx", None)
+    if slot is None or index is None:
+        return None
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if index >= len(cache.layers):
+        raise ValueError(
+            f"the cache has {len(cache.layers)} layers and layer {index} needs one; it was made for another model"
+        )
+    layer, owner = cache.layers[index], f"{slot.name}({slot.extra_repr()})"
+    if isinstance(layer, StateLayer):
+        if layer.owner != owner:
+            raise ValueError(
+                f"layer {index} of the cache holds the state of {layer.owner}, not of {owner}; use a new cache"
+            )
+        return layer
+    if isinstance(layer, StaticLayer):
+        state = None if hasattr(module, "has_relative_attention_bias") else slot.new_state(layer.max_cache_len)
+        if state is None or not state.serves_fixed_length or int(layer.get_seq_length()):
+            raise ValueError(
+                f"attention {slot.name!r} cannot be served from this static cache: what it keeps grows with the text, "
+                "or the cache was filled before the swap; use the default cache"
+            )
+    elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
+        return None
+    else:
+        state = None if hasattr(module, "has_relative_attention_bias") else slot.new_state()
+    if state is None:
+        return None
+    state.recording = getattr(cache, RECORDING, False)
+    cache.layers[index] = StateLayer(state, owner)
+    return cache.layers[index]
+
+
+def _find(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return next((x for x in (*kwargs.values(), *args) if isinstance(x, kind)), None)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Memory of the tensors that a cache holds, of whatever kind its layers are, in bytes."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, StateLayer):
+            total += layer.num_bytes
+        else:
+            held = {id(t): t for t in vars(layer).values() if isinstance(t, torch.Tensor) and t.ndim > 0}
+            total += sum(t.numel() * t.element_size() for t in held.values())
+    return total

@@ -1,0 +1,281 @@
+"""Softmax attention from a bounded cache: the first keys of each row and the last ones, whatever the pattern in them.
+
+The last keys lie in a ring, each in the place of the one that no query to come can see. Rows of a batch may start at
+different positions (left padding), so the first keys are a row's own.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from attn_plugins.mask import AttentionMask
+from attn_plugins.ops.dense import masked_softmax, wide
+from attn_plugins.ops.patterns import ROWS
+from attn_plugins.ops.tiled import Pattern, Tile, make_tile, tiled_attention
+from attn_plugins.state import State
+
+GROWTH = 64
+"""Fewest keys that a ring has room for before it is complete."""
+
+
+class KeyWindow(State):
+    """Keys and values of the first ``num_first`` real tokens of each row, and of the last ``num_before`` + 1 tokens.
+
+    ``tensors``: k (B, G, num_first + ring, D), v likewise, real (B, num_first + ring), False where there is no key or
+    padding, and start (B,), each row's first real position. The ring has room for ``num_before`` + 1 keys, less while
+    fewer have come; the key of position p is in its place p modulo its size.
+    """
+
+    serves_fixed_length = True
+
+    def __init__(self, num_first: int, num_before: int, fixed_length: int | None = None):
+        super().__init__(fixed_length)
+        self.num_first, self.size = num_first, num_before + 1
+        if fixed_length is not None:
+            self.size = min(self.size, fixed_length)
+        self.started = False
+        """Whether every row has had a real token."""
+        self.complete = False
+        """Whether the first keys of all rows are in."""
+        self.padded = False
+        """Whether there ever was padding."""
+
+    def reset(self) -> None:
+        super().reset()
+        self.started = self.complete = self.padded = False
+
+    def ring(self, tokens: int) -> int:
+        """Places of the ring once ``tokens`` have come."""
+        held = self.tensors["k"].shape[2] - self.num_first if self.tensors else 0
+        if self.fixed_length is not None or tokens >= self.size:
+            return self.size
+        return held if tokens <= held else min(self.size, max(GROWTH, 2 * held, tokens))
+
+    def take(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+        """Take in the next tokens, the last of ``mask``'s."""
+        new = k_BGKD.shape[2]
+        self.meet(k_BGKD, v_BGKV, mask)
+        size = self.tensors["k"].shape[2] - self.num_first
+        position = torch.arange(new, device=k_BGKD.device) + self.length
+        real_BK = self._real(mask, position)
+        last = slice(max(0, new - size), None)
+        index = position[last] % size + self.num_first
+        self._put("k", 2, index, k_BGKD[:, :, last])
+        self._put("v", 2, index, v_BGKV[:, :, last])
+        self._put("real", 1, index, real_BK[:, last])
+        self.length += new
+
+    def meet(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+        """Take out of the next tokens what are first ones, and make room for the others. Does no harm twice."""
+        new = k_BGKD.shape[2]
+        self.padded = self.padded or mask.padding_BK is not None
+        self._make_room(k_BGKD, v_BGKV, self.ring(self.length + new))
+        if not self.started:
+            self._find_starts(mask, self.length + new)
+        if self.num_first and not self.complete:
+            self._take_first(k_BGKD, v_BGKV, mask)
+
+    def held(self, mask: AttentionMask) -> AttentionMask:
+        """The mask of the keys in ``tensors``, in their order."""
+        size = self.tensors["k"].shape[2] - self.num_first
+        place = torch.arange(size, device=mask.device)
+        last = self.length - 1
+        position = last - (last - place) % size
+        return self._mask(mask, position, self.tensors["real"][:, self.num_first :], max(0, self.length - size))
+
+    def followed_by(
+        self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask
+    ) -> tuple[torch.Tensor, torch.Tensor, AttentionMask]:
+        """The first keys, the ring's in order, the new ones; their values; their mask.
+
+        First keys may be among the others too.
+        """
+        self.meet(k_BGKD, v_BGKV, mask)
+        size = self.tensors["k"].shape[2] - self.num_first
+        oldest = max(0, self.length - size)
+        position = torch.arange(oldest, self.length + k_BGKD.shape[2], device=k_BGKD.device)
+        places = position[: self.length - oldest] % size + self.num_first
+        index = torch.cat([torch.arange(self.num_first, device=places.device), places])
+        k, v, real = (self.tensors[name].index_select(axis, index) for name, axis in (("k", 2), ("v", 2), ("real", 1)))
+        new_real = self._real(mask, position[self.length - oldest :])
+        both = self._mask(
+            mask, position, torch.cat([real[:, self.num_first :], new_real], dim=1), len(position) + oldest
+        )
+        return torch.cat([k, k_BGKD], dim=2), torch.cat([v, v_BGKV], dim=2), both
+
+    def _mask(self, mask: AttentionMask, position: torch.Tensor, real_BK: torch.Tensor, oldest: int) -> AttentionMask:
+        """Of the first keys, as far as they are older than ``oldest``, and of those at ``position``."""
+        start_B, rows = self.tensors["start"], slice(None) if self.padded else slice(1)
+        first = start_B[rows].unsqueeze(1) + torch.arange(self.num_first, device=start_B.device)
+        real_first = self.tensors["real"][rows, : self.num_first] & (first < oldest)
+        position_BK = torch.cat([first, position.expand(len(first), -1)], dim=1)
+        real = torch.cat([real_first, real_BK[rows] & (position >= 0)], dim=1)
+        return mask.at(position_BK, real, start_B[rows])
+
+    def _real(self, mask: AttentionMask, position: torch.Tensor) -> torch.Tensor:
+        """Which tokens at these positions are no padding, (B, as many)."""
+        if mask.padding_BK is None:
+            return position.new_ones(1, 1, dtype=torch.bool).expand(mask.batch_size, len(position))
+        return mask.padding_BK.index_select(1, position).expand(mask.batch_size, -1)
+
+    def _make_room(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, size: int) -> None:
+        batch, places = k_BGKD.shape[0], self.num_first + size
+        if not self.tensors:
+            self.tensors = {
+                "k": k_BGKD.new_zeros(*k_BGKD.shape[:2], places, k_BGKD.shape[3]),
+                "v": v_BGKV.new_zeros(*v_BGKV.shape[:2], places, v_BGKV.shape[3]),
+                "real": k_BGKD.new_zeros(batch, places, dtype=torch.bool),
+                "start": torch.full((batch,), -1, device=k_BGKD.device),
+            }
+        elif (more := places - self.tensors["k"].shape[2]) > 0:
+            # So far nothing has come round in the ring: positions keep their places.
+            for name, axis in (("k", 2), ("v", 2), ("real", 1)):
+                held = self.tensors[name]
+                shape = (*held.shape[:axis], more, *held.shape[axis + 1 :])
+                self.tensors[name] = torch.cat([held, held.new_zeros(shape)], dim=axis)
+
+    def _find_starts(self, mask: AttentionMask, seen: int) -> None:
+        held = self.tensors["start"]
+        if mask.padding_BK is None:
+            found = torch.zeros_like(held)
+        else:
+            padding_BK = mask.padding_BK[:, :seen].expand(len(held), -1)
+            found = torch.where(padding_BK.any(dim=1), padding_BK.long().argmax(dim=1), -1)
+        self.tensors["start"] = torch.where(held < 0, found, held)
+        self.started = mask.padding_BK is None or bool((self.tensors["start"] >= 0).all())
+
+    def _take_first(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+        start_B, new = self.tensors["start"], k_BGKD.shape[2]
+        real_BK = self._real(mask, torch.arange(new, device=k_BGKD.device) + self.length)
+        index = start_B.unsqueeze(1) + torch.arange(self.num_first, device=start_B.device) - self.length
+        here = (index >= 0) & (index < new) & (start_B >= 0).unsqueeze(1)
+        index = index.clamp(0, new - 1)
+        for name, x in (("k", k_BGKD), ("v", v_BGKV)):
+            at = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+            first = torch.where(here[:, None, :, None], x.gather(2, at), self.tensors[name][:, :, : self.num_first])
+            self._put(name, 2, torch.arange(self.num_first, device=x.device), first)
+        real = torch.where(here, real_BK.gather(1, index), self.tensors["real"][:, : self.num_first])
+        self._put("real", 1, torch.arange(self.num_first, device=real.device), real)
+        self.complete = self.started and bool((start_B + self.num_first <= self.length + new).all())
+
+    def _put(self, name: str, axis: int, index: torch.Tensor, x: torch.Tensor) -> None:
+        held = self.tensors[name]
+        if x.requires_grad or held.requires_grad:  # what earlier calls have computed from it stays as it was
+            self.tensors[name] = held.index_copy(axis, index, x)
+        else:
+            held.index_copy_(axis, index, x)
+
+    def _like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (self.tensors["k"], self.tensors["v"]) if self.tensors else super()._like()
+
+    def _rewind(self, target: int) -> bool:
+        ring = self.tensors["k"].shape[2] - self.num_first
+        if self.length > ring:
+            return False  # what came round has taken the places of keys that are seen again
+        self.length, self.complete = target, False
+        if not target or bool((self.tensors["start"] >= target).any()):
+            self.reset() if not target else self._forget_starts(target)
+        return True
+
+    def _forget_starts(self, target: int) -> None:
+        start_B = self.tensors["start"]
+        self.tensors["start"] = start_B.masked_fill(start_B >= target, -1)
+        self.started = False
+
+
+@dataclass(frozen=True)
+class Following:
+    """A pattern over keys of which the first ``num_first`` stand apart and the others follow one another.
+
+    A first key stands for itself where it lies before those that a tile takes of the others.
+    """
+
+    pattern: Pattern
+    num_first: int
+    num_before: int
+    merged: ClassVar[bool] = False
+
+    def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
+        return self.pattern.sees(mask, q_index, k_index)
+
+    def tiles(self, mask: AttentionMask) -> Iterator[Tile]:
+        own = mask.kv_length - mask.q_length
+        first = torch.arange(self.num_first, device=mask.device).unsqueeze(0) if self.num_first else None
+        for low in range(0, mask.q_length, ROWS):
+            queries = slice(low, min(low + ROWS, mask.q_length))
+            keys = slice(max(self.num_first, own + low - self.num_before), own + queries.stop)
+            since = mask.key_positions(torch.tensor([[keys.start]], device=mask.device)).view(-1, 1, 1)
+
+            def sees(mask, q_index, k_index, since=since):
+                apart = (k_index >= self.num_first) | (mask.key_positions(k_index) < since)
+                return self.pattern.sees(mask, q_index, k_index) & apart
+
+            yield make_tile(mask, sees, queries, (keys,), first)
+
+
+def window_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    pattern: Pattern,
+    state: KeyWindow,
+    **options: Any,
+) -> torch.Tensor:
+    """Softmax attention of the last Q of K new tokens to what the pattern shows of them and of what came before.
+
+    Args:
+        mask: of the queries and all tokens so far, the new ones the last of them.
+        pattern: shows nothing beyond what ``state`` keeps.
+        state: takes the new tokens in.
+        options: scale, dropout, softcap and sinks, as in :meth:`attn_plugins.attention.Attention.forward`.
+
+    Returns:
+        out_BHQV in the dtype of v.
+    """
+    new, before = k_BGKD.shape[2], state.length
+    key = (pattern, state.num_first, state.size)
+    if new == 1:
+        state.take(k_BGKD, v_BGKV, mask)
+        visible = mask.once(("held", *key), lambda: _held(mask, pattern, state))
+        return _few(q_BHQD, state.tensors["k"], state.tensors["v"], visible, **options)
+    if before:
+        k, v, both = state.followed_by(k_BGKD, v_BGKV, mask)
+        both = mask.once(("following", *key), lambda: both)
+        following = Following(pattern, state.num_first, state.size - 1)
+        out_BHQV = tiled_attention(q_BHQD, k, v, both, following, **options)
+    else:
+        out_BHQV = tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, pattern, **options)
+    state.take(k_BGKD, v_BGKV, mask)
+    return out_BHQV
+
+
+def _held(mask: AttentionMask, pattern: Pattern, state: KeyWindow) -> torch.Tensor:
+    held = state.held(mask)
+    q_index = torch.zeros(1, 1, 1, dtype=torch.long, device=mask.device)
+    k_index = torch.arange(held.kv_length, device=mask.device).view(1, 1, -1)
+    return (held.visible(q_index, k_index) & pattern.sees(held, q_index, k_index)).unsqueeze(1)
+
+
+def _few(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Dense attention, keys as they are: query heads that share a key/value head are rows of one product."""
+    dtype, (batch, heads, queries, _), groups = wide(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape, k_BGKD.shape[1]
+    rows = q_BHQD.to(dtype).reshape(batch, groups, -1, q_BHQD.shape[3]) * scale
+    s_BHQK = (rows @ k_BGKD.to(dtype).mT).view(batch, heads, queries, -1)
+    if softcap is not None:
+        s_BHQK = softcap * torch.tanh(s_BHQK / softcap)
+    weights = torch.dropout(masked_softmax(s_BHQK, visible, sinks), dropout, train=dropout > 0)
+    out = weights.view(batch, groups, -1, k_BGKD.shape[2]) @ v_BGKV.to(dtype)
+    return out.view(batch, heads, queries, -1).to(v_BGKV.dtype)

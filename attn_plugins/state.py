@@ -1,0 +1,146 @@
+"""State: what an attention keeps of the tokens that it has seen, where that is less than all of their keys and values.
+
+A state is tensors and a count, and knows no weights: it can be copied, saved, reordered and cut like any cache.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from attn_plugins.mask import AttentionMask
+
+
+class Moment(NamedTuple):
+    """A state as it was before a call, and what the call brought."""
+
+    length: int
+    tensors: dict[str, torch.Tensor]
+    k_BGKD: torch.Tensor
+    v_BGKV: torch.Tensor
+
+
+class State:
+    """Base of the states. A subclass adds what its attention reads and writes in ``tensors``.
+
+    ``length`` counts the tokens that ``tensors`` stand for. Tokens that came back from a rollback wait as keys and
+    values, and are taken in with the next ones.
+
+    Args:
+        fixed_length: the most tokens that will ever come, where buffers have to keep their shapes and addresses from
+            the first call on (a static cache); None where not.
+    """
+
+    serves_fixed_length = False
+    """Whether ``fixed_length`` is honoured: shapes don't depend on the number of tokens seen."""
+
+    def __init__(self, fixed_length: int | None = None):
+        self.fixed_length = fixed_length
+        self.length = 0
+        self.tensors: dict[str, torch.Tensor] = {}
+        """By name, all with the batch as their first dimension."""
+        self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Keys and values not yet taken in."""
+        self.recording = False
+        """Whether to keep what :meth:`crop` needs, until it is called: a copy of the tensors for every call."""
+        self.history: list[Moment] = []
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen, taken in or waiting."""
+        return self.length + (0 if self.waiting is None else self.waiting[0].shape[2])
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of everything that is held."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._held())
+
+    def begin(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called before each call's attention.
+
+        Returns:
+            the keys and values to take in: what waits, and the new ones.
+        """
+        if self.waiting is not None:
+            k_BGKD, v_BGKV = (torch.cat(both, dim=2) for both in zip(self.waiting, (k_BGKD, v_BGKV), strict=True))
+        if self.recording:
+            copies = {name: tensor.clone() for name, tensor in self.tensors.items()}
+            self.history.append(Moment(self.length, copies, k_BGKD, v_BGKV))
+        self.waiting = None
+        return k_BGKD, v_BGKV
+
+    def crop(self, number: int) -> None:
+        """Forget the last ``number`` tokens; with it, what was recorded so far.
+
+        Raises:
+            ValueError: what came before them is no longer known. Nothing has changed then.
+        """
+        target = self.seen - number
+        if not 0 <= number <= self.seen:
+            raise ValueError(f"cannot remove {number} tokens of {self.seen}; allowed: 0 to {self.seen}")
+        if number and self.waiting is not None and target >= self.length:
+            kept = target - self.length
+            self.waiting = (self.waiting[0][:, :, :kept], self.waiting[1][:, :, :kept]) if kept else None
+        elif number and not self._rewind(target):
+            moments = [moment for moment in self.history if moment.length <= target]
+            if not moments:
+                raise ValueError(
+                    f"the cache cannot go back {number} tokens: its state holds no single tokens to remove; call "
+                    "cache.activate_past_recording() before the tokens that may have to be removed"
+                )
+            moment = moments[-1]
+            self.length, self.tensors = moment.length, moment.tensors
+            kept = target - moment.length
+            self.waiting = (moment.k_BGKD[:, :, :kept], moment.v_BGKV[:, :, :kept]) if kept else None
+        self.history = []
+
+    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every tensor held by ``change`` of it: another order of rows, another device."""
+        self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
+        if self.waiting is not None:
+            self.waiting = (change(self.waiting[0]), change(self.waiting[1]))
+        self.history = [
+            Moment(m.length, {name: change(t) for name, t in m.tensors.items()}, change(m.k_BGKD), change(m.v_BGKV))
+            for m in self.history
+        ]
+
+    def reset(self) -> None:
+        """Empty it, as it was before the first token."""
+        self.length, self.waiting, self.history = 0, None, []
+        if self.fixed_length is None:
+            self.tensors = {}
+        for tensor in self.tensors.values():
+            tensor.zero_()
+
+    def check(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+        """Raise a ValueError unless these tokens can follow those that were seen, before anything has changed."""
+        known = self._like()
+        if known is not None:
+            got = [(*x.shape[:2], x.shape[3]) for x in (k_BGKD, v_BGKV)]
+            want = [(*x.shape[:2], x.shape[3]) for x in known]
+            if got != want:
+                raise ValueError(
+                    f"the cache holds keys and values of (rows, heads, size) = {want[0]} and {want[1]}, "
+                    f"got {got[0]} and {got[1]}; it belongs to another model or batch"
+                )
+        if self.fixed_length is not None and self.seen + q_BHQD.shape[2] > self.fixed_length:
+            raise ValueError(
+                f"the static cache has room for {self.fixed_length} tokens, {self.seen} are in it "
+                f"and {q_BHQD.shape[2]} more came; make it with a larger max_cache_len"
+            )
+        if not mask.causal:
+            raise ValueError(f"a cache needs a causal mask, got {mask}")
+        if mask.segments_BK is not None:
+            raise ValueError("packed sequences cannot be continued from a cache; give each its own row")
+
+    def _like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A key and a value tensor of the shapes that have to come, None if any may; the length does not matter."""
+        return self.waiting
+
+    def _rewind(self, target: int) -> bool:
+        """Go back to ``target`` tokens without what was recorded, if that is possible."""
+        return False
+
+    def _held(self) -> list[torch.Tensor]:
+        moments = [t for m in self.history for t in (*m.tensors.values(), m.k_BGKD, m.v_BGKV)]
+        return [*self.tensors.values(), *(self.waiting or ()), *moments]
