@@ -3,6 +3,7 @@ from typing import ClassVar
 
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.dense import dense_attention
+from attn_plugins.ops.key_window import KeyWindow, window_attention
 from attn_plugins.ops.patterns import Blocks
 from attn_plugins.ops.tiled import dense_pattern, tiled_attention
 from attn_plugins.registry import register_attention
@@ -56,6 +57,12 @@ class BlockLocalAttention(Attention):
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
+
+    def new_state(self, fixed_length=None):
+        return KeyWindow(0, (1 + self.config.look_backward) * self.config.block_size - 1, fixed_length)
+
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, **options):
+        return window_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), state, **options)
 
     def _pattern(self) -> Blocks:
         return Blocks(self.config.block_size, self.config.look_backward, self.config.look_forward)

@@ -3,6 +3,7 @@ from typing import ClassVar
 
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.dense import dense_attention
+from attn_plugins.ops.key_window import KeyWindow, window_attention
 from attn_plugins.ops.patterns import Band
 from attn_plugins.ops.tiled import dense_pattern, tiled_attention
 from attn_plugins.registry import register_attention
@@ -52,6 +53,12 @@ class LongformerAttention(Attention):
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
+
+    def new_state(self, fixed_length=None):
+        return KeyWindow(self.config.num_global_tokens, self.config.window_size - 1, fixed_length)
+
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, **options):
+        return window_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), state, **options)
 
     def _pattern(self) -> Band:
         number = self.config.num_global_tokens

@@ -44,6 +44,8 @@ class KeyWindow(State):
 
     def reset(self) -> None:
         super().reset()
+        if self.tensors:
+            self.tensors["start"].fill_(-1)
         self.started = self.complete = self.padded = False
 
     def ring(self, tokens: int) -> int:
@@ -143,7 +145,7 @@ class KeyWindow(State):
         else:
             padding_BK = mask.padding_BK[:, :seen].expand(len(held), -1)
             found = torch.where(padding_BK.any(dim=1), padding_BK.long().argmax(dim=1), -1)
-        self.tensors["start"] = torch.where(held < 0, found, held)
+        held.copy_(torch.where(held < 0, found, held))
         self.started = mask.padding_BK is None or bool((self.tensors["start"] >= 0).all())
 
     def _take_first(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
@@ -175,14 +177,10 @@ class KeyWindow(State):
         if self.length > ring:
             return False  # what came round has taken the places of keys that are seen again
         self.length, self.complete = target, False
-        if not target or bool((self.tensors["start"] >= target).any()):
-            self.reset() if not target else self._forget_starts(target)
-        return True
-
-    def _forget_starts(self, target: int) -> None:
         start_B = self.tensors["start"]
-        self.tensors["start"] = start_B.masked_fill(start_B >= target, -1)
-        self.started = False
+        start_B.masked_fill_(start_B >= target, -1)
+        self.started = bool((start_B >= 0).all())
+        return True
 
 
 @dataclass(frozen=True)
