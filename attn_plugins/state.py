@@ -3,6 +3,7 @@
 A state is tensors and a count, and knows no weights: it can be copied, saved, reordered and cut like any cache.
 """
 
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,8 +15,7 @@ from attn_plugins.mask import AttentionMask
 class Moment(NamedTuple):
     """A state as it was before a call, and what the call brought."""
 
-    length: int
-    tensors: dict[str, torch.Tensor]
+    before: "State"
     k_BGKD: torch.Tensor
     v_BGKV: torch.Tensor
 
@@ -64,8 +64,10 @@ class State:
         if self.waiting is not None:
             k_BGKD, v_BGKV = (torch.cat(both, dim=2) for both in zip(self.waiting, (k_BGKD, v_BGKV), strict=True))
         if self.recording:
-            copies = {name: tensor.clone() for name, tensor in self.tensors.items()}
-            self.history.append(Moment(self.length, copies, k_BGKD, v_BGKV))
+            before = copy.copy(self)
+            before.tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+            before.waiting, before.history = None, []
+            self.history.append(Moment(before, k_BGKD, v_BGKV))
         self.waiting = None
         return k_BGKD, v_BGKV
 
@@ -82,15 +84,15 @@ class State:
             kept = target - self.length
             self.waiting = (self.waiting[0][:, :, :kept], self.waiting[1][:, :, :kept]) if kept else None
         elif number and not self._rewind(target):
-            moments = [moment for moment in self.history if moment.length <= target]
+            moments = [moment for moment in self.history if moment.before.length <= target]
             if not moments:
                 raise ValueError(
                     f"the cache cannot go back {number} tokens: its state holds no single tokens to remove; call "
                     "cache.activate_past_recording() before the tokens that may have to be removed"
                 )
             moment = moments[-1]
-            self.length, self.tensors = moment.length, moment.tensors
-            kept = target - moment.length
+            kept = target - moment.before.length
+            vars(self).update(vars(moment.before))
             self.waiting = (moment.k_BGKD[:, :, :kept], moment.v_BGKV[:, :, :kept]) if kept else None
         self.history = []
 
@@ -99,10 +101,9 @@ class State:
         self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
         if self.waiting is not None:
             self.waiting = (change(self.waiting[0]), change(self.waiting[1]))
-        self.history = [
-            Moment(m.length, {name: change(t) for name, t in m.tensors.items()}, change(m.k_BGKD), change(m.v_BGKV))
-            for m in self.history
-        ]
+        for moment in self.history:
+            moment.before.apply(change)
+        self.history = [Moment(m.before, change(m.k_BGKD), change(m.v_BGKV)) for m in self.history]
 
     def reset(self) -> None:
         """Empty it, as it was before the first token."""
@@ -142,5 +143,5 @@ class State:
         return False
 
     def _held(self) -> list[torch.Tensor]:
-        moments = [t for m in self.history for t in (*m.tensors.values(), m.k_BGKD, m.v_BGKV)]
+        moments = [t for m in self.history for t in (*m.before.tensors.values(), m.k_BGKD, m.v_BGKV)]
         return [*self.tensors.values(), *(self.waiting or ()), *moments]

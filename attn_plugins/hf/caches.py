@@ -6,6 +6,7 @@ modules, each of these exchanges its layer, if that is still empty, for one with
 is made inside the model, the modules themselves do it.
 """
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -36,9 +37,9 @@ class StateLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, state: State, owner: str):
+    def __init__(self, state: State, owner: str, max_length: int = -1):
         super().__init__()
-        self.state = state
+        self.state, self.max_length = state, max_length
         self.owner = owner
         """Name and options of the attention, which has to be the same in every call."""
         self.expected = False
@@ -89,15 +90,13 @@ class StateLayer(CacheLayerMixin):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.state.fixed_length is not None:
-            return self.state.fixed_length, 0
-        return self.state.seen + query_length, 0
+        return (self.state.seen + query_length if self.max_length < 0 else self.max_length), 0
 
     def get_seq_length(self) -> int:
         return self.state.seen
 
     def get_max_length(self) -> int:
-        return -1 if self.state.fixed_length is None else self.state.fixed_length
+        return self.max_length
 
     def offload(self) -> None:
         """Move what is held to the CPU; it comes back with the next tokens."""
@@ -196,8 +195,12 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
                 f"layer {index} of the cache holds the state of {layer.owner}, not of {owner}; use a new cache"
             )
         return layer
+    max_length = -1
     if isinstance(layer, StaticLayer):
-        state = None if hasattr(module, "has_relative_attention_bias") else slot.new_state(layer.max_cache_len)
+        # A model's own sliding layer has room for its window and no limit.
+        max_length = -1 if layer.is_sliding else layer.max_cache_len
+        room = sys.maxsize if layer.is_sliding else layer.max_cache_len
+        state = None if hasattr(module, "has_relative_attention_bias") else slot.new_state(room)
         if state is None or not state.serves_fixed_length or int(layer.get_seq_length()):
             raise ValueError(
                 f"attention {slot.name!r} cannot be served from this static cache: what it keeps grows with the text, "
@@ -210,7 +213,7 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
     if state is None:
         return None
     state.recording = getattr(cache, RECORDING, False)
-    cache.layers[index] = StateLayer(state, owner)
+    cache.layers[index] = StateLayer(state, owner, max_length)
     return cache.layers[index]
 
 

@@ -110,24 +110,26 @@ def test_a_reset_state_is_a_new_one(case):
 
 
 @every_state
+@pytest.mark.parametrize("lengths", [LENGTHS, (LENGTH,)], ids=["padded", "alone"])
 @torch.no_grad()
-def test_tokens_can_be_taken_back_where_the_past_is_recorded(case):
+def test_tokens_can_be_taken_back_where_the_past_is_recorded(case, lengths):
     module = case.module()
-    given, padding = text()
+    given, padding = text(lengths)
     want = whole(case, module, given, padding)
     state = module.new_state()
     state.recording = True
-    wrong = Inputs(given.q.flip(2), given.k.flip(2), given.v.flip(2))
+    wrong = [x.flip(2) for x in given.tensors()]
     start = 0
     # As assisted decoding: some of the tokens are right, the others are taken back, several calls of them at times.
     for sizes, right in (((20,), 17), ((1, 1, 1), 1), ((6,), 0), ((5,), 5), ((4,), 2)):
-        drafted = Inputs(*(torch.cat([x[:, :, : start + right], y[:, :, start + right :]], dim=2) for x, y in (
-            (given.q, wrong.q), (given.k, wrong.k), (given.v, wrong.v)
-        )))  # fmt: skip
+        end = start + right
+        drafted = Inputs(
+            *(torch.cat([x[:, :, :end], y[:, :, end:]], dim=2) for x, y in zip(given.tensors(), wrong, strict=True))
+        )
         got = run(module, state, drafted, padding, sizes, start)
-        assert_equal(got[:, :right], want[:, start : start + right], padding[:, : start + right], start)
+        assert_equal(got[:, :right], want[:, start:end], padding if padding is None else padding[:, :end], start)
         state.crop(sum(sizes) - right)
-        start += right
+        start = end
         assert state.seen == start
     state.recording = False
     assert_equal(run(module, state, given, padding, [1, LENGTH - start - 1], start), want[:, start:], padding, start)

@@ -1,0 +1,324 @@
+"""What users do with a cache works on one that holds states: kept over turns, drafted for, reordered, saved, static."""
+
+import copy
+import io
+import threading
+
+import pytest
+import tiny
+import torch
+from test_generation import CAUSAL, GREEDY, serves, swapped
+from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache, TextGenerationPipeline
+from transformers.generation.streamers import BaseStreamer
+
+import attn_plugins as ap
+from attn_plugins.hf.caches import StateLayer, cache_bytes
+
+BOUNDED = [name for name in CAUSAL if (cls := ap.get_attention(name)) and cls.new_state is not ap.Attention.new_state]
+STATIC = ["local", "longformer", "block_local"]
+LOCAL = {"type": "local", "window_size": 4, "num_sink_tokens": 2}
+
+every_causal = pytest.mark.parametrize("name", CAUSAL)
+every_bounded = pytest.mark.parametrize("name", BOUNDED)
+
+
+def prompt(batch=1, length=13):
+    return tiny.inputs("llama", batch=batch, length=length, padded=batch > 1)
+
+
+def uncached(model, given, **how):
+    return model.generate(**given, **{**GREEDY, **how}, use_cache=False)
+
+
+@every_causal
+@torch.no_grad()
+def test_a_cache_kept_over_turns(name):
+    model, given = swapped(name, "llama"), prompt(batch=2)
+    cache = DynamicCache(config=model.config)
+    for turn in range(3):
+        said = model.generate(**given, **GREEDY, past_key_values=cache)
+        assert torch.equal(said, uncached(model, given))
+        assert cache.get_seq_length() == said.shape[1] - 1
+        asked = tiny.inputs("llama", length=5, padded=False, seed=turn + 7)["input_ids"]
+        mask = torch.cat([given["attention_mask"], torch.ones(2, 11, dtype=torch.long)], dim=1)
+        given = {"input_ids": torch.cat([said, asked], dim=1), "attention_mask": mask}
+
+
+@every_causal
+@torch.no_grad()
+def test_chunked_prefill(name):
+    model, given = swapped(name, "llama"), prompt(batch=2)
+    assert torch.equal(model.generate(**given, **GREEDY, prefill_chunk_size=4), uncached(model, given))
+
+
+@every_causal
+@torch.no_grad()
+def test_assisted_decoding(name):
+    model, given = swapped(name, "llama"), prompt()
+    want = uncached(model, given, max_new_tokens=20, min_new_tokens=20)
+    how = {**GREEDY, "max_new_tokens": 20, "min_new_tokens": 20}
+    # An assistant that is nearly the same model: some drafts are right and some are not.
+    assistant = swapped(name, "llama")
+    assistant.load_state_dict(model.state_dict())
+    assistant.lm_head.weight.add_(
+        0.08 * torch.randn(assistant.lm_head.weight.shape, generator=torch.Generator().manual_seed(1))
+    )
+    assistant.generation_config.num_assistant_tokens = 4
+    assert torch.equal(model.generate(**given, **how, assistant_model=assistant), want)
+    assert torch.equal(model.generate(**given, **how, prompt_lookup_num_tokens=3), want)
+    repeated = {key: value.repeat(1, 3) for key, value in given.items()}
+    want = uncached(model, repeated, max_new_tokens=20, min_new_tokens=20)
+    assert torch.equal(model.generate(**repeated, **how, prompt_lookup_num_tokens=3), want)
+
+
+@every_bounded
+@torch.no_grad()
+def test_a_crop_that_was_not_recorded_is_exact_or_refused(name):
+    model, given = swapped(name, "llama"), prompt(length=30)
+    cache = DynamicCache(config=model.config)
+    model(**given, past_key_values=cache)
+    try:
+        cache.crop(-4)
+    except ValueError as error:
+        assert "activate_past_recording" in str(error)  # noqa: PT017
+        kept = 30
+    else:
+        kept = 26
+    assert cache.get_seq_length() == kept
+    token = torch.tensor([[5]])
+    ids = torch.cat([given["input_ids"][:, :kept], token], dim=1)
+    want = model(ids, use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(model(token, past_key_values=cache).logits, want, atol=1e-5, rtol=1e-4)
+
+
+@every_bounded
+@torch.no_grad()
+def test_rows_of_a_cache_can_be_chosen_and_repeated(name):
+    model, given = swapped(name, "llama"), prompt(batch=2)
+    positions = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    caches = [DynamicCache(config=model.config) for _ in range(3)]
+    for cache in caches:
+        model(**given, position_ids=positions, past_key_values=cache)
+    caches[0].batch_repeat_interleave(2)
+    caches[1].batch_select_indices(torch.tensor([1]))
+    caches[2].reorder_cache(torch.tensor([1, 0]))
+    for cache, rows in zip(caches, ([0, 0, 1, 1], [1], [1, 0]), strict=True):
+        ids = torch.cat([given["input_ids"], torch.full((2, 1), 9)], dim=1)[rows]
+        mask = torch.cat([given["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)[rows]
+        at = (mask.cumsum(-1) - 1).clamp(min=0)
+        want = model(ids, attention_mask=mask, position_ids=at, use_cache=False).logits[:, -1:]
+        got = model(ids[:, -1:], attention_mask=mask, position_ids=at[:, -1:], past_key_values=cache).logits
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@every_bounded
+@torch.no_grad()
+def test_copies_saved_offloaded_and_reset_caches(name):
+    model, given = swapped(name, "llama"), prompt(length=20)
+    cache = DynamicCache(config=model.config)
+    model(**given, past_key_values=cache)
+    file = io.BytesIO()
+    torch.save(cache, file)
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    copied = copy.deepcopy(cache)
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+    token = torch.tensor([[5]])
+    want = model(torch.cat([given["input_ids"], token], dim=1), use_cache=False).logits[:, -1:]
+    for each in (cache, copied, saved):
+        torch.testing.assert_close(model(token, past_key_values=each).logits, want, atol=1e-5, rtol=1e-4)
+        assert each.get_seq_length() == 21
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    again = model(**given, past_key_values=cache).logits
+    torch.testing.assert_close(again, model(**given, use_cache=False).logits, atol=1e-5, rtol=1e-4)
+
+
+class Words(BaseStreamer):
+    def __init__(self):
+        self.seen, self.ended = [], False
+
+    def put(self, value):
+        self.seen += value.flatten().tolist()
+
+    def end(self):
+        self.ended = True
+
+
+@torch.no_grad()
+def test_streamers_get_every_token():
+    model, given, streamer = ap.swap_attention(tiny.build("llama"), LOCAL), prompt(), Words()
+    said = model.generate(**given, **GREEDY, streamer=streamer)
+    assert streamer.seen == said[0].tolist()
+    assert streamer.ended
+
+
+def test_pipelines(tokenizer_of_words):
+    model = ap.swap_attention(tiny.build("llama"), LOCAL)
+    made = [
+        TextGenerationPipeline(model, tokenizer_of_words, batch_size=2)(
+            ["the red cat is good .", "a dog"],
+            generation_config=GenerationConfig(**GREEDY, pad_token_id=3, use_cache=use),
+        )
+        for use in (True, False)
+    ]
+    assert made[0] == made[1]
+
+
+@pytest.fixture
+def tokenizer_of_words():
+    from conftest import tokenizer
+
+    made = tokenizer()
+    made.padding_side = "left"
+    return made
+
+
+@torch.no_grad()
+def test_hybrids_mix_by_layer_and_report_their_size():
+    model, given = tiny.build("llama"), prompt()
+    ap.swap_attention(model, [{**LOCAL, "layers": [0, 2]}, {"type": "softmax", "layers": 1}])
+    sizes = []
+    for new_tokens in (6, 40):
+        cache = DynamicCache(config=model.config)
+        model.generate(
+            **given, **{**GREEDY, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}, past_key_values=cache
+        )
+        assert [type(layer).__name__ for layer in cache.layers] == ["StateLayer", "DynamicLayer", "StateLayer"]
+        assert "local(window_size=4" in repr(cache)
+        sizes.append(
+            [layer.num_bytes if isinstance(layer, StateLayer) else layer.keys.nbytes * 2 for layer in cache.layers]
+        )
+        assert cache_bytes(cache) == sum(sizes[-1])
+    assert sizes[0][0] == sizes[1][0] > 0
+    assert sizes[0][1] < sizes[1][1]
+
+
+@every_bounded
+@torch.no_grad()
+def test_tokens_are_counted_where_every_layer_holds_a_state(name):
+    model, given = swapped(name, "llama"), prompt()
+    cache = model(**given).past_key_values  # made by the model itself
+    assert all(isinstance(layer, StateLayer) for layer in cache.layers)
+    assert cache.get_seq_length() == 13
+    bare = DynamicCache()  # has no layers before the first call
+    model(**given, past_key_values=bare)
+    assert all(isinstance(layer, StateLayer) for layer in bare.layers)
+    assert bare.get_seq_length() == 13
+    assert bare.get_mask_sizes(2, 0) == (15, 0)
+    assert cache_bytes(bare) == cache_bytes(cache) > 0
+
+
+@torch.no_grad()
+def test_a_cache_filled_before_the_swap_goes_on_with_all_its_keys():
+    model, given = tiny.build("llama"), prompt()
+    cache = DynamicCache(config=model.config)
+    model(**given, past_key_values=cache)
+    ap.swap_attention(model, "local", window_size=64)  # of the length of the text: as before
+    want = model(torch.cat([given["input_ids"], torch.tensor([[5]])], dim=1), use_cache=False).logits[:, -1:]
+    got = model(torch.tensor([[5]]), past_key_values=cache).logits
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_caches_of_other_rules_models_and_batches_are_refused_and_stay_as_they_are():
+    model, given = tiny.build("llama"), prompt()
+    ap.swap_attention(model, LOCAL)
+    cache = DynamicCache(config=model.config)
+    model(**given, past_key_values=cache)
+    token, held = torch.tensor([[5]]), copy.deepcopy(cache)
+
+    other = ap.swap_attention(tiny.build("llama"), {**LOCAL, "window_size": 5})
+    with pytest.raises(ValueError, match=r"holds the state of local\(window_size=4.*not of local\(window_size=5"):
+        other(token, past_key_values=cache)
+    mixed = ap.swap_attention(tiny.build("llama"), {**LOCAL, "layers": [0]})
+    plain = tiny.build("llama")
+    for without in (mixed, plain):
+        with pytest.raises(ValueError, match=r"holds the state of local.*does not have"):
+            without(token, past_key_values=copy.deepcopy(cache))
+    with pytest.raises(ValueError, match=r"\(rows, heads, size\) = \(1, 2, 8\).*got \(3, 2, 8\)"):
+        model(token.repeat(3, 1), past_key_values=cache)
+    small = tiny.config_of("llama")
+    small.num_hidden_layers = 1
+    with pytest.raises(ValueError, match="the cache has 1 layers and layer 1 needs one"):
+        model(token, past_key_values=DynamicCache(config=small))
+    want = model(token, past_key_values=held).logits
+    assert torch.equal(model(token, past_key_values=cache).logits, want)
+
+
+@torch.no_grad()
+def test_restored_models_have_caches_as_before():
+    model = ap.restore_attention(ap.swap_attention(tiny.build("llama"), LOCAL))
+    cache = model(**prompt()).past_key_values
+    assert not any(isinstance(layer, StateLayer) for layer in cache.layers)
+    assert not model.model._forward_pre_hooks
+    assert not model.model.layers[0].self_attn._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_decoders_of_encoder_decoder_models_are_bounded_and_t5_is_not():
+    given = tiny.inputs("bart")
+    given.pop("decoder_input_ids")
+    for name, bounded in (("bart", True), ("t5", False)):
+        model = ap.swap_attention(tiny.build(name), {**LOCAL, "roles": ["decoder"]})
+        made = model.generate(**given, **GREEDY, return_dict_in_generate=True)
+        cache = made.past_key_values
+        assert isinstance(cache, EncoderDecoderCache)
+        assert all(isinstance(layer, StateLayer) == bounded for layer in cache.self_attention_cache.layers)
+        assert not any(isinstance(layer, StateLayer) for layer in cache.cross_attention_cache.layers)
+        assert cache_bytes(cache) > cache_bytes(cache.self_attention_cache) > 0
+
+
+@torch.no_grad()
+def test_threads_have_their_own_caches():
+    model = ap.swap_attention(tiny.build("llama"), LOCAL)
+    prompts = [tiny.inputs("llama", batch=1, length=9 + n, padded=False, seed=n) for n in range(4)]
+    want = [uncached(model, given) for given in prompts]
+    got = [None] * 4
+
+    def work(n):
+        for _ in range(3):
+            got[n] = model.generate(**prompts[n], **GREEDY)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("model_name", ["llama", "gpt2", "gemma3", "bart"])
+@pytest.mark.parametrize("name", STATIC)
+@torch.no_grad()
+def test_static_caches(name, model_name):
+    if not serves(name, model_name):
+        pytest.skip(f"{name} does not serve {model_name}")
+    model, given = swapped(name, model_name), tiny.inputs(model_name)
+    given.pop("decoder_input_ids", None)
+    for how in ({}, {"num_beams": 3}):
+        made = model.generate(**given, **GREEDY, **how, cache_implementation="static", return_dict_in_generate=True)
+        assert torch.equal(made.sequences, uncached(model, given, **how))
+        cache = made.past_key_values
+        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        assert isinstance(cache, StaticCache)
+        assert all(isinstance(layer, StateLayer) for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_static_caches_with_the_models_own_layers_between():
+    model, given = ap.swap_attention(tiny.build("llama"), {**LOCAL, "layers": [1]}), prompt(batch=2)
+    assert torch.equal(model.generate(**given, **GREEDY, cache_implementation="static"), uncached(model, given))
+
+
+@torch.no_grad()
+def test_a_static_cache_that_is_too_short_is_refused_before_it_changes():
+    model, given = ap.swap_attention(tiny.build("llama"), LOCAL), prompt()
+    cache = StaticCache(config=model.config, max_cache_len=15)
+    model(**given, past_key_values=cache)
+    with pytest.raises(ValueError, match="room for 15 tokens, 13 are in it and 3 more came"):
+        model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    ids = torch.cat([given["input_ids"], torch.tensor([[5, 6]])], dim=1)
+    got = model(ids[:, 13:], past_key_values=cache).logits
+    torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, 13:], atol=1e-5, rtol=1e-4)
