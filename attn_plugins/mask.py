@@ -152,6 +152,8 @@ class AttentionMask:
 
     def once(self, key: Hashable, compute: Callable[[], T]) -> T:
         """``compute()``, kept under ``key`` for the other layers of this forward pass."""
+        if torch.compiler.is_compiling():
+            return compute()  # the compiler finds out by itself what layers compute twice
         if key not in self.memo:
             self.memo[key] = compute()
         return self.memo[key]

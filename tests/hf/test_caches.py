@@ -7,8 +7,15 @@ import threading
 import pytest
 import tiny
 import torch
-from test_generation import CAUSAL, GREEDY, serves, swapped
-from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig, StaticCache, TextGenerationPipeline
+from test_generation import CAUSAL, GREEDY, flag, serves, swapped
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    StaticCache,
+    TextGenerationPipeline,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import attn_plugins as ap
@@ -322,3 +329,30 @@ def test_a_static_cache_that_is_too_short_is_refused_before_it_changes():
     ids = torch.cat([given["input_ids"], torch.tensor([[5, 6]])], dim=1)
     got = model(ids[:, 13:], past_key_values=cache).logits
     torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, 13:], atol=1e-5, rtol=1e-4)
+
+
+def compiled(backend):
+    how = CompileConfig(backend=backend, fullgraph=True)
+    how._compile_all_devices = True
+    return how
+
+
+@pytest.mark.parametrize("name", STATIC)
+@torch.no_grad()
+def test_a_compiled_decode_step_gives_the_tokens_of_an_eager_one_without_a_graph_break(name):
+    torch.compiler.reset()
+    for layers in ("all", [1]):
+        model, given = ap.swap_attention(tiny.build("llama"), {**flag(name), "layers": layers}), prompt(batch=2)
+        want = uncached(model, given)
+        how = {"cache_implementation": "static", "compile_config": compiled("eager")}
+        assert torch.equal(model.generate(**given, **GREEDY, **how), want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STATIC)
+@torch.no_grad()
+def test_a_decode_step_compiled_by_inductor(name):
+    torch.compiler.reset()
+    model, given = swapped(name, "llama"), prompt(batch=2)
+    how = {"cache_implementation": "static", "compile_config": compiled("inductor")}
+    assert torch.equal(model.generate(**given, **GREEDY, **how), uncached(model, given))
