@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from attn_plugins.mask import AttentionMask
+from attn_plugins.ops.rotary import Rotary
 from attn_plugins.state import State
 
 
@@ -124,6 +125,9 @@ class Attention(nn.Module):
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
     """Options that matter on a few dozen tokens: the contract tests run each, the docs list them."""
 
+    wants_rotary: bool = False
+    """Whether, with its options, it needs to know the rotary positions that queries and keys have in them."""
+
     Config: ClassVar[type[AttentionConfig]] = AttentionConfig
     config: Any
     branch: str
@@ -150,6 +154,7 @@ class Attention(nn.Module):
         position_bias: torch.Tensor | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        rotary: Rotary | None = None,
         state: State | None = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -163,6 +168,7 @@ class Attention(nn.Module):
             position_bias: added to the scores, broadcastable to (B, H, Q, K).
             softcap: limit of the scores.
             sinks: (H,) logits that take part in the softmax without a value.
+            rotary: the rotary positions of the queries, where :attr:`wants_rotary`.
             state: of :meth:`new_state`, standing for all tokens before these queries and keys, which are then as many;
                 ``mask`` is that of all tokens. It takes these in.
             need_weights: also return the effective weights, through the dense form.
@@ -186,6 +192,12 @@ class Attention(nn.Module):
                 )
             state.check(q_BHQD, k_BGKD, v_BGKV, mask)
         options = {"mask": mask, "scale": scale, "dropout": dropout, **extras}
+        if self.wants_rotary:
+            if rotary is None:
+                raise ValueError(
+                    f"{self.name}({self.extra_repr()}) needs the rotary positions of the queries, got none"
+                )
+            options["rotary"] = rotary
         device = q_BHQD.device.type
         autocast = torch.is_autocast_enabled(device)
         if autocast:

@@ -16,7 +16,7 @@ CORE = {
     "mask": set(),
     "state": {"mask"},
     "ops": {"mask", "ops", "state"},
-    "attention": {"mask", "state"},
+    "attention": {"mask", "ops", "state"},
     "registry": {"attention", "attentions"},  # the folder, which it walks; no module in it is named
     "attentions": {"attention", "mask", "ops", "registry", "state"},
     "rules": {"attention", "mask", "ops", "registry"},

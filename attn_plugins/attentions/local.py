@@ -1,10 +1,13 @@
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+import torch
 
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.dense import dense_attention
 from attn_plugins.ops.key_window import KeyWindow, window_attention
-from attn_plugins.ops.patterns import Band
+from attn_plugins.ops.patterns import Band, in_row
+from attn_plugins.ops.rotary import apart, pivot_within, turned
 from attn_plugins.ops.tiled import dense_pattern, tiled_attention
 from attn_plugins.registry import register_attention
 
@@ -19,6 +22,10 @@ class LocalAttention(Attention):
     but only every d-th: those with ``(i - j) % d == 0``. Sinks are what keeps a model that was pretrained with full
     attention usable without training. A mask of the model's own (its sliding window, a prefix, image blocks) is
     evaluated on the band only.
+
+    When text is generated, the window and the sinks are all that is kept. ``positions="cache"`` counts rotary positions
+    within what is kept, as StreamingLLM does: to a query beyond position ``p = num_sink_tokens + (window_size - 1)
+    dilation`` of its row, sinks seem as far away as they are from p, and never further; the window stays as it is.
 
     Limit case: equals softmax attention when window_size >= K.
     """
@@ -48,6 +55,8 @@ class LocalAttention(Attention):
         """Distance from one key of the window to the next."""
         num_sink_tokens: int = 0
         """First real tokens of a row or packed segment that every later query sees too."""
+        positions: Literal["true", "cache"] = "true"
+        """Rotary positions of the sinks: their own, or counted within what a cache keeps (causal attention only)."""
 
         def __post_init__(self):
             super().__post_init__()
@@ -56,18 +65,34 @@ class LocalAttention(Attention):
             self.require(self.dilation >= 1, "dilation", "an integer from 1 on")
             self.require(self.num_sink_tokens >= 0, "num_sink_tokens", "an integer from 0 on")
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+    @property
+    def wants_rotary(self):
+        return self.config.positions == "cache"
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, rotary=None, **options):
+        q_BHQD, k_BGKD = self._place(q_BHQD, k_BGKD, mask, rotary)
         return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, rotary=None, **options):
+        q_BHQD, k_BGKD = self._place(q_BHQD, k_BGKD, mask, rotary)
         return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
 
     def new_state(self, fixed_length=None):
-        config = self.config
-        return KeyWindow(config.num_sink_tokens, (config.window_size - 1) * config.dilation, fixed_length)
+        return KeyWindow(self.config.num_sink_tokens, self._before(), fixed_length)
 
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, **options):
-        return window_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), state, **options)
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, rotary=None, **options):
+        return window_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), state, rotary=rotary, **options)
+
+    def _place(self, q_BHQD, k_BGKD, mask, rotary):
+        if rotary is None:
+            return q_BHQD, k_BGKD
+        sinks, last = self.config.num_sink_tokens, self.config.num_sink_tokens + self._before()
+        moved = turned(q_BHQD, mask, rotary, pivot_within(mask, rotary, last), last)
+        index = torch.arange(mask.kv_length, device=mask.device).unsqueeze(0)
+        return apart(q_BHQD, moved, k_BGKD, in_row(mask, index) < sinks)
+
+    def _before(self):
+        return (self.config.window_size - 1) * self.config.dilation
 
     def _pattern(self) -> Band:
         config = self.config

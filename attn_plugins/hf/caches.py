@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-from attn_plugins.hf.dispatch import LazyMask, slot_of
+from attn_plugins.hf.dispatch import LazyMask, rotary_of, slot_of
 from attn_plugins.state import State
 
 GENERATING = "_attn_plugin_generating"
@@ -154,17 +154,19 @@ def before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Send the cache's layer along with the mask: an attention function is given no cache."""
-    cache, mask = _find(Cache, args, kwargs), _find(LazyMask, args, kwargs)
-    if cache is None or mask is None:
+    """Send the state, and what else the attention wants to know, along with the mask: it is given nothing of it."""
+    cache, mask, slot = _find(Cache, args, kwargs), _find(LazyMask, args, kwargs), slot_of(module)
+    layer = None if cache is None or mask is None else layer_of(module, cache)
+    if mask is None or slot is None or (layer is None and not slot.wants_rotary):
         return None
-    layer = layer_of(module, cache)
-    if layer is None:
-        return None
-    bound = mask.with_state(layer.state)
-    layer.expected = True
-    args = tuple(bound if x is mask else x for x in args)
-    return args, {name: bound if x is mask else x for name, x in kwargs.items()}
+    sent = mask
+    if layer is not None:
+        sent = sent.with_state(layer.state)
+        layer.expected = True
+    if slot.wants_rotary:
+        sent = sent.sent(rotary=rotary_of(module, kwargs))
+    args = tuple(sent if x is mask else x for x in args)
+    return args, {name: sent if x is mask else x for name, x in kwargs.items()}
 
 
 def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:

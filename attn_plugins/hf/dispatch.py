@@ -11,6 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from attn_plugins.attention import Attention
 from attn_plugins.mask import AttentionMask
+from attn_plugins.ops.rotary import Rotary
 from attn_plugins.state import State
 
 IMPLEMENTATION = "attn_plugins"
@@ -40,6 +41,8 @@ class LazyMask(AttentionMask):
         self.arguments = arguments
         self.state: State | None = None
         """What the module that it was sent to has kept, where it attends from a state."""
+        self.rotary: Rotary | None = None
+        """What that module turns its queries by, where its attention wants to know."""
         self.fixed_length = isinstance(self.q_offset, torch.Tensor) or (
             self.causal and self.kv_offset + self.kv_length > self.q_offset + self.q_length
         )
@@ -72,9 +75,13 @@ class LazyMask(AttentionMask):
             whole = self.once(("whole", seen), build)
         else:
             whole = self
-        bound = whole._copy(state=state)
-        bound.memo = whole.memo
-        return bound
+        return whole.sent(state=state)
+
+    def sent(self, **along: Any) -> "LazyMask":
+        """The same mask, for one module, with what goes along; all share what is computed from it."""
+        copied = self._copy(**along)
+        copied.memo = self.memo
+        return copied
 
     def contiguous(self) -> "LazyMask":
         """Itself: generate() says it to the masks that it prepares for static caches."""
@@ -216,6 +223,7 @@ def attention_forward(
         position_bias=position_bias,
         softcap=softcap,
         sinks=s_aux,
+        rotary=getattr(attention_mask, "rotary", None),
         state=state,
         need_weights=bool(kwargs.get("output_attentions")),
     )
@@ -269,6 +277,23 @@ def slot_of(module: nn.Module) -> Attention | None:
     if slot is None or isinstance(slot, Attention):
         return slot
     return next((inner for inner in slot.modules() if isinstance(inner, Attention)), None)
+
+
+def turns(module: nn.Module) -> bool:
+    """Whether a module gives its queries rotary positions in a way that :func:`rotary_of` knows."""
+    forward = inspect.unwrap(type(module).forward)
+    return (
+        "apply_rotary_pos_emb" in forward.__globals__ and "position_embeddings" in inspect.signature(forward).parameters
+    )
+
+
+def rotary_of(module: nn.Module, kwargs: dict[str, Any]) -> Rotary | None:
+    """What a module was told to turn its queries by, and its own function that does it, where it has both."""
+    given = kwargs.get("position_embeddings")
+    turn = inspect.unwrap(type(module).forward).__globals__.get("apply_rotary_pos_emb")
+    if turn is None or not isinstance(given, tuple):
+        return None
+    return Rotary(given[0], given[1], lambda x, cos, sin: turn(x, x, cos, sin)[0])
 
 
 def native_attention(module: nn.Module, implementation: str) -> Callable:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from attn_plugins.hf import discovery
 from attn_plugins.hf.caches import leave, serve
-from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of
+from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of, turns
 from attn_plugins.rules import Flag, Rule, assign, parse_rules
 
 
@@ -219,6 +219,11 @@ def _build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> 
         slot = rule.attention(rule.config, heads, backend=backend)
     if heads is None and next(slot.parameters(), None) is not None:
         discovery.head_shape(module, config)  # raises: these weights need a head shape
+    if slot.wants_rotary and not turns(module):
+        raise ValueError(
+            f"{rule.type}({slot.extra_repr()}) needs rotary positions, and {path} ({type(module).__name__}) has none "
+            "that attn_plugins can find; leave that option at its default for this model"
+        )
     slot.to(dtype=dtype)
     if device.type != "meta":
         slot.reset_parameters()

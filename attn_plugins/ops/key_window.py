@@ -4,7 +4,7 @@ The last keys lie in a ring, each in the place of the one that no query to come 
 different positions (left padding), so the first keys are a row's own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,8 @@ import torch
 
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.dense import masked_softmax, wide
-from attn_plugins.ops.patterns import ROWS
+from attn_plugins.ops.patterns import ROWS, in_row
+from attn_plugins.ops.rotary import Pivot, Rotary, apart, turned
 from attn_plugins.ops.tiled import Pattern, Tile, make_tile, tiled_attention
 from attn_plugins.state import State
 
@@ -41,11 +42,16 @@ class KeyWindow(State):
         """Whether the first keys of all rows are in."""
         self.padded = False
         """Whether there ever was padding."""
+        self.pivot: dict[str, torch.Tensor] = {}
+        """cos and sin, (B, 1, R), of the last position in a row before anything is dropped, where they are wanted.
+
+        Copies share it, so that a rollback leaves it: it tells of a position, not of a token."""
 
     def reset(self) -> None:
         super().reset()
         if self.tensors:
             self.tensors["start"].fill_(-1)
+        self.pivot = {}
         self.started = self.complete = self.padded = False
 
     def ring(self, tokens: int) -> int:
@@ -78,6 +84,26 @@ class KeyWindow(State):
             self._find_starts(mask, self.length + new)
         if self.num_first and not self.complete:
             self._take_first(k_BGKD, v_BGKV, mask)
+
+    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().apply(change)
+        self.pivot = {name: change(tensor) for name, tensor in self.pivot.items()}
+
+    def turn(self, q_BHQD: torch.Tensor, mask: AttentionMask, rotary: Rotary) -> torch.Tensor:
+        """Queries as if they stood at the last position of their row before anything is dropped, if beyond it.
+
+        To be called after the tokens of these queries were met and before they are taken in.
+        """
+        start_B, queries, last = self.tensors["start"], q_BHQD.shape[2], self.num_first + self.size - 1
+        index = (start_B + last - (mask.kv_length - queries)).view(-1, 1, 1)
+        here = (index >= 0) & (index < queries) & (start_B >= 0).view(-1, 1, 1)
+        for name, table in (("cos", rotary.cos_BQR), ("sin", rotary.sin_BQR)):
+            table = table.expand(len(start_B), -1, -1)
+            found = table.gather(1, index.clamp(0, queries - 1).expand(-1, -1, table.shape[2]))
+            held = self.pivot.setdefault(name, torch.ones_like(found))
+            held.copy_(torch.where(here, found, held))
+        rows = mask.at(start_B.unsqueeze(1), start_B.unsqueeze(1) >= 0, start_B)
+        return turned(q_BHQD, rows, rotary, Pivot(self.pivot["cos"], self.pivot["sin"]), last)
 
     def held(self, mask: AttentionMask) -> AttentionMask:
         """The mask of the keys in ``tensors``, in their order."""
@@ -220,6 +246,8 @@ def window_attention(
     mask: AttentionMask,
     pattern: Pattern,
     state: KeyWindow,
+    *,
+    rotary: Rotary | None = None,
     **options: Any,
 ) -> torch.Tensor:
     """Softmax attention of the last Q of K new tokens to what the pattern shows of them and of what came before.
@@ -228,33 +256,48 @@ def window_attention(
         mask: of the queries and all tokens so far, the new ones the last of them.
         pattern: shows nothing beyond what ``state`` keeps.
         state: takes the new tokens in.
+        rotary: of the queries; to be turned by towards the first keys, where given.
         options: scale, dropout, softcap and sinks, as in :meth:`attn_plugins.attention.Attention.forward`.
 
     Returns:
         out_BHQV in the dtype of v.
     """
-    new, before = k_BGKD.shape[2], state.length
+    new = k_BGKD.shape[2]
     key = (pattern, state.num_first, state.size)
+    turned_BHQD = None
+    if rotary is not None:
+        state.meet(k_BGKD, v_BGKV, mask)
+        turned_BHQD = state.turn(q_BHQD, mask, rotary)
+
+    def place(q: torch.Tensor, k: torch.Tensor, keys: AttentionMask) -> tuple[torch.Tensor, torch.Tensor]:
+        if turned_BHQD is None:
+            return q, k
+        index = torch.arange(keys.kv_length, device=keys.device).unsqueeze(0)
+        return apart(q, turned_BHQD, k, in_row(keys, index) < state.num_first)
+
     if new == 1:
         state.take(k_BGKD, v_BGKV, mask)
-        visible = mask.once(("held", *key), lambda: _held(mask, pattern, state))
-        return _few(q_BHQD, state.tensors["k"], state.tensors["v"], visible, **options)
-    if before:
+        held, visible = mask.once(("held", *key), lambda: _held(mask, pattern, state))
+        q, k = place(q_BHQD, state.tensors["k"], held)
+        return _few(q, k, state.tensors["v"], visible, **options)
+    if state.length:
         k, v, both = state.followed_by(k_BGKD, v_BGKV, mask)
         both = mask.once(("following", *key), lambda: both)
-        following = Following(pattern, state.num_first, state.size - 1)
-        out_BHQV = tiled_attention(q_BHQD, k, v, both, following, **options)
+        q, k = place(q_BHQD, k, both)
+        out_BHQV = tiled_attention(q, k, v, both, Following(pattern, state.num_first, state.size - 1), **options)
     else:
-        out_BHQV = tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, pattern, **options)
+        q, k = place(q_BHQD, k_BGKD, mask)
+        out_BHQV = tiled_attention(q, k, v_BGKV, mask, pattern, **options)
     state.take(k_BGKD, v_BGKV, mask)
     return out_BHQV
 
 
-def _held(mask: AttentionMask, pattern: Pattern, state: KeyWindow) -> torch.Tensor:
+def _held(mask: AttentionMask, pattern: Pattern, state: KeyWindow) -> tuple[AttentionMask, torch.Tensor]:
+    """The mask of what the state holds, and what of it the one query sees, (B or 1, 1, 1, K)."""
     held = state.held(mask)
     q_index = torch.zeros(1, 1, 1, dtype=torch.long, device=mask.device)
     k_index = torch.arange(held.kv_length, device=mask.device).view(1, 1, -1)
-    return (held.visible(q_index, k_index) & pattern.sees(held, q_index, k_index)).unsqueeze(1)
+    return held, (held.visible(q_index, k_index) & pattern.sees(held, q_index, k_index)).unsqueeze(1)
 
 
 def _few(

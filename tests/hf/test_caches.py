@@ -13,6 +13,7 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     GenerationConfig,
+    LlamaForCausalLM,
     StaticCache,
     TextGenerationPipeline,
 )
@@ -20,9 +21,16 @@ from transformers.generation.streamers import BaseStreamer
 
 import attn_plugins as ap
 from attn_plugins.hf.caches import StateLayer, cache_bytes
+from attn_plugins.hf.dispatch import slot_of
 
 BOUNDED = [name for name in CAUSAL if (cls := ap.get_attention(name)) and cls.new_state is not ap.Attention.new_state]
-STATIC = ["local", "longformer", "block_local"]
+STATIC = [
+    name
+    for name in BOUNDED
+    if slot_of(swapped(name, "llama").model.layers[0].self_attn).new_state(99).serves_fixed_length
+]
+SOME = {("local", 1), ("linear", "all")}
+"""What is compiled in the default run: a hybrid, and a state; the others are slow."""
 LOCAL = {"type": "local", "window_size": 4, "num_sink_tokens": 2}
 
 every_causal = pytest.mark.parametrize("name", CAUSAL)
@@ -337,15 +345,77 @@ def compiled(backend):
     return how
 
 
-@pytest.mark.parametrize("name", STATIC)
+COMPILED = [
+    pytest.param(name, layers, marks=() if (name, layers) in SOME else pytest.mark.slow)
+    for name in STATIC
+    for layers in ("all", 1)
+]
+
+
+@pytest.mark.parametrize(("name", "layers"), COMPILED)
 @torch.no_grad()
-def test_a_compiled_decode_step_gives_the_tokens_of_an_eager_one_without_a_graph_break(name):
+def test_a_compiled_decode_step_gives_the_tokens_of_an_eager_one_without_a_graph_break(name, layers):
     torch.compiler.reset()
-    for layers in ("all", [1]):
-        model, given = ap.swap_attention(tiny.build("llama"), {**flag(name), "layers": layers}), prompt(batch=2)
-        want = uncached(model, given)
-        how = {"cache_implementation": "static", "compile_config": compiled("eager")}
-        assert torch.equal(model.generate(**given, **GREEDY, **how), want)
+    model, given = ap.swap_attention(tiny.build("llama"), {**flag(name), "layers": layers}), prompt(batch=2)
+    how = {"cache_implementation": "static", "compile_config": compiled("eager")}
+    assert torch.equal(model.generate(**given, **GREEDY, **how), uncached(model, given))
+
+
+REINDEXED = {"type": "local", "window_size": 4, "num_sink_tokens": 3, "positions": "cache"}
+
+
+@pytest.mark.parametrize("model_name", ["llama", "gpt_neox", "gemma3", "gpt_oss"])
+@torch.no_grad()
+def test_positions_counted_within_the_cache_are_the_same_without_one(model_name):
+    model, given = ap.swap_attention(tiny.build(model_name), REINDEXED), tiny.inputs(model_name)
+    how = {**GREEDY, "max_new_tokens": 12, "min_new_tokens": 12, "output_logits": True, "return_dict_in_generate": True}
+    want = model.generate(**given, **how, use_cache=False)
+    alone = {key: value[1:] for key, value in given.items()}
+    for got, rows in (
+        (model.generate(**given, **how), slice(2)),
+        (model.generate(**given, **how, prefill_chunk_size=5), slice(2)),
+        (model.generate(**given, **how, cache_implementation="static"), slice(2)),
+        (model.generate(**alone, **how, prompt_lookup_num_tokens=3), slice(1, 2)),
+    ):
+        assert torch.equal(got.sequences, want.sequences[rows])
+        for a, b in zip(got.logits, want.logits, strict=True):
+            torch.testing.assert_close(a, b[rows], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_positions_counted_within_the_cache_are_those_of_a_plain_run_over_what_is_kept():
+    config = tiny.config_of("llama")
+    config.num_hidden_layers = 1  # in more layers, what is kept has seen what is not
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=0.3)
+    ids, cache = tiny.inputs("llama", batch=1, length=30, padded=False)["input_ids"], DynamicCache(config=config)
+    plain = [
+        model(torch.cat([ids[:, :3], ids[:, max(3, end - 4) : end]], dim=1), use_cache=False).logits[:, -1]
+        for end in range(4, 31)
+    ]
+    ap.swap_attention(model, REINDEXED)
+    kept = [model(ids[:, at : at + 1], past_key_values=cache).logits[:, -1] for at in range(30)][3:]
+    at_once = model(ids, use_cache=False).logits[0, 3:].unsqueeze(1)
+    ap.swap_attention(model, {**REINDEXED, "positions": "true"})
+    true = model(ids, use_cache=False).logits[0, 3:].unsqueeze(1)
+    for number, want in enumerate(plain):
+        torch.testing.assert_close(kept[number], want, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(at_once[number], want, atol=1e-5, rtol=1e-4)
+    assert (true[-1] - plain[-1]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_positions_within_the_cache_need_rotary_positions_and_a_cache_of_their_own():
+    with pytest.raises(ValueError, match=r"needs rotary positions, and transformer.h.0.attn .*has none"):
+        ap.swap_attention(tiny.build("gpt2"), REINDEXED)
+    model, given = tiny.build("llama"), prompt()
+    cache = model(**given).past_key_values
+    ap.swap_attention(model, REINDEXED)
+    with pytest.raises(ValueError, match="got 1 queries and 14 keys; allowed: as many keys as queries, or a cache"):
+        model(torch.tensor([[5]]), past_key_values=cache)
 
 
 @pytest.mark.slow
