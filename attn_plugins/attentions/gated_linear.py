@@ -8,6 +8,8 @@ from torch.nn.functional import logsigmoid
 
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.recurrence import Tokens, dense_recurrent_attention, recurrent_attention, with_average
+from attn_plugins.ops.recurrent_state import recurrent_attention_from
+from attn_plugins.ops.sums import Sums
 from attn_plugins.registry import register_attention
 
 
@@ -89,6 +91,13 @@ class GatedLinearAttention(Attention):
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         weights, chunk_size = list(self.parameters()), self.config.chunk_size
         return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._prepare(scale), weights, chunk_size=chunk_size)
+
+    def new_state(self, fixed_length=None):
+        return Sums(fixed_length)
+
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
+        rule, chunk_size = (self._prepare(scale), list(self.parameters())), self.config.chunk_size
+        return recurrent_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *rule, chunk_size=chunk_size)
 
     def _prepare(self, scale):
         return functools.partial(tokens, scale=scale, normalizer=self.config.gate_logit_normalizer)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.linear import dense_linear_attention, linear_attention
+from attn_plugins.ops.linear import dense_linear_attention, linear_attention, linear_attention_from
+from attn_plugins.ops.sums import Sums
 from attn_plugins.ops.token_features import LEARNED, orthogonal_features, prepare, reset_weights, weight_shapes
 from attn_plugins.registry import register_attention
 
@@ -96,8 +97,7 @@ class LinearAttention(Attention):
         reset_weights(self.config.feature_map, dict(self.named_parameters()))
         if self.config.feature_map == "favor":
             projection = self.get_buffer("projection")
-            num_features, head_dim = projection.shape
-            projection.copy_(orthogonal_features(num_features, head_dim, self.config.seed))
+            projection.copy_(orthogonal_features(projection.shape[0], projection.shape[1], self.config.seed))
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         q_BHQD, k_BGKD, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
@@ -107,7 +107,14 @@ class LinearAttention(Attention):
         q_BHQD, k_BGKD, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
         return linear_attention(q_BHQD, k_BGKD, v_BGKV, mask, chunk_size=self.config.chunk_size, **options)
 
-    def _prepare(self, q_BHQD, k_BGKD, mask, scale):
+    def new_state(self, fixed_length=None):
+        return Sums(fixed_length, max_length=self.config.max_length if self.config.feature_map == "cosformer" else None)
+
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
+        options = {"scale": scale, "chunk_size": self.config.chunk_size}
+        return linear_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, self._prepare, **options)
+
+    def _prepare(self, q_BHQD, k_BGKD, mask, scale, since=None):
         weights = dict(self.named_parameters()) | dict(self.named_buffers())
-        options = {"scale": scale, "eps": self.config.eps, "max_length": self.config.max_length}
+        options = {"scale": scale, "eps": self.config.eps, "max_length": self.config.max_length, "since": since}
         return prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights, **options)

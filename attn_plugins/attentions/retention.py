@@ -7,6 +7,8 @@ from torch import nn
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.dense import expand_heads
 from attn_plugins.ops.recurrence import Tokens, dense_recurrent_attention, recurrent_attention, with_average
+from attn_plugins.ops.recurrent_state import recurrent_attention_from
+from attn_plugins.ops.sums import Sums
 from attn_plugins.registry import register_attention
 
 
@@ -68,6 +70,13 @@ class RetentionAttention(Attention):
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         prepare, weights = functools.partial(tokens, scale=scale), list(self.parameters())
         return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, weights, chunk_size=self.config.chunk_size)
+
+    def new_state(self, fixed_length=None):
+        return Sums(fixed_length)
+
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
+        rule, chunk_size = (functools.partial(tokens, scale=scale), list(self.parameters())), self.config.chunk_size
+        return recurrent_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *rule, chunk_size=chunk_size)
 
 
 def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, *, scale):

@@ -3,6 +3,8 @@
 Sums, states and denominators are float32 whatever the dtype of the inputs (float64 stays), and autocast is kept out.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import pad
 
@@ -10,6 +12,8 @@ from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.causal_linear import causal_linear
 from attn_plugins.ops.dense import expand_heads, wide
 from attn_plugins.ops.feature_maps import FEATURE_MAPS, above_level, level_of
+from attn_plugins.ops.sums import Sums, in_pieces
+from attn_plugins.ops.token_features import Prepared
 
 Projection = torch.Tensor | None
 """(heads, E, D), applied to queries or keys before the feature map: x -> W x; None is the identity."""
@@ -110,6 +114,76 @@ def linear_attention(
         return last_queries(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, *options)[0]
 
 
+def linear_attention_from(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    state: Sums,
+    prepare: Callable[[torch.Tensor, torch.Tensor, AttentionMask, float, int], Prepared],
+    *,
+    scale: float,
+    chunk_size: int,
+) -> torch.Tensor:
+    """The same, causal, for the last Q of K new tokens, which the state takes in: out_BHQV in the dtype of v.
+
+    Args:
+        mask: of all tokens, which may end with some that come later.
+        state: ``sums`` over the tokens before, (B, G, F, V + 1), and of exponents their ``level``, (B, G, F).
+        prepare: (queries, keys, mask, scale, which token the keys begin with) -> what linear attention takes of them.
+    """
+
+    def piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        prepared, real_BK = prepare(q, k, mask, scale, state.length), state.real(mask, k.shape[2])
+        held = state.start(k, v, **sums_shapes(prepared, v))
+        (q, k, options), (w_q, w_k), before = prepared, projections(prepared), (held["sums"], held.get("level"))
+        feature_map, eps = options["feature_map"], options["eps"]
+        sums, level = absorb(*before, k, v, w_k, feature_map, real_BK)
+        if q.shape[2] == 1:  # sees all that is in the sums by now
+            out = _read(q, w_q, feature_map, sums, level, eps).to(v.dtype)
+        else:
+            out, _ = last_queries(q, k, v, w_q, w_k, real_BK, None, feature_map, chunk_size, eps, *before)
+        state.put(k.shape[2], sums=sums, level=level)
+        return out
+
+    return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)
+
+
+def projections(prepared: Prepared) -> tuple[Projection, Projection]:
+    """Of queries and of keys, in at least float32."""
+    dtype = wide(prepared.q_BHQD, prepared.k_BGKD)
+    names = ("query_projection", "key_projection")
+    w_q, w_k = (None if name not in prepared.options else prepared.options[name].to(dtype) for name in names)
+    return w_q, w_k
+
+
+def sums_shapes(prepared: Prepared, v_BGKV: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of a row's sums, and of the level of exponents."""
+    _, k_BGKD, options = prepared
+    phi, groups, w_k = FEATURE_MAPS[options["feature_map"]], k_BGKD.shape[1], options.get("key_projection")
+    features = phi.size(k_BGKD.shape[3] if w_k is None else w_k.shape[1])
+    shapes: dict[str, tuple[int, ...]] = {"sums": (groups, features, v_BGKV.shape[3] + 1)}
+    return {**shapes, "level": (groups, features)} if phi.exponential else shapes
+
+
+def absorb(
+    sums_BGFV: torch.Tensor,
+    level_BGF: torch.Tensor | None,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    w_k: Projection,
+    feature_map: str,
+    seen_BK: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(sums, level) with these keys too, those that are seen."""
+    more_BGFV, level_of_more = _sum_keys(k_BGKD, v_BGKV, w_k, feature_map, seen_BK)
+    if level_BGF is None or level_of_more is None:
+        return sums_BGFV + more_BGFV, None
+    risen = torch.maximum(level_BGF, level_of_more)
+    before, here = (torch.exp(level - risen).unsqueeze(3) for level in (level_BGF, level_of_more))
+    return sums_BGFV * before + more_BGFV * here, risen
+
+
 def few_queries(q_BHQD: torch.Tensor, v_BGKV: torch.Tensor, feature_map: str, projection: Projection) -> bool:
     """Whether to read keys one by one is less work than a state of them."""
     features = FEATURE_MAPS[feature_map].size(q_BHQD.shape[3] if projection is None else projection.shape[1])
@@ -127,21 +201,26 @@ def last_queries(
     feature_map: str,
     chunk_size: int,
     eps: float,
+    state_BGFV: torch.Tensor | None = None,
+    level_BGF: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal linear attention of the last Q of K tokens.
+    """Causal linear attention of the last Q of K tokens, which may follow those of a state.
 
     Returns:
         (out_BHQV, its denominators (B, H, Q)), see :func:`attn_plugins.ops.causal_linear.causal_linear`.
     """
     before = k_BGKD.shape[2] - q_BHQD.shape[2]
     old, new = slice(0, before), slice(before, None)
-    state_BGFV = level_BGF = None
     if before:
         seen_BK = None if padding_BK is None else padding_BK[:, old]
         if segments_BK is not None:
             goes_on = segments_BK[:, old] == segments_BK[:, before : before + 1]
             seen_BK = goes_on if seen_BK is None else seen_BK & goes_on
-        state_BGFV, level_BGF = _sum_keys(k_BGKD[:, :, old], v_BGKV[:, :, old], w_k, feature_map, seen_BK)
+        earlier = (k_BGKD[:, :, old], v_BGKV[:, :, old], w_k, feature_map, seen_BK)
+        if state_BGFV is None:
+            state_BGFV, level_BGF = _sum_keys(*earlier)
+        else:
+            state_BGFV, level_BGF = absorb(state_BGFV, level_BGF, *earlier)
     padding_BT, segments_BT = (None if x is None else x[:, new] for x in (padding_BK, segments_BK))
     k_BGTD, v_BGTV, options = k_BGKD[:, :, new], v_BGKV[:, :, new], (feature_map, chunk_size, eps)
     out_BHTV, den_BHT, _, _ = causal_linear(

@@ -96,7 +96,7 @@ def dense_recurrent_attention(
         q = pad(q_BHQD, (0, 0, before, 0))
         k, v = k_BGKD[:, :, :end], v_BGKV[:, :, :end]
         real, fresh = (None if x is None else x[:, :, :end] for x in (real, fresh))
-        tokens, enters = _hide(prepare(q, k, v, *weights), real, fresh)
+        tokens, enters = hide(prepare(q, k, v, *weights), real, fresh)
         batch, heads, length, features = tokens.k.shape
         state_BGFK = tokens.k.new_zeros(batch, heads, features, k_BGKD.shape[2])
         count_BGF = tokens.k.new_zeros(batch, heads, features if tokens.beta is None else 1)
@@ -156,35 +156,61 @@ def recurrent_attention(
     Raises:
         ValueError: a segment goes on after another one began, or queries lie outside the keys.
     """
-    before, end = _reach(q_BHQD, k_BGKD, mask)
-    dtype = wide(q_BHQD, k_BGKD, v_BGKV)
-    weights = [w.to(dtype) for w in weights]
-    batch, num_heads = q_BHQD.shape[:2]
+    _, end = _reach(q_BHQD, k_BGKD, mask)
+    k, v = k_BGKD[:, :, :end], v_BGKV[:, :, :end]
+    rows = [None if x is None else x[:, :, :end] for x in _rows(mask)]
+    with torch.autocast(q_BHQD.device.type, enabled=False):
+        weights = [w.to(wide(q_BHQD, k, v)) for w in weights]
+        state = k.new_zeros(len(k), *state_shape(q_BHQD, k, v, prepare, weights), dtype=wide(q_BHQD, k, v))
+        return scan_from(state, q_BHQD, k, v, *rows, prepare, weights, chunk_size)[0]
+
+
+def state_shape(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepare: Prepare, weights: Sequence[torch.Tensor]
+) -> tuple[int, int, int]:
+    """Of one row's state, found with no tokens at all."""
+    none = prepare(*(x[:, :, :0] for x in (q, k, v)), *weights)
+    return none.k.shape[1], none.k.shape[3] + (0 if none.beta is None else 1), v.shape[3] + 1
+
+
+@torch.compiler.disable(reason="the loops over spans and chunks would be unrolled")
+def scan_from(
+    state: torch.Tensor,
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    real: torch.Tensor | None,
+    fresh: torch.Tensor | None,
+    prepare: Prepare,
+    weights: Sequence[torch.Tensor],
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last Q of K tokens in chunks, from a state: (out_BHQV, the state after them). Outside autocast."""
+    batch, num_heads, queries, _ = q_BHQD.shape
+    before = k_BGKD.shape[2] - queries
     rows = ROWS_A_SPAN.get(q_BHQD.device.type, ROWS_A_SPAN_ELSEWHERE)
     span = max(1, rows // (batch * num_heads * chunk_size)) * chunk_size
-    sequences = [None, k_BGKD, v_BGKV, *_rows(mask)]
+    sequences = [None, k_BGKD, v_BGKV, real, fresh]
 
     def step(state, parts, weights):
         q, k, v, real, fresh = parts
         silent = q is None
         if silent:
             q = k.new_empty(batch, num_heads, 0, k.shape[3])
-        tokens, enters = _hide(prepare(q, k, v, *weights), real, fresh)
+        tokens, enters = hide(prepare(q, k, v, *weights), real, fresh)
         rule = _average if tokens.beta is None else _delta
         # A short span, such as one token in decoding, makes one chunk no longer than it has to be.
         size = min(chunk_size, 1 << (k.shape[2] - 1).bit_length())
         out, after = rule(_tile(tokens, enters, size), state, silent)
         return out[:, :, : 0 if silent else v.shape[2]].to(v.dtype), after
 
-    with torch.autocast(q_BHQD.device.type, enabled=False):
-        # Sizes of the state, from no tokens at all.
-        none = prepare(*(x[:, :, :0] for x in (q_BHQD, k_BGKD, v_BGKV)), *weights)
-        features = none.k.shape[3] + (0 if none.beta is None else 1)
-        state = none.k.new_zeros(batch, none.k.shape[1], features, v_BGKV.shape[3] + 1)
-        if before:
-            _, state = scan(step, span, state, [None if x is None else x[:, :, :before] for x in sequences], weights)
-        new = [None if x is None else x[:, :, before:end] for x in sequences]
-        return scan(step, span, state, [q_BHQD, *new[1:]], weights)[0]
+    if before:
+        earlier = [None if x is None else x[:, :, :before] for x in sequences]
+        out, state = scan(step, span, state, earlier, weights)
+    if queries:
+        new = [None if x is None else x[:, :, before:] for x in sequences]
+        out, state = scan(step, span, state, [q_BHQD, *new[1:]], weights)
+    return out, state
 
 
 def _reach(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask) -> tuple[int, int]:
@@ -205,7 +231,7 @@ def _rows(mask: AttentionMask) -> tuple[torch.Tensor | None, torch.Tensor | None
     return real, fresh_BK[:, None, :, None]
 
 
-def _hide(tokens: Tokens, real: torch.Tensor | None, fresh: torch.Tensor | None) -> tuple[Tokens, torch.Tensor | None]:
+def hide(tokens: Tokens, real: torch.Tensor | None, fresh: torch.Tensor | None) -> tuple[Tokens, torch.Tensor | None]:
     """Padding neither enters the state nor decays it; a new segment starts from an empty one.
 
     Returns:

@@ -83,10 +83,13 @@ def prepare(
     scale: float,
     eps: float,
     max_length: int = 0,
+    since: int | None = None,
 ) -> Prepared:
     """Tokens, projections and map for ``feature_map``.
 
     Args:
+        mask: of these queries and keys, or of all tokens where ``since`` says which of them these keys begin with; the
+            queries are the last of the keys then.
         weights: those of :func:`weight_shapes`, and FAVOR+'s ``projection``.
         scale: factor on the scores that taylor and favor approximate.
         eps: of the denominator; exponents have no size of their own for it to be compared with, so that favor's is
@@ -100,9 +103,13 @@ def prepare(
     options = {"feature_map": MAP_OF.get(feature_map, feature_map), "eps": 1e-30 if feature_map == "favor" else eps}
     projections = []
     if feature_map == "cosformer":
-        cos, sin = mask.once(("cosformer", max_length, dtype), lambda: _turns(mask, max_length, dtype))
-        before = mask.q_offset - mask.kv_offset
-        own = slice(before, before + mask.q_length)
+        if since is None:
+            cos, sin = mask.once(("cosformer", max_length, dtype), lambda: _turns(mask, max_length, dtype))
+            before = mask.q_offset - mask.kv_offset
+        else:
+            cos, sin = _angles(row_positions(mask, since, k_BGKD.shape[2]), max_length, dtype)
+            before = k_BGKD.shape[2] - q_BHQD.shape[2]
+        own = slice(before, before + q_BHQD.shape[2])
         q_BHQD, k_BGKD = (torch.relu(x.to(dtype)) for x in (q_BHQD, k_BGKD))
         q_BHQD = torch.cat([q_BHQD * cos[:, :, own], q_BHQD * sin[:, :, own]], dim=-1)
         k_BGKD = torch.cat([k_BGKD * cos, k_BGKD * sin], dim=-1)
@@ -131,6 +138,27 @@ def prepare(
     return Prepared(q_BHQD, k_BGKD, options)
 
 
+def check_length(position_BQ: torch.Tensor, max_length: int) -> None:
+    """Raise a ValueError unless queries at these positions are within cosformer's ``max_length``."""
+    longest = int(position_BQ.max()) + 1
+    if longest > max_length:
+        raise ValueError(
+            f"feature_map='cosformer' got a sequence of {longest} tokens; allowed: at most max_length={max_length}"
+        )
+
+
+def row_positions(mask: AttentionMask, since: int, number: int) -> torch.Tensor:
+    """How far ``number`` tokens, from the one at ``since`` on, are from their row's first real one, (B or 1, number).
+
+    For rows without segments, whose mask may tell of tokens to come.
+    """
+    position = torch.arange(number, device=mask.device).unsqueeze(0) + since
+    padding_BK = mask.padding_BK
+    if padding_BK is None:
+        return position
+    return position - mask.once("first real", lambda: padding_BK.long().argmax(dim=1, keepdim=True))
+
+
 def _turns(mask: AttentionMask, max_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of a quarter turn times position / max_length for each key, (B or 1, 1, K, 1)."""
     if mask.cross:
@@ -141,11 +169,11 @@ def _turns(mask: AttentionMask, max_length: int, dtype: torch.dtype) -> tuple[to
     position_BK = torch.arange(mask.kv_length, device=mask.device) - mask.starts_BK()
     if mask.kv_offset + mask.kv_length > max_length:
         before = mask.q_offset - mask.kv_offset
-        longest = int(position_BK[:, before : before + mask.q_length].max()) + 1
-        if longest > max_length:
-            raise ValueError(
-                f"feature_map='cosformer' got a sequence of {longest} tokens; allowed: at most max_length={max_length}"
-            )
+        check_length(position_BK[:, before : before + mask.q_length], max_length)
+    return _angles(position_BK, max_length, dtype)
+
+
+def _angles(position_BK: torch.Tensor, max_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     # What is before a row's first token or after its last query is seen by nobody.
     angle = position_BK.clamp(0, max_length - 1).to(dtype)[:, None, :, None] * (math.pi / 2 / max_length)
     return angle.cos(), angle.sin()

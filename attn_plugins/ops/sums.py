@@ -1,0 +1,110 @@
+"""Sums: the state of attentions that add up all tokens seen, as large after a million of them as after the first."""
+
+from collections.abc import Callable
+
+import torch
+
+from attn_plugins.mask import AttentionMask
+from attn_plugins.ops.dense import wide
+from attn_plugins.ops.feature_maps import NO_KEYS
+from attn_plugins.ops.token_features import check_length, row_positions
+from attn_plugins.state import State
+
+PIECE = 4096
+"""Tokens that are taken in at once: what is made of each of them is held for as many."""
+
+Piece = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(q_BHQD, k_BGKD, v_BGKV), the queries the last of the keys' tokens, maybe none -> out_BHQV; takes the tokens in."""
+
+
+class Sums(State):
+    """Sums over all tokens but the last ``window_size``, and the keys and values of these.
+
+    ``tensors``: k (B, G, window, D) and v (B, G, window, V), in which position p is in place p modulo ``window``; they
+    are empty where there is no window, and say all the same which tokens may follow. The others are the attention's
+    own, in float32, or float64 for tokens in float64.
+
+    Args:
+        window_size: of tokens that are not summed up yet.
+        max_length: most tokens that a row may have, where the attention's options set a limit (cosformer).
+    """
+
+    serves_fixed_length = True
+
+    def __init__(self, fixed_length: int | None = None, *, window_size: int = 0, max_length: int | None = None):
+        super().__init__(fixed_length)
+        self.window = window_size if fixed_length is None else min(window_size, fixed_length)
+        self.max_length = max_length
+
+    def start(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """The tensors, made if they are not there: besides k and v, (B, *shape) under each name.
+
+        They begin with zeros, those whose name ends in "level" with NO_KEYS.
+        """
+        if not self.tensors:
+            (batch, groups), dtype = k_BGKD.shape[:2], wide(k_BGKD, v_BGKV)
+            self.tensors = {
+                "k": k_BGKD.new_zeros(batch, groups, self.window, k_BGKD.shape[3]),
+                "v": v_BGKV.new_zeros(batch, groups, self.window, v_BGKV.shape[3]),
+            }
+            for name, shape in shapes.items():
+                self.tensors[name] = k_BGKD.new_full((batch, *shape), _empty(name), dtype=dtype)
+        return self.tensors
+
+    def put(self, number: int, **tensors: torch.Tensor | None) -> None:
+        """Take in ``number`` tokens: the sums with them."""
+        for name, x in tensors.items():
+            if x is None:
+                continue
+            held = self.tensors[name]
+            # Else what earlier calls have read is still as it was, for their gradients.
+            if self.fixed_length is None or x.requires_grad or held.requires_grad:
+                self.tensors[name] = x
+            else:
+                held.copy_(x)
+        self.length += number
+
+    def write(self, index: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor) -> None:
+        """Put keys and values of the last tokens into their places."""
+        for name, x in (("k", k_BGKD), ("v", v_BGKV)):
+            held = self.tensors[name]
+            if x.requires_grad or held.requires_grad:
+                self.tensors[name] = held.index_copy(2, index, x)
+            else:
+                held.index_copy_(2, index, x)
+
+    def real(self, mask: AttentionMask, number: int) -> torch.Tensor | None:
+        """Which of the next ``number`` tokens are no padding, (B, number); None if all are."""
+        if mask.padding_BK is None:
+            return None
+        position = torch.arange(number, device=mask.padding_BK.device) + self.length
+        return mask.padding_BK.index_select(1, position).expand(mask.batch_size, -1)
+
+    def reset(self) -> None:
+        super().reset()
+        for name, tensor in self.tensors.items():
+            tensor.fill_(_empty(name))
+
+    def check(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+        super().check(q_BHQD, k_BGKD, v_BGKV, mask)
+        if self.max_length is not None and mask.kv_length > self.max_length:
+            check_length(row_positions(mask, mask.kv_length - 1, 1), self.max_length)
+
+    def _like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (self.tensors["k"], self.tensors["v"]) if self.tensors else super()._like()
+
+
+def _empty(name: str) -> float:
+    return NO_KEYS if name.endswith("level") else 0.0
+
+
+def in_pieces(attend: Piece, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor) -> torch.Tensor:
+    """``attend`` on a few thousand tokens after another; the queries are the last of the tokens."""
+    keys, before = k_BGKD.shape[2], k_BGKD.shape[2] - q_BHQD.shape[2]
+    if keys <= PIECE:
+        return attend(q_BHQD, k_BGKD, v_BGKV)
+    outs = []
+    for low in range(0, keys, PIECE):
+        new, own = slice(low, low + PIECE), slice(max(0, low - before), max(0, low + PIECE - before))
+        outs.append(attend(q_BHQD[:, :, own], k_BGKD[:, :, new], v_BGKV[:, :, new]).transpose(1, 2))
+    return torch.cat(outs, dim=1).transpose(1, 2)
