@@ -202,8 +202,9 @@ def test_gradients_go_through_a_state(case):
     want = torch.autograd.grad(one, wanted, cotangent, allow_unused=True)
     pieces = run(module, module.new_state(), Inputs(*leaves), None, [19, 1, 1, 20])
     got = torch.autograd.grad(pieces, wanted, cotangent, allow_unused=True)
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(torch.zeros(1) if a is None else a, torch.zeros(1) if b is None else b)
+    for leaf, *both in zip(wanted, got, want, strict=True):
+        a, b = (torch.zeros_like(leaf) if gradient is None else gradient for gradient in both)
+        torch.testing.assert_close(a, b)
 
 
 @every_state
