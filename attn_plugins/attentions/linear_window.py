@@ -1,3 +1,4 @@
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -7,6 +8,8 @@ from torch import nn
 
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.linear_window import dense_linear_window, linear_window_attention
+from attn_plugins.ops.linear_window_state import linear_window_attention_from
+from attn_plugins.ops.sums import Sums
 from attn_plugins.ops.token_features import LEARNED, prepare, reset_weights, weight_shapes
 from attn_plugins.registry import register_attention
 
@@ -92,6 +95,13 @@ class LinearWindowAttention(Attention):
         prepared, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
         options["chunk_size"] = self.config.chunk_size
         return linear_window_attention(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
+
+    def new_state(self, fixed_length=None):
+        return Sums(fixed_length, window_size=self.config.window_size)
+
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
+        tokens, prepare = (q_BHQD, k_BGKD, v_BGKV), functools.partial(self._prepare, mask=mask, scale=scale)
+        return linear_window_attention_from(*tokens, mask, state, prepare, chunk_size=self.config.chunk_size)
 
     def _feature_weights(self):
         return {name: weight for name, weight in self.named_parameters() if name != "window_gate"}

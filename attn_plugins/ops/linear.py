@@ -282,14 +282,24 @@ def _read(
     eps: float,
 ) -> torch.Tensor:
     """What queries read from one state, (B, H, Q, V)."""
+    totals = read_sums(q_BHQD, w_q, feature_map, state_BGFV, level_BGF)
+    return (totals[..., :-1] / (totals[..., -1:] + eps)).view(*q_BHQD.shape[:3], -1)
+
+
+def read_sums(
+    q_BHQD: torch.Tensor,
+    w_q: Projection,
+    feature_map: str,
+    state_BGFV: torch.Tensor,
+    level_BGF: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sums of phi(q).phi(k) [v, 1] for queries, (B, G, query heads that share a key/value head x Q, V + 1)."""
     q_BHQE, heads = project(q_BHQD, w_q), q_BHQD.shape[1]
     if level_BGF is None:
         fq_BHQF = FEATURE_MAPS[feature_map].features(q_BHQE)
     else:
         fq_BHQF, _ = above_level(q_BHQE, expand_heads(level_BGF.unsqueeze(2), heads))
-    batch, _, queries, features = fq_BHQF.shape
-    totals = fq_BHQF.reshape(batch, state_BGFV.shape[1], -1, features) @ state_BGFV
-    return (totals[..., :-1] / (totals[..., -1:] + eps)).view(batch, heads, queries, -1)
+    return fq_BHQF.reshape(len(fq_BHQF), state_BGFV.shape[1], -1, fq_BHQF.shape[3]) @ state_BGFV
 
 
 def _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, feature_map, chunk_size, eps):

@@ -121,13 +121,18 @@ def linear_window_attention(
     branch: str,
     scale: float,
     chunk_size: int,
+    sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The same in O(Q (window_size + F)) time and linear memory: out_BHQV in the dtype of v. Differentiable once.
+
+    Args:
+        sums: over keys that come before these and have left the window, (B, G, F, V + 1), if the mask is causal.
 
     Raises:
         ValueError: a packed segment goes on after another one began.
     """
-    if few_queries(prepared.q_BHQD, v_BGKV, prepared.options["feature_map"], prepared.options.get("query_projection")):
+    linear = (prepared.options["feature_map"], prepared.options.get("query_projection"))
+    if sums is None and few_queries(prepared.q_BHQD, v_BGKV, *linear):
         return dense_linear_window(
             q_BHQD,
             k_BGKD,
@@ -146,7 +151,7 @@ def linear_window_attention(
         if branch == "window":
             return near.to(v_BGKV.dtype)
     eps = prepared.options["eps"]
-    far, total = _far(prepared, v_BGKV.to(dtype), mask, window_size, chunk_size)
+    far, total = _far(prepared, v_BGKV.to(dtype), mask, window_size, chunk_size, sums)
     if near is None or top_total is None:
         return (far / (total + eps)).to(v_BGKV.dtype)
     weight = top_total * factor_H.to(dtype).view(-1, 1, 1)
@@ -155,13 +160,18 @@ def linear_window_attention(
 
 
 def _far(
-    prepared: Prepared, v_BGKV: torch.Tensor, mask: AttentionMask, window_size: int, chunk_size: int
+    prepared: Prepared,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    window_size: int,
+    chunk_size: int,
+    sums: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over the keys outside the window: of phi(q).phi(k) v, (B, H, Q, V), and without v, (B, H, Q, 1)."""
     padding_BK, segments_BK = real_keys(mask), contiguous_segments(mask)
     tokens = (prepared.q_BHQD, prepared.k_BGKD, v_BGKV)
     options = (prepared.options, mask.q_offset - mask.kv_offset, window_size, chunk_size)
-    far, total = _lagging(*tokens, padding_BK, segments_BK, *options)
+    far, total = _lagging(*tokens, padding_BK, segments_BK, *options, sums)
     if not mask.causal:
         q, k, v = (x.flip(2) for x in tokens)
         padding_BK, segments_BK = (None if x is None else x.flip(1) for x in (padding_BK, segments_BK))
@@ -170,7 +180,7 @@ def _far(
     return far, total
 
 
-def _lagging(q_BHQD, k_BGKD, v_BGKV, padding_BK, segments_BK, options, before, window_size, chunk_size):
+def _lagging(q_BHQD, k_BGKD, v_BGKV, padding_BK, segments_BK, options, before, window_size, chunk_size, sums=None):
     """:func:`_far` for the keys that are ``window_size`` or more before a query; query i is at key ``before + i``."""
     (batch, heads, queries, _), value_dim = q_BHQD.shape, v_BGKV.shape[3]
     keys = before + queries - window_size
@@ -188,7 +198,7 @@ def _lagging(q_BHQD, k_BGKD, v_BGKV, padding_BK, segments_BK, options, before, w
     projections = [options.get(name) for name in ("query_projection", "key_projection")]
     w_q, w_k = (None if w is None else w.to(dtype) for w in projections)
     q, k, v = q_BHQD[:, :, alone:], k_BGKD[:, :, :keys], v_BGKV[:, :, :keys]
-    out, total = last_queries(q, k, v, w_q, w_k, seen, labels, options["feature_map"], chunk_size, eps)
+    out, total = last_queries(q, k, v, w_q, w_k, seen, labels, options["feature_map"], chunk_size, eps, sums)
     far = out * (total + eps).unsqueeze(3)
     return pad(far, (0, 0, alone, 0)), pad(total.unsqueeze(3), (0, 0, alone, 0))
 
