@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.fastformer import Weights, dense_fastformer, fastformer
+from attn_plugins.ops.fastformer import Weights, dense_fastformer, fastformer, fastformer_from
+from attn_plugins.ops.sums import Sums
 from attn_plugins.registry import register_attention
 
 
@@ -72,6 +73,13 @@ class FastformerAttention(Attention):
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         chunk_size = self.config.chunk_size
         return fastformer(q_BHQD, k_BGKD, v_BGKV, mask, weights=self._weights(), scale=scale, chunk_size=chunk_size)
+
+    def new_state(self, fixed_length=None):
+        return Sums(fixed_length)
+
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
+        options = {"weights": self._weights(), "scale": scale, "chunk_size": self.config.chunk_size}
+        return fastformer_from(q_BHQD, k_BGKD, v_BGKV, mask, state, **options)
 
     def _weights(self):
         return Weights(self.query_weight, self.key_weight, self.transform_weight, self.residual, self.resize_weight)

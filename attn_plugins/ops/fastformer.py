@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.dense import expand_heads, masked_softmax, wide
 from attn_plugins.ops.linear import contiguous_segments
+from attn_plugins.ops.sums import Sums, in_pieces
 
 UNSEEN = -1e30
 """Logit of what is not visible: finite, so that a token that sees nothing has finite gradients (of zero)."""
@@ -89,6 +90,82 @@ def fastformer(
         return _finish(q, global_key, v, seen, weights).to(v_BGKV.dtype)
 
 
+def fastformer_from(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    state: Sums,
+    *,
+    weights: Weights,
+    scale: float,
+    chunk_size: int,
+) -> torch.Tensor:
+    """The same, causal, for the last Q of K new tokens, which the state takes in: out_BHQV in the dtype of v.
+
+    Args:
+        mask: of all tokens, which may end with some that come later.
+        state: what the tokens before add up to, ``query_pool`` and ``query_level``, ``key_pool`` and ``key_level``,
+            (B, H, D + 1) and (B, H) each, see :class:`_Pool`.
+    """
+    weights, (heads, size) = _wide_weights(weights, wide(q_BHQD, k_BGKD, v_BGKV)), weights.query.shape
+    pools, levels = ("query_pool", "key_pool"), ("query_level", "key_level")
+    state.start(k_BGKD, v_BGKV, **dict.fromkeys(pools, (heads, size + 1)), **dict.fromkeys(levels, (heads,)))
+
+    def piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        number, dtype, held = k.shape[2], weights.query.dtype, state.tensors
+        real_BK, own = state.real(mask, number), slice(number - q.shape[2], None)
+        k_BHKD, v_BHQV = (expand_heads(x.to(dtype), heads) for x in (k, v[:, :, own]))
+
+        def logits(x_BHTD: torch.Tensor, w_HD: torch.Tensor) -> torch.Tensor:
+            found = _logits(x_BHTD, w_HD, scale)
+            return found if real_BK is None else torch.where(real_BK.unsqueeze(1), found, UNSEEN)
+
+        before = _Pool(held["query_pool"], held["query_level"])
+        g_BHKD, _, query = _go_on(before, logits(k_BHKD, weights.query), k_BHKD, chunk_size)
+        p_BHKD = g_BHKD * k_BHKD
+        before = _Pool(held["key_pool"], held["key_level"])
+        c_BHKD, level, key = _go_on(before, logits(p_BHKD, weights.key), p_BHKD, chunk_size)
+        state.put(number, query_pool=query.sums, query_level=query.level, key_pool=key.sums, key_level=key.level)
+        seen = (level[:, :, own] > UNSEEN / 2).unsqueeze(3)
+        return _finish(q.to(dtype), c_BHKD[:, :, own], v_BHQV, seen, weights).to(v.dtype)
+
+    return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)
+
+
+class _Pool(NamedTuple):
+    """Tokens pooled so far: sums of e^(logit - level) [x, 1], (B, H, D + 1), and the largest logit, (B, H)."""
+
+    sums: torch.Tensor
+    level: torch.Tensor
+
+    def add(self, logits_BHT: torch.Tensor, x_BHTD: torch.Tensor) -> "_Pool":
+        """With these tokens too, but those UNSEEN."""
+        risen = torch.maximum(self.level, logits_BHT.detach().amax(dim=2))
+        e_BHT = torch.exp(logits_BHT - risen.unsqueeze(2)).masked_fill(logits_BHT == UNSEEN, 0.0)
+        more = (e_BHT.unsqueeze(2) @ pad(x_BHTD, (0, 1), value=1.0)).squeeze(2)
+        return _Pool(self.sums * torch.exp(self.level - risen).unsqueeze(2) + more, risen)
+
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The average, as that of one token, (B, H, 1, D), and the log-sum-exp of its logits, (B, H, 1)."""
+        total = self.sums[..., -1:].clamp_min(torch.finfo(self.sums.dtype).tiny)
+        return (self.sums[..., :-1] / total).unsqueeze(2), self.level.unsqueeze(2) + total.log()
+
+
+def _go_on(
+    before: _Pool, logits_BHT: torch.Tensor, x_BHTD: torch.Tensor, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor, _Pool]:
+    """(pooled_BHTD, log-sum-exp (B, H, T), the pool with all of these tokens)."""
+    after = before.add(logits_BHT, x_BHTD)
+    if x_BHTD.shape[2] == 1:
+        return *after.read(), after
+    # What was pooled before stands for one token that comes first.
+    first, level = before.read()
+    longer = (torch.cat([level, logits_BHT], dim=2), torch.cat([first, x_BHTD], dim=2))
+    pooled, level = pool_prefixes(*longer, None, chunk_size)
+    return pooled[:, :, 1:], level[:, :, 1:], after
+
+
 def _prepare(q_BHQD, k_BGKD, v_BGKV, weights, mask):
     """Everything in at least float32, keys repeated to the query heads, and no keys after the last query if causal."""
     dtype, heads, (queries, keys) = wide(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape[1], (q_BHQD.shape[2], k_BGKD.shape[2])
@@ -103,14 +180,11 @@ def _prepare(q_BHQD, k_BGKD, v_BGKV, weights, mask):
         seen = mask.q_offset - mask.kv_offset + queries
         mask = _mask(mask, queries, seen)
     k_BHKD, v_BHKV = (expand_heads(x[:, :, :seen].to(dtype), heads) for x in (k_BGKD, v_BGKV))
-    weights = Weights(
-        weights.query.to(dtype),
-        weights.key.to(dtype),
-        weights.transform.to(dtype),
-        weights.residual.to(dtype),
-        None if weights.resize is None else weights.resize.to(dtype),
-    )
-    return q_BHQD.to(dtype), k_BHKD, v_BHKV[:, :, seen - queries :], weights, mask
+    return q_BHQD.to(dtype), k_BHKD, v_BHKV[:, :, seen - queries :], _wide_weights(weights, dtype), mask
+
+
+def _wide_weights(weights: Weights, dtype: torch.dtype) -> Weights:
+    return weights._replace(**{name: w.to(dtype) for name, w in weights._asdict().items() if w is not None})
 
 
 def _mask(mask: AttentionMask, queries: int, keys: int) -> AttentionMask:
