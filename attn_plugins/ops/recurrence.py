@@ -205,12 +205,9 @@ def scan_from(
         return out[:, :, : 0 if silent else v.shape[2]].to(v.dtype), after
 
     if before:
-        earlier = [None if x is None else x[:, :, :before] for x in sequences]
-        out, state = scan(step, span, state, earlier, weights)
-    if queries:
-        new = [None if x is None else x[:, :, before:] for x in sequences]
-        out, state = scan(step, span, state, [q_BHQD, *new[1:]], weights)
-    return out, state
+        _, state = scan(step, span, state, [None if x is None else x[:, :, :before] for x in sequences], weights)
+    new = [None if x is None else x[:, :, before:] for x in sequences]
+    return scan(step, span, state, [q_BHQD, *new[1:]], weights)
 
 
 def _reach(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask) -> tuple[int, int]:

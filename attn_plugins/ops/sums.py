@@ -14,7 +14,7 @@ PIECE = 4096
 """Tokens that are taken in at once: what is made of each of them is held for as many."""
 
 Piece = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(q_BHQD, k_BGKD, v_BGKV), the queries the last of the keys' tokens, maybe none -> out_BHQV; takes the tokens in."""
+"""(q_BHQD, k_BGKD, v_BGKV), the queries the last of the keys' tokens -> out_BHQV; takes the tokens in."""
 
 
 class Sums(State):
@@ -99,12 +99,12 @@ def _empty(name: str) -> float:
 
 
 def in_pieces(attend: Piece, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor) -> torch.Tensor:
-    """``attend`` on a few thousand tokens after another; the queries are the last of the tokens."""
-    keys, before = k_BGKD.shape[2], k_BGKD.shape[2] - q_BHQD.shape[2]
-    if keys <= PIECE:
+    """``attend`` on a few thousand queries after another, the first with all tokens that come without."""
+    queries, before = q_BHQD.shape[2], k_BGKD.shape[2] - q_BHQD.shape[2]
+    if queries <= PIECE:
         return attend(q_BHQD, k_BGKD, v_BGKV)
     outs = []
-    for low in range(0, keys, PIECE):
-        new, own = slice(low, low + PIECE), slice(max(0, low - before), max(0, low + PIECE - before))
+    for low in range(0, queries, PIECE):
+        own, new = slice(low, low + PIECE), slice(before + low if low else 0, before + low + PIECE)
         outs.append(attend(q_BHQD[:, :, own], k_BGKD[:, :, new], v_BGKV[:, :, new]).transpose(1, 2))
     return torch.cat(outs, dim=1).transpose(1, 2)
