@@ -33,6 +33,8 @@ class State:
 
     serves_fixed_length = False
     """Whether ``fixed_length`` is honoured: shapes don't depend on the number of tokens seen."""
+    grows = False
+    """Whether it takes more memory the more tokens it has seen, without end, unless ``fixed_length`` is set."""
 
     def __init__(self, fixed_length: int | None = None):
         self.fixed_length = fixed_length

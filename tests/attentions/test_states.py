@@ -177,9 +177,9 @@ def test_static_states_keep_their_shapes_and_addresses(case):
 
 @every_state
 @torch.no_grad()
-def test_bytes_do_not_grow_where_shapes_are_static(case):
+def test_bytes_do_not_grow_where_they_need_not(case):
     module, state = case.module(), case.module().new_state()
-    if not state.serves_fixed_length:
+    if state.grows:
         pytest.skip(f"{case.cls.name} keeps all tokens")
     window = max((value for value in vars(module.config).values() if isinstance(value, int)), default=1)
     if window > 1000:
