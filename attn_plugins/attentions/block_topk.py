@@ -4,6 +4,7 @@ from typing import ClassVar
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.dense import dense_attention
 from attn_plugins.ops.gathered import block_attention, blocks_of, choose_blocks, chosen_keys
+from attn_plugins.ops.key_blocks import KeyBlocks, attention_from_blocks, choose_by_means, chosen_attention
 from attn_plugins.registry import register_attention
 
 
@@ -52,3 +53,13 @@ class BlockTopkAttention(Attention):
         block_size = self.config.block_size
         chosen = choose_blocks(q_BHQD, k_BGKD, blocks_of(mask, block_size), self.config.topk)
         return block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=block_size, **options)
+
+    def new_state(self, fixed_length=None):
+        return KeyBlocks(self.config.block_size, fixed_length=fixed_length)
+
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, **options):
+        return attention_from_blocks(q_BHQD, k_BGKD, v_BGKV, mask, state, self.attend, self._attend_few, **options)
+
+    def _attend_few(self, q_BHQD, position_Q, state, **options):
+        chosen_BHQT = choose_by_means(q_BHQD, position_Q, state, self.config.topk)
+        return chosen_attention(q_BHQD, position_Q, state, chosen_BHQT, **options)

@@ -6,7 +6,13 @@ import torch
 from torch import nn
 
 from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.native_sparse import Weights, dense_native_sparse_attention, native_sparse_attention
+from attn_plugins.ops.key_blocks import KeyBlocks
+from attn_plugins.ops.native_sparse import (
+    Weights,
+    dense_native_sparse_attention,
+    native_sparse_attention,
+    native_sparse_from,
+)
 from attn_plugins.registry import register_attention
 
 
@@ -96,6 +102,13 @@ class NativeSparseAttention(Attention):
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         return native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._weights(), **self._sizes(), **options)
+
+    def new_state(self, fixed_length=None):
+        kernel = (self.config.kernel_size, self.config.kernel_stride)
+        return KeyBlocks(self.config.block_size, kernel, fixed_length)
+
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, **options):
+        return native_sparse_from(q_BHQD, k_BGKD, v_BGKV, mask, state, self._weights(), **self._sizes(), **options)
 
     def _weights(self):
         gates = torch.stack([self.compressed_gate, self.selected_gate, self.window_gate], dim=1)

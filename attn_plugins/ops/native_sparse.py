@@ -3,6 +3,7 @@
 Letter beside the legend's: M compressed blocks.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.dense import dense_attention, expand_heads, masked_softmax, outside_autocast, scores, wide
 from attn_plugins.ops.gathered import Blocks, block_attention, blocks_of, chosen_keys
+from attn_plugins.ops.key_blocks import KeyBlocks, attention_from_blocks, chosen_attention, few_attention, own_blocks
 from attn_plugins.ops.patterns import Band
 from attn_plugins.ops.tiled import dense_pattern, tiled_attention
 from attn_plugins.ops.topk import Tile, attention_by_tiles, few_sizes, pieces
@@ -272,6 +274,100 @@ def native_sparse_attention(
     gates = weights.gates(q_BHQD)
     out = sum(gates[..., [b]] * branch.to(gates.dtype) for b, branch in enumerate((compressed, selected, window)))
     return torch.as_tensor(out).to(v_BGKV.dtype)
+
+
+def native_sparse_from(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    state: KeyBlocks,
+    weights: Weights,
+    **options: Any,
+) -> torch.Tensor:
+    """The same for the last Q of K new tokens and all before them, which ``state`` keeps; it takes the new ones in."""
+    attend = functools.partial(native_sparse_attention, weights=weights)
+    attend_few = functools.partial(few_native_sparse_attention, weights=weights)
+    kernels = (weights.key_weight_GC, weights.value_weight_GC)
+    return attention_from_blocks(q_BHQD, k_BGKD, v_BGKV, mask, state, attend, attend_few, kernels, **options)
+
+
+def few_native_sparse_attention(
+    q_BHQD: torch.Tensor,
+    position_Q: torch.Tensor,
+    state: KeyBlocks,
+    weights: Weights,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    window_size: int,
+    scale: float,
+    dropout: float,
+    **choice: int,
+) -> torch.Tensor:
+    """The same for a few causal queries, the last tokens of ``state``, from what that keeps.
+
+    It touches all compressed blocks and the keys of chosen blocks and of the window.
+
+    Returns:
+        out_BHQV in at least float32.
+    """
+    held, at_Q1 = state.tensors, position_Q.unsqueeze(1)
+    number = state.blocks_seen(kernel_stride, held["whole"].shape[1])
+    k_BGMD, v_BGMV = (held[name][:, :, :number] for name in ("k_compressed", "v_compressed"))
+    last_M = torch.arange(number, device=at_Q1.device) * kernel_stride + kernel_size - 1
+    visible_BQM = held["whole"][:, None, :number] & (last_M + state.starts().view(-1, 1, 1) <= at_Q1)
+    options = {"scale": scale, "dropout": dropout}
+    compressed, p_BHQM = few_attention(q_BHQD, k_BGMD, v_BGMV, visible_BQM[:, None, None], **options)
+    chosen_BGQT = choose_few(p_BHQM, position_Q, state, kernel_size, kernel_stride, **choice)
+    selected = chosen_attention(q_BHQD, position_Q, state, chosen_BGQT, **options)
+    k, v, near_K = state.last(window_size + len(position_Q) - 1)
+    visible = (near_K <= at_Q1) & (near_K > at_Q1 - window_size) & (near_K >= 0)
+    if state.padded:
+        visible = visible & held["real"].index_select(1, near_K.clamp(min=0))[:, None, None, None]
+    window, _ = few_attention(q_BHQD, k, v, visible, **options)
+    gates = weights.gates(q_BHQD)
+    return gates[..., [0]] * compressed + gates[..., [1]] * selected + gates[..., [2]] * window
+
+
+@torch.no_grad()
+def choose_few(
+    p_BHQM: torch.Tensor,
+    position_Q: torch.Tensor,
+    state: KeyBlocks,
+    kernel_size: int,
+    kernel_stride: int,
+    *,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> torch.Tensor:
+    """(B, G, Q, at most topk) blocks, as :func:`choose_by_weights` chooses them."""
+    groups, size, compressed = state.tensors["k"].shape[1], state.block_size, p_BHQM.shape[3]
+    own_BQ1 = own_blocks(position_Q, state).unsqueeze(2)
+    own_BGQ1 = own_BQ1.unsqueeze(1).expand(-1, groups, -1, -1)
+    number = state.blocks_seen(size, state.tensors["filled"].shape[1])
+    width = min(topk - 1, number)
+    if not width:
+        return own_BGQ1
+    # Blocks and compressed blocks count from the same start: which of them share keys is the same in every row.
+    block = torch.arange(number, device=own_BQ1.device)
+    low_N1 = block.unsqueeze(1) * size
+    reach = (size + kernel_size - 2) // kernel_stride + 1
+    first_N1 = (torch.div(low_N1 - kernel_size, kernel_stride, rounding_mode="floor") + 1).clamp(min=0)
+    over_NW = first_N1 + torch.arange(reach, device=block.device)
+    begin_NW = over_NW * kernel_stride
+    shared = torch.minimum(begin_NW + kernel_size, low_N1 + size) - torch.maximum(begin_NW, low_N1)
+    share_NW = shared.clamp(min=0).masked_fill(over_NW >= compressed, 0).to(p_BHQM.dtype) / kernel_size
+    p_BGQM = p_BHQM.unflatten(1, (groups, -1)).sum(dim=2)
+    given = p_BGQM.index_select(3, over_NW.clamp(max=compressed - 1).flatten()).unflatten(3, over_NW.shape)
+    score = (given * share_NW).sum(dim=4)
+    there = state.tensors["filled"][:, None, :number] & (block < own_BQ1)
+    near = (own_BQ1 - block < local_blocks) | (block < init_blocks)
+    score = score.masked_fill(near.unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
+    best = score.topk(width, dim=-1)
+    return torch.cat([own_BGQ1, best.indices.masked_fill(best.values == 0, -1)], dim=3)
 
 
 def dense_native_sparse_attention(
