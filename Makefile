@@ -23,7 +23,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-peers test-oldest demo bench gpu-check docs try wheel clean
+.PHONY: help setup fix check test test-slow test-real test-peers test-oldest demo bench bench-decode gpu-check docs try wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -88,6 +88,9 @@ demo: setup ## fetch a small pretrained model and compare attentions on it: tabl
 
 bench: setup ## time and memory of every attention alone, by length: about an hour; goes on where it was
 	$(BIN)/attn-plugins bench --config configs/bench/cpu.yaml
+
+bench-decode: setup ## time of a token and size of the cache, 1k to 128k tokens: minutes; goes on where it was
+	$(BIN)/attn-plugins bench --decode --config configs/bench/decode.yaml
 
 # For a machine whose Python has torch with CUDA already: no environment is made, nothing is fetched.
 gpu-check: ## the contract tests and the benchmark on a CUDA GPU; PYTHON=python3 is the interpreter that has torch

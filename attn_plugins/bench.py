@@ -32,6 +32,16 @@ FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def check_place(dtype: str, device: str) -> None:
+    """Raise a ValueError unless tensors of ``dtype`` can be made on ``device``."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """Which attentions at which lengths, and the shape of what they get."""
@@ -79,14 +89,9 @@ class BenchConfig:
             raise ValueError(f"lengths={self.lengths}; allowed: at least one, each at least 1")
         if not self.passes:
             raise ValueError(f"passes={self.passes}; allowed: at least one of {', '.join(typing.get_args(Pass))}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}; allowed: {', '.join(DTYPES)}")
         if self.patience <= 0:
             raise ValueError(f"patience={self.patience}; allowed: seconds above 0")
-        try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device={self.device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        check_place(self.dtype, self.device)
         if self.memory and torch.device(self.device).type != "cpu":
             raise ValueError(f"memory=true with device={self.device!r}; allowed: memory is measured on cpu only")
         contenders(self)

@@ -265,30 +265,52 @@ def bench(
     ] = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, or another that torch knows.")] = None,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Generation instead: time of a token, size of the cache, by context.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure cells again that have a result already.")] = False,
     assignments: Settings = None,
 ) -> None:
     """Time and memory of attentions alone, by length, against torch's own; from which length each pays.
 
+    With --decode: a whole model that generates with a long context in its cache, against the dense model.
     A killed run goes on where it was. Exit status 1 if a cell failed.
     """
     from rich.console import Console
 
     console = Console()
+    found: Any
     with one_line_errors():
-        from attn_plugins.bench import BenchConfig, prepare_bench, run_bench
-
         tree = settings(config, {"output_dir": output_dir, "device": device}, assignments)
         if attn:
             tree["attentions"] = {text: parse_yaml(text) for text in attn}
-        parsed = build(BenchConfig, tree)
-        results = prepare_bench(parsed)
-        need("matplotlib", "compare")
-    from attn_plugins.bench_report import Measured, write_bench_report
+        if decode:
+            from attn_plugins.bench_decode import DecodeConfig, prepare_decode
 
-    run_bench(parsed, results, fresh=fresh)
-    found = Measured(parsed, results)
-    tables, files = write_bench_report(found, results.path.parent)
+            if attn:
+                tree["attentions"] = {"dense": None, **tree["attentions"]}
+            generation = build(DecodeConfig, tree)
+            results = prepare_decode(generation)
+        else:
+            from attn_plugins.bench import BenchConfig, prepare_bench
+
+            alone = build(BenchConfig, tree)
+            results = prepare_bench(alone)
+        need("matplotlib", "compare")
+    if decode:
+        from attn_plugins.bench_decode import run_decode
+        from attn_plugins.bench_decode_report import Decoded, write_decode_report
+
+        run_decode(generation, results, fresh=fresh)
+        found = Decoded(generation, results)
+        tables, files = write_decode_report(found, results.path.parent)
+    else:
+        from attn_plugins.bench import run_bench
+        from attn_plugins.bench_report import Measured, write_bench_report
+
+        run_bench(alone, results, fresh=fresh)
+        found = Measured(alone, results)
+        tables, files = write_bench_report(found, results.path.parent)
     for table in tables:
         console.print(table.rich())
         console.print()

@@ -10,9 +10,9 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from attn_plugins.training.models import in_slot
 Pass = Literal["forward", "forward_backward"]
 Scope = Literal["model", "attention"]
 Run = Callable[[], None]
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +55,14 @@ def parts(model: nn.Module, input_ids: torch.Tensor, scope: Scope, which: Pass) 
     return [Part(run=_module_run(call, which), count=call.count) for call in attention_calls(model, input_ids)]
 
 
-def interleaved(contenders: Mapping[str, list[Part]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(contenders: Mapping[Name, list[Part]], rounds: int, device: torch.device) -> dict[Name, list[float]]:
     """Seconds of each contender in each of ``rounds`` rounds, after one round that is thrown away.
 
     Several parts count as the mean of a part, weighted by how often each occurs.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}; allowed: at least 1")
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Name, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
     for number in range(rounds + 1):
         for name in order if number % 2 else reversed(order):

@@ -6,6 +6,7 @@ import pytest
 import transformers
 
 from attn_plugins.bench import BenchConfig, contenders
+from attn_plugins.bench_decode import DecodeConfig
 from attn_plugins.compare import CompareConfig, cells
 from attn_plugins.docs import OWN
 from attn_plugins.registry import get_attention, list_attentions
@@ -60,6 +61,9 @@ def test_compare(path, monkeypatch):
 def test_bench(path):
     tree = read_yaml(path)
     assert tree["output_dir"] == f"runs/bench/{path.stem}"
+    if path.stem == "decode":
+        assert build(DecodeConfig, tree) == DecodeConfig(), "the file and the defaults say the same"
+        return
     # What is meant for another device is checked on this one, as far as it is there.
     config = build(BenchConfig, tree if tree["device"] == "cpu" else {**tree, "device": "cpu"})
     served = {contender.source["type"] for contender in contenders(config) if "type" in contender.source}

@@ -26,7 +26,10 @@ CORE = {
 ABOVE = [
     {"extras", "settings", "data", "results"},
     {"hf", "tasks", "demo"},
-    {"training", "measuring", "bench", "bench_report", "peers", "compare", "report", "tables", "inspect", "docs"},
+    {
+        *{"training", "measuring", "bench", "bench_report", "bench_decode", "bench_decode_report", "peers"},
+        *{"compare", "report", "tables", "inspect", "docs"},
+    },
     {"cli", "__main__", "__init__"},
 ]
 """The others, lowest first: each may import its own row, the rows before it, and the core without attentions."""
