@@ -247,7 +247,7 @@ def test_cells_of_other_settings_have_other_keys(tmp_path):
         {"tokens": 3},
         {"chunk": 21},
         {"dtype": "bfloat16"},
-        {"contexts": [16, 33, 63]},
+        {"contexts": [16, 32, 64]},
         {"model": "some/model"},
         {"model": {**SMALL["model"], "num_layers": 3}},
     ):
