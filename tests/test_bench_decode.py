@@ -118,9 +118,11 @@ def test_ratios_are_to_the_dense_model_and_to_the_own_time_at_the_first_context(
         return timed
 
     monkeypatch.setattr(bench_decode, "_decode", decode)
-    monkeypatch.setattr(measuring, "_seconds", lambda run, device: run.cost)
+    monkeypatch.setattr(measuring, "_seconds", lambda run, device: order.append(run.cost) or run.cost)
+    order = []
     config = config_of(tmp_path, attentions={"dense": None, "local": LOCAL})
     found = Decoded(config, run(config)[0])
+    assert order[-4:] == [8, 12, 6, 3], "runs of one model don't follow each other"
     local, dense = found.result("local", 64), found.result("dense", 64)
     assert (local["seconds"], local["baseline_seconds"], local["first_seconds"]) == (4.0, 6.0, 3.0)  # a round has 2
     assert local["times_as_fast"] == 12 / 8
