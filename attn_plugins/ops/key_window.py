@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.dense import masked_softmax, wide
-from attn_plugins.ops.patterns import ROWS, in_row
+from attn_plugins.ops.patterns import ROWS, Band, in_row
 from attn_plugins.ops.rotary import Pivot, Rotary, apart, turned
 from attn_plugins.ops.tiled import Pattern, Tile, make_tile, tiled_attention
 from attn_plugins.state import State
@@ -53,6 +54,12 @@ class KeyWindow(State):
             self.tensors["start"].fill_(-1)
         self.pivot = {}
         self.started = self.complete = self.padded = False
+
+    @property
+    def full(self) -> bool:
+        """Whether every place is taken by another token, for sure: where there was padding nothing is."""
+        places = self.tensors["k"].shape[2]
+        return not self.padded and places == self.num_first + self.size and self.length >= places
 
     def ring(self, tokens: int) -> int:
         """Places of the ring once ``tokens`` have come."""
@@ -279,7 +286,7 @@ def window_attention(
         state.take(k_BGKD, v_BGKV, mask)
         held, visible = mask.once(("held", *key), lambda: _held(mask, pattern, state))
         q, k = place(q_BHQD, state.tensors["k"], held)
-        return _few(q, k, state.tensors["v"], visible, **options)
+        return one_query(q, k, state.tensors["v"], visible, **options)
     if state.length:
         k, v, both = state.followed_by(k_BGKD, v_BGKV, mask)
         both = mask.once(("following", *key), lambda: both)
@@ -292,31 +299,37 @@ def window_attention(
     return out_BHQV
 
 
-def _held(mask: AttentionMask, pattern: Pattern, state: KeyWindow) -> tuple[AttentionMask, torch.Tensor]:
-    """The mask of what the state holds, and what of it the one query sees, (B or 1, 1, 1, K)."""
+def _held(mask: AttentionMask, pattern: Pattern, state: KeyWindow) -> tuple[AttentionMask, torch.Tensor | None]:
+    """The mask of what the state holds, and what of it the one query sees, (B or 1, 1, 1, K); None if that is all."""
     held = state.held(mask)
+    if state.full and mask.plain and isinstance(pattern, Band) and pattern.dilation == 1:
+        return held, None
     q_index = torch.zeros(1, 1, 1, dtype=torch.long, device=mask.device)
     k_index = torch.arange(held.kv_length, device=mask.device).view(1, 1, -1)
     return held, (held.visible(q_index, k_index) & pattern.sees(held, q_index, k_index)).unsqueeze(1)
 
 
-def _few(
+def one_query(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
     v_BGKV: torch.Tensor,
-    visible: torch.Tensor,
+    visible: torch.Tensor | None,
     *,
     scale: float,
     dropout: float = 0.0,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Dense attention, keys as they are: query heads that share a key/value head are rows of one product."""
-    dtype, (batch, heads, queries, _), groups = wide(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape, k_BGKD.shape[1]
-    rows = q_BHQD.to(dtype).reshape(batch, groups, -1, q_BHQD.shape[3]) * scale
-    s_BHQK = (rows @ k_BGKD.to(dtype).mT).view(batch, heads, queries, -1)
+    """Dense attention of one query, Q = 1, to keys as they are: the heads that share them are its queries."""
+    batch, heads, _, size = q_BHQD.shape
+    q = q_BHQD.reshape(batch, k_BGKD.shape[1], -1, size)
+    if softcap is None and sinks is None:
+        out = scaled_dot_product_attention(q, k_BGKD, v_BGKV, attn_mask=visible, dropout_p=dropout, scale=scale)
+        return out.reshape(batch, heads, 1, -1)
+    dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+    s_BHQK = (q.to(dtype) * scale @ k_BGKD.to(dtype).mT).view(batch, heads, 1, -1)
     if softcap is not None:
         s_BHQK = softcap * torch.tanh(s_BHQK / softcap)
+    visible = s_BHQK.new_ones((), dtype=torch.bool) if visible is None else visible
     weights = torch.dropout(masked_softmax(s_BHQK, visible, sinks), dropout, train=dropout > 0)
-    out = weights.view(batch, groups, -1, k_BGKD.shape[2]) @ v_BGKV.to(dtype)
-    return out.view(batch, heads, queries, -1).to(v_BGKV.dtype)
+    return (weights.view(*q.shape[:3], -1) @ v_BGKV.to(dtype)).view(batch, heads, 1, -1).to(v_BGKV.dtype)
