@@ -1,6 +1,7 @@
 """Put another attention into a Hugging Face model that already exists. Importing this makes the flag known."""
 
 from attn_plugins.attention import Attention, AttentionConfig, HeadShape
+from attn_plugins.hf.caches import cache_bytes
 from attn_plugins.hf.patches import install as _install
 from attn_plugins.hf.swap import describe_attention, restore_attention, swap_attention
 from attn_plugins.mask import AttentionMask
@@ -11,6 +12,7 @@ __all__ = [
     "AttentionConfig",
     "AttentionMask",
     "HeadShape",
+    "cache_bytes",
     "describe_attention",
     "get_attention",
     "list_attentions",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attn_plugins import docs, registry
@@ -30,9 +31,10 @@ def test_the_python_runs(tmp_path, monkeypatch, clean_registry):
         vocab_size=64,
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     source, replaced = re.subn(r"^path = .*$", "path = 'model'", "\n".join(blocks), flags=re.MULTILINE)
     assert replaced == 1
     names: dict = {}
