@@ -359,8 +359,9 @@ def choose_few(
     over_NW = first_N1 + torch.arange(reach, device=block.device)
     begin_NW = over_NW * kernel_stride
     shared = torch.minimum(begin_NW + kernel_size, low_N1 + size) - torch.maximum(begin_NW, low_N1)
-    share_NW = shared.clamp(min=0).masked_fill(over_NW >= compressed, 0).to(p_BHQM.dtype) / kernel_size
+    share_NW = shared.clamp(min=0).to(p_BHQM.dtype) / kernel_size
     p_BGQM = p_BHQM.unflatten(1, (groups, -1)).sum(dim=2)
+    # What begins behind the last compressed block shares keys only with blocks that no query chooses.
     given = p_BGQM.index_select(3, over_NW.clamp(max=compressed - 1).flatten()).unflatten(3, over_NW.shape)
     score = (given * share_NW).sum(dim=4)
     there = state.tensors["filled"][:, None, :number] & (block < own_BQ1)
