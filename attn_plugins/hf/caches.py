@@ -120,7 +120,7 @@ class StateLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}); allowed: a negative number, of tokens to remove")
-        self.state.crop(-tokens_to_remove)
+        self.state.crop(-int(tokens_to_remove))  # transformers 5.17 counts the tokens of a draft in a tensor
 
 
 def serve(model: nn.Module, modules: Iterable[nn.Module]) -> None:
