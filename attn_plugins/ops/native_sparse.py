@@ -362,8 +362,9 @@ def choose_few(
     share_NW = shared.clamp(min=0).to(p_BHQM.dtype) / kernel_size
     p_BGQM = p_BHQM.unflatten(1, (groups, -1)).sum(dim=2)
     # What begins behind the last compressed block shares keys only with blocks that no query chooses.
-    given = p_BGQM.index_select(3, over_NW.clamp(max=compressed - 1).flatten()).unflatten(3, over_NW.shape)
-    score = (given * share_NW).sum(dim=4)
+    # As a matrix: index_select of its columns is ten times as fast as that of a last dimension.
+    given = p_BGQM.flatten(0, 2).index_select(1, over_NW.clamp(max=compressed - 1).flatten())
+    score = (given.view(*p_BGQM.shape[:3], *over_NW.shape) * share_NW).sum(dim=4)
     there = state.tensors["filled"][:, None, :number] & (block < own_BQ1)
     near = (own_BQ1 - block < local_blocks) | (block < init_blocks)
     score = score.masked_fill(near.unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
