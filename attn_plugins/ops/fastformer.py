@@ -140,9 +140,9 @@ class _Pool(NamedTuple):
     level: torch.Tensor
 
     def add(self, logits_BHT: torch.Tensor, x_BHTD: torch.Tensor) -> "_Pool":
-        """With these tokens too, but those UNSEEN."""
+        """With these tokens too; those UNSEEN are nothing beside any other."""
         risen = torch.maximum(self.level, logits_BHT.detach().amax(dim=2))
-        e_BHT = torch.exp(logits_BHT - risen.unsqueeze(2)).masked_fill(logits_BHT == UNSEEN, 0.0)
+        e_BHT = torch.exp(logits_BHT - risen.unsqueeze(2))
         more = (e_BHT.unsqueeze(2) @ pad(x_BHTD, (0, 1), value=1.0)).squeeze(2)
         return _Pool(self.sums * torch.exp(self.level - risen).unsqueeze(2) + more, risen)
 
