@@ -208,6 +208,7 @@ class Attention(nn.Module):
         weights_BHQK = None
         with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
             if state is not None:
+                state.to(k_BGKD.device)  # it may have been offloaded
                 k_BGKD, v_BGKV = state.begin(k_BGKD, v_BGKV)
                 out_BHQV = self.attend_from(q_BHQD, k_BGKD, v_BGKV, state=state, **options)
             elif need_weights or self.backend == "reference":

@@ -107,6 +107,11 @@ class State:
             moment.before.apply(change)
         self.history = [Moment(m.before, change(m.k_BGKD), change(m.v_BGKV)) for m in self.history]
 
+    def to(self, device: torch.device) -> None:
+        """Move what is held to a device, if it is not there."""
+        if any(tensor.device != device for tensor in self._held()):
+            self.apply(lambda tensor: tensor.to(device))
+
     def reset(self) -> None:
         """Empty it, as it was before the first token."""
         self.length, self.waiting, self.history = 0, None, []
@@ -115,9 +120,31 @@ class State:
         for tensor in self.tensors.values():
             tensor.zero_()
 
+    def put(self, name: str, axis: int, index: torch.Tensor, x: torch.Tensor) -> None:
+        """Write ``x`` into a tensor at these places, the tensor itself unless a gradient needs it as it was."""
+        held = self.tensors[name]
+        if x.requires_grad or held.requires_grad:
+            self.tensors[name] = held.index_copy(axis, index, x)
+        else:
+            held.index_copy_(axis, index, x)
+
+    def find_starts(self, start_B: torch.Tensor, mask: AttentionMask, seen: int) -> bool:
+        """Fill in where rows begin, the first real position of those whose start is still -1.
+
+        Returns:
+            whether every row has begun.
+        """
+        if mask.padding_BK is None:
+            found_B = torch.zeros_like(start_B)
+        else:
+            padding_BK = mask.padding_BK[:, :seen].expand(len(start_B), -1)
+            found_B = torch.where(padding_BK.any(dim=1), padding_BK.long().argmax(dim=1), -1)
+        start_B.copy_(torch.where(start_B < 0, found_B, start_B))
+        return mask.padding_BK is None or bool((start_B >= 0).all())
+
     def check(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         """Raise a ValueError unless these tokens can follow those that were seen, before anything has changed."""
-        known = self._like()
+        known = self.like()
         if known is not None:
             got = [(*x.shape[:2], x.shape[3]) for x in (k_BGKD, v_BGKV)]
             want = [(*x.shape[:2], x.shape[3]) for x in known]
@@ -136,7 +163,7 @@ class State:
         if mask.segments_BK is not None:
             raise ValueError("packed sequences cannot be continued from a cache; give each its own row")
 
-    def _like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A key and a value tensor of the shapes that have to come, None if any may; the length does not matter."""
         return self.waiting
 

@@ -62,6 +62,26 @@ class StateLayer(CacheLayerMixin):
         """The base class sets it; a state knows by itself."""
 
     @property
+    def keys(self) -> torch.Tensor | None:
+        """No keys, in the shapes that they would have: some models take caches apart row by row (Whisper)."""
+        like = self.state.like()
+        return None if like is None else like[0][:, :, :0]
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        """The base class sets it; a state has its own tensors."""
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """As ``keys``."""
+        like = self.state.like()
+        return None if like is None else like[1][:, :, :0]
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        """As for ``keys``."""
+
+    @property
     def record_past(self) -> bool:
         return self.state.recording
 

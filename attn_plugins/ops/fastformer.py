@@ -126,7 +126,7 @@ def fastformer_from(
         p_BHKD = g_BHKD * k_BHKD
         before = _Pool(held["key_pool"], held["key_level"])
         c_BHKD, level, key = _go_on(before, logits(p_BHKD, weights.key), p_BHKD, chunk_size)
-        state.put(number, query_pool=query.sums, query_level=query.level, key_pool=key.sums, key_level=key.level)
+        state.become(number, query_pool=query.sums, query_level=query.level, key_pool=key.sums, key_level=key.level)
         seen = (level[:, :, own] > UNSEEN / 2).unsqueeze(3)
         return _finish(q.to(dtype), c_BHKD[:, :, own], v_BHQV, seen, weights).to(v.dtype)
 

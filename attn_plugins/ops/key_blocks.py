@@ -78,15 +78,19 @@ class KeyBlocks(State):
         self.padded = self.padded or mask.padding_BK is not None
         self._make_room(k_BGKD, v_BGKV, before + new)
         if not self.started:
-            self._find_starts(mask, before + new)
+            start_B = self.tensors["start"]
+            self.started = self.find_starts(start_B, mask, before + new)
+            if self.started and self.fixed_length is None:
+                first = int(start_B[0])
+                self.shared_start = first if bool((start_B == first).all()) else None
         position = torch.arange(new, device=k_BGKD.device) + before
-        self._put("k", 2, position, k_BGKD)
-        self._put("v", 2, position, v_BGKV)
+        self.put("k", 2, position, k_BGKD)
+        self.put("v", 2, position, v_BGKV)
         if mask.padding_BK is None:
             real_BK = torch.ones(1, 1, dtype=torch.bool, device=k_BGKD.device).expand(mask.batch_size, new)
         else:
             real_BK = mask.padding_BK.index_select(1, position).expand(mask.batch_size, -1)
-        self._put("real", 1, position, real_BK)
+        self.put("real", 1, position, real_BK)
         self.length += new
         self._summarise(before, weights)
 
@@ -171,26 +175,6 @@ class KeyBlocks(State):
             made[name][tuple(slice(size) for size in old.shape)].copy_(old)
         self.tensors = made
 
-    def _find_starts(self, mask: AttentionMask, seen: int) -> None:
-        start_B = self.tensors["start"]
-        if mask.padding_BK is None:
-            found_B = torch.zeros_like(start_B)
-        else:
-            padding_BK = mask.padding_BK[:, :seen].expand(len(start_B), -1)
-            found_B = torch.where(padding_BK.any(dim=1), padding_BK.long().argmax(dim=1), -1)
-        start_B.copy_(torch.where(start_B < 0, found_B, start_B))
-        self.started = mask.padding_BK is None or bool((start_B >= 0).all())
-        if self.started and self.fixed_length is None:
-            first = int(start_B[0])
-            self.shared_start = first if bool((start_B == first).all()) else None
-
-    def _put(self, name: str, axis: int, index: torch.Tensor, x: torch.Tensor) -> None:
-        held = self.tensors[name]
-        if x.requires_grad or held.requires_grad:  # what earlier calls have computed from it stays as it was
-            self.tensors[name] = held.index_copy(axis, index, x)
-        else:
-            held.index_copy_(axis, index, x)
-
     def _put_rows(self, name: str, index_BN: torch.Tensor, x_BGND: torch.Tensor) -> None:
         """Into (B, G, rows, D) at (B, N); what goes into a table of (B, rows) comes as (B, 1, N)."""
         held = self.tensors[name]
@@ -202,7 +186,7 @@ class KeyBlocks(State):
         else:
             table.scatter_(2, index, x_BGND)
 
-    def _like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return (self.tensors["k"], self.tensors["v"]) if self.tensors else None
 
     def _rewind(self, target: int) -> bool:

@@ -77,9 +77,9 @@ class KeyWindow(State):
         real_BK = self._real(mask, position)
         last = slice(max(0, new - size), None)
         index = position[last] % size + self.num_first
-        self._put("k", 2, index, k_BGKD[:, :, last])
-        self._put("v", 2, index, v_BGKV[:, :, last])
-        self._put("real", 1, index, real_BK[:, last])
+        self.put("k", 2, index, k_BGKD[:, :, last])
+        self.put("v", 2, index, v_BGKV[:, :, last])
+        self.put("real", 1, index, real_BK[:, last])
         self.length += new
 
     def meet(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
@@ -88,7 +88,7 @@ class KeyWindow(State):
         self.padded = self.padded or mask.padding_BK is not None
         self._make_room(k_BGKD, v_BGKV, self.ring(self.length + new))
         if not self.started:
-            self._find_starts(mask, self.length + new)
+            self.started = self.find_starts(self.tensors["start"], mask, self.length + new)
         if self.num_first and not self.complete:
             self._take_first(k_BGKD, v_BGKV, mask)
 
@@ -171,16 +171,6 @@ class KeyWindow(State):
                 shape = (*held.shape[:axis], more, *held.shape[axis + 1 :])
                 self.tensors[name] = torch.cat([held, held.new_zeros(shape)], dim=axis)
 
-    def _find_starts(self, mask: AttentionMask, seen: int) -> None:
-        held = self.tensors["start"]
-        if mask.padding_BK is None:
-            found = torch.zeros_like(held)
-        else:
-            padding_BK = mask.padding_BK[:, :seen].expand(len(held), -1)
-            found = torch.where(padding_BK.any(dim=1), padding_BK.long().argmax(dim=1), -1)
-        held.copy_(torch.where(held < 0, found, held))
-        self.started = mask.padding_BK is None or bool((self.tensors["start"] >= 0).all())
-
     def _take_first(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         start_B, new = self.tensors["start"], k_BGKD.shape[2]
         real_BK = self._real(mask, torch.arange(new, device=k_BGKD.device) + self.length)
@@ -190,20 +180,13 @@ class KeyWindow(State):
         for name, x in (("k", k_BGKD), ("v", v_BGKV)):
             at = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
             first = torch.where(here[:, None, :, None], x.gather(2, at), self.tensors[name][:, :, : self.num_first])
-            self._put(name, 2, torch.arange(self.num_first, device=x.device), first)
+            self.put(name, 2, torch.arange(self.num_first, device=x.device), first)
         real = torch.where(here, real_BK.gather(1, index), self.tensors["real"][:, : self.num_first])
-        self._put("real", 1, torch.arange(self.num_first, device=real.device), real)
+        self.put("real", 1, torch.arange(self.num_first, device=real.device), real)
         self.complete = self.started and bool((start_B + self.num_first <= self.length + new).all())
 
-    def _put(self, name: str, axis: int, index: torch.Tensor, x: torch.Tensor) -> None:
-        held = self.tensors[name]
-        if x.requires_grad or held.requires_grad:  # what earlier calls have computed from it stays as it was
-            self.tensors[name] = held.index_copy(axis, index, x)
-        else:
-            held.index_copy_(axis, index, x)
-
-    def _like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return (self.tensors["k"], self.tensors["v"]) if self.tensors else super()._like()
+    def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (self.tensors["k"], self.tensors["v"]) if self.tensors else super().like()
 
     def _rewind(self, target: int) -> bool:
         ring = self.tensors["k"].shape[2] - self.num_first

@@ -143,7 +143,7 @@ def linear_attention_from(
             out = _read(q, w_q, feature_map, sums, level, eps).to(v.dtype)
         else:
             out, _ = last_queries(q, k, v, w_q, w_k, real_BK, None, feature_map, chunk_size, eps, *before)
-        state.put(k.shape[2], sums=sums, level=level)
+        state.become(k.shape[2], sums=sums, level=level)
         return out
 
     return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)

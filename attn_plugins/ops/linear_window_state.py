@@ -58,8 +58,9 @@ def linear_window_attention_from(
             gone = (prepared.k_BGKD[:, :, :left], v[:, :, :left], projections(prepared)[1], feature_map, real_BK)
             sums, _ = absorb(sums, None, *gone)
         last = slice(max(before, left), None)
-        state.write(position[last] % state.window, k[:, :, last], v[:, :, last])
-        state.put(number, sums=sums)
+        state.put("k", 2, position[last] % state.window, k[:, :, last])
+        state.put("v", 2, position[last] % state.window, v[:, :, last])
+        state.become(number, sums=sums)
         return out
 
     return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)
@@ -85,8 +86,9 @@ def _one_token(
     prepared, options = prepare(q_BH1D, k)
     (q, k, linear), (w_q, w_k) = prepared, projections(prepared)
     sums, _ = absorb(state.tensors["sums"], None, k, v, w_k, linear["feature_map"], leaves)
-    state.write(place, k_BG1D, v_BG1V)
-    state.put(1, sums=sums)
+    state.put("k", 2, place, k_BG1D)
+    state.put("v", 2, place, v_BG1V)
+    state.become(1, sums=sums)
 
     dtype, (batch, groups, _, value_dim), branch = wide(q, k, v), v.shape, options["branch"]
     total = sums.new_zeros(())

@@ -44,7 +44,7 @@ def recurrent_attention_from(
             out, memory = (_average if tokens.beta is None else _delta)(tokens, enters, memory)
         else:
             out, memory = scan_from(memory, q, k, v, real, None, prepare, weights, chunk_size)
-        state.put(number, memory=memory)
+        state.become(number, memory=memory)
         return out.to(v.dtype)
 
     return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)

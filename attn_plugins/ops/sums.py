@@ -51,9 +51,9 @@ class Sums(State):
                 self.tensors[name] = k_BGKD.new_full((batch, *shape), _empty(name), dtype=dtype)
         return self.tensors
 
-    def put(self, number: int, **tensors: torch.Tensor | None) -> None:
+    def become(self, number: int, **sums: torch.Tensor | None) -> None:
         """Take in ``number`` tokens: the sums with them."""
-        for name, x in tensors.items():
+        for name, x in sums.items():
             if x is None:
                 continue
             held = self.tensors[name]
@@ -63,15 +63,6 @@ class Sums(State):
             else:
                 held.copy_(x)
         self.length += number
-
-    def write(self, index: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor) -> None:
-        """Put keys and values of the last tokens into their places."""
-        for name, x in (("k", k_BGKD), ("v", v_BGKV)):
-            held = self.tensors[name]
-            if x.requires_grad or held.requires_grad:
-                self.tensors[name] = held.index_copy(2, index, x)
-            else:
-                held.index_copy_(2, index, x)
 
     def real(self, mask: AttentionMask, number: int) -> torch.Tensor | None:
         """Which of the next ``number`` tokens are no padding, (B, number); None if all are."""
@@ -90,8 +81,8 @@ class Sums(State):
         if self.max_length is not None and mask.kv_length > self.max_length:
             check_length(row_positions(mask, mask.kv_length - 1, 1), self.max_length)
 
-    def _like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return (self.tensors["k"], self.tensors["v"]) if self.tensors else super()._like()
+    def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (self.tensors["k"], self.tensors["v"]) if self.tensors else super().like()
 
 
 def _empty(name: str) -> float:

@@ -285,6 +285,20 @@ def test_decoders_of_encoder_decoder_models_are_bounded_and_t5_is_not():
         assert cache_bytes(cache) > cache_bytes(cache.self_attention_cache) > 0
 
 
+@every_bounded
+@torch.no_grad()
+def test_whisper_takes_its_cache_apart_and_generates_all_the_same(name):
+    model, given = (
+        ap.swap_attention(tiny.build("whisper"), {**flag(name), "roles": ["decoder"]}),
+        tiny.inputs("whisper"),
+    )
+    model.generation_config.pad_token_id = 0
+    how = {**GREEDY, "return_dict_in_generate": True}
+    for more in ({}, {"num_beams": 3}):
+        made, want = (model.generate(**given, **how, **more, use_cache=use).sequences for use in (True, False))
+        assert torch.equal(made, want)
+
+
 @torch.no_grad()
 def test_threads_have_their_own_caches():
     model = ap.swap_attention(tiny.build("llama"), LOCAL)
@@ -419,6 +433,7 @@ def test_positions_within_the_cache_need_rotary_positions_and_a_cache_of_their_o
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, by parts of torch that inductor imports
 @pytest.mark.parametrize("name", STATIC)
 @torch.no_grad()
 def test_a_decode_step_compiled_by_inductor(name):
