@@ -84,6 +84,8 @@ class Attention(nn.Module):
     """Where it is listed: dense, local, sparse, linear, low_rank, additive, or a family of its own."""
     cost: ClassVar[str]
     """Time of one head in N (length) and the options, such as ``O(N window_size D)``."""
+    keeps: ClassVar[str] = "all keys and values"
+    """What a cache holds for a key/value head when text is generated: what ``new_state`` makes, if it makes one."""
     paper: ClassVar[str]
     """Who described it, with year and a reference that can be found."""
     when: ClassVar[str] = ""

@@ -341,6 +341,7 @@ def facts(attention: Any) -> dict[str, Any]:
         "family": attention.family,
         "summary": " ".join(doc.partition("\n\n")[0].split()),
         "cost": attention.cost,
+        "keeps": attention.keeps if attention.causal else None,
         "capabilities": capabilities(attention),
         "paper": attention.paper,
         "options": [dataclasses.asdict(option) for option in options(attention)],
@@ -363,6 +364,8 @@ def _print_attention(known: dict[str, Any], as_json: bool) -> None:
     console.print(f"[bold]{known['name']}[/bold] ({known['family']}), cost of a head {escape(known['cost'])}\n")
     console.print(doc + "\n", markup=False)
     console.print(f"honours: {', '.join(known['capabilities'])}", markup=False)
+    if known["keeps"]:
+        console.print(f"keeps:   {known['keeps']} (when text is generated, a key/value head)", markup=False)
     console.print(f"paper:   {known['paper']}", markup=False)
     console.print(f"source:  {known['source']}\n", markup=False, soft_wrap=True)
     if not known["options"]:

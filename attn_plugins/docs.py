@@ -150,6 +150,7 @@ def _section(attention: type[Attention], figures: list[Timed]) -> list[str]:
     lines = [f"## {attention.name}", "", inspect.getdoc(attention) or "", ""]
     lines += [f"- When to use it: {attention.when}"] if attention.when else []
     lines += [f"- Cost: {attention.cost}", f"- Paper: {attention.paper}"]
+    lines += [f"- Keeps, when text is generated, a key/value head: {attention.keeps}"] if attention.causal else []
     if not figures:
         lines += [f"- Not measured yet: `attn-plugins bench --attn {attention.name}` does"]
     for one in figures:

@@ -25,6 +25,7 @@ class BlockLocalAttention(Attention):
 
     family = "local"
     cost = "O(N block_size (1 + look_backward + look_forward) D)"
+    keeps = "(1 + look_backward) block_size keys and values"
     paper = "Parmar et al. 2018, Image Transformer, arXiv:1802.05751; Roy et al. 2021, arXiv:2003.05997"
     when = (
         "Where whole blocks suit the data or the hardware better than a window that slides; a query at the "

@@ -26,6 +26,7 @@ class BlockTopkAttention(Attention):
 
     family = "sparse"
     cost = "O(N (topk block_size + N / block_size) D)"
+    keeps = "all keys and values, of which it reads topk blocks; a mean of each block"
     paper = "Lu et al. 2025, MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv:2502.13189"
     when = "For decoders with long contexts: every query finds its own far blocks, without new weights."
     causal = bidirectional = segments = True

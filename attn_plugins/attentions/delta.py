@@ -36,6 +36,7 @@ class DeltaAttention(Attention):
 
     family = "linear"
     cost = "O(N (chunk_size^2 + D chunk_size + D^2))"
+    keeps = "(D + 1) (V + 1) sums"
     paper = (
         "Yang et al. 2024, Parallelizing Linear Transformers with the Delta Rule over Sequence Length, arXiv:2406.06484"
     )

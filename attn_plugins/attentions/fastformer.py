@@ -31,6 +31,7 @@ class FastformerAttention(Attention):
 
     family = "additive"
     cost = "O(N D^2), causal O(N D (chunk_size + D))"
+    keeps = "2 (D + 2) sums for a query head"
     paper = "Wu et al. 2021, Fastformer: Additive Attention Can Be All You Need, arXiv:2108.09084, eq. 3 to 6"
     when = "For training an encoder at linear cost where pooling to global vectors is enough, such as classification."
     causal = bidirectional = segments = True

@@ -40,6 +40,7 @@ class GatedDeltaAttention(Attention):
 
     family = "linear"
     cost = "O(N (chunk_size^2 + D chunk_size + D^2))"
+    keeps = "(D + 1) (V + 1) sums"
     paper = "Yang et al. 2024, Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464, eq. 10"
     when = "With much training: the most capable of the recurrent ones, which forgets and replaces."
     causal = segments = True

@@ -36,6 +36,7 @@ class GatedLinearAttention(Attention):
 
     family = "linear"
     cost = "O(N D (chunk_size + D))"
+    keeps = "(D + 1) (V + 1) sums"
     paper = (
         "Yang et al. 2023, Gated Linear Attention Transformers with Hardware-Efficient Training, arXiv:2312.06635, "
         "eq. 3 and section 4"

@@ -31,14 +31,14 @@ class LinearAttention(Attention):
     - ``cosformer``: relu(x) [cos(a t); sin(a t)], a = pi / (2 max_length): weights fall with the distance. Positions t
       count from a row's or segment's first token. Not for cross-attention, which has no distances.
 
-    All but ``taylor`` and ``favor`` take queries and keys as they are: ``scale`` has no part in it. Attention dropout
-    isn't applied, there are no weights to drop.
+    All but ``taylor`` and ``favor`` take queries and keys as they are, without ``scale``. There is no attention dropout.
 
     Limit case: none. An untrained swap is far from softmax attention; it needs training.
     """
 
     family = "linear"
     cost = "O(N F (chunk_size + D)), F = D, 2 D (hedgehog, cosformer), num_features, feature_dim^2 / 2 (taylor)"
+    keeps = "F (V + 1) sums"
     paper = (
         "Katharopoulos et al. 2020, Transformers are RNNs, arXiv:2006.16236, eq. 4 to 12; "
         "hedgehog: Zhang et al. 2024, arXiv:2402.04347, eq. 3 and 6; t2r: Kasai et al. 2021, arXiv:2103.13076; "

@@ -36,6 +36,7 @@ class LinearWindowAttention(Attention):
 
     family = "linear"
     cost = "O(N (window_size D + F (chunk_size + D))), F = D features, 2 D for hedgehog"
+    keeps = "window_size keys and values, F (V + 1) sums"
     paper = "Zhang et al. 2024, LoLCATs, arXiv:2410.10254, eq. 6"
     when = (
         "The linear attention to start with: the window keeps the model usable, the linear part adds the rest "

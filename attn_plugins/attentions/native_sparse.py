@@ -44,6 +44,7 @@ class NativeSparseAttention(Attention):
 
     family = "sparse"
     cost = "O(N (topk block_size + window_size + N / kernel_stride) D)"
+    keeps = "all keys and values, of which it reads topk blocks and a window; compressed blocks"
     paper = "Yuan et al. 2025, Native Sparse Attention, arXiv:2502.11089, eq. 5 to 12"
     when = "For long contexts with training: a summary of everything, the best blocks in full, and a window."
     causal = bidirectional = segments = True

@@ -32,6 +32,7 @@ class RetentionAttention(Attention):
 
     family = "linear"
     cost = "O(N D (chunk_size + D))"
+    keeps = "(D + 1) (V + 1) sums for a query head"
     paper = "Sun et al. 2023, Retentive Network: A Successor to Transformer for Large Language Models, arXiv:2307.08621"
     when = (
         "With much training, where a fixed decay by distance is wanted: two numbers a head to learn, constant memory "

@@ -6,8 +6,9 @@ import io
 
 import pytest
 import torch
-from cases import CASES, EXACT, SCALE, Inputs, inputs, left_padding
+from cases import CASES, EXACT, SCALE, Inputs, every_class, inputs, left_padding
 
+from attn_plugins.attention import Attention
 from attn_plugins.mask import AttentionMask
 
 LENGTH = 41
@@ -78,6 +79,11 @@ def test_rows_can_be_reordered_and_repeated(case):
     given, padding = given.rows(rows), padding[rows]
     got = run(module, state, given, padding, [1, 1, 16], start=23)
     assert_equal(got, whole(case, module, given, padding)[:, 23:], padding, start=23)
+
+
+@every_class()
+def test_what_is_kept_is_told(cls):
+    assert (cls.keeps != Attention.keeps) == (cls.new_state is not Attention.new_state)
 
 
 @every_state
