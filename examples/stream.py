@@ -90,7 +90,8 @@ def main() -> None:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             past_key_values=cache,
-            prefill_chunk_size=512,
+            # Not with a cache in use: transformers 5.17 would read the whole text again.
+            prefill_chunk_size=512 if cache.get_seq_length() == 0 else None,
             max_new_tokens=args.max_new_tokens,
             do_sample=args.sample,
             pad_token_id=ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
