@@ -20,10 +20,12 @@ from attn_plugins.tasks import get_task, run_task
 from attn_plugins.training.evaluate import place
 from attn_plugins.training.models import DEMO, load, read_attention, skeleton
 
+SINKS = "type: local, window_size: 512, num_sink_tokens: 4"
 ATTENTIONS = [
     "dense=null",
-    "window 512 + 4 sinks={type: local, window_size: 512, num_sink_tokens: 4}",
     "window 512={type: local, window_size: 512}",
+    f"window 512 + 4 sinks={{{SINKS}}}",
+    f"window 512 + 4 sinks, positions of the cache={{{SINKS}, positions: cache}}",
 ]
 
 

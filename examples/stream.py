@@ -4,7 +4,8 @@
     python examples/stream.py --prompt "Hello" --prompt "And?"  turns from the command line
 
 All turns share one stock cache. With `local`, it holds the first few tokens and a window of the last ones, so the
-thousandth turn costs as much memory and time a token as the first; what has left the window is forgotten.
+thousandth turn costs as much memory and time a token as the first; what has left the window is forgotten. Positions are
+counted within the cache, so that no distance comes up that the model was not trained on.
 """
 
 import argparse
@@ -56,16 +57,17 @@ def main() -> None:
     parser.add_argument("--attention", default="local", help="a name of `attn-plugins list`, or null for the model's")
     parser.add_argument("--window-size", type=int, help="keys of the window (default 512 for local)")
     parser.add_argument("--num-sink-tokens", type=int, help="first tokens that stay (default 4 for local)")
+    parser.add_argument("--positions", help="of the sinks: cache or true (default cache for local)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest reply (default %(default)s)")
     parser.add_argument("--sample", action="store_true", help="draw tokens at random; the likeliest ones otherwise")
     parser.add_argument("--prompt", action="append", help="a turn; repeat it for more, leave it out to read from stdin")
     args = parser.parse_args()
 
-    given = {name: getattr(args, name) for name in ("window_size", "num_sink_tokens")}
+    given = {name: getattr(args, name) for name in ("window_size", "num_sink_tokens", "positions")}
     given = {name: value for name, value in given.items() if value is not None}
     rule: dict[str, Any] | None = {"type": args.attention, **given}
     if args.attention == "local":
-        rule = {"window_size": 512, "num_sink_tokens": 4, **rule}
+        rule = {"window_size": 512, "num_sink_tokens": 4, "positions": "cache", **rule}
     if args.attention == "null":
         if given:
             parser.error(f"the model's own attention takes no options, got {', '.join(given)}")

@@ -67,7 +67,7 @@ def test_turns_from_a_pipe_share_one_bounded_cache(llama, stream):
     )
     assert ran.returncode == 0, ran.stderr
     replies = re.split(COUNTS, ran.stdout)
-    rule = {"type": "local", "window_size": 8, "num_sink_tokens": 2}
+    rule = {"type": "local", "window_size": 8, "num_sink_tokens": 2, "positions": "cache"}
     expected, lengths = without_a_cache(stream, llama, rule, TURNS, 9)
     assert [" ".join(reply.split()) for reply in replies[:-1:3]] == expected
     assert [int(n) for n in replies[1::3]] == lengths
@@ -104,6 +104,7 @@ def test_chat_templates_are_continued_as_if_the_whole_conversation_were_written(
     [
         (["--attention", "lokal"], "unknown attention 'lokal'"),
         (["--attention", "linear", "--window-size", "9"], "window_size"),
+        (["--positions", "none"], "positions='none'"),
         (["--attention", "null", "--window-size", "9"], "the model's own attention takes no options, got window_size"),
         (["--model", "./not-there"], "no such model folder"),
     ],
