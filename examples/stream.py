@@ -38,8 +38,9 @@ def turns(given: list[str] | None) -> Iterator[str]:
             yield line.rstrip("\n")
 
 
-def encode(tokenizer: Any, turn: str, first: bool) -> torch.Tensor:
-    """Tokens of what comes after the last reply: the turn, in the marks of the model's chat template if it has one."""
+def encode(tokenizer: Any, turn: str, ids: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """Tokens of a turn that follows ``ids`` (1, K), in the marks of the model's chat template if it has one."""
+    first = ids.shape[1] == 0
     if tokenizer.chat_template is None:
         text = turn if first else f"\n{turn}"
         return tokenizer(text, add_special_tokens=first, return_tensors="pt")["input_ids"]
@@ -48,7 +49,9 @@ def encode(tokenizer: Any, turn: str, first: bool) -> torch.Tensor:
         messages = [{"role": "user", "content": "-"}, {"role": "assistant", "content": REPLY}, *messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     text = text if first else text.partition(REPLY)[2]
-    return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    new = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    ended = not first and int(ids[0, -1]) in ends and int(new[0, 0]) in ends
+    return new[:, 1:] if ended else new  # where the reply ended by itself, the template need not end it
 
 
 def main() -> None:
@@ -83,9 +86,7 @@ def main() -> None:
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     for turn in turns(args.prompt):
-        new = encode(tokenizer, turn, first=ids.shape[1] == 0).to(model.device)
-        if ids.shape[1] and int(ids[0, -1]) in ends and new.shape[1] and int(new[0, 0]) in ends:
-            new = new[:, 1:]  # the reply ended by itself, and the template ends it too
+        new = encode(tokenizer, turn, ids, ends).to(model.device)
         # generate() takes all tokens so far, and gives the model those that the cache has not seen.
         ids = torch.cat([ids, new], dim=1)
         ids = model.generate(

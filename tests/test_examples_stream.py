@@ -44,7 +44,7 @@ def without_a_cache(stream, folder, rule, turns, max_new_tokens):
     model, words = AutoModelForCausalLM.from_pretrained(folder, attn_plugin=rule), tokenizer()
     ids, replies, lengths = torch.empty(1, 0, dtype=torch.long), [], []
     for turn in turns:
-        ids = torch.cat([ids, stream.encode(words, turn, first=ids.shape[1] == 0)], dim=1)
+        ids = torch.cat([ids, stream.encode(words, turn, ids, [2])], dim=1)
         known = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         made = model.generate(**known, max_new_tokens=max_new_tokens, do_sample=False, use_cache=False)
         replies.append(words.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
@@ -90,12 +90,12 @@ def test_chat_templates_are_continued_as_if_the_whole_conversation_were_written(
     words = tokenizer()
     words.chat_template = TEMPLATE
     messages, ids = [], []
-    for turn, reply in (("red cat", "good"), ("blue dog", "bad"), ("one", "two")):
-        ids += stream.encode(words, turn, first=not messages)[0].tolist()
+    for turn, reply, ends in (("red cat", "good", True), ("blue dog", "bad", False), ("one", "two", True)):
+        ids += stream.encode(words, turn, torch.tensor([ids], dtype=torch.long), [words.eos_token_id])[0].tolist()
         messages.append({"role": "user", "content": turn})
         text = words.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert ids == words(text, add_special_tokens=False)["input_ids"]
-        ids += words(reply)["input_ids"]
+        ids += words(reply)["input_ids"] + [words.eos_token_id] * ends
         messages.append({"role": "assistant", "content": reply})
 
 
