@@ -194,7 +194,7 @@ def evaluate(
     model: Model = None,
     attn: Attn = None,
     data: Data = None,
-    task: Annotated[str | None, typer.Option("--task", help="perplexity or accuracy.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="perplexity, accuracy or streaming_perplexity.")] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the result there, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     assignments: Settings = None,

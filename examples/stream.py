@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, TextStreamer
 
-from attn_plugins.hf.caches import cache_bytes
+from attn_plugins import cache_bytes
 from attn_plugins.training.evaluate import place
 from attn_plugins.training.models import DEMO, load
 

@@ -71,7 +71,8 @@ def test_list_shows_the_registry():
     known = json.loads(call("list", "--json").output)
     assert [entry["name"] for entry in known] == ap.list_attentions()
     for entry in known:
-        assert {"name", "family", "summary", "cost", "capabilities", "paper", "options", "doc", "source"} == set(entry)
+        told = {"name", "family", "summary", "cost", "keeps", "capabilities", "paper", "options", "doc", "source"}
+        assert told == set(entry)
         assert entry["summary"]
         assert all(option["doc"] for option in entry["options"]), f"{entry['name']} has an option without a docstring"
 

@@ -31,7 +31,7 @@ class LinearAttention(Attention):
     - ``cosformer``: relu(x) [cos(a t); sin(a t)], a = pi / (2 max_length): weights fall with the distance. Positions t
       count from a row's or segment's first token. Not for cross-attention, which has no distances.
 
-    All but ``taylor`` and ``favor`` take queries and keys as they are, without ``scale``. There is no attention dropout.
+    All but ``taylor`` and ``favor`` take queries and keys as they are, without ``scale``. No attention dropout.
 
     Limit case: none. An untrained swap is far from softmax attention; it needs training.
     """
