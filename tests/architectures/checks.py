@@ -1,0 +1,402 @@
+"""What is checked on a tiny model of one type: that the flag works on each of its attention modules."""
+
+import collections
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import tiny_model
+import torch
+from torch import nn
+from transformers import Cache, PreTrainedModel
+
+import attn_plugins as ap
+from attn_plugins.attention import HeadShape
+from attn_plugins.hf import discovery
+
+TOLERANCE = 1e-4
+ROLES = ("encoder", "decoder", "cross")
+HONOUR = "cannot honour"
+"""Of the message with which an attention refuses a call: the module needs what the attention does not have."""
+
+
+@dataclass
+class Modules:
+    """Attention modules of one kind in a model."""
+
+    role: str
+    kind: str
+    """vision, text, audio or other: what the part of the model that holds them reads."""
+    reached: str
+    count: int
+    called: int
+    """How many of them were called in the forward pass."""
+    heads: list[tuple[int, int, int, int]]
+    """(query heads, key/value heads, head dimension, value dimension) that were seen."""
+
+
+@dataclass
+class Row:
+    """What was found about one model type."""
+
+    model_type: str
+    model_class: str | None = None
+    status: str = "passed"
+    """passed, failed, inline attention, no attention, or not built."""
+    reason: str = ""
+    modules: list[Modules] = field(default_factory=list)
+    inline: list[str] = field(default_factory=list)
+    """Classes of the model that attend without transformers' interface and are not reached."""
+    checks: dict[str, str] = field(default_factory=dict)
+    """Check -> "passed", "not applicable: why" or "failed: why"."""
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class NotApplicableError(Exception):
+    """The check has nothing to say about this model; the message says why."""
+
+
+def examine(model_type: str) -> Row:
+    """Build a tiny model of the type and run every check on it; nothing is raised."""
+    start, row = time.perf_counter(), Row(model_type)
+    try:
+        model = tiny_model.build(model_type)
+        row.model_class = type(model).__name__
+        row.inline = inline_attention(model)
+        if not discovery.targets(model):
+            row.status = "inline attention" if row.inline else "no attention"
+            row.reason = ", ".join(row.inline)
+        else:
+            given = tiny_model.inputs_of(model_type, model)
+            subject = Subject(model_type, model, given)
+            row.modules = subject.observe()
+            for name, check in CHECKS.items():
+                row.checks[name] = outcome(check, subject)
+    except Exception as error:
+        row.status, row.reason = "not built", f"{type(error).__name__}: {error}"
+    failed = {name: said for name, said in row.checks.items() if said.startswith("failed")}
+    if failed:
+        row.status, row.reason = "failed", "; ".join(f"{name} {said}" for name, said in failed.items())
+    row.reason = " ".join(row.reason.split())[:300]
+    row.seconds = round(time.perf_counter() - start, 2)
+    return row
+
+
+def outcome(check: Callable[["Subject"], None], subject: "Subject") -> str:
+    try:
+        check(subject)
+    except NotApplicableError as reason:
+        return f"not applicable: {reason}"
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    finally:
+        try:
+            ap.restore_attention(subject.model)
+        except Exception:
+            subject.renew()
+    return "passed"
+
+
+class Subject:
+    """A model under examination, its inputs, and what it makes of them by itself."""
+
+    def __init__(self, model_type: str, model: PreTrainedModel, given: dict[str, Any]):
+        self.model_type, self.model, self.given = model_type, model, given
+        self.own = self.outputs()
+        self.targets = discovery.targets(model)
+        self.called: set[str] = set()
+        self.seen: dict[str, tuple[int, int, int, int]] = {}
+        self.found: dict[str, HeadShape | Exception] = {}
+        self.masks: dict[str, list[tuple[Any, int, int]]] = collections.defaultdict(list)
+
+    def renew(self) -> None:
+        self.model = tiny_model.build(self.model_type)
+
+    def outputs(self, model: nn.Module | None = None) -> dict[str, torch.Tensor]:
+        """The floating outputs of a forward pass by name, at tokens that are not padding."""
+        return named_tensors(tiny_model.forward(self.model if model is None else model, self.given), self.given)
+
+    def swap(self, name: str, paths: list[str] | None = None, **options: Any) -> PreTrainedModel:
+        """Put an attention into all modules, or into those at ``paths``."""
+        paths = [target.path for target in self.targets] if paths is None else paths
+        return ap.swap_attention(self.model, {"type": name, **options, "roles": list(ROLES), "modules": paths})
+
+    def served_by(self, name: str) -> list[str]:
+        """Paths of the modules that were called and of which the attention has all that they need."""
+        attention = ap.get_attention(name)
+        return [
+            t.path for t in self.targets if t.path in self.called and all(getattr(attention, need) for need in t.needs)
+        ]
+
+    def observe(self) -> list[Modules]:
+        """Note what reaches every slot in a forward pass, and sum it up by role and kind."""
+        self.swap("softmax")
+        rows = {row.path: row for row in ap.describe_attention(self.model)}
+        for target in self.targets:
+            module = self.model.get_submodule(target.path)
+            config = getattr(module, "config", self.model.config)
+            try:
+                self.found[target.path] = discovery.head_shape(module, config)
+            except ValueError as error:
+                self.found[target.path] = error
+            module.attn_plugin.register_forward_pre_hook(functools.partial(self._note, target.path), with_kwargs=True)
+        self.outputs()
+        groups: dict[tuple[str, str, str], list[str]] = collections.defaultdict(list)
+        for target in self.targets:
+            kind = kind_of(discovery.owner(self.model, target.path))
+            groups[target.role, kind, getattr(rows[target.path], "reached", "interface")].append(target.path)
+        ap.restore_attention(self.model)
+        return [
+            Modules(*group, len(paths), len(self.called & set(paths)), sorted({*map(self.seen.get, paths)} - {None}))
+            for group, paths in groups.items()
+        ]
+
+    def _note(self, path: str, slot: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        query, key, value = args
+        self.called.add(path)
+        self.seen[path] = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+        self.masks[path].append((kwargs["mask"], query.shape[2], key.shape[2]))
+
+
+def kind_of(owner: PreTrainedModel) -> str:
+    """What the part of a model reads."""
+    name, main = type(owner.config).__name__.lower() + type(owner).__name__.lower(), str(owner.main_input_name)
+    for kind, words in (
+        ("vision", "vision pixel image video vit detr"),
+        ("audio", "audio speech input_features input_values codec"),
+        ("text", "text input_ids"),
+    ):
+        if any(word in name or word in main for word in words.split()):
+            return kind
+    return "other"
+
+
+def inline_attention(model: nn.Module) -> list[str]:
+    """Classes of modules that attend by themselves: named so, with weights, and not reached, nor inside or around one
+    that is."""
+    reached = [path for path, _ in discovery.attention_modules(model)]
+    found = {}
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if not ("Attention" in name or "Attn" in name) or next(module.parameters(), None) is None:
+            continue
+        related = any(f"{r}.".startswith(f"{path}.") or f"{path}.".startswith(f"{r}.") for r in reached)
+        inner = any("Attention" in type(m).__name__ for m in module.modules() if m is not module)
+        if not related and not inner:
+            found[name] = True
+    return list(found)
+
+
+def named_tensors(made: Any, given: dict[str, Any], name: str = "") -> dict[str, torch.Tensor]:
+    """Floating tensors inside an output by name; rows of padding are left out."""
+    if isinstance(made, torch.Tensor):
+        if not made.is_floating_point():
+            return {}
+        mask = given.get("attention_mask")
+        if mask is not None and made.ndim > 2 and made.shape[:2] == mask.shape:
+            made = made[mask.bool()]
+        return {name: made}
+    if isinstance(made, Cache) or made is None:
+        return {}
+    items: Iterator[tuple[Any, Any]]
+    if hasattr(made, "items"):
+        items = ((key, value) for key, value in made.items() if "past" not in str(key) and "cache" not in str(key))
+    elif isinstance(made, (list, tuple)):
+        items = ((str(i), value) for i, value in enumerate(made))
+    else:
+        return {}
+    found = {}
+    for key, value in items:
+        found.update(named_tensors(value, given, f"{name}.{key}" if name else str(key)))
+    return found
+
+
+def compare(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = TOLERANCE) -> None:
+    """Raise unless all tensors are equal up to ``tolerance`` of the largest element, or of 1."""
+    assert got.keys() == wanted.keys(), f"outputs are {sorted(got)}, not {sorted(wanted)}"
+    for name, tensor in wanted.items():
+        assert got[name].shape == tensor.shape, (
+            f"{name} is of shape {tuple(got[name].shape)}, not {tuple(tensor.shape)}"
+        )
+        finite = torch.isfinite(tensor)
+        assert torch.equal(finite, torch.isfinite(got[name])), f"{name} is not finite elsewhere"
+        if finite.any():
+            scale = max(1.0, tensor[finite].abs().max().item())
+            away = (got[name][finite] - tensor[finite]).abs().max().item() / scale
+            assert away <= tolerance, f"{name} is {away:.2g} away"
+
+
+def distance(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    return max((float((got[name] - tensor).nan_to_num().abs().max()) for name, tensor in wanted.items()), default=0.0)
+
+
+def shapes(subject: Subject) -> None:
+    """Head shapes read off the modules are those that arrive."""
+    if not subject.called:
+        raise NotApplicableError("no attention module is called")
+    for path, seen in subject.seen.items():
+        found = subject.found[path]
+        if isinstance(found, Exception):
+            raise found
+        told = (found.num_heads, found.num_key_value_heads, found.head_dim, found.value_dim)
+        assert told == seen, f"{path}: found {told}, seen {seen}"
+
+
+def roles(subject: Subject) -> None:
+    """Roles fit what the modules are called with."""
+    for target in subject.targets:
+        for mask, q_length, kv_length in subject.masks[target.path]:
+            got = f"{target.path} is of role {target.role} and gets {mask!r}"
+            assert target.role == "cross" or q_length == kv_length, got
+            if mask.plain and target.role != "cross" and q_length > 1:
+                assert mask.causal == (target.role == "decoder"), got
+
+
+def limit(subject: Subject) -> None:
+    """A window over the whole length changes nothing, and one of a token does: what was compared is really in use."""
+    if not subject.called:
+        raise NotApplicableError("no attention module is called")
+    subject.swap("softmax")
+    compare(subject.outputs(), subject.own)
+    windowed = subject.served_by("local")
+    if windowed:
+        subject.swap("local", windowed, window_size=1 << 20)
+        compare(subject.outputs(), subject.own)
+    if any(kv_length > 1 for path in windowed for _, _, kv_length in subject.masks[path]):
+        subject.swap("local", windowed, window_size=1)
+        assert distance(subject.outputs(), subject.own) > 1e-6, "a window of one token changes nothing"
+
+
+def restore(subject: Subject) -> None:
+    """The model's own attention comes back bit for bit."""
+    local = subject.served_by("local")
+    subject.swap(*(("local", local) if local else ("softmax",)))
+    subject.outputs()
+    ap.restore_attention(subject.model)
+    compare(subject.outputs(), subject.own, tolerance=0.0)
+
+
+def serve(subject: Subject, name: str, **options: Any) -> PreTrainedModel:
+    """Put an attention where it can serve: into modules that need no more than it declares and do not refuse it."""
+    paths = subject.served_by(name)
+    if not paths:
+        needs = sorted({why for target in subject.targets for why in target.needs.values()})
+        raise NotApplicableError(f"{name} serves none of its modules: {', '.join(needs)}")
+    while paths:
+        model = subject.swap(name, paths, **options)
+        try:
+            subject.outputs()
+            return model
+        except ValueError as error:
+            refusing = [p for p in paths if refuses(subject, p, name, options)]
+            if HONOUR not in str(error) or not refusing:
+                raise
+            paths = [p for p in paths if p not in refusing]
+            reason = str(error)
+    raise NotApplicableError(reason)
+
+
+def refuses(subject: Subject, path: str, name: str, options: dict[str, Any]) -> bool:
+    subject.swap(name, [path], **options)
+    try:
+        subject.outputs()
+    except ValueError as error:
+        return HONOUR in str(error)
+    return False
+
+
+def trains(subject: Subject, name: str, **options: Any) -> None:
+    """Forward and backward run, and every new weight gets a gradient."""
+    model = serve(subject, name, **options)
+    torch.manual_seed(0)
+    made = named_tensors(model(**subject.given), subject.given)
+    model.zero_grad()
+    loss = sum(tensor.float().square().mean() for tensor in made.values() if tensor.requires_grad)
+    if not isinstance(loss, torch.Tensor):
+        raise NotApplicableError("no output has a gradient")
+    assert torch.isfinite(loss), "the outputs are not finite"
+    loss.backward()
+    for path, parameter in model.named_parameters():
+        if "attn_plugin" in path:
+            assert parameter.grad is not None, f"{path} has no gradient"
+            assert torch.isfinite(parameter.grad).all(), f"the gradient of {path} is not finite"
+            assert parameter.grad.abs().max() > 0, f"the gradient of {path} is zero"
+    model.zero_grad()
+
+
+def saves(subject: Subject) -> None:
+    """Saved and loaded back, new weights and all, it computes the same bits."""
+    try:
+        model = serve(subject, "additive")
+    except NotApplicableError:
+        model = subject.swap("softmax")
+    wanted = subject.outputs()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        loaded = type(model).from_pretrained(folder).eval()
+    told, again = ap.describe_attention(model), ap.describe_attention(loaded)
+    assert list(told) == list(again), "the attentions are described otherwise when loaded"
+    compare(subject.outputs(loaded), wanted, tolerance=0.0)
+
+
+def generates(subject: Subject) -> None:
+    """Cached generation gives the tokens that generation without a cache gives."""
+    model = subject.model
+    if not model.can_generate():
+        raise NotApplicableError("it does not generate")
+    own: Any = None
+    try:
+        own = [tokens(model, subject.given, use_cache) for use_cache in (True, False)]
+    except Exception as error:
+        raise NotApplicableError(f"its own generate() raises {type(error).__name__}: {error}") from None
+    if not torch.equal(*own):
+        raise NotApplicableError("its own tokens with and without a cache differ")
+    decoders = [target.path for target in subject.targets if target.role == "decoder" and target.path in subject.called]
+    if not decoders:
+        raise NotApplicableError("it has no causal attention module")
+    for name, options in (("local", {"window_size": 4}), ("linear", {})):
+        try:
+            if name == "linear":
+                serve(subject, name, **options)
+            else:
+                subject.swap(name, decoders, **options)
+        except NotApplicableError:
+            continue
+        cached, uncached = (tokens(subject.model, subject.given, use_cache) for use_cache in (True, False))
+        assert torch.equal(cached, uncached), f"{name}: {cached.tolist()} with a cache, {uncached.tolist()} without"
+
+
+@torch.no_grad()
+def tokens(model: PreTrainedModel, given: dict[str, Any], use_cache: bool) -> torch.Tensor:
+    torch.manual_seed(0)
+    special = list(range(tiny_model.LAST_ID, tiny_model.VOCABULARY))  # a token of an image wants an image
+    made = model.generate(
+        **given,
+        max_new_tokens=6,
+        min_new_tokens=6,
+        do_sample=False,
+        num_beams=1,
+        use_cache=use_cache,
+        suppress_tokens=special,
+        pad_token_id=0,
+    )
+    return made if isinstance(made, torch.Tensor) else made.sequences
+
+
+CHECKS: dict[str, Callable[[Subject], None]] = {
+    "shapes": shapes,
+    "roles": roles,
+    "limit": limit,
+    "linear": lambda subject: trains(subject, "linear", feature_map="hedgehog"),
+    "additive": lambda subject: trains(subject, "additive"),
+    "save": saves,
+    "restore": restore,
+    "generate": generates,
+}
+"""Name -> check, in the order of the columns."""

@@ -1,0 +1,41 @@
+"""What single model types need beyond the general rules: a file for each kind of input, a line or two for each type."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+Random = Callable[..., Any]
+"""``source(*shape)`` is a normal tensor, ``source.ids(*shape)`` are token ids of text: the same in every run."""
+
+CLASSES: dict[str, str] = {}
+"""Model type -> class, where the first one of the auto mappings is not the one to build."""
+
+CONFIGS: dict[str, dict[str, Any]] = {}
+"""Model type -> fields of its config; a dict for a part goes into that part's own."""
+
+INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {}
+"""Model type -> function of the model and of a source of random tensors that makes its inputs."""
+
+
+def inputs(*model_types: str) -> Callable:
+    """Decorator of a function that makes the inputs of these types."""
+
+    def note(function: Callable) -> Callable:
+        assert not set(model_types) & set(INPUTS), model_types
+        INPUTS.update(dict.fromkeys(model_types, function))
+        return function
+
+    return note
+
+
+def collect() -> None:
+    for found in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{found.name}")
+        for ours, theirs in ((CLASSES, "CLASSES"), (CONFIGS, "CONFIGS")):
+            given = getattr(module, theirs, {})
+            assert not set(given) & set(ours), set(given) & set(ours)
+            ours.update(given)
+
+
+collect()
