@@ -160,6 +160,8 @@ def test_at_most_one_level_of_inheritance():
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
             if isinstance(node, ast.ClassDef):
-                bases.setdefault(node.name, set()).update(ast.unparse(base).split(".")[-1] for base in node.bases)
+                over = {ast.unparse(base).split(".")[-1] for base in node.bases}
+                # An adapter has the name of its family's own class, which is transformers'.
+                bases.setdefault(node.name, set()).update(over - {node.name})
     deep = [name for name, over in bases.items() if any(bases.get(base, set()) & set(bases) for base in over)]
     assert deep == []

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from attn_plugins.hf.discovery import biased
 from attn_plugins.hf.dispatch import LazyMask, rotary_of, slot_of
 from attn_plugins.state import State
 
@@ -222,7 +223,7 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
         # A model's own sliding layer has room for its window and no limit.
         max_length = -1 if layer.is_sliding else layer.max_cache_len
         room = sys.maxsize if layer.is_sliding else layer.max_cache_len
-        state = None if hasattr(module, "has_relative_attention_bias") else slot.new_state(room)
+        state = None if biased(module) else slot.new_state(room)
         if state is None or not state.serves_fixed_length or int(layer.get_seq_length()):
             raise ValueError(
                 f"attention {slot.name!r} cannot be served from this static cache: what it keeps grows with the text, "
@@ -231,7 +232,7 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
     elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
         return None
     else:
-        state = None if hasattr(module, "has_relative_attention_bias") else slot.new_state()
+        state = None if biased(module) else slot.new_state()
     if state is None:
         return None
     state.recording = getattr(cache, RECORDING, False)

@@ -9,19 +9,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attn_plugins.attention import HeadShape
+from attn_plugins.hf.adapters import adapted, adapter_of
 from attn_plugins.rules import Target
 
 
-def dispatches(module: nn.Module) -> bool:
-    """Whether the module calls whatever transformers' attention interface holds: it can be swapped."""
+def reached(module: nn.Module) -> str | None:
+    """Which way an attention module can be swapped, or None where it can't be (or isn't one).
+
+    "interface": it calls whatever transformers' attention interface holds. "adapter": it computes attention inline, and
+    its family has an adapter that calls the interface in its place.
+    """
+    if adapter_of(type(module)) is not None:
+        return "adapter"
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    return "interface" if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names else None
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of every swappable attention module, in the order of ``named_modules``."""
     for path, module in model.named_modules():
-        if dispatches(module):
+        if reached(module) is not None:
             yield path, module
 
 
@@ -46,6 +53,7 @@ def targets(model: PreTrainedModel) -> list[Target]:
     numbers: dict[str, int] = {}
     found = []
     for path, module in attention_modules(model):
+        module = adapted(module)
         role = role_of(model, path, module)
         stack = _stack(path)
         layer = numbers.get(stack + role, 0)
@@ -69,6 +77,11 @@ def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
     if is_causal is None:
         is_causal = getattr(module, "is_decoder", True)
     return "decoder" if is_causal else "encoder"
+
+
+def biased(module: nn.Module) -> bool:
+    """Whether a module adds a bias to its scores, which it computes for all keys that a cache returns."""
+    return hasattr(module, "has_relative_attention_bias") or getattr(module, "adds_position_bias", False)
 
 
 def head_shape(module: nn.Module, config: Any) -> HeadShape:
@@ -137,7 +150,7 @@ def _needs(module: nn.Module, role: str, text_config: Any, main: bool) -> dict[s
             "cross": "it is cross-attention",
         }[role]
     }
-    if hasattr(module, "has_relative_attention_bias"):
+    if biased(module):
         needs["position_bias"] = "it adds a relative position bias to the scores"
     softcap = getattr(module, "attn_logit_softcapping", None)
     if softcap is not None:

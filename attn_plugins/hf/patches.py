@@ -1,4 +1,4 @@
-"""All global state of the package: two registrations and five changes to transformers, made once at import.
+"""All global state of the package: two registrations and six changes to transformers, made once at import.
 
 None of them does anything to a model whose config does not carry the flag.
 """
@@ -30,6 +30,10 @@ def install() -> None:
     if not hasattr(PreTrainedConfig, "attn_plugin"):
         PreTrainedConfig.attn_plugin = None  # type: ignore[attr-defined]
 
+    # Some models choose their attention classes in their constructor, by names of implementations that they know. They
+    # are therefore built with their own default, also from a config.json that names ours.
+    _wrap(PreTrainedModel, "__init__", _init)
+
     # Nothing public runs between a model's construction and the loading of its weights, which is when the slots have to
     # be there: post_init, which every model calls last in __init__, is that moment.
     _wrap(PreTrainedModel, "post_init", _post_init)
@@ -55,6 +59,17 @@ def _wrap(cls: type, name: str, around: Any) -> None:
 
     setattr(wrapped, _MARK, original)
     setattr(cls, name, wrapped)
+
+
+def _init(original: Any, self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+    if getattr(config, "_attn_implementation", None) == IMPLEMENTATION:
+        if "attn_plugin" not in vars(config) and not _inside_another(self):
+            raise ValueError(
+                f"attn_implementation={IMPLEMENTATION!r} needs rules; "
+                "pass attn_plugin=..., such as attn_plugin='local', instead"
+            )
+        config._attn_implementation_internal = None
+    original(self, config, *args, **kwargs)
 
 
 def _post_init(original: Any, self: PreTrainedModel) -> None:

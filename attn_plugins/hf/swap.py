@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.hf import discovery
+from attn_plugins.hf import adapters, discovery
 from attn_plugins.hf.caches import leave, serve
 from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of, turns
 from attn_plugins.rules import Flag, Rule, assign, parse_rules
@@ -22,6 +22,8 @@ class AttentionRow:
     path: str
     layer: int
     role: str
+    reached: str
+    """"interface" where the module itself calls transformers' attention interface, "adapter" where its adapter does."""
     plugin: str | None
     """Name of the attention in the slot, or None where the model's own serves."""
     implementation: str | None
@@ -35,12 +37,12 @@ class AttentionRows(list[AttentionRow]):
     """Rows of :func:`describe_attention`; printing them gives a table."""
 
     def __str__(self) -> str:
-        header = ("path", "layer", "role", "plugin", "options", "new params")
+        header = ("path", "layer", "role", "reached", "plugin", "options", "new params")
         lines = [header]
         for row in self:
             options = ", ".join(f"{key}={value!r}" for key, value in row.options.items())
             plugin = row.plugin or f"({row.implementation})"
-            lines.append((row.path, str(row.layer), row.role, plugin, options, str(row.new_params)))
+            lines.append((row.path, str(row.layer), row.role, row.reached, plugin, options, str(row.new_params)))
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -81,6 +83,7 @@ def restore_attention(model: nn.Module) -> nn.Module:
                 _set_implementation(config, getattr(module, BASE))
     for path, module in discovery.attention_modules(inner):
         leave(discovery.owner(inner, path), [module])
+        adapters.take_off(module)
         for attribute in (SLOT, BASE, ROLE):
             if hasattr(module, attribute):
                 delattr(module, attribute)
@@ -107,6 +110,7 @@ def describe_attention(model: nn.Module) -> AttentionRows:
                 path=target.path,
                 layer=target.layer,
                 role=target.role,
+                reached=discovery.reached(module) or "",
                 plugin=None if slot is None else slot.name,
                 implementation=own if slot is None else slot.backend,
                 options={} if slot is None else dataclasses.asdict(slot.config),
@@ -126,11 +130,6 @@ def attach_from_config(model: PreTrainedModel) -> None:
         _attach(model, parse_rules(config.attn_plugin))
     elif "attn_plugin" in vars(config):  # set to None on purpose: a swapped checkpoint with its original attention
         _reset(model)
-    elif config._attn_implementation == IMPLEMENTATION:
-        raise ValueError(
-            f"attn_implementation={IMPLEMENTATION!r} needs rules; "
-            "pass attn_plugin=..., such as attn_plugin='local', instead"
-        )
     else:
         for part in _flagged_parts(model):
             _attach(part, parse_rules(part.config.attn_plugin))
@@ -141,7 +140,8 @@ def _attach(model: PreTrainedModel, rules: list[Rule]) -> None:
     if not targets:
         raise ValueError(
             f"{type(model).__name__} has no attention that can be swapped: none of its modules dispatches through "
-            "transformers' attention interface (ALL_ATTENTION_FUNCTIONS)"
+            "transformers' attention interface (ALL_ATTENTION_FUNCTIONS), and none is of a family with an adapter "
+            f"({', '.join(adapters.families())})"
         )
     assigned = assign(rules, targets)
     modules = {target.path: model.get_submodule(target.path) for target in targets}
@@ -158,10 +158,12 @@ def _attach(model: PreTrainedModel, rules: list[Rule]) -> None:
         if not any(id(config) in ours for config in configs):
             for config in configs:
                 _set_implementation(config, base)
+            adapters.take_off(module)
             for attribute in (BASE, ROLE):
                 if hasattr(module, attribute):
                     delattr(module, attribute)
             continue
+        adapters.put_on(module)
         setattr(module, BASE, base)
         setattr(module, ROLE, target.role)
         if target.path in slots:
@@ -207,7 +209,7 @@ def _build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> 
     held = slot_of(module)
     if held is not None and (held.name, held.config, held.backend) == (rule.type, rule.config, backend):
         return getattr(module, SLOT)
-    config = getattr(module, "config", model.config)
+    config, module = getattr(module, "config", model.config), adapters.adapted(module)
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     device = torch.device("cpu") if like is None else like.device
     dtype = torch.get_default_dtype() if like is None else like.dtype

@@ -132,8 +132,8 @@ def test_first_rule_that_matches_wins():
 
 def test_printed_description_is_a_table():
     table = str(ap.describe_attention(ap.swap_attention(tiny.build("llama"), "softmax", layers=0)))
-    assert table.splitlines()[0].split() == ["path", "layer", "role", "plugin", "options", "new", "params"]
-    assert "model.layers.1.self_attn  1      decoder  (sdpa)" in table
+    assert table.splitlines()[0].split() == ["path", "layer", "role", "reached", "plugin", "options", "new", "params"]
+    assert "model.layers.1.self_attn  1      decoder  interface  (sdpa)" in table
 
 
 @torch.no_grad()

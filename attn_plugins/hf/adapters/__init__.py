@@ -1,0 +1,112 @@
+"""Attention classes that compute attention inline, made to call transformers' attention interface: one file a family.
+
+The file is named after the package under ``transformers.models`` whose classes it serves, and imported when a model has
+a module of that package. It holds *adapters*: subclasses of the family's own attention classes, of the same name, whose
+``forward`` is decorated with :func:`slotted`, computes queries, keys, values and biases as the family's does, and gives
+them to ``ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]``. A module becomes its adapter by an exchange of ``__class__``, which
+keeps its weights, hooks and place, and is exchanged back when the model is restored.
+
+An adapter may state what its module's attributes don't, as class attributes or properties: ``is_causal``, and
+``adds_position_bias`` where it gives a ``position_bias``.
+"""
+
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from attn_plugins.hf.dispatch import BASE, SLOT, LazyMask
+
+
+@functools.cache
+def families() -> tuple[str, ...]:
+    """Names of the families that have adapters."""
+    return tuple(sorted(file.name for file in pkgutil.iter_modules(__path__)))
+
+
+def adapter_of(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The adapter that serves modules of exactly this class: itself where it is one, or None."""
+    if cls not in _adapters:
+        _adapters[cls] = _find(cls)
+    return _adapters[cls]
+
+
+_adapters: dict[type[nn.Module], type[nn.Module] | None] = {}
+
+
+def _find(cls: type[nn.Module]) -> type[nn.Module] | None:
+    for held in cls.__mro__:
+        if held.__module__.startswith(f"{__name__}."):
+            return held
+    package = re.match(r"transformers\.models\.(\w+)\.", cls.__module__)
+    if package is None or package[1] not in families():
+        return None
+    file = importlib.import_module(f"{__name__}.{package[1]}")
+    own = (c for c in vars(file).values() if isinstance(c, type) and c.__module__ == file.__name__)
+    return next((c for c in own if c.__base__ is cls), None)
+
+
+def adapted(module: nn.Module) -> nn.Module:
+    """A module as its adapter sees it: an object of the adapter's class with the module's state, or the module itself.
+
+    What rules need to know of a module can be asked of it before the module has changed.
+    """
+    adapter = adapter_of(type(module))
+    if adapter is None or isinstance(module, adapter):
+        return module
+    view = object.__new__(adapter)
+    view.__dict__ = module.__dict__
+    return view
+
+
+def put_on(module: nn.Module) -> None:
+    """Make a module its adapter, where it has one."""
+    adapter = adapter_of(type(module))
+    if adapter is not None and not isinstance(module, adapter):
+        _exchange(module, adapter)
+
+
+def take_off(module: nn.Module) -> None:
+    """Undo :func:`put_on`."""
+    if adapter_of(type(module)) is type(module):
+        _exchange(module, own_class(type(module)))
+
+
+def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:
+    old = type(module).forward
+    module.__class__ = cls
+    for name, value in list(vars(module).items()):  # accelerate's hooks keep the bound forward in the module
+        if inspect.ismethod(value) and value.__self__ is module and value.__func__ is old:
+            setattr(module, name, cls.forward.__get__(module))
+
+
+def own_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The family's own class below an adapter."""
+    adapter = adapter_of(cls)
+    assert adapter is not None
+    return adapter.__mro__[1]
+
+
+def slotted(forward: Callable) -> Callable:
+    """Decorates an adapter's forward, which then runs where the module has a slot.
+
+    Where it has none, the family's own forward does, with the mask of the implementation that served it before.
+    """
+
+    @functools.wraps(forward)
+    def chosen(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if hasattr(self, SLOT):
+            return forward(self, *args, **kwargs)
+
+        def native(given: Any) -> Any:
+            return given.native(getattr(self, BASE)) if isinstance(given, LazyMask) else given
+
+        args, kwargs = tuple(native(x) for x in args), {name: native(x) for name, x in kwargs.items()}
+        return own_class(type(self)).forward(self, *args, **kwargs)
+
+    return chosen

@@ -1,0 +1,39 @@
+"""MPNet: bidirectional, with a relative position bias that the encoder computes once for all layers."""
+
+from typing import Any
+
+import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.mpnet import modeling_mpnet
+
+from attn_plugins.hf.adapters import slotted
+from attn_plugins.hf.dispatch import IMPLEMENTATION
+
+
+class MPNetSelfAttention(modeling_mpnet.MPNetSelfAttention):
+    is_causal = False
+    adds_position_bias = True
+
+    @slotted
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: Any = None,
+        position_bias: torch.Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
+        query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in (self.q, self.k, self.v))
+        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout.p if self.training else 0.0,
+            position_bias=position_bias,
+            output_attentions=output_attentions,
+        )
+        out = self.o(out.flatten(2))
+        return (out, weights) if output_attentions else (out,)

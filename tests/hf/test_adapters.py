@@ -1,0 +1,221 @@
+"""Families that compute attention inline: what their adapters do is what their own classes do, and only where asked."""
+
+import copy
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers as tf
+from torch import nn
+
+import attn_plugins as ap
+from attn_plugins.hf import adapters, discovery
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A tiny model of a family, and what can be asked of it."""
+
+    made: Callable[[], tuple[type, tf.PreTrainedConfig]]
+    role: str = "decoder"
+    """Of the modules that a rule without roles serves."""
+    learned: str = "linear"
+    """An attention with weights of its own that can serve it."""
+    given: Callable[[], dict[str, torch.Tensor]] = lambda: tiny.inputs("bert")
+    generates: bool = False
+
+
+CASES = {
+    "mpnet": Case(
+        made=lambda: (tf.MPNetForMaskedLM, tf.MPNetConfig(**tiny.SMALL)),
+        role="encoder",
+        learned="additive",
+    ),
+}
+every = pytest.mark.parametrize("name", CASES)
+generating = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.generates])
+
+
+def build(name: str, seed: int = 0, **flag: Any) -> Any:
+    """A model with random weights large enough that attention matters, in eval mode."""
+    cls, config = CASES[name].made()
+    for key, value in flag.items():
+        setattr(config, key, value)
+    torch.manual_seed(seed)
+    model = cls._from_config(config)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "attn_plugin" not in path and "norm" not in path.lower():
+                nn.init.normal_(parameter, std=0.15)
+    return model.eval()
+
+
+def modules(model: Any, role: str | None = None) -> list[nn.Module]:
+    rows = ap.describe_attention(model)
+    return [model.get_submodule(row.path) for row in rows if role in (None, row.role)]
+
+
+def numbers(name: str, model: Any, **changes: Any) -> torch.Tensor:
+    return tiny.output(model, {**CASES[name].given(), **changes})
+
+
+@every
+@pytest.mark.parametrize("flag", ["softmax", {"type": "local", "window_size": 64}])
+@torch.no_grad()
+def test_limit_case_equals_the_models_own_output(name, flag):
+    model = build(name)
+    own = numbers(name, model)
+    rows = ap.describe_attention(ap.swap_attention(model, flag))
+    assert {row.plugin for row in rows if row.role == CASES[name].role} == {"softmax" if flag == "softmax" else "local"}
+    torch.testing.assert_close(numbers(name, model), own, atol=1e-5, rtol=1e-5)
+
+
+@every
+@torch.no_grad()
+def test_a_window_is_not_the_whole(name):
+    model = build(name)
+    own = numbers(name, model)
+    assert (numbers(name, ap.swap_attention(model, "local", window_size=2)) - own).abs().max() > 1e-3
+
+
+@every
+@torch.no_grad()
+def test_modules_that_no_rule_matches_compute_exactly_what_they_did(name):
+    model = build(name)
+    role, seen = CASES[name].role, {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        seen.setdefault(id(module), []).append(out[0] if isinstance(out, tuple) else out)
+
+    first, *rest = modules(model, role)
+    for module in (first, *rest):
+        module.register_forward_hook(note, with_kwargs=True)
+    numbers(name, model)
+    numbers(name, ap.swap_attention(model, "softmax", layers=f"1-{len(rest)}"))
+    assert [row.plugin for row in ap.describe_attention(model) if row.role == role] == [None, *["softmax"] * len(rest)]
+    before, after = seen[id(first)]
+    assert torch.equal(before, after)
+
+
+@every
+@torch.no_grad()
+def test_restored_is_as_it_was(name):
+    model = build(name)
+    own, held = numbers(name, model), [(module, type(module)) for module in modules(model)]
+    settings = model.config.to_dict()
+    ap.swap_attention(model, CASES[name].learned)
+    assert any(type(module) is not cls for module, cls in held)
+    assert all(isinstance(module, cls) and type(module).__name__ == cls.__name__ for module, cls in held)
+    ap.restore_attention(model)
+    assert all(type(module) is cls for module, cls in held)
+    assert torch.equal(numbers(name, model), own)
+    assert model.config.to_dict() == settings
+
+
+@every
+@torch.no_grad()
+def test_a_wrong_rule_changes_nothing(name):
+    model = build(name)
+    own, held = numbers(name, model), [(module, type(module)) for module in modules(model)]
+    for wrong in ({"type": "local", "layers": 9}, {"type": "local", "roles": "cross", "modules": "nothing"}):
+        with pytest.raises(ValueError, match=r"out of range|matches nothing"):
+            ap.swap_attention(model, [{"type": "softmax", "layers": 0}, wrong])
+        assert all(type(module) is cls for module, cls in held)
+        assert torch.equal(numbers(name, model), own)
+
+
+@every
+@torch.no_grad()
+def test_described_as_reached_by_an_adapter(name):
+    model = build(name)
+    before = ap.describe_attention(model)
+    assert {row.reached for row in before} == {"adapter"}
+    assert CASES[name].role in {row.role for row in before}
+    assert {row.implementation for row in before} == {model.config._attn_implementation}
+    after = ap.describe_attention(ap.swap_attention(model, "softmax", layers=0))
+    assert [(row.path, row.role, row.reached) for row in after] == [(row.path, row.role, row.reached) for row in before]
+    assert "adapter  softmax" in str(after)
+
+
+@every
+@torch.no_grad()
+def test_saved_and_loaded_bit_equal(name, tmp_path):
+    model = build(name, attn_plugin=CASES[name].learned)
+    own = numbers(name, model)
+    model.save_pretrained(tmp_path)
+    back = type(model).from_pretrained(tmp_path).eval()
+    assert ap.describe_attention(back) == ap.describe_attention(model)
+    assert torch.equal(numbers(name, back), own)
+    plain = type(model).from_pretrained(tmp_path, attn_plugin=None).eval()
+    assert torch.equal(numbers(name, plain), numbers(name, ap.restore_attention(model)))
+    assert all(adapters.adapter_of(type(module)) is not type(module) for module in modules(plain))
+
+
+@every
+@torch.no_grad()
+def test_a_plain_checkpoint_loads_with_the_flag(name, tmp_path):
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_plugin={"type": "local", "window_size": 3}).eval()
+    assert torch.equal(numbers(name, loaded), numbers(name, ap.swap_attention(model, "local", window_size=3)))
+
+
+@every
+@torch.no_grad()
+def test_copies_and_pickles(name):
+    model = ap.swap_attention(build(name), CASES[name].learned, layers=0)
+    own = numbers(name, model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(numbers(name, again), own)
+        assert ap.describe_attention(ap.restore_attention(again))[0].plugin is None
+    assert torch.equal(numbers(name, model), own)
+
+
+@every
+def test_gradients_reach_the_new_weights_and_the_models_own(name):
+    model = ap.swap_attention(build(name), CASES[name].learned)
+    numbers(name, model).square().sum().backward()
+    for module in modules(model, CASES[name].role):
+        assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in module.parameters())
+        assert next(module.attn_plugin.parameters(), None) is not None or CASES[name].learned == "linear"
+
+
+def test_a_forward_that_a_hook_has_bound_is_exchanged_too():
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = build("mpnet")
+    with torch.no_grad():
+        own = numbers("mpnet", model)
+        for module in modules(model):
+            hooks.add_hook_to_module(module, hooks.ModelHook())
+        narrow = numbers("mpnet", ap.swap_attention(model, "local", window_size=2))
+        assert (narrow - own).abs().max() > 1e-3
+        assert torch.equal(numbers("mpnet", ap.restore_attention(model)), own)
+
+
+def test_importing_the_package_imports_no_modeling_file():
+    told = "import sys, attn_plugins; print([m for m in sys.modules if '.modeling_' in m and '.models.' in m])"
+    ran = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def test_a_model_of_another_class_is_refused_with_the_families():
+    model = tf.ConvNextModel(tf.ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
+    with pytest.raises(ValueError, match=rf"family with an adapter \({', '.join(adapters.families())}\)"):
+        ap.swap_attention(model, "local")
+
+
+def test_adapters_are_of_the_families_that_their_files_name():
+    assert set(adapters.families()) == {name.split("-")[0] for name in CASES}
+    for name in CASES:
+        found = [(type(module), adapters.adapter_of(type(module))) for module in modules(build(name))]
+        assert found
+        for own, adapter in found:
+            assert adapter.__base__ is own
+            assert adapter.__name__ == own.__name__
+            assert "ALL_ATTENTION_FUNCTIONS" in discovery.inspect.unwrap(adapter.forward).__code__.co_names
