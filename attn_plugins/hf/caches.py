@@ -6,7 +6,9 @@ modules, each of these exchanges its layer, if that is still empty, for one with
 is made inside the model, the modules themselves do it.
 """
 
+import functools
 import sys
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,9 +40,11 @@ class StateLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, state: State, owner: str, max_length: int = -1):
+    def __init__(self, state: State, owner: str, max_length: int = -1, instead: CacheLayerMixin | None = None):
         super().__init__()
-        self.state, self.max_length = state, max_length
+        self.state, self.max_length, self.instead = state, max_length, instead
+        self.given: tuple[weakref.ref, weakref.ref] | None = None
+        """The first keys and values, for as long as the module that brought them holds them."""
         self.owner = owner
         """Name and options of the attention, which has to be the same in every call."""
         self.expected = False
@@ -49,6 +53,9 @@ class StateLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"StateLayer({self.owner}, {self.state.seen} tokens, {self.num_bytes} bytes)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "given": None}
 
     @property
     def num_bytes(self) -> int:
@@ -108,6 +115,8 @@ class StateLayer(CacheLayerMixin):
                 "have; use a new cache"
             )
         self.expected = False
+        if not (self.is_initialized or isinstance(self.instead, StaticLayer) or torch.compiler.is_compiling()):
+            self.given = weakref.ref(key_states), weakref.ref(value_states)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -178,11 +187,13 @@ def before_attention(
     """Send the state, and what else the attention wants to know, along with the mask: it is given nothing of it."""
     cache, mask, slot = _find(Cache, args, kwargs), _find(LazyMask, args, kwargs), slot_of(module)
     layer = None if cache is None or mask is None else layer_of(module, cache)
+    if mask is None and cache is not None:
+        give_up(module, cache)
     if mask is None or slot is None or (layer is None and not slot.wants_rotary):
         return None
     sent = mask
     if layer is not None:
-        sent = sent.with_state(layer.state)
+        sent = sent.with_state(layer.state).sent(release=functools.partial(give_up, module, cache))
         layer.expected = True
     if slot.wants_rotary:
         sent = sent.sent(rotary=rotary_of(module, kwargs))
@@ -236,8 +247,29 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
     if state is None:
         return None
     state.recording = getattr(cache, RECORDING, False)
-    cache.layers[index] = StateLayer(state, owner, max_length)
+    cache.layers[index] = StateLayer(state, owner, max_length, layer)
     return cache.layers[index]
+
+
+def give_up(module: nn.Module, cache: Cache) -> None:
+    """Put the ordinary layer back for a module that computes with its mask, over the keys of all tokens.
+
+    Raises:
+        ValueError: the state has taken tokens in, or the cache is static.
+    """
+    held: Any = getattr(cache, "self_attention_cache", cache)
+    index = getattr(module, "layer_idx", None)
+    layer = held.layers[index] if isinstance(index, int) and index < len(held.layers) else None
+    if not isinstance(layer, StateLayer):
+        return
+    if layer.is_initialized or layer.instead is None or isinstance(layer.instead, StaticLayer):
+        raise ValueError(
+            f"layer {index} of the cache holds the state of {layer.owner}, and {type(module).__name__} computes with "
+            "its mask over the keys of all tokens; use a new cache, of the default kind"
+        )
+    held.layers[index] = layer.instead
+    if layer.given is not None:
+        held.layers[index].update(*(reference() for reference in layer.given))
 
 
 def _find(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -150,6 +150,9 @@ def _needs(module: nn.Module, role: str, text_config: Any, main: bool) -> dict[s
             "cross": "it is cross-attention",
         }[role]
     }
+    sources = inspect.signature(inspect.unwrap(type(module).forward)).parameters.get("encoder_hidden_states")
+    if role != "cross" and sources is not None and sources.default is inspect.Parameter.empty:
+        needs["cross"] = "its keys are those of the encoder beside its own (merged attention)"
     if biased(module):
         needs["position_bias"] = "it adds a relative position bias to the scores"
     softcap = getattr(module, "attn_logit_softcapping", None)

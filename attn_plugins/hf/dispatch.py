@@ -10,6 +10,7 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from attn_plugins.attention import Attention
+from attn_plugins.hf.tensors import stands_for_a_tensor, takes_all
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.rotary import Rotary
 from attn_plugins.state import State
@@ -30,11 +31,16 @@ HIDDEN = -1e4
 """An additive mask at or below this hides a key: exp of it is 0 in every dtype."""
 
 
+@stands_for_a_tensor
 class LazyMask(AttentionMask):
-    """An AttentionMask that also keeps what transformers asked for, so that any other mask can be made from it."""
+    """An AttentionMask that also keeps what transformers asked for, so that any other mask can be made from it.
+
+    To code that expects a tensor it is the boolean mask (B, 1, Q, K). Its sizes cost nothing; all else makes it dense,
+    once for all layers.
+    """
 
     ndim = 4
-    """As a mask that is prepared: where transformers is given one instead of the padding, it asks."""
+    dtype = torch.bool
 
     def __init__(self, *args: Any, arguments: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -47,6 +53,46 @@ class LazyMask(AttentionMask):
             self.causal and self.kv_offset + self.kv_length > self.q_offset + self.q_length
         )
         """Whether it is for a cache of fixed length, with room for tokens to come."""
+        self.release: Callable[[], None] | None = None
+        """Gives the state up for an ordinary cache: a dense mask would be read beside the keys of all tokens."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.batch_size, 1, self.q_length, self.kv_length))
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def __getitem__(self, index: Any) -> Any:
+        self.touch()
+        return self if takes_all(index, self.shape) else self.as_tensor()[index]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As a tensor's; lazy still where only the device changes."""
+        held = (*args, *kwargs.values())
+        if any(isinstance(x, torch.Tensor) or (isinstance(x, torch.dtype) and x != torch.bool) for x in held):
+            return self.as_tensor().to(*args, **kwargs)
+        device = kwargs.get("device", next((x for x in args if isinstance(x, (torch.device, str, int))), None))
+        return super().to(device)
+
+    def touch(self) -> None:
+        """To be said before it is used as a tensor."""
+        if self.release is not None:
+            self.release()
+            self.state = self.release = None
+
+    def as_tensor(self) -> torch.Tensor:
+        """The boolean mask that it stands for."""
+        self.touch()
+        return self.once("tensor", lambda: self.dense().expand(self.shape))
+
+    def as_additive(self, dtype: torch.dtype) -> torch.Tensor:
+        """0 where a key is seen, the least number of ``dtype`` where not: what is added to scores."""
+        self.touch()
+        return self.once(("additive", dtype), lambda: additive(self.as_tensor(), dtype))
 
     def with_state(self, state: State) -> "LazyMask":
         """For the module whose state this is: the mask of its queries and of all tokens so far, whatever is cached.
@@ -96,6 +142,11 @@ class LazyMask(AttentionMask):
             return made.to(self.device) if hasattr(made, "to") else made
 
         return self.once(("native", implementation), build)
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as it is added to scores of ``dtype``."""
+    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, torch.finfo(dtype).min)
 
 
 def lazy_mask(
@@ -201,6 +252,9 @@ def attention_forward(
         given = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
         given = {name: extra for name, extra in given.items() if extra is not None}
         native_mask = attention_mask.native(base) if isinstance(attention_mask, LazyMask) else attention_mask
+        if base == "eager" and getattr(native_mask, "dtype", None) == torch.bool:
+            # Made from a mask of ours, which is boolean, by a model that would have got one to add under this name.
+            native_mask = additive(native_mask, query.dtype)
         return native_attention(module, base)(
             module, query, key, value, native_mask, scaling=scaling, dropout=dropout, **given, **kwargs
         )
