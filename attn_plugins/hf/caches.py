@@ -24,6 +24,7 @@ from transformers.cache_utils import (
 
 from attn_plugins.hf.discovery import biased
 from attn_plugins.hf.dispatch import LazyMask, rotary_of, slot_of
+from attn_plugins.hf.sources import attends_repeatedly
 from attn_plugins.state import State
 
 GENERATING = "_attn_plugin_generating"
@@ -187,8 +188,9 @@ def before_attention(
     """Send the state, and what else the attention wants to know, along with the mask: it is given nothing of it."""
     cache, mask, slot = _find(Cache, args, kwargs), _find(LazyMask, args, kwargs), slot_of(module)
     layer = None if cache is None or mask is None else layer_of(module, cache)
-    if mask is None and cache is not None:
-        give_up(module, cache)
+    if cache is not None and (mask is None or not mask.causal):
+        give_up(module, cache)  # what a later token sees of the image or prefix before it, no state knows
+        layer = None
     if mask is None or slot is None or (layer is None and not slot.wants_rotary):
         return None
     sent = mask
@@ -234,7 +236,7 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
         # A model's own sliding layer has room for its window and no limit.
         max_length = -1 if layer.is_sliding else layer.max_cache_len
         room = sys.maxsize if layer.is_sliding else layer.max_cache_len
-        state = None if biased(module) else slot.new_state(room)
+        state = None if needs_all_keys(module) else slot.new_state(room)
         if state is None or not state.serves_fixed_length or int(layer.get_seq_length()):
             raise ValueError(
                 f"attention {slot.name!r} cannot be served from this static cache: what it keeps grows with the text, "
@@ -243,12 +245,17 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
     elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
         return None
     else:
-        state = None if biased(module) else slot.new_state()
+        state = None if needs_all_keys(module) else slot.new_state()
     if state is None:
         return None
     state.recording = getattr(cache, RECORDING, False)
     cache.layers[index] = StateLayer(state, owner, max_length, layer)
     return cache.layers[index]
+
+
+def needs_all_keys(module: nn.Module) -> bool:
+    """Whether a module computes with what its cache returns, or attends to it twice (DiffLlama)."""
+    return biased(module) or attends_repeatedly(type(module))  # type: ignore[arg-type]
 
 
 def give_up(module: nn.Module, cache: Cache) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attn_plugins.attention import HeadShape
+from attn_plugins.hf import sources
 from attn_plugins.hf.adapters import adapted, adapter_of
 from attn_plugins.rules import Target
 
@@ -34,11 +35,7 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def owner(model: nn.Module, path: str) -> PreTrainedModel:
     """The innermost PreTrainedModel that holds the module at ``path``: the one that makes its masks."""
-    found, module = model, model
-    for name in path.split(".")[:-1]:
-        module = getattr(module, name)
-        if isinstance(module, PreTrainedModel):
-            found = module
+    found = _around(model, path)[0]
     assert isinstance(found, PreTrainedModel)
     return found
 
@@ -73,10 +70,31 @@ def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
     spelled = spelled or type(model.get_submodule(path.rpartition(".")[0])).__name__.endswith("CrossAttention")
     if getattr(module, "is_cross_attention", spelled):
         return "cross"
-    is_causal = getattr(module, "is_causal", None)
-    if is_causal is None:
-        is_causal = getattr(module, "is_decoder", True)
-    return "decoder" if is_causal else "encoder"
+    masks = sources.makes_masks(type(part) for part in _around(model, path))
+    if masks == {"bidirectional"}:
+        return "encoder"
+    told = [getattr(module, name, None) for name in ("is_causal", "is_decoder")]
+    if told == [None, None]:
+        taken = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+        cached = any("past" in name or "cache" in name for name in taken)
+        return "decoder" if masks == {"causal"} or cached else "encoder"
+    if any(told):
+        return "decoder"
+    # CLIP's text model has the attention class of its images, which says is_causal=False, and a causal mask.
+    return "decoder" if masks == {"causal"} and not _differ(owner(model, path), "is_causal") else "encoder"
+
+
+def _around(model: nn.Module, path: str) -> list[nn.Module]:
+    """The innermost PreTrainedModel that holds the module at ``path``, and what is between them."""
+    names = path.split(".")
+    parts = [model, *(model.get_submodule(".".join(names[: i + 1])) for i in range(len(names) - 1))]
+    start = max((i for i, part in enumerate(parts) if isinstance(part, PreTrainedModel)), default=0)
+    return parts[start:]
+
+
+def _differ(part: nn.Module, attribute: str) -> bool:
+    """Whether the attention modules of a part have different values of an attribute."""
+    return len({getattr(module, attribute, None) for _, module in attention_modules(part)}) > 1
 
 
 def biased(module: nn.Module) -> bool:
@@ -100,7 +118,7 @@ def head_shape(module: nn.Module, config: Any) -> HeadShape:
         return None
 
     heads = find("num_heads num_attention_heads n_heads n_head num_q_heads heads encoder_attention_heads")
-    width = find("embed_dim hidden_size d_model n_embd all_head_size")
+    width = find("embed_dim hidden_size d_model n_embd all_head_size dim")
     head_dim = find("qk_head_dim head_dim attention_head_size head_size key_value_proj_dim d_kv dim_head")
     if head_dim is None and heads and width:
         head_dim = width // heads
@@ -150,8 +168,8 @@ def _needs(module: nn.Module, role: str, text_config: Any, main: bool) -> dict[s
             "cross": "it is cross-attention",
         }[role]
     }
-    sources = inspect.signature(inspect.unwrap(type(module).forward)).parameters.get("encoder_hidden_states")
-    if role != "cross" and sources is not None and sources.default is inspect.Parameter.empty:
+    other = inspect.signature(inspect.unwrap(type(module).forward)).parameters.get("encoder_hidden_states")
+    if role != "cross" and other is not None and other.default is inspect.Parameter.empty:
         needs["cross"] = "its keys are those of the encoder beside its own (merged attention)"
     if biased(module):
         needs["position_bias"] = "it adds a relative position bias to the scores"

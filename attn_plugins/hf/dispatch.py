@@ -10,6 +10,7 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from attn_plugins.attention import Attention
+from attn_plugins.hf.sources import told
 from attn_plugins.hf.tensors import stands_for_a_tensor, takes_all
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.rotary import Rotary
@@ -26,6 +27,17 @@ BASE = "_attn_plugin_base"
 
 ROLE = "_attn_plugin_role"
 """Attribute of an attention module: encoder, decoder or cross."""
+
+UNKNOWN = "_attn_plugin_unknown"
+"""Attribute of an attention module: names of arguments that it gives to its attention function and KNOWN lacks."""
+
+KNOWN = {
+    *("query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "output_attentions"),
+    *("position_bias", "softcap", "s_aux", "indices", "block_indices"),
+    *("sliding_window", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    "deterministic",
+}
+"""Arguments of attention functions that are honoured, or that say what the mask says as well."""
 
 HIDDEN = -1e4
 """An additive mask at or below this hides a key: exp of it is 0 in every dtype."""
@@ -248,6 +260,8 @@ def attention_forward(
             f"{type(module).__name__} was told to use attn_plugins, but no attention has been put into its model; "
             "load the whole model with from_pretrained, or call attn_plugins.swap_attention(model, ...)"
         )
+    if base in ("eager", "sdpa") or slot is not None:
+        attention_mask = chosen_keys(module, query, key, attention_mask, kwargs)
     if slot is None:
         given = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
         given = {name: extra for name, extra in given.items() if extra is not None}
@@ -260,11 +274,20 @@ def attention_forward(
         )
     if kwargs.get("cache") is not None:
         raise ValueError("attn_plugins cannot serve paged caches (continuous batching); use generate() without it")
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    for name in getattr(module, UNKNOWN, ()):
+        if isinstance(kwargs.get(name), (torch.Tensor, float)):
+            raise ValueError(
+                f"{type(module).__name__} gives {name}= to its attention, of which attn_plugins does not know what it "
+                "would change; leave its modules out with layers, roles or modules"
+            )
+    causal, role = getattr(module, "is_causal", True) if is_causal is None else is_causal, getattr(module, ROLE)
     state = attention_mask.state if isinstance(attention_mask, LazyMask) else None
     mask, bias = attention_mask, None
     if state is None:
-        mask, bias = as_mask(attention_mask, query, key, causal=causal, cross=getattr(module, ROLE) == "cross")
+        # Bidirectional self-attention has as many keys as queries, unless the model has pooled some (SegFormer) or
+        # added some (perceivers): then nothing says which key is where a query is.
+        cross = role == "cross" or (role == "encoder" and query.shape[2] != key.shape[2])
+        mask, bias = as_mask(attention_mask, query, key, causal=causal, cross=cross)
     if bias is not None:
         position_bias = bias if position_bias is None else position_bias + bias
     return slot(
@@ -281,6 +304,35 @@ def attention_forward(
         state=state,
         need_weights=bool(kwargs.get("output_attentions")),
     )
+
+
+def unknown(module: nn.Module) -> tuple[str, ...]:
+    """Names of arguments that the code of a module gives to its attention function and that nothing is known of."""
+    return tuple(sorted(told(type(module)) - KNOWN))  # type: ignore[arg-type]
+
+
+def chosen_keys(module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+    """The mask, without keys that the model's own indexer has not chosen.
+
+    Models that choose keys for each query (DeepSeek 3.2, MiniMax M3) put the choice into the mask where they know the
+    attention function by name. To others they hand it over, and it is taken out of ``kwargs`` here.
+    """
+    indices, blocks = kwargs.pop("indices", None), kwargs.pop("block_indices", None)
+    if indices is not None:
+        chosen = torch.zeros(query.shape[0], query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+        chosen = chosen.scatter(-1, indices.long(), True).unsqueeze(1)
+        if mask is None:
+            mask = AttentionMask(query.shape[0], query.shape[2], key.shape[2], causal=True, device=key.device).dense()
+        if isinstance(mask, LazyMask) or mask.dtype == torch.bool:
+            return mask & chosen
+        return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+    if blocks is not None:
+        first = key.shape[2] - query.shape[2]
+        positions = torch.arange(first, key.shape[2], device=key.device).expand(query.shape[0], -1)
+        positions = positions if kwargs.get("position_ids") is None else kwargs["position_ids"].expand(len(query), -1)
+        build: Any = module.indexer.build_block_mask  # type: ignore[union-attr]
+        return build(blocks, mask, key.shape[2], query.dtype, key.device, positions)
+    return mask
 
 
 def as_mask(
@@ -312,9 +364,9 @@ def as_mask(
         return AttentionMask(**sizes, causal=causal, cross=cross, padding_BK=given[:, -kv_length:].bool()), None
     given = (given.unsqueeze(1) if given.ndim == 3 else given)[..., :kv_length]
     allowed = given if given.dtype == torch.bool else given > HIDDEN
-    if given.shape[2] == 1 and given.shape[1] == 1 and q_length > 1:  # one row for all queries: padding
+    if given.shape[2] == 1 and given.shape[1] == 1 and q_length > 1:  # one row for all queries: padding, and no more
         padding_BK = allowed[:, 0, 0].expand(batch_size, -1)
-        return AttentionMask(**sizes, causal=causal, cross=cross, padding_BK=padding_BK), None
+        return AttentionMask(**sizes, causal=False, cross=cross, padding_BK=padding_BK), None
     bias = None
     if allowed.shape[1] > 1:  # one mask a head
         bias = torch.where(allowed, 0.0 if given.dtype == torch.bool else given, torch.finfo(query.dtype).min)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from attn_plugins.hf import adapters, discovery
 from attn_plugins.hf.caches import leave, serve
-from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of, turns
+from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, UNKNOWN, slot_of, turns, unknown
 from attn_plugins.rules import Flag, Rule, assign, parse_rules
 
 
@@ -84,7 +84,7 @@ def restore_attention(model: nn.Module) -> nn.Module:
     for path, module in discovery.attention_modules(inner):
         leave(discovery.owner(inner, path), [module])
         adapters.take_off(module)
-        for attribute in (SLOT, BASE, ROLE):
+        for attribute in (SLOT, BASE, ROLE, UNKNOWN):
             if hasattr(module, attribute):
                 delattr(module, attribute)
         for config in _configs_of(inner, path, module):
@@ -159,13 +159,14 @@ def _attach(model: PreTrainedModel, rules: list[Rule]) -> None:
             for config in configs:
                 _set_implementation(config, base)
             adapters.take_off(module)
-            for attribute in (BASE, ROLE):
+            for attribute in (BASE, ROLE, UNKNOWN):
                 if hasattr(module, attribute):
                     delattr(module, attribute)
             continue
         adapters.put_on(module)
         setattr(module, BASE, base)
         setattr(module, ROLE, target.role)
+        setattr(module, UNKNOWN, unknown(module))
         if target.path in slots:
             setattr(module, SLOT, slots[target.path])
     for target in targets:
@@ -213,14 +214,18 @@ def _build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> 
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     device = torch.device("cpu") if like is None else like.device
     dtype = torch.get_default_dtype() if like is None else like.dtype
+    heads, slot, untold = None, None, None
     try:
         heads = discovery.head_shape(module, config)
-    except ValueError:
-        heads = None
-    with torch.device(device):
-        slot = rule.attention(rule.config, heads, backend=backend)
-    if heads is None and next(slot.parameters(), None) is not None:
-        discovery.head_shape(module, config)  # raises: these weights need a head shape
+    except ValueError as error:
+        untold = error
+    try:
+        with torch.device(device):
+            slot = rule.attention(rule.config, heads, backend=backend)
+    except ValueError as error:
+        raise untold or error from None
+    if untold is not None and next(slot.parameters(), None) is not None:
+        raise untold  # these weights need a head shape
     if slot.wants_rotary and not turns(module):
         raise ValueError(
             f"{rule.type}({slot.extra_repr()}) needs rotary positions, and {path} ({type(module).__name__}) has none "

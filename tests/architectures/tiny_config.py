@@ -51,7 +51,7 @@ KEPT = re.compile(
     r"_size|downsample|upsampl|frame|hop_|sampling|sample_rate|dilation|padding|block_size|window_size|_ratio|grid"
 )
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-OWN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+OWN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
 
 
 def tiny_config(

@@ -1,6 +1,7 @@
 """A tiny random model of any model type, and inputs that it takes."""
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,8 +84,9 @@ def build(model_type: str, seed: int = 0, **flag: Any) -> PreTrainedModel:
 @torch.no_grad()
 def excite(model: nn.Module) -> None:
     """Give matrices weights with which scores differ from key to key: initialisers make attention nearly uniform."""
+    computed = "|".join(getattr(model, "_keys_to_ignore_on_save", None) or ["^$"])  # such as sinusoidal positions
     for path, parameter in model.named_parameters():
-        if parameter.ndim == 2 and parameter.is_floating_point() and "attn_plugin" not in path:
+        if parameter.ndim == 2 and parameter.requires_grad and not re.search(f"attn_plugin|{computed}", path):
             parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5 + 0.1)
 
 

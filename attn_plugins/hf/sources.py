@@ -1,0 +1,85 @@
+"""What the code of a model's classes tells of its attention: which masks it makes, and what it calls attention with.
+
+Attributes have many names for the same thing, or none; what a class calls is the same in every family.
+"""
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+OUTSIDE = ("torch.", "builtins", "transformers.modeling_utils", "transformers.utils", "transformers.generation")
+"""Where code is that tells nothing of a single model."""
+
+
+@functools.cache
+def names_of(cls: type) -> frozenset[str]:
+    """Global names and attributes that the methods of a class use, and those of its model-specific bases."""
+    found: set[str] = set()
+    for held in cls.__mro__:
+        if not held.__module__.startswith(OUTSIDE):
+            for member in vars(held).values():
+                code = getattr(inspect.unwrap(member) if callable(member) else None, "__code__", None)
+                found.update(code.co_names if code is not None else ())
+    return frozenset(found)
+
+
+def makes_masks(classes: Iterable[type]) -> set[str]:
+    """Which masks these classes make: any of "causal" and "bidirectional"."""
+    names = set().union(*map(names_of, classes))
+    kinds = {"causal": r"causal\w*mask", "bidirectional": "bidirectional"}
+    return {kind for kind, pattern in kinds.items() if any(re.search(pattern, name) for name in names)}
+
+
+@functools.cache
+def told(cls: type) -> frozenset[str]:
+    """Keywords that a class of attention modules gives to the attention function by name."""
+    return frozenset(keyword.arg for call in _calls(cls) for keyword in call.keywords if keyword.arg)
+
+
+@functools.cache
+def attends_repeatedly(cls: type) -> bool:
+    """Whether a forward pass of a class calls the attention function more than once, one call after the other."""
+
+    def calls_in(statements: list[ast.stmt]) -> int:
+        total = 0
+        for statement in statements:
+            branches = [block for block in _blocks(statement) if block]
+            inner = [calls_in(block) for block in branches]
+            total += max(inner) if inner else sum(_attends(node) for node in ast.walk(statement))
+        return total
+
+    return any(calls_in(function.body) > 1 for function in _functions(cls))
+
+
+def _blocks(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
+    for name in ("body", "orelse", "finalbody"):
+        yield getattr(statement, name, [])
+
+
+def _calls(cls: type) -> Iterator[ast.Call]:
+    for function in _functions(cls):
+        yield from (node for node in ast.walk(function) if isinstance(node, ast.Call) and _attends(node))
+
+
+def _attends(node: Any) -> bool:
+    """Whether this is the call of an attention function: of a local name, with the module first and a scale."""
+    return (
+        isinstance(node, ast.Call)
+        and bool(node.args)
+        and isinstance(node.args[0], ast.Name)
+        and node.args[0].id == "self"
+        and any(keyword.arg in ("scaling", "dropout") for keyword in node.keywords)
+    )
+
+
+def _functions(cls: Any) -> Iterator[ast.FunctionDef]:
+    """The syntax of the forward of a class; nothing where its source cannot be had."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
+        yield from (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+    except (OSError, SyntaxError, TypeError):
+        return
