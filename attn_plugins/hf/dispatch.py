@@ -10,6 +10,7 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from attn_plugins.attention import Attention
+from attn_plugins.hf.dense_masks import additive, read_dense
 from attn_plugins.hf.sources import told
 from attn_plugins.hf.tensors import stands_for_a_tensor, takes_all
 from attn_plugins.mask import AttentionMask
@@ -38,9 +39,6 @@ KNOWN = {
     "deterministic",
 }
 """Arguments of attention functions that are honoured, or that say what the mask says as well."""
-
-HIDDEN = -1e4
-"""An additive mask at or below this hides a key: exp of it is 0 in every dtype."""
 
 
 @stands_for_a_tensor
@@ -154,11 +152,6 @@ class LazyMask(AttentionMask):
             return made.to(self.device) if hasattr(made, "to") else made
 
         return self.once(("native", implementation), build)
-
-
-def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as it is added to scores of ``dtype``."""
-    return torch.zeros((), dtype=dtype, device=mask.device).where(mask, torch.finfo(dtype).min)
 
 
 def lazy_mask(
@@ -362,19 +355,8 @@ def as_mask(
         raise ValueError(f"cannot read the attention mask {got}; allowed: None, or a tensor of 2, 3 or 4 dimensions")
     if given.ndim == 2:
         return AttentionMask(**sizes, causal=causal, cross=cross, padding_BK=given[:, -kv_length:].bool()), None
-    given = (given.unsqueeze(1) if given.ndim == 3 else given)[..., :kv_length]
-    allowed = given if given.dtype == torch.bool else given > HIDDEN
-    if given.shape[2] == 1 and given.shape[1] == 1 and q_length > 1:  # one row for all queries: padding, and no more
-        padding_BK = allowed[:, 0, 0].expand(batch_size, -1)
-        return AttentionMask(**sizes, causal=False, cross=cross, padding_BK=padding_BK), None
-    bias = None
-    if allowed.shape[1] > 1:  # one mask a head
-        bias = torch.where(allowed, 0.0 if given.dtype == torch.bool else given, torch.finfo(query.dtype).min)
-        allowed = allowed.any(dim=1, keepdim=True)
-    elif given.dtype != torch.bool and bool((given * allowed).any()):
-        bias = given.masked_fill(~allowed, 0.0)
-    dense_BQK = allowed[:, 0].expand(-1, q_length, -1)
-    return AttentionMask(**sizes, causal=False, plain=False, cross=cross, dense_BQK=dense_BQK), bias
+    read, bias = read_dense(given, q_length, kv_length, query.dtype, causal=causal, cross=cross)
+    return AttentionMask(**sizes, **read, cross=cross), bias
 
 
 def slot_of(module: nn.Module) -> Attention | None:

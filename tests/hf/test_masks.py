@@ -105,7 +105,7 @@ def test_dense_masks_of_users(kind):
 def test_additive_masks_become_a_position_bias():
     given = torch.randn(2, 1, 8, 8).masked_fill(~torch.ones(8, 8, dtype=torch.bool).tril(), -torch.inf)
     mask, bias = as_mask(given, torch.zeros(2, 4, 8, 4), torch.zeros(2, 4, 8, 4), causal=True, cross=False)
-    assert torch.equal(mask.dense(), given > -1e4)
+    assert torch.equal(mask.dense().expand_as(given), given > -1e4)
     assert torch.equal(bias, given.masked_fill(given == -torch.inf, 0.0))
 
 
