@@ -119,8 +119,8 @@ def test_cross_attention_is_padding_or_dense():
     mask, _ = read(given, causal=False, cross=True)
     assert (mask.plain, mask.causal, mask.cross) == (True, False, True)
     assert torch.equal(mask.padding_BK, RIGHT)
-    mask, _ = read(CAUSAL, cross=True)
-    assert not mask.plain
+    for more in (CAUSAL, SAME):
+        assert not read(more, cross=True)[0].plain
 
 
 def test_one_mask_for_all_heads_and_a_bias_for_each():
