@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -25,17 +25,43 @@ class Case:
     made: Callable[[], tuple[type, tf.PreTrainedConfig]]
     role: str = "decoder"
     """Of the modules that a rule without roles serves."""
-    learned: str = "linear"
+    learned: dict[str, Any] = field(default_factory=lambda: {"type": "linear", "feature_map": "hedgehog"})
     """An attention with weights of its own that can serve it."""
-    given: Callable[[], dict[str, torch.Tensor]] = lambda: tiny.inputs("bert")
+    given: Callable[[], dict[str, torch.Tensor]] = lambda: tiny.inputs("llama")
     generates: bool = False
+
+
+NARROW = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32}
+
+
+def _gptj(**options: Any) -> tf.PreTrainedConfig:
+    return tf.GPTJConfig(
+        vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, **tiny.SPECIAL, **options
+    )
+
+
+def _falcon(**options: Any) -> tf.PreTrainedConfig:
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
+    return tf.FalconConfig(**NARROW, **sizes, **tiny.SPECIAL, **options)
 
 
 CASES = {
     "mpnet": Case(
         made=lambda: (tf.MPNetForMaskedLM, tf.MPNetConfig(**tiny.SMALL)),
         role="encoder",
-        learned="additive",
+        learned={"type": "additive"},
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "gptj": Case(made=lambda: (tf.GPTJForCausalLM, _gptj(rotary_dim=4)), generates=True),
+    "gptj-wide": Case(made=lambda: (tf.GPTJForCausalLM, _gptj(rotary_dim=8)), generates=True),
+    "bloom": Case(
+        made=lambda: (tf.BloomForCausalLM, tf.BloomConfig(**NARROW, n_layer=3, n_head=4, **tiny.SPECIAL)),
+        learned={"type": "additive"},
+        generates=True,
+    ),
+    "falcon": Case(made=lambda: (tf.FalconForCausalLM, _falcon()), generates=True),
+    "falcon-groups": Case(
+        made=lambda: (tf.FalconForCausalLM, _falcon(new_decoder_architecture=True, num_kv_heads=2)), generates=True
     ),
 }
 every = pytest.mark.parametrize("name", CASES)
@@ -169,7 +195,7 @@ def test_a_plain_checkpoint_loads_with_the_flag(name, tmp_path):
 @every
 @torch.no_grad()
 def test_copies_and_pickles(name):
-    model = ap.swap_attention(build(name), CASES[name].learned, layers=0)
+    model = ap.swap_attention(build(name), {**CASES[name].learned, "layers": 0})
     own = numbers(name, model)
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(numbers(name, again), own)
@@ -183,7 +209,56 @@ def test_gradients_reach_the_new_weights_and_the_models_own(name):
     numbers(name, model).square().sum().backward()
     for module in modules(model, CASES[name].role):
         assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in module.parameters())
-        assert next(module.attn_plugin.parameters(), None) is not None or CASES[name].learned == "linear"
+        assert next(module.attn_plugin.parameters(), None) is not None
+
+
+@generating
+@pytest.mark.parametrize(
+    "flag", ["softmax", {"type": "local", "window_size": 4}, "linear", {"type": "local", "layers": 1}]
+)
+@torch.no_grad()
+def test_cached_equals_uncached(name, flag):
+    """Padded on the left, greedy, from states of the attention where the module adds no bias."""
+    model, given = build(name), CASES[name].given()
+    given.pop("decoder_input_ids", None)
+    biased = CASES[name].learned["type"] == "additive"
+    if flag == "linear" and biased:
+        flag = "additive"
+    ap.swap_attention(model, flag)
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    how |= {"output_logits": True, "return_dict_in_generate": True}
+    cached, uncached = (model.generate(**given, **how, use_cache=use) for use in (True, False))
+    assert torch.equal(cached.sequences, uncached.sequences)
+    for one, other in zip(cached.logits, uncached.logits, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+    kept = {
+        type(layer).__name__
+        for layer in getattr(cached.past_key_values, "self_attention_cache", cached.past_key_values).layers
+    }
+    assert ("StateLayer" in kept) == (flag != "softmax" and not biased)
+
+
+@generating
+@torch.no_grad()
+def test_own_and_swapped_generate_the_same_in_the_limit(name):
+    model, given = build(name), CASES[name].given()
+    own = model.generate(**given, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    ap.swap_attention(model, "local", window_size=64)
+    assert torch.equal(model.generate(**given, max_new_tokens=8, min_new_tokens=8, do_sample=False), own)
+
+
+@pytest.mark.parametrize(("name", "flash"), [("gptj", "GPTJFlashAttention2"), ("falcon", "FalconFlashAttention2")])
+@torch.no_grad()
+def test_the_classes_for_flash_attention_are_served(name, flash):
+    model = build(name)
+    own = numbers(name, model)
+    for module in modules(model):
+        module.__class__ = getattr(sys.modules[type(module).__module__], flash)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    ap.swap_attention(model, "softmax")
+    torch.testing.assert_close(numbers(name, model), own, atol=1e-5, rtol=1e-5)
+    assert {type(module).__name__ for module in modules(ap.restore_attention(model))} == {flash}
+    assert model.config._attn_implementation == "flash_attention_2"
 
 
 def test_a_forward_that_a_hook_has_bound_is_exchanged_too():

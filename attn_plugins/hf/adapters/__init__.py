@@ -10,6 +10,7 @@ An adapter may state what its module's attributes don't, as class attributes or 
 ``adds_position_bias`` where it gives a ``position_bias``.
 """
 
+import copy
 import functools
 import importlib
 import inspect
@@ -107,6 +108,16 @@ def slotted(forward: Callable) -> Callable:
             return given.native(getattr(self, BASE)) if isinstance(given, LazyMask) else given
 
         args, kwargs = tuple(native(x) for x in args), {name: native(x) for name, x in kwargs.items()}
-        return own_class(type(self)).forward(self, *args, **kwargs)
+        return own_class(type(self)).forward(_as_it_was(self), *args, **kwargs)
 
     return chosen
+
+
+def _as_it_was(module: nn.Module) -> Any:
+    """A module with a config that names the implementation which served it before: some read it (Falcon)."""
+    if "config" not in vars(module):
+        return module
+    view, config = object.__new__(own_class(type(module))), copy.copy(vars(module)["config"])
+    config._attn_implementation_internal = getattr(module, BASE)
+    view.__dict__ = {**vars(module), "config": config}
+    return view
