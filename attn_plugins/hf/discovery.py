@@ -70,6 +70,8 @@ def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
     spelled = spelled or type(model.get_submodule(path.rpartition(".")[0])).__name__.endswith("CrossAttention")
     if getattr(module, "is_cross_attention", spelled):
         return "cross"
+    if (held := getattr(module, "is_causal_in", None)) is not None:
+        return "decoder" if held(model, path) else "encoder"
     masks = sources.makes_masks(type(part) for part in _around(model, path))
     if masks == {"bidirectional"}:
         return "encoder"

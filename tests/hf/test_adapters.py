@@ -13,9 +13,14 @@ import tiny
 import torch
 import transformers as tf
 from torch import nn
+from transformers.models.blip import modeling_blip_text
 
 import attn_plugins as ap
 from attn_plugins.hf import adapters, discovery
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script.*:DeprecationWarning"
+)  # DeBERTa in transformers 5.17
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +50,23 @@ def _falcon(**options: Any) -> tf.PreTrainedConfig:
     return tf.FalconConfig(**NARROW, **sizes, **tiny.SPECIAL, **options)
 
 
+PATCHES = {**tiny.VISION, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 3}
+WORDS = {**tiny.SMALL, "encoder_hidden_size": 32, **tiny.SPECIAL, "sep_token_id": 2, "projection_dim": 16}
+
+
+def _blip() -> tf.PreTrainedConfig:
+    return tf.BlipConfig(text_config=WORDS, vision_config=PATCHES, projection_dim=16, image_text_hidden_size=16)
+
+
+def _states() -> torch.Tensor:
+    return torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
+
+
+def _deberta(**options: Any) -> tf.PreTrainedConfig:
+    kind = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8, **options}
+    return tf.DebertaV2Config(**tiny.SMALL, type_vocab_size=0, **kind)
+
+
 CASES = {
     "mpnet": Case(
         made=lambda: (tf.MPNetForMaskedLM, tf.MPNetConfig(**tiny.SMALL)),
@@ -63,8 +85,47 @@ CASES = {
     "falcon-groups": Case(
         made=lambda: (tf.FalconForCausalLM, _falcon(new_decoder_architecture=True, num_kv_heads=2)), generates=True
     ),
+    "blip-vision": Case(
+        made=lambda: (tf.BlipVisionModel, tf.BlipVisionConfig(**PATCHES)),
+        role="encoder",
+        given=lambda: {"pixel_values": tiny.inputs("vit")["pixel_values"]},
+    ),
+    "blip-encoder": Case(
+        made=lambda: (tf.BlipTextModel, tf.BlipTextConfig(**WORDS)), role="encoder", given=lambda: tiny.inputs("bert")
+    ),
+    "blip-decoder": Case(
+        made=lambda: (modeling_blip_text.BlipTextLMHeadModel, tf.BlipTextConfig(**WORDS)),
+        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": _states()},
+        generates=True,
+    ),
+    "blip-captions": Case(
+        made=lambda: (tf.BlipForConditionalGeneration, _blip()),
+        given=lambda: {**tiny.inputs("llama"), "pixel_values": tiny.inputs("vit")["pixel_values"]},
+        generates=True,
+    ),
+    "deberta_v2": Case(
+        made=lambda: (
+            tf.DebertaV2ForMaskedLM,
+            _deberta(share_att_key=True, position_buckets=4, norm_rel_ebd="layer_norm"),
+        ),
+        role="encoder",
+        learned={"type": "additive"},
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "deberta_v2-own": Case(
+        made=lambda: (tf.DebertaV2ForMaskedLM, _deberta(conv_kernel_size=3)),
+        role="encoder",
+        learned={"type": "additive"},
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "deberta_v2-plain": Case(
+        made=lambda: (tf.DebertaV2ForMaskedLM, _deberta(relative_attention=False)),
+        role="encoder",
+        given=lambda: tiny.inputs("bert"),
+    ),
 }
 every = pytest.mark.parametrize("name", CASES)
+families = pytest.mark.parametrize("name", ["mpnet", "gptj", "bloom", "falcon-groups", "blip-captions", "deberta_v2"])
 generating = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.generates])
 
 
@@ -114,22 +175,31 @@ def test_a_window_is_not_the_whole(name):
 @torch.no_grad()
 def test_modules_that_no_rule_matches_compute_exactly_what_they_did(name):
     model = build(name)
-    role, seen = CASES[name].role, {}
-
-    def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        seen.setdefault(id(module), []).append(out[0] if isinstance(out, tuple) else out)
-
-    first, *rest = modules(model, role)
-    for module in (first, *rest):
-        module.register_forward_hook(note, with_kwargs=True)
+    calls: list[tuple[nn.Module, torch.Tensor]] = []
+    for module in modules(model):
+        module.register_forward_hook(lambda module, args, out: calls.append((module, out[0])))
     numbers(name, model)
-    numbers(name, ap.swap_attention(model, "softmax", layers=f"1-{len(rest)}"))
-    assert [row.plugin for row in ap.describe_attention(model) if row.role == role] == [None, *["softmax"] * len(rest)]
-    before, after = seen[id(first)]
-    assert torch.equal(before, after)
+    before, last = calls.copy(), modules(model, CASES[name].role)[-1]
+    numbers(name, ap.swap_attention(model, "softmax", layers=-1))
+    assert sum(row.plugin is not None for row in ap.describe_attention(model)) == 1
+    own = [module for module, _ in before].index(last)
+    assert own >= 2
+    for (module, one), (again, other) in zip(before[:own], calls[len(before) :], strict=False):
+        assert module is again
+        assert torch.equal(one, other)
 
 
 @every
+@torch.no_grad()
+def test_every_role_equals_the_models_own_in_the_limit(name):
+    model = build(name)
+    own = numbers(name, model)
+    rows = ap.describe_attention(ap.swap_attention(model, "softmax", roles=["encoder", "decoder", "cross"]))
+    assert {row.plugin for row in rows} == {"softmax"}
+    torch.testing.assert_close(numbers(name, model), own, atol=1e-5, rtol=1e-5)
+
+
+@families
 @torch.no_grad()
 def test_restored_is_as_it_was(name):
     model = build(name)
@@ -144,7 +214,7 @@ def test_restored_is_as_it_was(name):
     assert model.config.to_dict() == settings
 
 
-@every
+@families
 @torch.no_grad()
 def test_a_wrong_rule_changes_nothing(name):
     model = build(name)
@@ -169,7 +239,7 @@ def test_described_as_reached_by_an_adapter(name):
     assert "adapter  softmax" in str(after)
 
 
-@every
+@families
 @torch.no_grad()
 def test_saved_and_loaded_bit_equal(name, tmp_path):
     model = build(name, attn_plugin=CASES[name].learned)
@@ -183,7 +253,7 @@ def test_saved_and_loaded_bit_equal(name, tmp_path):
     assert all(adapters.adapter_of(type(module)) is not type(module) for module in modules(plain))
 
 
-@every
+@families
 @torch.no_grad()
 def test_a_plain_checkpoint_loads_with_the_flag(name, tmp_path):
     model = build(name)
@@ -192,7 +262,7 @@ def test_a_plain_checkpoint_loads_with_the_flag(name, tmp_path):
     assert torch.equal(numbers(name, loaded), numbers(name, ap.swap_attention(model, "local", window_size=3)))
 
 
-@every
+@families
 @torch.no_grad()
 def test_copies_and_pickles(name):
     model = ap.swap_attention(build(name), {**CASES[name].learned, "layers": 0})

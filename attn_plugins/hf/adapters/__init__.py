@@ -6,8 +6,9 @@ a module of that package. It holds *adapters*: subclasses of the family's own at
 them to ``ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]``. A module becomes its adapter by an exchange of ``__class__``, which
 keeps its weights, hooks and place, and is exchanged back when the model is restored.
 
-An adapter may state what its module's attributes don't, as class attributes or properties: ``is_causal``, and
-``adds_position_bias`` where it gives a ``position_bias``.
+An adapter may state what its module's attributes don't, as class attributes or properties: ``is_causal`` (or
+``is_causal_in(model, path)``, where that depends on the model that holds it), ``adds_position_bias`` where it gives a
+``position_bias``, and ``cannot``: why its module cannot be swapped, or None.
 """
 
 import copy
@@ -19,6 +20,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from attn_plugins.hf.dispatch import BASE, SLOT, LazyMask
@@ -111,6 +113,14 @@ def slotted(forward: Callable) -> Callable:
         return own_class(type(self)).forward(_as_it_was(self), *args, **kwargs)
 
     return chosen
+
+
+def padding_of(square: torch.Tensor) -> torch.Tensor:
+    """The padding (B, N) of a mask (B, 1, N, N) that hides padding from all and all from padding; else the mask."""
+    allowed = square.bool()
+    real = allowed.diagonal(dim1=-2, dim2=-1)[:, 0]
+    outer = real[:, None, :, None] & real[:, None, None, :]
+    return real if torch.equal(outer, allowed) else allowed
 
 
 def _as_it_was(module: nn.Module) -> Any:
