@@ -211,6 +211,8 @@ def _build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> 
     if held is not None and (held.name, held.config, held.backend) == (rule.type, rule.config, backend):
         return getattr(module, SLOT)
     config, module = getattr(module, "config", model.config), adapters.adapted(module)
+    if (why := getattr(module, "cannot", None)) is not None:
+        raise ValueError(f"{path} cannot be swapped: {why}; choose other modules with layers, roles or modules")
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     device = torch.device("cpu") if like is None else like.device
     dtype = torch.get_default_dtype() if like is None else like.dtype

@@ -39,10 +39,8 @@ class Case:
 NARROW = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32}
 
 
-def _gptj(**options: Any) -> tf.PreTrainedConfig:
-    return tf.GPTJConfig(
-        vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, **tiny.SPECIAL, **options
-    )
+def _gptj(cls: Any = tf.GPTJConfig, **options: Any) -> tf.PreTrainedConfig:
+    return cls(vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, **tiny.SPECIAL, **options)
 
 
 def _falcon(**options: Any) -> tf.PreTrainedConfig:
@@ -62,9 +60,9 @@ def _states() -> torch.Tensor:
     return torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
 
 
-def _deberta(**options: Any) -> tf.PreTrainedConfig:
+def _deberta(cls: Any, **options: Any) -> tf.PreTrainedConfig:
     kind = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8, **options}
-    return tf.DebertaV2Config(**tiny.SMALL, type_vocab_size=0, **kind)
+    return cls(**tiny.SMALL, type_vocab_size=0, **kind)
 
 
 CASES = {
@@ -106,23 +104,30 @@ CASES = {
     "deberta_v2": Case(
         made=lambda: (
             tf.DebertaV2ForMaskedLM,
-            _deberta(share_att_key=True, position_buckets=4, norm_rel_ebd="layer_norm"),
+            _deberta(tf.DebertaV2Config, share_att_key=True, position_buckets=4, norm_rel_ebd="layer_norm"),
         ),
         role="encoder",
         learned={"type": "additive"},
         given=lambda: tiny.inputs("bert"),
     ),
     "deberta_v2-own": Case(
-        made=lambda: (tf.DebertaV2ForMaskedLM, _deberta(conv_kernel_size=3)),
+        made=lambda: (tf.DebertaV2ForMaskedLM, _deberta(tf.DebertaV2Config, conv_kernel_size=3)),
         role="encoder",
         learned={"type": "additive"},
         given=lambda: tiny.inputs("bert"),
     ),
     "deberta_v2-plain": Case(
-        made=lambda: (tf.DebertaV2ForMaskedLM, _deberta(relative_attention=False)),
+        made=lambda: (tf.DebertaV2ForMaskedLM, _deberta(tf.DebertaV2Config, relative_attention=False)),
         role="encoder",
         given=lambda: tiny.inputs("bert"),
     ),
+    "deberta": Case(
+        made=lambda: (tf.DebertaForMaskedLM, _deberta(tf.DebertaConfig)),
+        role="encoder",
+        learned={"type": "additive"},
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "codegen": Case(made=lambda: (tf.CodeGenForCausalLM, _gptj(tf.CodeGenConfig, rotary_dim=4)), generates=True),
 }
 every = pytest.mark.parametrize("name", CASES)
 families = pytest.mark.parametrize("name", ["mpnet", "gptj", "bloom", "falcon-groups", "blip-captions", "deberta_v2"])
@@ -341,6 +346,17 @@ def test_a_forward_that_a_hook_has_bound_is_exchanged_too():
         narrow = numbers("mpnet", ap.swap_attention(model, "local", window_size=2))
         assert (narrow - own).abs().max() > 1e-3
         assert torch.equal(numbers("mpnet", ap.restore_attention(model)), own)
+
+
+def test_what_an_adapter_cannot_serve_is_refused_before_anything_changes():
+    config = _deberta(tf.DebertaConfig, talking_head=True)
+    model = tf.DebertaModel(config)
+    with pytest.raises(
+        ValueError, match=r"encoder.layer.0.attention.self cannot be swapped: it mixes the scores of it"
+    ):
+        ap.swap_attention(model, "softmax")
+    assert not any(hasattr(module, "attn_plugin") for module in model.modules())
+    assert all(adapters.adapter_of(type(module)) is not type(module) for module in modules(model))
 
 
 def test_importing_the_package_imports_no_modeling_file():
