@@ -336,6 +336,24 @@ def test_the_classes_for_flash_attention_are_served(name, flash):
     assert model.config._attn_implementation == "flash_attention_2"
 
 
+@torch.no_grad()
+def test_lora_and_new_weights_come_back_on_a_flagged_base(tmp_path):
+    peft = pytest.importorskip("peft")
+    flag = {**CASES["gptj"].learned, "layers": [0, 1]}
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["attn_plugin"], task_type="CAUSAL_LM")
+    build("gptj").save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(build("gptj", attn_plugin=flag), settings).eval()
+    for path, parameter in model.named_parameters():
+        if "lora_B" in path or "modules_to_save" in path:
+            nn.init.normal_(parameter, std=0.2)
+    assert [row.plugin for row in ap.describe_attention(model)] == ["linear", "linear", None]
+    model.save_pretrained(tmp_path / "lora")
+    base = tf.GPTJForCausalLM.from_pretrained(tmp_path / "base", attn_plugin=flag)
+    back = peft.PeftModel.from_pretrained(base, tmp_path / "lora").eval()
+    assert torch.equal(numbers("gptj", back), numbers("gptj", model))
+    assert {type(module).__module__ for module in modules(ap.restore_attention(back))} == {tf.GPTJModel.__module__}
+
+
 def test_a_forward_that_a_hook_has_bound_is_exchanged_too():
     hooks = pytest.importorskip("accelerate.hooks")
     model = build("mpnet")
