@@ -83,6 +83,11 @@ CASES = {
     "falcon-groups": Case(
         made=lambda: (tf.FalconForCausalLM, _falcon(new_decoder_architecture=True, num_kv_heads=2)), generates=True
     ),
+    "falcon-alibi": Case(
+        made=lambda: (tf.FalconForCausalLM, _falcon(alibi=True, multi_query=False)),
+        learned={"type": "additive"},
+        generates=True,
+    ),
     "blip-vision": Case(
         made=lambda: (tf.BlipVisionModel, tf.BlipVisionConfig(**PATCHES)),
         role="encoder",
