@@ -84,13 +84,21 @@ def tiny_config(
             changes[name] = type(value)(
                 value[i] if isinstance(value[i], str) else shrink(name, value[i]) for i in picked
             )
-        elif name == "rope_parameters" and isinstance(value, dict) and "mrope_section" in _modeling(cls):
-            changes[name] = {**value, "mrope_section": [2, 1, 1]}
+        elif name == "rope_parameters" and isinstance(value, dict) and value and "mrope_section" in _modeling(cls):
+            changes[name] = with_sections(value)
         else:
             changes[name] = shrink(name, value)
     if "kv_lora_rank" in values and isinstance(changes.get("num_key_value_heads"), int):
         changes["num_key_value_heads"] = changes["num_attention_heads"]  # latent attention gives every head its keys
     return cls(**{**changes, **corrections})
+
+
+def with_sections(rope: dict[str, Any]) -> dict[str, Any]:
+    """Rope parameters, or those of each type of layer, with sections for time, rows and columns that fit HEAD_DIM."""
+    if any(isinstance(value, dict) for value in rope.values()):
+        return {kind: with_sections(value) for kind, value in rope.items()}
+    half = int(HEAD_DIM * rope.get("partial_rotary_factor", 1)) // 2
+    return {**rope, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
 
 
 def pick_layers(values: dict[str, Any], layers: int | None) -> list[int]:

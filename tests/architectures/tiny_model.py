@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from corrections import CLASSES, CONFIGS, INPUTS
+from media import with_media
 from tiny_config import IMAGE, VOCABULARY, tiny_config
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
@@ -137,8 +138,10 @@ def guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     if "decoder_input_ids" in takes:
         sides = [{"decoder_input_ids": source.ids(BATCH, 7)}]
     texts = [text(model, source)] if "input_ids" in takes else [{}]
-    if main == "input_ids" and "pixel_values" in takes:
-        yield from (with_image(model, source, pixels) for pixels in pixel_guesses(model, source, takes))
+    if "input_ids" in takes:
+        joined = with_media(model, {**texts[0], **sides[0]}, source, forward, find)
+        if joined is not None:
+            yield joined
     for side in sides:
         if main == "input_ids":
             yield {**texts[0], **side}
@@ -191,32 +194,6 @@ def pixel_guesses(model: PreTrainedModel, source: Source, takes: Any) -> Iterato
     yield {"pixel_values": source(BATCH, 1, channels, height, width)}
     yield {"pixel_values": source(BATCH, channels, 2 * height, 2 * width)}
     yield {"pixel_values": source(BATCH, channels, 64, 64)}
-
-
-def with_image(model: PreTrainedModel, source: Source, pixels: dict[str, Any]) -> dict[str, Any]:
-    """Text around as many image tokens as the model makes features of an image."""
-    given = text(model, source)
-    token = find(model.config, "image_token_id", "image_token_index")
-    if token is None:
-        return {**given, **pixels}
-    inner = model if hasattr(model, "get_image_features") else model.base_model
-    with torch.no_grad():
-        try:
-            made = inner.get_image_features(**pixels)
-        except Exception:
-            return {**given, **pixels}
-    made = getattr(made, "pooler_output", made)
-    made = torch.cat([m.reshape(-1, m.shape[-1]) for m in made]) if isinstance(made, (list, tuple)) else made
-    count = made.reshape(-1, made.shape[-1]).shape[0] // BATCH
-    image = torch.full((BATCH, count), token)
-    ids, mask = given["input_ids"], given["attention_mask"]
-    given["input_ids"] = torch.cat([ids[:, :5], image, ids[:, 5:]], dim=1)
-    given["attention_mask"] = torch.cat([mask[:, :5], torch.ones_like(image), mask[:, 5:]], dim=1)
-    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
-        given["mm_token_type_ids"] = (given["input_ids"] == token).int()
-    if "token_type_ids" in inspect.signature(model.forward).parameters:
-        given["token_type_ids"] = (given["input_ids"] == token).int()
-    return {**given, **pixels}
 
 
 def sound_guesses(model: PreTrainedModel, source: Source, name: str) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,22 @@ INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {}
 """Model type -> function of the model and of a source of random tensors that makes its inputs."""
 
 
+MEDIA: dict[tuple[str, str], Callable[[Any, Any], dict[str, Any]]] = {}
+"""(Model type, medium) -> function of the config and of a source that makes an image, a video, sound or something else
+that is read beside a text; how many tokens stand for it is found out."""
+
+
+def media(medium: str, *model_types: str) -> Callable:
+    """Decorator of a function that makes a medium for these types."""
+
+    def note(function: Callable) -> Callable:
+        assert not {(model_type, medium) for model_type in model_types} & set(MEDIA), model_types
+        MEDIA.update(dict.fromkeys(((model_type, medium) for model_type in model_types), function))
+        return function
+
+    return note
+
+
 def inputs(*model_types: str) -> Callable:
     """Decorator of a function that makes the inputs of these types."""
 
