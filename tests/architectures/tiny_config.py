@@ -62,7 +62,8 @@ def tiny_config(
     Args:
         cls: the class.
         given: the instance to shrink, where it is not the class's default.
-        corrections: fields that are set to these values; a dict for a part is taken into that part's own.
+        corrections: fields that are set to these values; a dict for a part is taken into that part's own, or is all of
+            it where it has a ``model_type``.
     """
     values = fields_of(cls() if given is None else given)
     layers = next((values[name] for name in LAYERS if isinstance(values.get(name), int)), None)
@@ -72,7 +73,8 @@ def tiny_config(
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
             own = corrections.pop(name, {})
-            changes[name] = own if isinstance(own, PreTrainedConfig) else tiny_config(type(value), value, **own)
+            whole = isinstance(own, PreTrainedConfig) or "model_type" in own
+            changes[name] = own if whole else tiny_config(type(value), value, **own)
         elif re.search(r"token_(id|index)$|(^|_)(pad|bos|eos)_index$", name):
             if isinstance(value, int) and value >= 0:
                 changes[name] = OWN_IDS[name] if name in OWN_IDS else next(ids)

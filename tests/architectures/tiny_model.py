@@ -1,5 +1,6 @@
 """A tiny random model of any model type, and inputs that it takes."""
 
+import copy
 import inspect
 import re
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ import torch
 import transformers
 from corrections import CLASSES, CONFIGS, INPUTS
 from media import with_media
-from tiny_config import IMAGE, VOCABULARY, tiny_config
+from tiny_config import IMAGE, PATCH, VOCABULARY, tiny_config
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -59,7 +60,7 @@ def class_of(model_type: str, config: PreTrainedConfig) -> type[PreTrainedModel]
 
 
 def config_of(model_type: str) -> PreTrainedConfig:
-    return tiny_config(CONFIG_MAPPING[model_type], **CONFIGS.get(model_type, {}))
+    return tiny_config(CONFIG_MAPPING[model_type], **copy.deepcopy(CONFIGS.get(model_type, {})))
 
 
 def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -84,11 +85,19 @@ def build(model_type: str, seed: int = 0, **flag: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def excite(model: nn.Module) -> None:
-    """Give matrices weights with which scores differ from key to key: initialisers make attention nearly uniform."""
+    """Give matrices weights with which scores differ from key to key: initialisers make attention nearly uniform.
+
+    Convolutions and batch norms get weights that keep a signal's size: stacked, initialised ones let it vanish.
+    """
     computed = "|".join(getattr(model, "_keys_to_ignore_on_save", None) or ["^$"])  # such as sinusoidal positions
     for path, parameter in model.named_parameters():
         if parameter.ndim == 2 and parameter.requires_grad and not re.search(f"attn_plugin|{computed}", path):
             parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5 + 0.1)
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Conv3d)):
+            module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5)
+        elif isinstance(module, nn.BatchNorm2d) and module.weight is not None:
+            module.weight.fill_(1.0)
 
 
 class Source:
@@ -135,6 +144,8 @@ def guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     main = model.main_input_name
     sides = [{}]
     source = Source()
+    if "grid_thw" in takes and "input_ids" not in takes:
+        yield from patch_guesses(model, source, takes)
     if "decoder_input_ids" in takes:
         sides = [{"decoder_input_ids": source.ids(BATCH, 7)}]
     texts = [text(model, source)] if "input_ids" in takes else [{}]
@@ -194,6 +205,18 @@ def pixel_guesses(model: PreTrainedModel, source: Source, takes: Any) -> Iterato
     yield {"pixel_values": source(BATCH, 1, channels, height, width)}
     yield {"pixel_values": source(BATCH, channels, 2 * height, 2 * width)}
     yield {"pixel_values": source(BATCH, channels, 64, 64)}
+
+
+def patch_guesses(model: PreTrainedModel, source: Source, takes: Any) -> Iterator[dict[str, Any]]:
+    """The patches of two images of different size in one row, as vision towers take them that attend within images."""
+    patch, channels = find(model.config, "patch_size") or PATCH, find(model.config, "num_channels", "in_channels") or 3
+    temporal = find(model.config, "temporal_patch_size", "patch_temporal") or 1
+    along: dict[str, Any] = {"grid_thw": torch.tensor([[1, 4, 4], [1, 4, 8]])}
+    if "merge_sizes" in takes:
+        along["merge_sizes"] = torch.tensor([2, 2])
+    name = "hidden_states" if "hidden_states" in takes else "pixel_values"
+    yield {name: source(48, channels * temporal * patch * patch), **along}
+    yield {name: source(48, channels, patch, patch), **along}
 
 
 def sound_guesses(model: PreTrainedModel, source: Source, name: str) -> Iterator[dict[str, Any]]:

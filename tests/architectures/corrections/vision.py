@@ -2,5 +2,183 @@
 
 from typing import Any
 
+import torch
+
+from corrections import Random, inputs
+
 CLASSES: dict[str, str] = {}
-CONFIGS: dict[str, dict[str, Any]] = {}
+
+RESNET = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 16, 32], "depths": [1, 1, 1, 1]}
+RT_RESNET = {**RESNET, "model_type": "rt_detr_resnet", "layer_type": "basic"}
+HGNET = {
+    "model_type": "hgnet_v2",
+    "embedding_size": 8,
+    "depths": [1, 1, 1, 1],
+    "hidden_sizes": [8, 8, 16, 32],
+    "stem_channels": [3, 8, 8],
+    "stage_in_channels": [8, 8, 8, 16],
+    "stage_mid_channels": [8, 8, 8, 8],
+    "stage_out_channels": [8, 8, 16, 32],
+    "stage_num_blocks": [1, 1, 1, 1],
+    "stage_numb_of_layers": [1, 1, 1, 1],
+}
+SWIN_SIZES = {
+    "embed_dim": 16,
+    "depths": [2, 1, 1, 1],
+    "num_heads": [2, 2, 4, 4],
+    "window_size": 4,
+    "image_size": 128,
+    "patch_size": 4,
+}
+SWIN = {"model_type": "swin", **SWIN_SIZES}
+DINO = {
+    "model_type": "dinov2",
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "mlp_ratio": 2,
+    "image_size": 32,
+    "patch_size": 8,
+    "out_indices": [1, 2, 3, 4],
+}
+LAST, LAST_THREE, ALL = {"out_indices": [4]}, {"out_indices": [2, 3, 4]}, {"out_indices": [1, 2, 3, 4]}
+REAL_TIME = {
+    "encoder_in_channels": [8, 16, 32],
+    "decoder_in_channels": [32, 32, 32],
+    "num_queries": 7,
+    "hidden_expansion": 0.5,
+}
+HYBRID = {**REAL_TIME, "num_denoising": 0, "backbone_config": {**HGNET, **LAST_THREE}}
+DETR = {"backbone_config": {**RESNET, **LAST}, "num_queries": 7}
+DEEPSTACK = {"deepstack_visual_indexes": (0, 1)}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "exaone4_5_vision": {"window_size": 32, "fullatt_block_indexes": (1,)},
+    "qwen2_5_vl_vision": {"window_size": 32, "fullatt_block_indexes": (1,)},
+    "muse_glimmer_vision": {"pos_emb_height": 4, "pos_emb_width": 4},
+    "muse_spark_vision": {"pos_emb_height": 4, "pos_emb_width": 4},
+    "kimi_k25_vision": {"pos_emb_height": 8, "pos_emb_width": 8},
+    "cohere_compass_vision": DEEPSTACK,
+    "qwen3_vl_vision": DEEPSTACK,
+    "qwen3_vl_moe_vision": DEEPSTACK,
+    "detr": DETR,
+    "conditional_detr": DETR,
+    "dab-detr": DETR,
+    "table-transformer": DETR,
+    "deformable_detr": {"backbone_config": {**RESNET, **LAST_THREE}, "num_queries": 7},
+    "rt_detr": {**REAL_TIME, "num_denoising": 0, "backbone_config": {**RT_RESNET, **LAST_THREE}},
+    "rt_detr_v2": {**REAL_TIME, "num_denoising": 0, "backbone_config": {**RT_RESNET, **LAST_THREE}},
+    "d_fine": HYBRID,
+    "deimv2": HYBRID,
+    "pp_doclayout_v2": {
+        **HYBRID,
+        "class_thresholds": [0.3, 0.5],
+        "class_order": [1, 0],
+        "num_labels": 2,
+        "reading_order_config": {"coordinate_size": 5, "shape_size": 6, "num_classes": 2},
+    },
+    "pp_doclayout_v3": {**HYBRID, "backbone_config": {**HGNET, **ALL}, "x4_feat_dim": 8},
+    "pp_doclayout_v4": HYBRID,
+    **dict.fromkeys(("swin", "donut-swin", "swinv2", "maskformer-swin", "swin2sr"), SWIN_SIZES),
+    "depth_anything": {"backbone_config": {**DINO, "reshape_hidden_states": False}, "patch_size": 8},
+    "prompt_depth_anything": {"backbone_config": {**DINO, "reshape_hidden_states": False}, "patch_size": 8},
+    "bit": {"num_groups": 2},
+    "zoedepth": {
+        "backbone_config": {
+            **{k: v for k, v in DINO.items() if k != "mlp_ratio"},
+            "model_type": "beit",
+            "intermediate_size": 48,
+            "reshape_hidden_states": False,
+        },
+        "num_attractors": [4, 2, 2, 1],
+        "bin_configurations": [{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0, "name": "nyu"}],
+        "patch_size": 8,
+    },
+    "tipsv2_dpt": {"backbone_config": {**DINO, "model_type": "tipsv2_vision_model", "reshape_hidden_states": False}},
+    "chmv2": {
+        "backbone_config": {**DINO, "model_type": "dinov3_vit", "return_class_token": True},
+        "patch_size": 8,
+        "post_process_channels": [16, 16, 32, 32],
+        "number_output_channels": 16,
+    },
+    "upernet": {"backbone_config": {**SWIN, **ALL}, "auxiliary_channels": 16},
+    "sapiens2": {"num_key_value_heads_per_layer": [4, 2]},
+    "cvt": {"depth": [1, 2, 3], "embed_dim": [8, 16, 32]},
+    "mobilevit": {"hidden_sizes": [16, 16, 32], "neck_hidden_sizes": [8, 8, 8, 16, 16, 16, 32], "image_size": 64},
+    "efficientnet": {"hidden_dim": 64, "in_channels": [8] * 7, "out_channels": [8] * 7, "num_block_repeats": [1] * 7},
+    "efficientloftr": {"stage_num_blocks": [1, 1, 1, 1], "out_features": [8, 8, 16, 32]},
+    "mask2former": {"backbone_config": {**SWIN, **ALL}, "num_queries": 7, "feature_size": 32, "mask_feature_size": 32},
+    "maskformer": {
+        "backbone_config": {**SWIN, **ALL},
+        "decoder_config": {"num_queries": 7},
+        "fpn_feature_size": 32,
+        "mask_feature_size": 32,
+    },
+    "vitmatte": {
+        "backbone_config": {
+            "model_type": "vitdet",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 32,
+            "patch_size": 16,
+            "num_channels": 4,
+            "out_features": ["stage2"],
+        },
+        "convstream_hidden_sizes": [8, 8, 8],
+        "fusion_hidden_sizes": [16, 8, 8, 8],
+    },
+    "rf_detr": {
+        "backbone_config": {**DINO, "model_type": "rf_detr_dinov2", "num_windows": 2},
+        "num_queries": 7,
+        "group_detr": 2,
+    },
+    "rf_detr_dinov2": {"num_windows": 2},
+    "lw_detr_vit": {"num_windows": 4, "image_size": 64, "window_block_indices": [0]},
+    "lw_detr": {
+        "backbone_config": {
+            "model_type": "lw_detr_vit",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "mlp_ratio": 2,
+            "image_size": 64,
+            "pretrain_image_size": 32,
+            "patch_size": 8,
+            "num_windows": 4,
+            "window_block_indices": [0],
+            "out_indices": [1, 2],
+        },
+        "projector_scale_factors": [1.0],
+        "num_queries": 7,
+        "group_detr": 2,
+    },
+    "depth_pro": {
+        "patch_size": 16,
+        **dict.fromkeys(
+            ("image_model_config", "patch_model_config", "fov_model_config"),
+            {key: value for key, value in DINO.items() if key != "out_indices"} | {"image_size": 16},
+        ),
+        "intermediate_hook_ids": [2, 0],
+        "intermediate_feature_dims": [16, 16],
+        "scaled_images_feature_dims": [32, 32, 16],
+        "use_fov_model": True,
+    },
+}
+
+
+@inputs("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4")
+def large_images(model: Any, source: Random) -> dict[str, Any]:
+    return {"pixel_values": source(2, 3, 128, 128)}
+
+
+@inputs("detr", "conditional_detr", "dab-detr", "table-transformer", "deformable_detr")
+def padded_images(model: Any, source: Random) -> dict[str, Any]:
+    mask = torch.ones(2, 128, 128, dtype=torch.long)
+    mask[1, :, 64:] = 0
+    return {"pixel_values": source(2, 3, 128, 128), "pixel_mask": mask}
+
+
+@inputs("efficientloftr", "lightglue", "superglue")
+def pairs_of_images(model: Any, source: Random) -> dict[str, Any]:
+    return {"pixel_values": source(2, 2, 1, 64, 64)}
