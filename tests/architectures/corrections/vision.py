@@ -51,6 +51,38 @@ REAL_TIME = {
 HYBRID = {**REAL_TIME, "num_denoising": 0, "backbone_config": {**HGNET, **LAST_THREE}}
 DETR = {"backbone_config": {**RESNET, **LAST}, "num_queries": 7}
 DEEPSTACK = {"deepstack_visual_indexes": (0, 1)}
+SAM_VISION = {
+    "output_channels": 32,
+    "image_size": 64,
+    "patch_size": 8,
+    "window_size": 3,
+    "global_attn_indexes": [1],
+    "num_pos_feats": 16,
+    "mlp_dim": 48,
+}
+SAM = {"vision_config": SAM_VISION, "prompt_encoder_config": {"image_size": 64, "patch_size": 8}}
+HIERA = {
+    "model_type": "sam2_hiera_det_model",
+    "hidden_size": 8,
+    "image_size": [64, 64],
+    "blocks_per_stage": [1, 2, 2, 1],
+    "embed_dim_per_stage": [8, 16, 32, 64],
+    "num_attention_heads_per_stage": [1, 2, 4, 8],
+    "window_size_per_stage": [4, 4, 4, 2],
+    "window_positional_embedding_background_size": [4, 4],
+    "global_attention_blocks": [2],
+    "mlp_ratio": 2.0,
+}
+SAM2_VISION = {
+    "backbone_config": HIERA,
+    "backbone_channel_list": [64, 32, 16, 8],
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}
+SAM2 = {
+    "vision_config": {"model_type": "sam2_vision_model", "fpn_hidden_size": 32, **SAM2_VISION},
+    "prompt_encoder_config": {"image_size": 64, "patch_size": 16},
+}
+SAM3_VIT = {"window_size": 3, "global_attn_indexes": [1]}
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "exaone4_5_vision": {"window_size": 32, "fullatt_block_indexes": (1,)},
@@ -75,7 +107,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "class_thresholds": [0.3, 0.5],
         "class_order": [1, 0],
         "num_labels": 2,
-        "reading_order_config": {"coordinate_size": 5, "shape_size": 6, "num_classes": 2},
+        "reading_order_config": {
+            "coordinate_size": 5,
+            "shape_size": 6,
+            "num_classes": 2,
+            "start_token_id": 0,
+            "pad_token_id": 1,
+            "end_token_id": 2,
+            "pred_token_id": 3,
+        },
     },
     "pp_doclayout_v3": {**HYBRID, "backbone_config": {**HGNET, **ALL}, "x4_feat_dim": 8},
     "pp_doclayout_v4": HYBRID,
@@ -133,6 +173,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_queries": 7,
         "group_detr": 2,
     },
+    "sam": SAM,
+    "sam_hq": {**SAM, "mask_decoder_config": {"vit_dim": 32}},
+    "sam2": SAM2,
+    "sam2_vision_model": SAM2_VISION,
+    "sam2_hiera_det_model": {key: value for key, value in HIERA.items() if key != "model_type"},
+    "pp_formulanet": {"vision_config": {**SAM_VISION, "post_conv_in_channels": 32}},
+    "sam3_vit_model": SAM3_VIT,
+    "sam3_vision_model": {"backbone_config": SAM3_VIT},
+    "sam3": {"vision_config": {"backbone_config": SAM3_VIT}},
+    "sam3_lite_text": {"vision_config": {"backbone_config": SAM3_VIT}},
+    "sam3_tracker": {
+        "vision_config": {"backbone_config": SAM3_VIT, "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]]},
+        "prompt_encoder_config": {"image_size": 32, "patch_size": 8},
+    },
     "rf_detr_dinov2": {"num_windows": 2},
     "lw_detr_vit": {"num_windows": 4, "image_size": 64, "window_block_indices": [0]},
     "lw_detr": {
@@ -182,3 +236,13 @@ def padded_images(model: Any, source: Random) -> dict[str, Any]:
 @inputs("efficientloftr", "lightglue", "superglue")
 def pairs_of_images(model: Any, source: Random) -> dict[str, Any]:
     return {"pixel_values": source(2, 2, 1, 64, 64)}
+
+
+@inputs("sam", "sam_hq", "sam2", "edgetam", "sam3_tracker")
+def images_with_points(model: Any, source: Random) -> dict[str, Any]:
+    size = model.config.prompt_encoder_config.image_size
+    return {
+        "pixel_values": source(2, 3, size, size),
+        "input_points": size * source(2, 1, 3, 2).sigmoid(),
+        "input_labels": torch.tensor([[[1, 0, 1]]] * 2),
+    }
