@@ -23,7 +23,8 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-peers test-oldest demo bench bench-decode gpu-check docs try wheel clean
+.PHONY: help setup fix check test test-slow test-real test-peers test-oldest test-architectures architectures demo bench \
+	bench-decode gpu-check docs try wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -68,6 +69,9 @@ test-peers: setup ## numbers beside published implementations; installs them int
 	$(PIP_INSTALL) --quiet -e ".[dev,peers]"
 	$(PYTEST) -m peers
 
+test-architectures: setup ## the flag on every model type of transformers, about half an hour
+	$(PYTEST) -m architectures
+
 test-oldest: $(OLDEST)/.installed ## tests of the bridge on the oldest transformers that is supported
 	$(call PYTEST_IN,$(OLDEST)) tests/hf
 
@@ -102,6 +106,9 @@ gpu-check: ## the contract tests and the benchmark on a CUDA GPU; PYTHON=python3
 
 docs: setup ## write docs/attentions.md from the docstrings
 	$(BIN)/python -m attn_plugins.docs docs/attentions.md
+
+architectures: setup ## the flag on every model type: docs/architectures.md and .json; goes on where it was
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/architectures/matrix.py --workers $(WORKERS)
 
 try: setup ## NAME=local: the contract of one attention, in seconds
 	@test -n "$(NAME)" || { echo "error: which attention? say make try NAME=local" >&2; exit 1; }

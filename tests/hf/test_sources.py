@@ -1,0 +1,103 @@
+"""What is read from the code of a model's classes."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import attn_plugins as ap
+from attn_plugins.hf import discovery, dispatch, sources
+
+
+class Once(nn.Module):
+    def forward(self, x, mask, **kwargs):
+        interface = self.interface()
+        if self.training:
+            out, _ = interface(self, x, x, x, mask, dropout=0.1, scaling=self.scaling, tilt=x, **kwargs)
+        else:
+            out, _ = interface(self, x, x, x, mask, scaling=self.scaling, s_aux=x)
+        return out
+
+
+class Twice(Once):
+    def forward(self, x, mask):
+        interface = self.interface()
+        first, _ = interface(self, x, x, x, mask, scaling=self.scaling)
+        second, _ = interface(self, x, x, x, mask, scaling=self.scaling)
+        return first - second
+
+
+class Inherits(Twice):
+    pass
+
+
+class MakesMasks:
+    def forward(self, config):
+        return create_causal_mask(config)  # noqa: F821
+
+
+class MakesEither(MakesMasks):
+    def masks(self, config):
+        return create_bidirectional_mask(config)  # noqa: F821
+
+
+def test_keywords_given_to_the_attention_function_are_those_written_in_its_calls():
+    assert sources.told(Once) == {"dropout", "scaling", "tilt", "s_aux"}
+    assert sources.told(Twice) == {"scaling"}
+
+
+def test_calls_that_follow_each_other_are_told_from_calls_in_branches():
+    assert [sources.attends_repeatedly(cls) for cls in (Once, Twice, Inherits)] == [False, True, True]
+
+
+def test_masks_are_those_that_any_method_makes():
+    assert sources.makes_masks([MakesMasks]) == {"causal"}
+    assert sources.makes_masks([MakesEither]) == {"causal", "bidirectional"}
+    assert sources.makes_masks([nn.Module]) == set()
+
+
+def test_a_class_without_source_tells_nothing():
+    scope = {"nn": nn}
+    exec("class Unseen(nn.Module):\n    def forward(self, x):\n        return self.f(self, x, scaling=1)", scope)
+    assert sources.told(scope["Unseen"]) == frozenset()
+    assert not sources.attends_repeatedly(scope["Unseen"])
+
+
+@pytest.mark.parametrize("value", [torch.zeros(1), 0.5])
+def test_an_argument_of_which_nothing_is_known_is_refused_where_it_has_a_value(value, monkeypatch):
+    monkeypatch.setattr(dispatch, "told", lambda cls: frozenset({"scaling", "tilt"}))
+    model = ap.swap_attention(tiny.build("llama"), "local", layers=1)
+    module = model.model.layers[1].self_attn
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    assert dispatch.attention_forward(module, q, k, k, None, tilt=None)[0].shape == (1, 5, 4, 8)
+    with pytest.raises(ValueError, match=r"LlamaAttention gives tilt= to its attention"):
+        dispatch.attention_forward(module, q, k, k, None, tilt=value)
+    unswapped = model.model.layers[0].self_attn  # its own implementation knows what to do with it
+    assert dispatch.attention_forward(unswapped, q, k, k, None, tilt=value)[0].shape == (1, 5, 4, 8)
+
+
+def test_bidirectional_self_attention_with_other_keys_than_queries_is_cross_attention():
+    model = ap.swap_attention(tiny.build("bert"), "local", window_size=2)
+    module = next(module for _, module in discovery.attention_modules(model))
+    q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 3, 8)
+    with pytest.raises(ValueError, match="keys of another sequence, which attention 'local' cannot honour"):
+        dispatch.attention_forward(module, q, k, k, None)
+    ap.swap_attention(model, "softmax")
+    got, _ = dispatch.attention_forward(module, q, k, k, None)
+    torch.testing.assert_close(got, nn.functional.scaled_dot_product_attention(q, k, k).transpose(1, 2))
+
+
+def test_keys_that_a_model_has_chosen_for_each_query_are_those_attended():
+    model = ap.swap_attention(tiny.build("llama"), "softmax", layers=0)
+    q, k = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8)
+    both = k.repeat_interleave(2, dim=1)
+    indices = torch.randint(0, 6, (2, 6, 2), generator=torch.Generator().manual_seed(0))
+    indices[:, :, 0] = torch.arange(6)  # itself
+    chosen = torch.zeros(2, 6, 6, dtype=torch.bool).scatter(-1, indices, True).tril().unsqueeze(1)
+    wanted = nn.functional.scaled_dot_product_attention(q, both, both, attn_mask=chosen).transpose(1, 2)
+    for layer in model.model.layers:  # one with a slot, one without
+        got, _ = dispatch.attention_forward(layer.self_attn, q, k, k, None, indices=indices)
+        torch.testing.assert_close(got, wanted)
+        causal = torch.full((6, 6), torch.finfo(torch.float32).min).triu(1).expand(2, 1, 6, 6)
+        got, _ = dispatch.attention_forward(layer.self_attn, q, k, k, causal, indices=indices)
+        torch.testing.assert_close(got, wanted)
