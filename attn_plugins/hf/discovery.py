@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from attn_plugins.attention import HeadShape
 from attn_plugins.hf import sources
 from attn_plugins.hf.adapters import adapted, adapter_of
+from attn_plugins.hf.interface import call_of
 from attn_plugins.rules import Target
 
 
@@ -22,8 +23,7 @@ def reached(module: nn.Module) -> str | None:
     """
     if adapter_of(type(module)) is not None:
         return "adapter"
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    return "interface" if code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names else None
+    return None if call_of(type(module)) is None else "interface"
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -11,6 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from attn_plugins.attention import Attention
 from attn_plugins.hf.dense_masks import additive, read_dense
+from attn_plugins.hf.interface import USUAL, call_of
 from attn_plugins.hf.sources import told
 from attn_plugins.hf.tensors import stands_for_a_tensor, takes_all
 from attn_plugins.mask import AttentionMask
@@ -385,14 +386,17 @@ def rotary_of(module: nn.Module, kwargs: dict[str, Any]) -> Rotary | None:
 
 
 def native_attention(module: nn.Module, implementation: str) -> Callable:
-    """The function that the module itself would have called under ``implementation``."""
-    key = (type(module), implementation)
-    if key not in _native:
-        names = inspect.unwrap(type(module).forward).__globals__
-        _native[key] = names["ALL_ATTENTION_FUNCTIONS"].get_interface(
-            implementation, names.get("eager_attention_forward")
+    """The function that the module itself would have called under ``implementation``.
+
+    Raises:
+        ValueError: the module does not show the function that it calls.
+    """
+    call = call_of(type(module))
+    default: Any = None if call is None else call.eager
+    found = None if call is None else call.interface.get_interface(implementation, default)
+    if found is None:
+        raise ValueError(
+            f"cannot find the {implementation!r} attention of {type(module).__name__}; name it {USUAL}, in the file "
+            "that calls the attention interface"
         )
-    return _native[key]
-
-
-_native: dict[tuple[type, str], Callable] = {}
+    return found
