@@ -99,6 +99,10 @@ class AttentionMask:
         """The same mask for queries and keys of different sequences."""
         return self if self.cross else self.once("cross", lambda: self._copy(cross=True))
 
+    def for_queries(self: M, number: int) -> M:
+        """The same mask for another number of queries, where all of them see the same keys."""
+        return self.once(("queries", number), lambda: self._copy(q_length=number))
+
     def last(self, number: int) -> "AttentionMask":
         """The mask of the last ``number`` keys, for the same queries."""
         dropped = self.kv_length - number

@@ -277,6 +277,8 @@ def attention_forward(
     causal, role = getattr(module, "is_causal", True) if is_causal is None else is_causal, getattr(module, ROLE)
     state = attention_mask.state if isinstance(attention_mask, LazyMask) else None
     mask, bias = attention_mask, None
+    if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries, the same for every row (granite_speech)
+        query = query.expand(key.shape[0], -1, -1, -1)
     if state is None:
         # Bidirectional self-attention has as many keys as queries, unless the model has pooled some (SegFormer) or
         # added some (perceivers): then nothing says which key is where a query is.
@@ -341,6 +343,8 @@ def as_mask(
     if isinstance(given, AttentionMask):
         if getattr(given, "fixed_length", False) and not cross:
             raise ValueError("this attention cannot be served from a static cache; use the default cache")
+        if given.q_length == 1 and q_length > 1 and given.plain and not given.causal and given.segments_BK is None:
+            given = given.for_queries(q_length)  # one row for all queries: padding, as in a tensor below (BridgeTower)
         if (given.q_length, given.kv_length) != (q_length, kv_length):
             raise ValueError(
                 f"the mask is for {given.q_length} queries and {given.kv_length} keys, "

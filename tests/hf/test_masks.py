@@ -6,7 +6,8 @@ import torch
 from transformers import LlamaConfig, masking_utils
 
 import attn_plugins as ap
-from attn_plugins.hf.dispatch import as_mask, lazy_mask, read_rule
+from attn_plugins.attention import HeadShape
+from attn_plugins.hf.dispatch import as_mask, attention_forward, lazy_mask, read_rule
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
@@ -163,3 +164,29 @@ def test_mask_of_the_base_implementation_is_made_once_a_forward(monkeypatch):
     monkeypatch.setitem(mapping, "sdpa", lambda **kwargs: made.append(1) or original(**kwargs))
     tiny.output(ap.swap_attention(tiny.build("llama"), "softmax", layers=0), tiny.inputs("llama"))
     assert len(made) == 1
+
+
+def test_a_mask_made_for_one_query_serves_all_of_them():
+    mask = lazy_mask(2, 1, 8, mask_function=RULES["bidirectional"][0], attention_mask=PADDING)
+    read, bias = as_mask(mask, torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 8, 4), causal=False, cross=True)
+    assert bias is None
+    assert torch.equal(read.dense(), PADDING[:, None, None].expand(-1, -1, 5, -1))
+    causal = lazy_mask(2, 1, 8, q_offset=7, attention_mask=PADDING)
+    with pytest.raises(ValueError, match="1 queries and 8 keys"):
+        as_mask(causal, torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 8, 4), causal=True, cross=False)
+
+
+@pytest.mark.parametrize("name", ["softmax", "linear", "additive"])
+def test_queries_that_all_rows_share(name):
+    """Learned queries have a batch of 1; a model's own attention broadcasts them."""
+    torch.manual_seed(0)
+    module = torch.nn.Module()
+    module._attn_plugin_base, module._attn_plugin_role = "sdpa", "cross"
+    attention = ap.get_attention(name)
+    module.attn_plugin = attention(
+        attention.Config(), HeadShape(num_heads=2, num_key_value_heads=2, head_dim=4, value_dim=4)
+    )
+    query, key = torch.randn(1, 2, 3, 4), torch.randn(5, 2, 8, 4)
+    shared, _ = attention_forward(module, query, key, key, None)
+    repeated, _ = attention_forward(module, query.repeat(5, 1, 1, 1), key, key, None)
+    torch.testing.assert_close(shared, repeated)
