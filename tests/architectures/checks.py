@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -214,7 +215,8 @@ def named_tensors(made: Any, given: dict[str, Any], name: str = "") -> dict[str,
         return {}
     items: Iterator[tuple[Any, Any]]
     if hasattr(made, "items"):
-        items = ((key, value) for key, value in made.items() if "past" not in str(key) and "cache" not in str(key))
+        # Attention maps are no outputs of a swapped model: some models put them out whenever they are there.
+        items = ((key, value) for key, value in made.items() if not re.search("past|cache|attentions", str(key)))
     elif isinstance(made, (list, tuple)):
         items = ((str(i), value) for i, value in enumerate(made))
     else:
