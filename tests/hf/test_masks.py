@@ -125,6 +125,18 @@ def test_one_row_for_all_queries_is_padding(dtype):
     assert torch.equal(mask.padding_BK, PADDING)
 
 
+def test_a_lazy_row_for_all_queries_is_padding():
+    """LightGlue asks for the mask of one query, and gives it to attention of all."""
+    row = lazy_mask(2, 1, 8, mask_function=masking_utils.bidirectional_mask_function, attention_mask=PADDING)
+    mask, bias = as_mask(row, torch.zeros(2, 4, 8, 4), torch.zeros(2, 4, 8, 4), causal=False, cross=False)
+    assert bias is None
+    assert (mask.q_length, mask.plain, mask.causal) == (8, True, False)
+    assert torch.equal(mask.dense(), PADDING[:, None, None].expand(2, 1, 8, 8))
+    for other in (lazy_mask(2, 1, 8, q_offset=7), lazy_mask(2, 1, 7, mask_function=row.rule)):
+        with pytest.raises(ValueError, match=r"the mask is for [18] queries"):
+            as_mask(other, torch.zeros(2, 4, 8, 4), torch.zeros(2, 4, 8, 4), causal=False, cross=False)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("flag", ["softmax", {"type": "local", "window_size": 64}])
 @torch.no_grad()
