@@ -82,6 +82,7 @@ SAM2 = {
     "vision_config": {"model_type": "sam2_vision_model", "fpn_hidden_size": 32, **SAM2_VISION},
     "prompt_encoder_config": {"image_size": 64, "patch_size": 16},
 }
+SUPERPOINT = {"keypoint_decoder_dim": 65, "keypoint_threshold": 0.0, "nms_radius": 2, "max_keypoints": 9}
 SAM3_VIT = {"window_size": 3, "global_attn_indexes": [1]}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -146,7 +147,32 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "cvt": {"depth": [1, 2, 3], "embed_dim": [8, 16, 32]},
     "mobilevit": {"hidden_sizes": [16, 16, 32], "neck_hidden_sizes": [8, 8, 8, 16, 16, 16, 32], "image_size": 64},
     "efficientnet": {"hidden_dim": 64, "in_channels": [8] * 7, "out_channels": [8] * 7, "num_block_repeats": [1] * 7},
-    "efficientloftr": {"stage_num_blocks": [1, 1, 1, 1], "out_features": [8, 8, 16, 32]},
+    "efficientloftr": {
+        "stage_num_blocks": [1, 1, 1, 1],
+        "out_features": [8, 8, 16, 32],
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+    },
+    "lightglue": {"keypoint_detector_config": SUPERPOINT, "num_key_value_heads": 4},
+    "superglue": {
+        "keypoint_detector_config": SUPERPOINT,
+        "keypoint_encoder_sizes": [8, 16],
+        "gnn_layers_types": ["self", "cross"],
+    },
+    "tvp": {
+        "backbone_config": {**RESNET, **LAST},
+        "max_img_size": 64,
+        "visual_prompt_size": 8,
+        "max_grid_col_position_embeddings": 10,
+        "max_grid_row_position_embeddings": 10,
+        "num_frames": 2,
+    },
+    "minicpm_ocr_vision": {"insert_layer_id": 0},
+    "minicpmv4_7_vision": {"insert_layer_id": 0},
+    "videoprism_vision_model": {"tubelet_size": [1, 8, 8], "num_frames": 4, "num_temporal_layers": 2},
+    "vjepa2": {"crop_size": 32, "frames_per_clip": 4, "num_pooler_layers": 1},
+    "videomt": {"num_queries": 7, "num_blocks": 1},
+    "oneformer": {"backbone_config": {**SWIN, **ALL}, "num_queries": 7, "is_training": False},
     "mask2former": {"backbone_config": {**SWIN, **ALL}, "num_queries": 7, "feature_size": 32, "mask_feature_size": 32},
     "maskformer": {
         "backbone_config": {**SWIN, **ALL},
@@ -246,3 +272,51 @@ def images_with_points(model: Any, source: Random) -> dict[str, Any]:
         "input_points": size * source(2, 1, 3, 2).sigmoid(),
         "input_labels": torch.tensor([[[1, 0, 1]]] * 2),
     }
+
+
+@inputs("videoprism_vision_model", "vjepa2", "videomt")
+def videos(model: Any, source: Random) -> dict[str, Any]:
+    return {"pixel_values_videos": source(2, 4, 3, 32, 32)}
+
+
+@inputs("siglip2_vision_model")
+def patches_of_two_sizes(model: Any, source: Random) -> dict[str, Any]:
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, 12:] = 0
+    return {
+        "pixel_values": source(2, 16, 3 * 8 * 8),
+        "pixel_attention_mask": mask,
+        "spatial_shapes": torch.tensor([[4, 4], [4, 3]]),
+    }
+
+
+@inputs("gemma4_vision")
+def patches_with_positions(model: Any, source: Random) -> dict[str, Any]:
+    place = torch.cartesian_prod(torch.arange(6), torch.arange(6)).flip(-1).repeat(2, 1, 1)
+    place[1, 18:] = -1  # the second image is half as high
+    return {"pixel_values": source(2, 36, 3 * 8 * 8), "pixel_position_ids": place}
+
+
+@inputs("minicpm_ocr_vision", "minicpmv4_7_vision")
+def patches_in_a_row(model: Any, source: Random) -> dict[str, Any]:
+    return {"pixel_values": source(1, 3, 8, 48 * 8), "target_sizes": torch.tensor([[4, 4], [4, 8]], dtype=torch.int32)}
+
+
+@inputs("inkling2_vision")
+def merged_patches(model: Any, source: Random) -> dict[str, Any]:
+    return {"pixel_values": source(12, 16, 16, 3), "image_grid_thw": torch.tensor([[1, 2, 2], [1, 2, 4]])}
+
+
+@inputs("pix2struct")
+def flattened_patches(model: Any, source: Random) -> dict[str, Any]:
+    config = model.config.vision_config
+    place = torch.cartesian_prod(torch.arange(1, 5), torch.arange(1, 5)).float().repeat(2, 1, 1)
+    mask = torch.ones(2, 16)
+    mask[1, 12:] = 0
+    patches = torch.cat([place, source(2, 16, config.patch_embed_hidden_size)], dim=2) * mask[:, :, None]
+    return {"flattened_patches": patches, "attention_mask": mask, "decoder_input_ids": source.ids(2, 7)}
+
+
+@inputs("oneformer")
+def images_with_task(model: Any, source: Random) -> dict[str, Any]:
+    return {"pixel_values": source(2, 3, 128, 128), "task_inputs": source.ids(2, model.config.task_seq_len).float()}
