@@ -327,16 +327,37 @@ def test_own_and_swapped_generate_the_same_in_the_limit(name):
     assert torch.equal(model.generate(**given, max_new_tokens=8, min_new_tokens=8, do_sample=False), own)
 
 
+@torch.no_grad()
+def test_cross_attention_computes_its_keys_once():
+    model, given = build("blip-decoder"), CASES["blip-decoder"].given()
+    how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    own = model.generate(**given, **how)
+    ap.swap_attention(model, "softmax", roles=["decoder", "cross"])
+    made = model.generate(**given, **how)
+    assert torch.equal(made.sequences, own.sequences)
+    assert made.past_key_values.cross_attention_cache.get_seq_length() == _states().shape[1]
+
+
 @pytest.mark.parametrize(("name", "flash"), [("gptj", "GPTJFlashAttention2"), ("falcon", "FalconFlashAttention2")])
 @torch.no_grad()
-def test_the_classes_for_flash_attention_are_served(name, flash):
+def test_the_classes_for_flash_attention_are_served(name, flash, monkeypatch):
     model = build(name)
     own = numbers(name, model)
     for module in modules(model):
-        module.__class__ = getattr(sys.modules[type(module).__module__], flash)
+        module.__class__ = cls = getattr(sys.modules[type(module).__module__], flash)
     model.config._attn_implementation_internal = "flash_attention_2"
     ap.swap_attention(model, "softmax")
     torch.testing.assert_close(numbers(name, model), own, atol=1e-5, rtol=1e-5)
+    ap.swap_attention(model, "softmax", layers="0-1")
+    masks = []
+
+    def note(self: nn.Module, *args: torch.Tensor, **given: Any) -> tuple[torch.Tensor, None]:
+        masks.append(given["attention_mask"])
+        return (*args, *given.values())[0], None
+
+    monkeypatch.setattr(cls, "forward", note)
+    numbers(name, model)
+    assert torch.equal(masks[0], CASES[name].given()["attention_mask"])  # as flash attention wants it: the padding
     assert {type(module).__name__ for module in modules(ap.restore_attention(model))} == {flash}
     assert model.config._attn_implementation == "flash_attention_2"
 
