@@ -9,6 +9,7 @@ is made inside the model, the modules themselves do it.
 import functools
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,9 @@ from attn_plugins.state import State
 
 GENERATING = "_attn_plugin_generating"
 """Attribute of a model that holds swapped modules: those of them that a cache may serve."""
+
+ORDINARY = "_attn_plugin_ordinary"
+"""Attribute of a module whose keys and values have to stay in an ordinary layer of the cache."""
 
 RECORDING = "_attn_plugin_recording"
 """Attribute of a cache: whether it was told to record the past."""
@@ -158,6 +162,11 @@ def serve(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     """Have caches hold the states of these modules of ``model``, which are all of its swapped causal ones."""
     modules = list(modules)
     leave(model, modules)
+    layers = Counter(getattr(module, "layer_idx", None) for module in modules)
+    for module in modules:
+        # A stack that is run several times over keeps each pass in a layer of its own (HRM): one state cannot serve it.
+        if layers[getattr(module, "layer_idx", None)] > 1:
+            setattr(module, ORDINARY, True)
     if modules:
         setattr(model, GENERATING, modules)
         model.register_forward_pre_hook(before_model, with_kwargs=True)
@@ -169,6 +178,7 @@ def leave(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     """Undo :func:`serve`."""
     vars(model).pop(GENERATING, None)
     for module in (model, *modules):
+        vars(module).pop(ORDINARY, None)
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook in (before_model, before_attention):
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
@@ -207,15 +217,15 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
     """The layer with the state of a module's attention, which takes the place of an empty ordinary layer.
 
     Returns:
-        None where keys and values are kept in an ordinary way: the attention needs all of them, the model computes with
-        their number (T5's position bias), or the layer was filled before the swap.
+        None where keys and values are kept in an ordinary way: the attention needs all of them, other modules read
+        them, the model computes with their number (T5's position bias), or the layer was filled before the swap.
 
     Raises:
         ValueError: the cache cannot serve the module.
     """
     slot, index = slot_of(module), getattr(module, "layer_idx", None)
-    if slot is None or index is None:
-        return None
+    if slot is None or index is None or getattr(module, "is_kv_shared_layer", False):
+        return None  # the last reads what another module lends it (Gemma 3n)
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
@@ -254,8 +264,9 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
 
 
 def needs_all_keys(module: nn.Module) -> bool:
-    """Whether a module computes with what its cache returns, or attends to it twice (DiffLlama)."""
-    return biased(module) or attends_repeatedly(type(module))  # type: ignore[arg-type]
+    """Whether a module computes with what its cache returns, lends it to others, or attends to it twice (DiffLlama)."""
+    lends = getattr(module, "store_full_length_kv", False)
+    return lends or biased(module) or attends_repeatedly(type(module)) or hasattr(module, ORDINARY)  # type: ignore[arg-type]
 
 
 def give_up(module: nn.Module, cache: Cache) -> None:

@@ -45,7 +45,10 @@ def targets(model: PreTrainedModel) -> list[Target]:
 
     Layers are numbered in order within their stack: the modules of one role under one list of layers.
     """
-    text = model.config.get_text_config()
+    try:
+        text = model.config.get_text_config()
+    except ValueError:  # an encoder and a decoder of text, each with a config of its own (MusicGen)
+        text = model.config
     composite = text is not model.config
     numbers: dict[str, int] = {}
     found = []
