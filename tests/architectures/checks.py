@@ -81,6 +81,8 @@ def examine(model_type: str) -> Row:
                 row.modules = subject.observe()
             except ValueError as error:
                 row.status, row.reason = "refused", str(error)
+            except Exception as error:
+                row.checks = {"run": f"failed: {type(error).__name__}: {error}"}
             else:
                 row.checks = {name: outcome(check, subject) for name, check in CHECKS.items()}
     except Exception as error:

@@ -21,7 +21,12 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"vocab_size|vocabulary_size|num_embeddings$|^n_words$|codebook_size", VOCABULARY),
     (r"(q|kv|k|v|o)_lora_rank$", 16),
     (r"v_head_dim$", 12),
-    (r"head_dim$|^d_kv$|dim_head$|attention_head_size$|dim_per_head|head_size$|^d_head$|kv_channels$", HEAD_DIM),
+    (r"(^|_)expand$", 1),
+    (r"d_state$|state_size$|^(mamba_)?chunk_size$|d_head$|head_dim$|^d_kv$|dim_head$", HEAD_DIM),
+    (r"attention_head_size$|dim_per_head|head_size$|kv_channels$", HEAD_DIM),
+    (r"(^|_)n_groups$", 2),
+    (r"upsample_groups$", WIDTH),
+    (r"n(um)?_filters$", 4),
     (r"num_key_value_heads$|num_kv_heads$|n_kv_heads?$|multi_query_group_num", 2),
     (r"(num|n)_.*heads?$|^n_heads?$|attention_heads$|^num_heads$|nhead", HEADS),
     (r"num_.*(layers|blocks|stages)$|(encoder|decoder)_layers$|^n_layers?$|layers?_num|depth$|num_layer$", 2),
@@ -42,13 +47,23 @@ SIZES: tuple[tuple[str, int], ...] = (
         r"hidden_size|hidden_dim|d_model|embed_dim|n_embd|embedding_(size|dim)|projection_dim|output_dim|embeds_dim",
         WIDTH,
     ),
-    (r"^dim$|_dim$|_size$|channels$|width|_dims$|hidden$|^d_|units$|_features$", WIDTH),
+    (r"^dim$|_dim$|_size$|channels$|width|_dims$|hidden$|^d_|_d_ssm$|units$|_features$", WIDTH),
 )
 """Pattern of a field's name -> its size where the default is larger, first match; 0 leaves it."""
 
+NEEDED = {
+    "vocab_size": VOCABULARY,
+    "head_dim": HEAD_DIM,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+}
+"""Fields that models need also where they have no default."""
+
 KEPT = re.compile(
     r"kernel|stride|merge|pool_|temporal|chunk_size_feed|num_channels|in_chans|in_channels$|audio_channels|num_labels|group"
-    r"_size|downsample|upsampl|frame|hop_|sampling|sample_rate|dilation|padding|block_size|window_size|_ratio|grid"
+    r"_size|downsample|upsampl(?!e_groups)|frame|hop_|sampling|sample_rate|dilation|padding|block_size|window_size|_ratio|grid"
 )
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 OWN_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -65,9 +80,12 @@ def tiny_config(
         corrections: fields that are set to these values; a dict for a part is taken into that part's own, or is all of
             it where it has a ``model_type``.
     """
-    values = fields_of(cls() if given is None else given)
+    values = fields_of(default(cls, corrections) if given is None else given)
     layers = next((values[name] for name in LAYERS if isinstance(values.get(name), int)), None)
     picked = pick_layers(values, layers)
+    if 0 < (values.get("num_kv_shared_layers") or 0) < layers:
+        values["num_kv_shared_layers"] = len(picked)
+        picked = picked * 2  # the second half shares keys and values of the first
     ids = iter(range(VOCABULARY - 30, VOCABULARY))
     changes: dict[str, Any] = {}
     for name, value in values.items():
@@ -86,13 +104,28 @@ def tiny_config(
             changes[name] = type(value)(
                 value[i] if isinstance(value[i], str) else shrink(name, value[i]) for i in picked
             )
+        elif value is None and name in NEEDED:
+            changes[name] = NEEDED[name]
         elif name == "rope_parameters" and isinstance(value, dict) and value and "mrope_section" in _modeling(cls):
             changes[name] = with_sections(value)
         else:
             changes[name] = shrink(name, value)
     if "kv_lora_rank" in values and isinstance(changes.get("num_key_value_heads"), int):
         changes["num_key_value_heads"] = changes["num_attention_heads"]  # latent attention gives every head its keys
-    return cls(**{**changes, **corrections})
+    if "qk_head_dim" in values:
+        changes["qk_head_dim"] = changes["qk_nope_head_dim"] + changes["qk_rope_head_dim"]
+    config = cls(**{**changes, **corrections})
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = OWN_IDS["decoder_start_token_id"]
+    return config
+
+
+def default(cls: type[PreTrainedConfig], corrections: dict[str, Any]) -> PreTrainedConfig:
+    """A class's default config; some are invalid without corrections."""
+    try:
+        return cls()
+    except Exception:
+        return cls(**corrections)
 
 
 def with_sections(rope: dict[str, Any]) -> dict[str, Any]:

@@ -220,12 +220,19 @@ def patch_guesses(model: PreTrainedModel, source: Source, takes: Any) -> Iterato
 
 
 def sound_guesses(model: PreTrainedModel, source: Source, name: str) -> Iterator[dict[str, Any]]:
+    """Sound of one row shorter than the other, where the model takes a mask of it, then of rows of one length."""
     mels = find(model.config, "num_mel_bins", "feature_size", "input_feat_per_channel", "n_mels", "input_dim") or 16
     frames = 2 * (find(model.config, "max_source_positions") or 20)
-    if name == "input_values":
-        yield {name: source(BATCH, 6400)}
-        yield {name: source(BATCH, 1, 6400)}
-    for length in (frames, 40, 160):
-        yield {name: source(BATCH, mels, length)}
-        yield {name: source(BATCH, length, mels)}
-    yield {name: source(BATCH, 6400)}
+    takes = inspect.signature(model.forward).parameters
+    masks = [m for m in ("input_features_mask", "padding_mask", "attention_mask") if m in takes]
+    masks = [m for m in masks if m != "attention_mask" or "input_ids" not in takes]
+    shapes: list[tuple[int, ...]] = [(6400,), (1, 6400)] if name == "input_values" else []
+    for length in (frames, 40, 160, find(model.config, "max_length")):
+        shapes += [(mels, length), (length, mels)] if isinstance(length, int) else []
+    for shape in (*shapes, (6400,)):
+        sound = source(BATCH, *shape)
+        for mask in masks:
+            kept = torch.ones(BATCH, max(shape), dtype=torch.long)
+            kept[0, -max(shape) // 4 :] = 0
+            yield {name: sound, mask: kept}
+        yield {name: sound}
