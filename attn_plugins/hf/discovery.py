@@ -108,37 +108,57 @@ def biased(module: nn.Module) -> bool:
 
 
 def head_shape(module: nn.Module, config: Any) -> HeadShape:
-    """Head sizes of an attention module, read off its attributes, then its config.
+    """Head sizes of an attention module, read off its attributes, the layers of its queries and keys, then its config.
 
     Raises:
         ValueError: they cannot be found.
     """
 
-    def find(names: str) -> int | None:
-        for holder in (module, config):
+    def find(names: str, *holders: Any) -> int | None:
+        for holder in holders or (module, config):
             for name in names.split():
                 value = getattr(holder, name, None)
                 if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                     return value
         return None
 
+    head_dims = "qk_head_dim head_dim attention_head_size head_size key_value_proj_dim d_kv dim_head"
     heads = find("num_heads num_attention_heads n_heads n_head num_q_heads heads encoder_attention_heads")
-    width = find("embed_dim hidden_size d_model n_embd all_head_size dim")
-    head_dim = find("qk_head_dim head_dim attention_head_size head_size key_value_proj_dim d_kv dim_head")
-    if head_dim is None and heads and width:
-        head_dim = width // heads
-    if not heads or not head_dim:
-        raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
+    head_dim, made = find(head_dims, module), _features(module)
     groups = getattr(module, "num_key_value_groups", None)
+    if heads is None and head_dim and "k" in made:
+        heads = made["k"] // head_dim * (groups if isinstance(groups, int) else 1)
+    if not heads:
+        raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
     shared = heads // groups if isinstance(groups, int) else find("num_key_value_heads num_kv_heads")
+    shared = shared or heads
+    if head_dim is None and made.get("qkv", 1) % (heads + 2 * shared) == 0:
+        head_dim = made["qkv"] // (heads + 2 * shared)
+    if head_dim is None and "q" in made and made["q"] * shared == made.get("k", 0) * heads:
+        head_dim = made["q"] // heads  # SAM's are narrower than its hidden states
+    head_dim = head_dim or find(head_dims, config)
+    if head_dim is None and (width := find("embed_dim hidden_size d_model n_embd all_head_size dim")):
+        head_dim = width // heads
+    if not head_dim:
+        raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
     value_dim = getattr(module, "v_head_dim", None) or head_dim
     return HeadShape(
         num_heads=heads,
-        num_key_value_heads=shared or heads,
+        num_key_value_heads=shared,
         head_dim=head_dim,
         value_dim=value_dim,
         grid_size=grid_size(config),
     )
+
+
+def _features(module: nn.Module) -> dict[str, int]:
+    """Numbers of features of the queries, keys or all three that a module's own linear layers make: q, k, qkv."""
+    found = {}
+    for name, child in module.named_children():
+        match = re.fullmatch(r"(q(?:kv)?|k)(uery|ey)?(_proj|_lin)?", name)
+        if match and isinstance(features := getattr(child, "out_features", None), int):
+            found[match.group(1)] = features
+    return found
 
 
 def grid_size(config: Any) -> tuple[int, int] | None:
