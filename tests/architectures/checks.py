@@ -1,6 +1,7 @@
 """What is checked on a tiny model of one type: that the flag works on each of its attention modules."""
 
 import collections
+import copy
 import functools
 import re
 import tempfile
@@ -341,7 +342,7 @@ def trains(subject: Subject, name: str, **options: Any) -> None:
         for path in subject.called
         if hasattr(model.get_submodule(path), "attn_plugin")
     ]
-    made = named_tensors(model(**subject.given), subject.given)
+    made = named_tensors(model(**copy.deepcopy(subject.given)), subject.given)
     for hook in hooks:
         hook.remove()
     model.zero_grad()

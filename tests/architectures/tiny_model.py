@@ -136,7 +136,7 @@ def inputs_of(model_type: str, model: PreTrainedModel) -> dict[str, Any]:
 @torch.no_grad()
 def forward(model: PreTrainedModel, given: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    return model(**given)
+    return model(**copy.deepcopy(given))  # some models change what they are given
 
 
 def guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:

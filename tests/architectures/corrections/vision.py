@@ -1,5 +1,6 @@
 """Model types that read images or video, without text."""
 
+import sys
 from typing import Any
 
 import torch
@@ -83,6 +84,19 @@ SAM2 = {
     "prompt_encoder_config": {"image_size": 64, "patch_size": 16},
 }
 SUPERPOINT = {"keypoint_decoder_dim": 65, "keypoint_threshold": 0.0, "nms_radius": 2, "max_keypoints": 9}
+MEMORY = {
+    "image_size": 64,
+    "vision_config": {**SAM2["vision_config"], "fpn_hidden_size": 128},
+    "prompt_encoder_config": {"image_size": 64, "patch_size": 16, "hidden_size": 128},
+    "mask_decoder_config": {"hidden_size": 128},
+    "memory_attention_hidden_size": 128,
+    "memory_attention_rope_feat_sizes": [4, 4],
+    "memory_encoder_hidden_size": 128,
+    "memory_encoder_output_channels": 64,
+    "mask_downsampler_embed_dim": 128,
+    "memory_fuser_embed_dim": 128,
+}
+"""The models have the number of channels of their memory, 64, in their code, and want more than that of images."""
 SAM3_VIT = {"window_size": 3, "global_attn_indexes": [1]}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -172,6 +186,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "videoprism_vision_model": {"tubelet_size": [1, 8, 8], "num_frames": 4, "num_temporal_layers": 2},
     "vjepa2": {"crop_size": 32, "frames_per_clip": 4, "num_pooler_layers": 1},
     "videomt": {"num_queries": 7, "num_blocks": 1},
+    "sam2_video": MEMORY,
+    "sam3_tracker_video": {
+        **MEMORY,
+        "vision_config": {
+            "fpn_hidden_size": 128,
+            "backbone_config": {**SAM3_VIT, "image_size": 64, "patch_size": 16},
+            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+        },
+    },
+    "edgetam_video": {
+        **MEMORY,
+        "memory_attention_rope_k_sizes": [2, 2],
+        "perceiver_resampler_hidden_size": 64,
+        "perceiver_resampler_attention_head_dim": 64,
+        "perceiver_resampler_num_latents": 4,
+        "perceiver_resampler_num_latents_2d": 4,
+    },
     "oneformer": {"backbone_config": {**SWIN, **ALL}, "num_queries": 7, "is_training": False},
     "mask2former": {"backbone_config": {**SWIN, **ALL}, "num_queries": 7, "feature_size": 32, "mask_feature_size": 32},
     "maskformer": {
@@ -320,3 +351,16 @@ def flattened_patches(model: Any, source: Random) -> dict[str, Any]:
 @inputs("oneformer")
 def images_with_task(model: Any, source: Random) -> dict[str, Any]:
     return {"pixel_values": source(2, 3, 128, 128), "task_inputs": source.ids(2, model.config.task_seq_len).float()}
+
+
+@inputs("sam2_video", "sam3_tracker_video", "edgetam_video")
+def second_frame(model: Any, source: Random) -> dict[str, Any]:
+    """The frame after one with points: it is attended together with the memory of that."""
+    module = sys.modules[type(model).__module__]
+    kind = next(value for name, value in vars(module).items() if name.endswith("InferenceSession"))
+    session = kind(video=source(2, 3, 64, 64), video_height=64, video_width=64, dtype=torch.float32)
+    points = {"point_coords": 64 * source(1, 1, 3, 2).sigmoid(), "point_labels": torch.tensor([[[1, 0, 1]]])}
+    session.add_point_inputs(session.obj_id_to_idx(1), 0, points)
+    session.obj_with_new_inputs = [1]
+    model(session, frame_idx=0)
+    return {"inference_session": session, "frame_idx": 1}
