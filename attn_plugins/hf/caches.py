@@ -23,6 +23,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from attn_plugins.attention import Attention
 from attn_plugins.hf.discovery import biased
 from attn_plugins.hf.dispatch import LazyMask, rotary_of, slot_of
 from attn_plugins.hf.sources import attends_repeatedly
@@ -45,13 +46,15 @@ class StateLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, state: State, owner: str, max_length: int = -1, instead: CacheLayerMixin | None = None):
+    def __init__(self, state: State, slot: Attention, max_length: int = -1, instead: CacheLayerMixin | None = None):
         super().__init__()
         self.state, self.max_length, self.instead = state, max_length, instead
         self.given: tuple[weakref.ref, weakref.ref] | None = None
         """The first keys and values, for as long as the module that brought them holds them."""
-        self.owner = owner
-        """Name and options of the attention, which has to be the same in every call."""
+        self.attention = rule_of(slot)
+        """What has to be the same in every call."""
+        self.owner = spell(slot)
+        """The same for people."""
         self.expected = False
         """Whether the module about to update the layer is one that has this attention."""
         self.is_compileable = state.fixed_length is not None
@@ -234,11 +237,11 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
         raise ValueError(
             f"the cache has {len(cache.layers)} layers and layer {index} needs one; it was made for another model"
         )
-    layer, owner = cache.layers[index], f"{slot.name}({slot.extra_repr()})"
+    layer = cache.layers[index]
     if isinstance(layer, StateLayer):
-        if layer.owner != owner:
+        if layer.attention != rule_of(slot):
             raise ValueError(
-                f"layer {index} of the cache holds the state of {layer.owner}, not of {owner}; use a new cache"
+                f"layer {index} of the cache holds the state of {layer.owner}, not of {spell(slot)}; use a new cache"
             )
         return layer
     max_length = -1
@@ -259,8 +262,17 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
     if state is None:
         return None
     state.recording = getattr(cache, RECORDING, False)
-    cache.layers[index] = StateLayer(state, owner, max_length, layer)
+    cache.layers[index] = StateLayer(state, slot, max_length, layer)
     return cache.layers[index]
+
+
+def rule_of(slot: Attention) -> tuple[Any, ...]:
+    """What tells one attention's state from another's; compared at every token."""
+    return slot.name, slot.config, slot.backend
+
+
+def spell(slot: Attention) -> str:
+    return f"{slot.name}({slot.extra_repr()})"
 
 
 def needs_all_keys(module: nn.Module) -> bool:

@@ -82,6 +82,7 @@ def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
     if told == [None, None]:
         taken = inspect.signature(inspect.unwrap(type(module).forward)).parameters
         cached = any("past" in name or "cache" in name for name in taken)
+        cached = cached and owner(model, path).main_input_name == "input_ids"  # Llama 4's images take one in vain
         return "decoder" if masks == {"causal"} or cached else "encoder"
     if any(told):
         return "decoder"
