@@ -81,8 +81,8 @@ def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
     told = [getattr(module, name, None) for name in ("is_causal", "is_decoder")]
     if told == [None, None]:
         taken = inspect.signature(inspect.unwrap(type(module).forward)).parameters
-        cached = any("past" in name or "cache" in name for name in taken)
-        cached = cached and owner(model, path).main_input_name == "input_ids"  # Llama 4's images take one in vain
+        # Llama 4's images take a cache too, and have no layer of it.
+        cached = hasattr(module, "layer_idx") and any("past" in name or "cache" in name for name in taken)
         return "decoder" if masks == {"causal"} or cached else "encoder"
     if any(told):
         return "decoder"

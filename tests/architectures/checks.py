@@ -266,7 +266,8 @@ def roles(subject: Subject) -> None:
     for target in subject.targets:
         for mask, q_length, kv_length in subject.masks[target.path]:
             got = f"{target.path} is of role {target.role} and gets {mask!r}"
-            assert mask.cross or q_length == kv_length, got
+            cached = target.role == "decoder" and q_length < kv_length
+            assert mask.cross or cached or q_length == kv_length, got
             if mask.plain and not mask.cross and q_length > 1:
                 assert mask.causal == (target.role == "decoder"), got
 
@@ -276,15 +277,36 @@ def limit(subject: Subject) -> None:
     if not subject.called:
         raise NotApplicableError("no attention module is called")
     subject.swap("softmax")
-    compare(subject.outputs(), subject.own)
+    own, got = subject.own, subject.outputs()
+    try:
+        compare(got, own)
+    except AssertionError:
+        ap.restore_attention(subject.model)
+        own = eager(subject)
+        compare(got, own)
     try:
         served = serve(subject, "local", window_size=1 << 20)
     except NotApplicableError:
         return
-    compare(subject.outputs(), subject.own)
+    compare(subject.outputs(), own)
     if any(kv_length > 1 for path in served for _, _, kv_length in subject.masks[path]):
         subject.swap("local", served, window_size=1)
-        assert distance(subject.outputs(), subject.own) > 1e-6, "a window of one token changes nothing"
+        assert distance(subject.outputs(), own) > 1e-6, "a window of one token changes nothing"
+
+
+def eager(subject: Subject) -> dict[str, torch.Tensor]:
+    """What the model makes with eager attention, where that is something else than it makes by default.
+
+    Phi-4's images say that they are causal: without a mask, sdpa believes it and eager does not.
+    """
+    held = subject.model.config._attn_implementation
+    subject.model.set_attn_implementation("eager")
+    try:
+        made = subject.outputs()
+    finally:
+        subject.model.set_attn_implementation(held)
+    assert distance(made, subject.own) > TOLERANCE, "the outputs are those of neither sdpa nor eager"
+    return made
 
 
 def restore(subject: Subject) -> None:
