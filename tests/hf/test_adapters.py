@@ -133,6 +133,22 @@ CASES = {
         given=lambda: tiny.inputs("bert"),
     ),
     "codegen": Case(made=lambda: (tf.CodeGenForCausalLM, _gptj(tf.CodeGenConfig, rotary_dim=4)), generates=True),
+    "gpt_neo": Case(
+        made=lambda: (
+            tf.GPTNeoForCausalLM,
+            tf.GPTNeoConfig(
+                **NARROW,
+                num_layers=3,
+                num_heads=4,
+                attention_types=[[["local", "global", "local"], 1]],
+                window_size=4,
+                max_position_embeddings=128,
+                **tiny.SPECIAL,
+            ),
+        ),
+        learned={"type": "additive"},  # its windows are masks that linear attention cannot serve
+        generates=True,
+    ),
 }
 every = pytest.mark.parametrize("name", CASES)
 families = pytest.mark.parametrize("name", ["mpnet", "gptj", "bloom", "falcon-groups", "blip-captions", "deberta_v2"])
@@ -301,9 +317,8 @@ def test_cached_equals_uncached(name, flag):
     """Padded on the left, greedy, from states of the attention where the module adds no bias."""
     model, given = build(name), CASES[name].given()
     given.pop("decoder_input_ids", None)
-    biased = CASES[name].learned["type"] == "additive"
-    if flag == "linear" and biased:
-        flag = "additive"
+    if flag == "linear":
+        flag = CASES[name].learned["type"]
     ap.swap_attention(model, flag)
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     how |= {"output_logits": True, "return_dict_in_generate": True}
@@ -315,7 +330,8 @@ def test_cached_equals_uncached(name, flag):
         type(layer).__name__
         for layer in getattr(cached.past_key_values, "self_attention_cache", cached.past_key_values).layers
     }
-    assert ("StateLayer" in kept) == (flag != "softmax" and not biased)
+    biased = any(discovery.biased(module) for module in modules(model, "decoder"))
+    assert ("StateLayer" in kept) == (flag not in ("softmax", "additive") and not biased)
 
 
 @generating
