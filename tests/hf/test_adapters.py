@@ -48,6 +48,11 @@ def _falcon(**options: Any) -> tf.PreTrainedConfig:
     return tf.FalconConfig(**NARROW, **sizes, **tiny.SPECIAL, **options)
 
 
+def _xglm(**options: Any) -> tf.PreTrainedConfig:
+    sizes = {"d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4, "max_position_embeddings": 128}
+    return tf.XGLMConfig(vocab_size=tiny.VOCABULARY, **sizes, **tiny.SPECIAL, **options)
+
+
 PATCHES = {**tiny.VISION, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 3}
 WORDS = {**tiny.SMALL, "encoder_hidden_size": 32, **tiny.SPECIAL, "sep_token_id": 2, "projection_dim": 16}
 
@@ -148,6 +153,12 @@ CASES = {
         ),
         learned={"type": "additive"},  # its windows are masks that linear attention cannot serve
         generates=True,
+    ),
+    "xglm": Case(made=lambda: (tf.XGLMForCausalLM, _xglm()), generates=True),
+    # Without a cache: the model's own puts keys of text and of the encoder into the same layer.
+    "xglm-cross": Case(
+        made=lambda: (tf.XGLMForCausalLM, _xglm(add_cross_attention=True)),
+        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": _states()},
     ),
 }
 every = pytest.mark.parametrize("name", CASES)
