@@ -100,7 +100,7 @@ def channels(model: Any, source: Any) -> dict[str, Any]:
 def patches(model: Any, source: Any) -> dict[str, Any]:
     length = 8 * model.config.patch_length
     padding = torch.zeros(2, length, dtype=torch.long)
-    padding[0, : length // 4] = 1
+    padding[0, -length // 4 :] = 1  # at the end: queries that see no key at all are of no account
     given = {"past_values": source(2, length), "past_values_padding": padding}
     return {**given, "freq": torch.zeros(2, 1, dtype=torch.long)} if hasattr(model.config, "freq_size") else given
 
