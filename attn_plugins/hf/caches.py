@@ -161,14 +161,18 @@ class StateLayer(CacheLayerMixin):
         self.state.crop(-int(tokens_to_remove))  # transformers 5.17 counts the tokens of a draft in a tensor
 
 
-def serve(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Have caches hold the states of these modules of ``model``, which are all of its swapped causal ones."""
+def serve(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = False) -> None:
+    """Have caches hold the states of these modules of ``model``, which are all of its swapped causal ones.
+
+    Args:
+        ordinary: whether their keys and values have to stay in ordinary layers, because others read them.
+    """
     modules = list(modules)
     leave(model, modules)
     layers = Counter(getattr(module, "layer_idx", None) for module in modules)
     for module in modules:
         # A stack that is run several times over keeps each pass in a layer of its own (HRM): one state cannot serve it.
-        if layers[getattr(module, "layer_idx", None)] > 1:
+        if ordinary or layers[getattr(module, "layer_idx", None)] > 1:
             setattr(module, ORDINARY, True)
     if modules:
         setattr(model, GENERATING, modules)
@@ -183,7 +187,7 @@ def leave(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     for module in (model, *modules):
         vars(module).pop(ORDINARY, None)
         for key, hook in list(module._forward_pre_hooks.items()):
-            if hook in (before_model, before_attention):
+            if hook in (before_model, before_attention, make_tensor):
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
 
 
@@ -193,6 +197,19 @@ def before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if cache is not None:
         for module in getattr(model, GENERATING):
             layer_of(module, cache)
+
+
+def make_tensor(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Hand a mask on as the tensor that a module asks for: of no other object would it know that it is a mask."""
+    mask = _find(LazyMask, args, kwargs)
+    if mask is None:
+        return None
+    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    made = mask.as_additive(dtype)
+    args = tuple(made if x is mask else x for x in args)
+    return args, {name: made if x is mask else x for name, x in kwargs.items()}
 
 
 def before_attention(

@@ -73,6 +73,8 @@ def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
     spelled = spelled or type(model.get_submodule(path.rpartition(".")[0])).__name__.endswith("CrossAttention")
     if getattr(module, "is_cross_attention", spelled):
         return "cross"
+    if getattr(module, "compressor", None) is not None:
+        return "cross"  # after the keys of its tokens come those of another sequence, summaries of them (DeepSeek V4)
     if (held := getattr(module, "is_causal_in", None)) is not None:
         return "decoder" if held(model, path) else "encoder"
     masks = sources.makes_masks(type(part) for part in _around(model, path))

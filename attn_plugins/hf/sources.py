@@ -55,6 +55,25 @@ def attends_repeatedly(cls: type) -> bool:
     return any(calls_in(function.body) > 1 for function in _functions(cls))
 
 
+@functools.cache
+def reads_caches(cls: type) -> bool:
+    """Whether a class reads keys that other modules have put into a cache, and puts none there (DiffusionGemma)."""
+    names = names_of(cls)
+    return {"layers", "keys"} <= names and "update" not in names
+
+
+@functools.cache
+def wants_tensor(cls: type) -> bool:
+    """Whether the forward of a class asks if its mask is a tensor, to go on with it as one (DeepSeek V4)."""
+    asked = [
+        [ast.unparse(argument) for argument in node.args]
+        for function in _functions(cls)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"
+    ]
+    return any("mask" in what and kind == "torch.Tensor" for what, kind in asked)
+
+
 def _blocks(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
     for name in ("body", "orelse", "finalbody"):
         yield getattr(statement, name, [])

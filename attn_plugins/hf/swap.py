@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.hf import adapters, discovery
-from attn_plugins.hf.caches import leave, serve
+from attn_plugins.hf import adapters, discovery, sources
+from attn_plugins.hf.caches import leave, make_tensor, serve
 from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, UNKNOWN, slot_of, turns, unknown
 from attn_plugins.rules import Flag, Rule, assign, parse_rules
 
@@ -185,8 +185,14 @@ def _serve_caches(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None
         leave(owner, [module])
         if hasattr(module, SLOT) and getattr(module, ROLE, None) == "decoder":
             served.append(module)
+    classes: set[Any] = {type(module) for module in modules.values()}
+    borrowed = any(sources.reads_caches(cls) for cls in classes)
     for owner, served in held.values():
-        serve(owner, served)
+        serve(owner, served, ordinary=borrowed)
+    for module in modules.values():
+        cls: Any = type(module)
+        if hasattr(module, BASE) and sources.wants_tensor(cls):
+            module.register_forward_pre_hook(make_tensor, with_kwargs=True)
 
 
 def _flag(model: PreTrainedModel, rules: list[Rule], assigned: dict[str, Rule], modules: dict[str, nn.Module]) -> None:

@@ -73,3 +73,58 @@ def test_a_model_with_two_texts_is_swapped_in_both():
         assert {row.role for row in ap.describe_attention(model)} == {"encoder", "decoder", "cross"}
         assert all(row.plugin == "softmax" for row in ap.describe_attention(model))
         torch.testing.assert_close(model(**given).logits, own, atol=1e-4, rtol=0)
+
+
+def diffusion_gemma() -> Any:
+    """A bidirectional decoder reads the keys that its causal encoder has cached."""
+    if not hasattr(tf, "DiffusionGemmaForBlockDiffusion"):
+        pytest.skip(f"transformers {tf.__version__} has no DiffusionGemma")
+    experts = {"num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 16, "num_key_value_heads": 2}
+    kinds = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    eyes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8, "patch_size": 8}
+    config = tf.DiffusionGemmaConfig(
+        text_config={**SMALL, **experts, **kinds, "global_head_dim": 8},
+        vision_config={**eyes, "intermediate_size": 48, "num_key_value_heads": 4},
+        canvas_length=6,
+        image_token_id=96,
+        boi_token_id=95,
+        eoi_token_id=94,
+    )
+    return tf.DiffusionGemmaForBlockDiffusion._from_config(config)
+
+
+def deepseek_v4() -> Any:
+    """Compressed keys of what came before follow the keys of its tokens, and its mask is made longer for them."""
+    if not hasattr(tf, "DeepseekV4ForCausalLM"):
+        pytest.skip(f"transformers {tf.__version__} has no DeepSeek V4")
+    ranks = {"q_lora_rank": 16, "o_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 8}
+    experts = {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    kinds = ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]
+    layers = {"num_hidden_layers": 3, "layer_types": kinds, "sliding_window": 5, "mlp_layer_types": ["moe"] * 3}
+    config = tf.DeepseekV4Config(**{**SMALL, **ranks, **experts, **layers})
+    return tf.DeepseekV4ForCausalLM._from_config(config)
+
+
+@pytest.mark.parametrize("build", [diffusion_gemma, deepseek_v4])
+@pytest.mark.parametrize("name", ["softmax", "local"])
+@torch.no_grad()
+def test_keys_that_are_not_of_the_tokens_alone_stay_exact(build, name):
+    torch.manual_seed(0)
+    model = build().eval()
+    if build is deepseek_v4 and name == "local":
+        pytest.skip("its layers have sinks, and keys of two sequences")
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[0, :4] = 0
+    given = {"input_ids": torch.randint(3, 90, (2, 13)), "attention_mask": mask}
+    if build is diffusion_gemma:
+        given["decoder_input_ids"] = torch.randint(3, 90, (2, 6))
+    own = model(**given).logits[mask.bool() if build is deepseek_v4 else ...]
+    # Windows serve the causal modules alone, whose keys the others read.
+    options: dict[str, Any] = {"roles": ["encoder", "decoder", "cross"], "modules": "*self_attn"}
+    ap.swap_attention(model, name, **(options if name == "softmax" else {"roles": ["decoder"], "window_size": 64}))
+    got = model(**given).logits[mask.bool() if build is deepseek_v4 else ...]
+    torch.testing.assert_close(got, own, atol=1e-4, rtol=0)
+
+
+def test_layers_that_have_compressed_keys_are_not_self_attention():
+    assert [row.role for row in ap.describe_attention(deepseek_v4())] == ["decoder", "cross", "cross"]
