@@ -275,6 +275,8 @@ def attention_forward(
                 "would change; leave its modules out with layers, roles or modules"
             )
     causal, role = getattr(module, "is_causal", True) if is_causal is None else is_causal, getattr(module, ROLE)
+    if base == "eager":
+        causal = False  # where a model makes no mask, only sdpa and the like are causal by themselves (BridgeTower)
     state = attention_mask.state if isinstance(attention_mask, LazyMask) else None
     mask, bias = attention_mask, None
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries, the same for every row (granite_speech)

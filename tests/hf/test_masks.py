@@ -188,17 +188,32 @@ def test_a_mask_made_for_one_query_serves_all_of_them():
         as_mask(causal, torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 8, 4), causal=True, cross=False)
 
 
+def attending(name, base, role):
+    """The least that an attention module is."""
+    module = torch.nn.Module()
+    module._attn_plugin_base, module._attn_plugin_role = base, role
+    attention = ap.get_attention(name)
+    heads = HeadShape(num_heads=2, num_key_value_heads=2, head_dim=4, value_dim=4)
+    module.attn_plugin = attention(attention.Config(), heads)
+    return module
+
+
 @pytest.mark.parametrize("name", ["softmax", "linear", "additive"])
 def test_queries_that_all_rows_share(name):
     """Learned queries have a batch of 1; a model's own attention broadcasts them."""
     torch.manual_seed(0)
-    module = torch.nn.Module()
-    module._attn_plugin_base, module._attn_plugin_role = "sdpa", "cross"
-    attention = ap.get_attention(name)
-    module.attn_plugin = attention(
-        attention.Config(), HeadShape(num_heads=2, num_key_value_heads=2, head_dim=4, value_dim=4)
-    )
+    module = attending(name, "sdpa", "cross")
     query, key = torch.randn(1, 2, 3, 4), torch.randn(5, 2, 8, 4)
     shared, _ = attention_forward(module, query, key, key, None)
     repeated, _ = attention_forward(module, query.repeat(5, 1, 1, 1), key, key, None)
     torch.testing.assert_close(shared, repeated)
+
+
+@pytest.mark.parametrize("base", ["eager", "sdpa"])
+def test_without_any_mask_a_causal_module_is_what_its_base_implementation_makes_of_it(base):
+    torch.manual_seed(0)
+    module = attending("softmax", base, "decoder")
+    module.is_causal, query = True, torch.randn(2, 2, 6, 4)
+    got, _ = attention_forward(module, query, query, query, None)
+    own = torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=base == "sdpa")
+    torch.testing.assert_close(got, own.transpose(1, 2))
