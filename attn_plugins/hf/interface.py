@@ -32,7 +32,7 @@ _calls: dict[type[nn.Module], Call | None] = {}
 
 
 def _call_of(cls: type[nn.Module]) -> Call | None:
-    functions = list(_reached(cls, getattr(cls, "forward", None), set()))
+    functions = functions_of(cls)
     used = [function.__globals__.get(name) for function in functions for name in _names(function.__code__)]
     interface = next((held for held in used if isinstance(held, AttentionInterface)), None)
     if interface is None:
@@ -40,6 +40,11 @@ def _call_of(cls: type[nn.Module]) -> Call | None:
     usual = next((f.__globals__[USUAL] for f in functions if USUAL in f.__globals__), None)
     others = (held for held in used if inspect.isfunction(held) and _attends(held))
     return Call(interface, usual or next(others, None))
+
+
+def functions_of(cls: Any) -> list[types.FunctionType]:
+    """The forward of a class and what it calls of the class and of its own file."""
+    return list(_reached(cls, getattr(cls, "forward", None), set()))
 
 
 def _reached(cls: type, function: Any, seen: set[Any]) -> Iterator[types.FunctionType]:

@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from attn_plugins.hf.interface import functions_of
+
 OUTSIDE = ("torch.", "builtins", "transformers.modeling_utils", "transformers.utils", "transformers.generation")
 """Where code is that tells nothing of a single model."""
 
@@ -96,9 +98,10 @@ def _attends(node: Any) -> bool:
 
 
 def _functions(cls: Any) -> Iterator[ast.FunctionDef]:
-    """The syntax of the forward of a class; nothing where its source cannot be had."""
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))
-        yield from (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
-    except (OSError, SyntaxError, TypeError):
-        return
+    """The syntax of the forward of a class and of what it calls; nothing of those whose source cannot be had."""
+    for function in functions_of(cls):
+        try:
+            source = textwrap.dedent(inspect.getsource(function))
+            yield from (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+        except (OSError, SyntaxError):
+            continue

@@ -31,6 +31,14 @@ class Inherits(Twice):
     pass
 
 
+class ByAMethod(Once):
+    def attend(self, x, mask):
+        return self.interface()(self, x, x, x, mask, scaling=self.scaling, bend=2.0)
+
+    def forward(self, x, mask):
+        return self.attend(x, mask)[0]
+
+
 class MakesMasks:
     def forward(self, config):
         return create_causal_mask(config)  # noqa: F821
@@ -44,6 +52,7 @@ class MakesEither(MakesMasks):
 def test_keywords_given_to_the_attention_function_are_those_written_in_its_calls():
     assert sources.told(Once) == {"dropout", "scaling", "tilt", "s_aux"}
     assert sources.told(Twice) == {"scaling"}
+    assert sources.told(ByAMethod) == {"scaling", "bend"}
 
 
 def test_calls_that_follow_each_other_are_told_from_calls_in_branches():
