@@ -3,6 +3,7 @@
 import collections
 import copy
 import functools
+import inspect
 import re
 import tempfile
 import time
@@ -20,6 +21,8 @@ from attn_plugins.attention import HeadShape
 from attn_plugins.hf import discovery
 
 TOLERANCE = 1e-4
+LONGEST = 6
+"""Tokens of a text that is packed."""
 ROLES = ("encoder", "decoder", "cross")
 LARGE = 1e9
 REFUSALS = ("cannot honour", "cannot tell the number and size of the heads")
@@ -440,6 +443,36 @@ def saves(subject: Subject) -> None:
     compare(subject.outputs(loaded), wanted, tolerance=0.0)
 
 
+def packed(subject: Subject) -> None:
+    """Texts packed into one row and told apart by their positions are computed as if each were alone."""
+    model, given = subject.model, subject.given
+    takes = inspect.signature(model.forward).parameters
+    if not {"position_ids", "use_cache"} <= takes.keys() or model.config.is_encoder_decoder:
+        raise NotApplicableError("it takes no positions")
+    if set(given) - {"input_ids", "attention_mask"} or not any(t.role == "decoder" for t in subject.targets):
+        raise NotApplicableError("it is no causal model of text alone")
+    texts = given["input_ids"][-1:].split(LONGEST, dim=1)
+
+    def distance_from_alone() -> float:
+        def logits(texts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+            positions = torch.cat([torch.arange(text.shape[1]) for text in texts]).unsqueeze(0)
+            row = {"input_ids": torch.cat(texts, dim=1), "position_ids": positions, "use_cache": False}
+            return tiny_model.forward(model, row)[0]
+
+        alone = torch.cat([logits((text,)) for text in texts], dim=1)
+        return float((logits(texts) - alone).abs().max() / alone.abs().max())
+
+    if distance_from_alone() > TOLERANCE:
+        raise NotApplicableError("its own attention does not keep packed texts apart")
+    for name in ("softmax", "local", "linear"):
+        try:
+            serve(subject, name)
+        except NotApplicableError:
+            continue
+        away = distance_from_alone()
+        assert away <= TOLERANCE, f"{name}: packed texts are {away:.2g} away from the same texts alone"
+
+
 def generates(subject: Subject) -> None:
     """Cached generation gives the tokens that generation without a cache gives."""
     model = subject.model
@@ -488,6 +521,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
     "additive": lambda subject: trains(subject, "additive"),
     "save": saves,
     "restore": restore,
+    "packed": packed,
     "generate": generates,
 }
 """Name -> check, in the order of the columns."""

@@ -100,6 +100,7 @@ def document(rows: Rows, told: dict[str, str]) -> str:
         "- **linear**, **additive**: forward and backward run, with a gradient in every new weight.",
         "- **save**: saved and loaded, new weights and all, the output is equal bit for bit.",
         "- **restore**: the model's own attention comes back bit for bit.",
+        "- **packed**: texts in one row, told apart by their positions, are computed as if each were alone.",
         "- **generate**: greedy tokens with a cache are those without one, under a small window and linear attention.",
         "",
         f"{MARKS['passed']} passed, {MARKS['not applicable']} does not apply, {MARKS['failed']} failed. Heads are "
