@@ -142,6 +142,8 @@ def forward(model: PreTrainedModel, given: dict[str, Any]) -> Any:
 def guesses(model: PreTrainedModel) -> Iterator[dict[str, Any]]:
     takes = inspect.signature(model.forward).parameters
     main = model.main_input_name
+    if main not in takes and "pixel_values" in takes:  # such as a vision tower that does not say what it reads
+        main = "pixel_values"
     sides = [{}]
     source = Source()
     if "grid_thw" in takes and "input_ids" not in takes:

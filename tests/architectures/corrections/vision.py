@@ -31,7 +31,7 @@ SWIN_SIZES = {
     "image_size": 128,
     "patch_size": 4,
 }
-SWIN = {"model_type": "swin", **SWIN_SIZES}
+SWIN = {"model_type": "swin", **SWIN_SIZES, "window_size": 2, "image_size": 64}
 DINO = {
     "model_type": "dinov2",
     "hidden_size": 32,
@@ -83,6 +83,16 @@ SAM2 = {
     "vision_config": {"model_type": "sam2_vision_model", "fpn_hidden_size": 32, **SAM2_VISION},
     "prompt_encoder_config": {"image_size": 64, "patch_size": 16},
 }
+TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "projection_dim": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    "eos_token_id": 2,
+}
 SUPERPOINT = {"keypoint_decoder_dim": 65, "keypoint_threshold": 0.0, "nms_radius": 2, "max_keypoints": 9}
 MEMORY = {
     "image_size": 64,
@@ -126,6 +136,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "coordinate_size": 5,
             "shape_size": 6,
             "num_classes": 2,
+            "max_2d_position_embeddings": 1024,
             "start_token_id": 0,
             "pad_token_id": 1,
             "end_token_id": 2,
@@ -158,9 +169,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "upernet": {"backbone_config": {**SWIN, **ALL}, "auxiliary_channels": 16},
     "sapiens2": {"num_key_value_heads_per_layer": [4, 2]},
-    "cvt": {"depth": [1, 2, 3], "embed_dim": [8, 16, 32]},
+    "cvt": {"depth": [1, 2, 3], "embed_dim": [8, 24, 48]},
     "mobilevit": {"hidden_sizes": [16, 16, 32], "neck_hidden_sizes": [8, 8, 8, 16, 16, 16, 32], "image_size": 64},
-    "efficientnet": {"hidden_dim": 64, "in_channels": [8] * 7, "out_channels": [8] * 7, "num_block_repeats": [1] * 7},
+    "efficientnet": {
+        "hidden_dim": 1280,
+        "in_channels": [32, 8],
+        "out_channels": [8, 8],
+        "num_block_repeats": [1, 1],
+        "width_coefficient": 1.0,
+        "depth_coefficient": 1.0,
+    },
     "efficientloftr": {
         "stage_num_blocks": [1, 1, 1, 1],
         "out_features": [8, 8, 16, 32],
@@ -186,6 +204,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "videoprism_vision_model": {"tubelet_size": [1, 8, 8], "num_frames": 4, "num_temporal_layers": 2},
     "vjepa2": {"crop_size": 32, "frames_per_clip": 4, "num_pooler_layers": 1},
     "videomt": {"num_queries": 7, "num_blocks": 1},
+    **{
+        name: {"backbone_config": {**SWIN, **LAST_THREE}, "num_queries": 7, "max_text_len": 16}
+        for name in ("grounding-dino", "mm-grounding-dino")
+    },
+    "omdet-turbo": {
+        "backbone_config": {**SWIN, **LAST_THREE},
+        "text_config": {"model_type": "clip_text_model", **TEXT, "hidden_size": 16, "projection_dim": 16},
+        "image_size": 64,
+        "apply_layernorm_after_vision_backbone": False,
+        "encoder_in_channels": [32, 64, 128],
+        "vision_features_channels": [32, 32, 32],
+        "class_embed_dim": 16,
+        "cache_size": 0,
+        "text_projection_in_dim": 16,
+        "text_projection_out_dim": 16,
+        "num_queries": 7,
+    },
     "sam2_video": MEMORY,
     "sam3_tracker_video": {
         **MEMORY,
@@ -280,14 +315,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 @inputs("rt_detr", "rt_detr_v2", "d_fine", "deimv2", "pp_doclayout_v2", "pp_doclayout_v3", "pp_doclayout_v4")
 def large_images(model: Any, source: Random) -> dict[str, Any]:
-    return {"pixel_values": source(2, 3, 128, 128)}
+    return {"pixel_values": source(2, 3, 96, 96)}
 
 
 @inputs("detr", "conditional_detr", "dab-detr", "table-transformer", "deformable_detr")
 def padded_images(model: Any, source: Random) -> dict[str, Any]:
-    mask = torch.ones(2, 128, 128, dtype=torch.long)
+    mask = torch.ones(2, 96, 96, dtype=torch.long)
     mask[1, :, 64:] = 0
-    return {"pixel_values": source(2, 3, 128, 128), "pixel_mask": mask}
+    return {"pixel_values": source(2, 3, 96, 96), "pixel_mask": mask}
 
 
 @inputs("efficientloftr", "lightglue", "superglue")
@@ -350,7 +385,7 @@ def flattened_patches(model: Any, source: Random) -> dict[str, Any]:
 
 @inputs("oneformer")
 def images_with_task(model: Any, source: Random) -> dict[str, Any]:
-    return {"pixel_values": source(2, 3, 128, 128), "task_inputs": source.ids(2, model.config.task_seq_len).float()}
+    return {"pixel_values": source(2, 3, 64, 64), "task_inputs": source.ids(2, model.config.task_seq_len).float()}
 
 
 @inputs("sam2_video", "sam3_tracker_video", "edgetam_video")
@@ -364,3 +399,33 @@ def second_frame(model: Any, source: Random) -> dict[str, Any]:
     session.obj_with_new_inputs = [1]
     model(session, frame_idx=0)
     return {"inference_session": session, "frame_idx": 1}
+
+
+@inputs("grounding-dino", "mm-grounding-dino")
+def images_with_names(model: Any, source: Random) -> dict[str, Any]:
+    ids, mask = source.ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    ids[:, [0, 5, 8]] = torch.tensor([101, 102, 102])  # texts attend within what these tokens separate
+    mask[1, 6:] = 0
+    return {"pixel_values": source(2, 3, 96, 96), "input_ids": ids, "attention_mask": mask}
+
+
+@inputs("omdet-turbo")
+def images_with_classes_and_task(model: Any, source: Random) -> dict[str, Any]:
+    return {
+        "pixel_values": source(2, 3, 64, 64),
+        "classes_input_ids": source.ids(4, 5),
+        "classes_attention_mask": torch.ones(4, 5, dtype=torch.long),
+        "tasks_input_ids": source.ids(2, 9),
+        "tasks_attention_mask": torch.ones(2, 9, dtype=torch.long),
+        "classes_structure": torch.tensor([2, 2]),
+    }
+
+
+@inputs("tvp")
+def one_video_with_text(model: Any, source: Random) -> dict[str, Any]:
+    """One: TvpVisualInputEmbedding makes column positions for no more."""
+    return {
+        "pixel_values": source(1, 2, 3, 64, 64),
+        "input_ids": source.ids(1, 9),
+        "attention_mask": torch.ones(1, 9, dtype=torch.long),
+    }
