@@ -149,14 +149,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "depth_anything": {"backbone_config": {**DINO, "reshape_hidden_states": False}, "patch_size": 8},
     "prompt_depth_anything": {"backbone_config": {**DINO, "reshape_hidden_states": False}, "patch_size": 8},
     "bit": {"num_groups": 2},
+    "beit": {"use_relative_position_bias": True},
     "zoedepth": {
         "backbone_config": {
             **{k: v for k, v in DINO.items() if k != "mlp_ratio"},
             "model_type": "beit",
             "intermediate_size": 48,
             "reshape_hidden_states": False,
+            "use_relative_position_bias": True,
         },
         "num_attractors": [4, 2, 2, 1],
+        "min_temp": 1.0,  # a colder softmax at its end makes 1e-4 of 1e-6
         "bin_configurations": [{"n_bins": 8, "min_depth": 0.001, "max_depth": 10.0, "name": "nyu"}],
         "patch_size": 8,
     },
