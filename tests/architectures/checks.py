@@ -499,7 +499,9 @@ def generates(subject: Subject) -> None:
 @torch.no_grad()
 def tokens(model: PreTrainedModel, given: dict[str, Any], use_cache: bool) -> torch.Tensor:
     torch.manual_seed(0)
-    special = list(range(tiny_model.LAST_ID, tiny_model.VOCABULARY))  # a token of an image wants an image
+    forced = {getattr(model.generation_config, f"forced_{end}_token_id", None) for end in ("bos", "eos")}
+    # A token of an image wants an image, and one that is forced must not be suppressed.
+    special = [token for token in range(tiny_model.LAST_ID, tiny_model.VOCABULARY) if token not in forced]
     made = model.generate(
         **given,
         max_new_tokens=6,

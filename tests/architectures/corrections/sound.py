@@ -46,14 +46,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "musicgen": MUSIC,
     "musicgen_melody": MUSIC,
     "nemotron3_5_transcribe_asr_audio": ALL_HEADS,
-    "nemotron3_5_transcribe_audio": {"asr_config": ALL_HEADS, "diarization_config": ALL_HEADS},
+    "gradium_phonon_tts": ALL_HEADS,
+    "nemo_speechlm": {
+        "audio_config": {"asr_config": ALL_HEADS, "diarization_config": {"audio_config": ALL_HEADS}},
+        "word_timestamp_config": ALL_HEADS,
+    },
+    "nemotron3_5_transcribe_audio": {
+        "asr_config": ALL_HEADS,
+        "diarization_config": {"audio_config": ALL_HEADS},
+    },
     "nemotron3_5_transcribe_word_timestamp": ALL_HEADS,
     "nemotron3_diarization": {"audio_config": ALL_HEADS},
     "nemotron3_diarization_audio": ALL_HEADS,
-    "neucodec": {"encoder_hidden_size": 4, "quantization_dim": 64},
+    "neucodec": {"encoder_hidden_size": 4, "quantization_dim": 64, **ALL_HEADS},
     "pe_audio": {"audio_config": {"dac_config": SMALL_DAC}},
     "pe_audio_encoder": {"dac_config": SMALL_DAC},
-    "qwen3_asr_encoder": {"n_window": 5, "n_window_infer": 20},
     "time_series_transformer": SERIES,
     "timesfm": {"patch_length": 4, "horizon_length": 4},
     "timesfm2_5": {"patch_length": 4, "horizon_length": 4, "output_quantile_len": 8},
@@ -67,7 +74,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "acoustic_tokenizer_chunk_size": 64,
     },
     "xcodec": {"acoustic_model_config": {"encoder_hidden_size": 4}, "codebook_dim": 96},
-    "xcodec2": {"encoder_hidden_size": 4, "quantization_dim": 64},
+    "xcodec2": {"encoder_hidden_size": 4, "quantization_dim": 64, **ALL_HEADS},
 }
 
 
@@ -178,7 +185,7 @@ def stacked_features(model: Any, source: Any) -> dict[str, Any]:
 
 @inputs("qwen3_asr_encoder")
 def masked_features(model: Any, source: Any) -> dict[str, Any]:
-    return {"input_features": source(2, model.config.num_mel_bins, 40), "input_features_mask": padded(40)}
+    return {"input_features": source(2, model.config.num_mel_bins, 200), "input_features_mask": padded(200)}
 
 
 @inputs("voxtral_realtime")
