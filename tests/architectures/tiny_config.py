@@ -25,6 +25,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"d_state$|state_size$|^(mamba_)?chunk_size$|d_head$|head_dim$|^d_kv$|dim_head$", HEAD_DIM),
     (r"attention_head_size$|dim_per_head|head_size$|kv_channels$", HEAD_DIM),
     (r"(^|_)n_groups$", 2),
+    (r"rotary_dim$", 4),
     (r"upsample_groups$", WIDTH),
     (r"n(um)?_filters$", 4),
     (r"num_key_value_heads$|num_kv_heads$|n_kv_heads?$|multi_query_group_num", 2),

@@ -15,6 +15,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "blt": {
         "use_cache": False,  # its caches cannot be made: the config has no num_hidden_layers
         "vocab_size": 260,
+        "patching_threshold": 5.14,  # some bytes begin a patch and some do not
         "encoder_hash_byte_group_vocab": 64,
         "encoder_config": {"vocab_size": 260},
         "decoder_config": {"vocab_size": 260},
