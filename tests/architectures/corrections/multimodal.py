@@ -7,20 +7,49 @@ import torch
 from corrections import inputs, media
 
 B = 2
+ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 
 CLASSES: dict[str, str] = {"shieldgemma2": "ShieldGemma2ForImageClassification"}
 CONFIGS: dict[str, dict[str, Any]] = {
+    "t5gemma2": {"encoder": {"mm_tokens_per_image": 4}},
+    "qwen4_exp": {
+        "text_config": {
+            "indexer_n_heads": 2,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 8,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+        }
+    },
+    "nemo_speechlm": {"text_config": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 16}},
+    "nemotron_h_omni": {"text_config": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 16}},
+    "neomme": {"head_dim": 16},
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": 100,
+            "<|extra_200|>": 101,
+            **{f"<|visual token {i:06}|>": 110 + i for i in range(8)},
+        },
+        "vq_config": {"codebook_size": 8, "base_channels": 32, "channel_multiplier": [1, 1]},
+    },
+    "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [32, 32]}}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"]},
+        "vision_config": {"sam_config": {"downsample_channels": [32, 32]}},
+    },
     "align": {
+        "projection_dim": 8,
         "vision_config": {
-            "in_channels": [8],
-            "out_channels": [8],
+            "in_channels": [32],
+            "out_channels": [32],
             "kernel_sizes": [3],
             "depthwise_padding": [],
             "strides": [1],
             "num_block_repeats": [1],
             "expand_ratios": [1],
             "hidden_dim": 32,
-        }
+            "width_coefficient": 0.025,
+        },
     },
     "blip-2": {"image_token_index": 100, "num_query_tokens": 4},
     "bridgetower": {
@@ -44,13 +73,23 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [[-1, 0]],
         "spatial_target_layers": [1],
         "image_grid_pinpoints": [[64, 64]],
+        "downsample_rate": "1/2",
+        "qformer_config": {
+            "model_type": "blip_2_qformer",
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+            "intermediate_size": 48,
+            "encoder_hidden_size": 32,
+            "cross_attention_frequency": 1,
+        },
     },
     "mllama": {"vision_config": {"intermediate_layers_indices": [0], "vision_output_dim": 64}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
     "aria": {"projector_patch_to_query_dict": {16: 8}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3": {"mm_tokens_per_image": 4},
-    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "shieldgemma2": {"mm_tokens_per_image": 4, "yes_token_index": 10, "no_token_index": 11},
     "llama4": {
         "vision_config": {
             "intermediate_size": 128,
@@ -65,20 +104,20 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "voxtral": {"audio_token_id": 100, "audio_config": {"intermediate_size": 128}},
     "glmasr": {"audio_config": {"intermediate_size": 128}},
-    "hunyuan_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "head_dim": 8}},
+    "hunyuan_vl": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 1, 1]}, "head_dim": 8}},
     "instructblip": {"image_token_index": 100, "num_query_tokens": 4},
     "instructblipvideo": {"video_token_index": 100, "num_query_tokens": 4},
     "kimi_k25": {"vision_config": {"pos_emb_height": 8, "pos_emb_width": 8}},
-    "kosmos-2": {"latent_query_num": 4},
-    "kosmos-2.5": {"latent_query_num": 4},
-    "minicpm_ocr": {"image_token_id": 100},
-    "minicpmv4_6": {"image_token_id": 100},
-    "minicpmv4_7": {"image_token_id": 100},
+    "kosmos-2": {"latent_query_num": 4, "text_config": {"layers": 2}},
+    "kosmos-2.5": {"latent_query_num": 4, "text_config": {"layers": 2}, "vision_config": {"patch_embed_hidden_size": 192}},
+    "minicpm_ocr": {"image_token_id": 100, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
+    "minicpmv4_6": {"image_token_id": 100, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
+    "minicpmv4_7": {"image_token_id": 100, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
     "muse_glimmer": {"out_hidden_size": 128},
     "muse_spark": {"out_hidden_size": 128},
     "phi4_multimodal": {
         "vision_config": {"crop_size": 32, "image_token_id": 98},
-        "audio_config": {"audio_token_id": 99},
+        "audio_config": {"audio_token_id": 99, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32},
     },
     "qwen2_5_omni_thinker": {"vision_start_token_id": 105},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 105},
@@ -93,11 +132,6 @@ def _(model: Any, source: Any) -> dict[str, Any]:
         "encoder_hidden_states": source(B, 9, model.config.encoder_hidden_size),
         "encoder_attention_mask": torch.tensor([[1] * 9, [1] * 6 + [0] * 3]),
     }
-
-
-@media("audio", "clap")
-def _(config: Any, source: Any) -> dict[str, Any]:
-    return {"input_features": source(B, 1, 60, config.audio_config.num_mel_bins), "is_longer": torch.zeros(B, 1).bool()}
 
 
 @media("image", "colqwen2")
@@ -230,9 +264,15 @@ def _(config: Any, source: Any) -> dict[str, Any]:
     }
 
 
-@media("image", "oneformer")
+@media("audio", "fun_asr_nano")
 def _(config: Any, source: Any) -> dict[str, Any]:
-    return {"pixel_values": source(B, 3, 64, 64), "task_inputs": source.ids(B, config.task_seq_len)}
+    return {"input_features": source(B, 24, 112), "input_features_mask": torch.ones(B, 24).long()}
+
+
+@media("image", "video_llama_3")
+def _(config: Any, source: Any) -> dict[str, Any]:
+    grid = torch.tensor([[1, 4, 4]] * B)
+    return {"pixel_values": source(16 * B, 192), "image_grid_thw": grid, "image_merge_sizes": torch.tensor([2] * B)}
 
 
 @media("other", "udop")
