@@ -290,3 +290,17 @@ def test_attentions_of_an_image_model_know_its_grid():
     size, patch = model.config.image_size, model.config.patch_size
     grids = {module.attn_plugin.heads.grid_size for module in model.modules() if hasattr(module, "attn_plugin")}
     assert grids == {(size // patch, size // patch)}
+
+
+@torch.no_grad()
+def test_a_part_whose_config_names_no_implementation_stays_with_what_serves_it():
+    """transformers serves it with eager attention, and says so in a warning."""
+    model, given = tiny.build("llama"), tiny.inputs("llama")
+    module = model.model.layers[0].self_attn
+    module.config = copy.deepcopy(module.config)
+    module.config._attn_implementation_internal = None
+    own = tiny.output(model, given)
+    assert ap.describe_attention(ap.swap_attention(model, "softmax", layers=1))[0].implementation == "eager"
+    ap.swap_attention(model, "softmax")
+    ap.restore_attention(model)
+    assert torch.equal(tiny.output(model, given), own)
