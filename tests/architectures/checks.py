@@ -89,6 +89,9 @@ def examine(model_type: str) -> Row:
                 row.checks = {"run": f"failed: {type(error).__name__}: {error}"}
             else:
                 row.checks = {name: outcome(check, subject) for name, check in CHECKS.items()}
+    except ImportError as error:
+        package = re.search(r"requires the (\w+) library|$", str(error)).group(1)  # type: ignore[union-attr]
+        row.status, row.reason = "not built", f"needs {package}" if package else str(error)
     except Exception as error:
         row.status, row.reason = "not built", f"{type(error).__name__}: {error}"
     failed = {name: said for name, said in row.checks.items() if said.startswith("failed")}
@@ -502,6 +505,8 @@ def tokens(model: PreTrainedModel, given: dict[str, Any], use_cache: bool) -> to
     forced = {getattr(model.generation_config, f"forced_{end}_token_id", None) for end in ("bos", "eos")}
     # A token of an image wants an image, and one that is forced must not be suppressed.
     special = [token for token in range(tiny_model.LAST_ID, tiny_model.VOCABULARY) if token not in forced]
+    unused = () if model.config.is_encoder_decoder else ("decoder_input_ids",)  # of BLIP-2 with OPT
+    given = {name: value for name, value in given.items() if name not in unused}
     made = model.generate(
         **given,
         max_new_tokens=6,

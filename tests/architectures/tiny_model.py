@@ -93,6 +93,8 @@ def excite(model: nn.Module) -> None:
     for path, parameter in model.named_parameters():
         if parameter.ndim == 2 and parameter.requires_grad and not re.search(f"attn_plugin|{computed}", path):
             parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5 + 0.1)
+        elif parameter.ndim == 3 and parameter.requires_grad and not parameter.any():
+            parameter.normal_()  # learned queries that start at 0 (Q-Former) would give no gradient to what reads them
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5)

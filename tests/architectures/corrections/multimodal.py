@@ -109,7 +109,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "instructblipvideo": {"video_token_index": 100, "num_query_tokens": 4},
     "kimi_k25": {"vision_config": {"pos_emb_height": 8, "pos_emb_width": 8}},
     "kosmos-2": {"latent_query_num": 4, "text_config": {"layers": 2}},
-    "kosmos-2.5": {"latent_query_num": 4, "text_config": {"layers": 2}, "vision_config": {"patch_embed_hidden_size": 192}},
+    "kosmos-2.5": {
+        "latent_query_num": 4,
+        "text_config": {"layers": 2},
+        "vision_config": {"patch_embed_hidden_size": 192},
+    },
     "minicpm_ocr": {"image_token_id": 100, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
     "minicpmv4_6": {"image_token_id": 100, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
     "minicpmv4_7": {"image_token_id": 100, "insert_layer_id": 0, "vision_config": {"insert_layer_id": 0}},
