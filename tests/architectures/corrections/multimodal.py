@@ -21,7 +21,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "indexer_compress_ratio": 2,
         }
     },
-    "nemo_speechlm": {"text_config": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 16}},
     "nemotron_h_omni": {"text_config": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 16}},
     "neomme": {"head_dim": 16},
     "emu3": {

@@ -48,6 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "nemotron3_5_transcribe_asr_audio": ALL_HEADS,
     "gradium_phonon_tts": ALL_HEADS,
     "nemo_speechlm": {
+        "text_config": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 16},
         "audio_config": {"asr_config": ALL_HEADS, "diarization_config": {"audio_config": ALL_HEADS}},
         "word_timestamp_config": ALL_HEADS,
     },
