@@ -134,8 +134,8 @@ def named_tensors(made: Any, given: dict[str, Any], name: str = "") -> dict[str,
     if isinstance(made, torch.Tensor):
         if not made.is_floating_point():
             return {}
-        mask = given.get("attention_mask")
-        if mask is not None and made.ndim > 2 and made.shape[:2] == mask.shape:
+        mask = real_rows(made, given)
+        if mask is not None:
             made = made[mask.bool()]
         return {name: made}
     if isinstance(made, Cache) or made is None:
@@ -152,6 +152,21 @@ def named_tensors(made: Any, given: dict[str, Any], name: str = "") -> dict[str,
     for key, value in items:
         found.update(named_tensors(value, given, f"{name}.{key}" if name else str(key)))
     return found
+
+
+def real_rows(made: torch.Tensor, given: dict[str, Any]) -> torch.Tensor | None:
+    """Which rows (B, N) of an output are no padding, where it has a row for each token, or for some tokens of sound."""
+    mask = given.get("attention_mask")
+    if mask is None or mask.ndim != 2 or made.ndim < 3 or len(made) != len(mask):
+        return None
+    if made.shape[1] == mask.shape[1]:
+        return mask
+    decoder = given.get("decoder_input_ids", mask[:, :0])
+    sound = "input_features" in given or "input_values" in given
+    if not sound or made.shape[1] > mask.shape[1] or made.shape[1] == decoder.shape[1]:
+        return None
+    frames = mask.sum(dim=1, keepdim=True) * made.shape[1] // mask.shape[1]
+    return torch.arange(made.shape[1]) < frames
 
 
 def compare(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], tolerance: float = TOLERANCE) -> None:
