@@ -6,6 +6,15 @@ import torch
 
 from corrections import inputs
 
+DOTS3 = {
+    "swa_num_attention_heads": 2,
+    "swa_num_key_value_heads": 2,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 12,
+}
 CLASSES: dict[str, str] = {"reformer": "ReformerModel"}
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
@@ -28,15 +37,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "canvas_length": 8,
         "text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48},
     },
-    "dots3_note_text": {
-        "swa_num_attention_heads": 2,
-        "swa_num_key_value_heads": 2,
-        "swa_q_lora_rank": 16,
-        "swa_kv_lora_rank": 16,
-        "swa_head_dim": 16,
-        "swa_qk_nope_head_dim": 8,
-        "swa_v_head_dim": 12,
-    },
+    "dots3_note": {"text_config": DOTS3},
+    "dots3_note_text": DOTS3,
     "esm": {"pad_token_id": 0, "mask_token_id": 4},
     "esmc": {"num_key_value_heads": 4, "vocab_size": 128},
     "gemma4_assistant": {
