@@ -122,7 +122,7 @@ def decoder(source: str, args: argparse.Namespace) -> Subject:
     tokenizer = tf.AutoTokenizer.from_pretrained(source)
     model = tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     rows = []
-    for row in _rows(args.texts, "--texts"):
+    for row in _rows(args.texts):
         ids = tokenizer(row["text"], truncation=True, max_length=args.length)["input_ids"]  # with <bos>, if it has one
         if len(ids) == args.length and len(rows) < args.documents:
             rows.append(ids)
@@ -149,7 +149,7 @@ def sentence_encoder(source: str, args: argparse.Namespace) -> Subject:
     tokenizer = tf.AutoTokenizer.from_pretrained(source)
     model = tf.AutoModel.from_pretrained(source, dtype=torch.float32).eval()
     length, texts = args.sentence_length, []
-    for number, row in enumerate(_rows(args.texts, "--texts")[: args.paragraphs]):
+    for number, row in enumerate(_rows(args.texts)[: args.paragraphs]):
         words = row["text"].split()  # every fourth is cut at the full length, the others at parts of it
         texts.append(" ".join(words[: max(1, length * (number % 4 + 1) // 4)]))
     batches = [
@@ -189,7 +189,7 @@ def speech(source: str, args: argparse.Namespace) -> Subject:
     tokenizer = tf.AutoTokenizer.from_pretrained(source)
     extractor = tf.AutoFeatureExtractor.from_pretrained(source)
     model: Any = tf.AutoModelForSpeechSeq2Seq.from_pretrained(source, dtype=torch.float32).eval()
-    rows, rate = _rows(args.clips, "--clips"), extractor.sampling_rate
+    rows, rate = _rows(args.clips), extractor.sampling_rate
     clips = [
         extractor(_audio(args.clips.parent / row["audio"], rate), sampling_rate=rate, return_tensors="pt")
         for row in rows
@@ -232,7 +232,7 @@ def vision(source: str, args: argparse.Namespace) -> Subject:
     """Cosine of the features of the class token and of patches with the model's own."""
     model: Any = tf.AutoModel.from_pretrained(source, dtype=torch.float32).eval()
     side = model.config.image_size
-    rows = _rows(args.pictures, "--pictures")[:: args.every][: args.images]
+    rows = _rows(args.pictures)[:: args.every][: args.images]
     images = [_picture(args.pictures.parent / row["image"], side) for row in rows]
 
     @torch.no_grad()
@@ -252,6 +252,13 @@ def vision(source: str, args: argparse.Namespace) -> Subject:
 
 
 KINDS = {"decoder": decoder, "sentence-encoder": sentence_encoder, "speech": speech, "vision": vision}
+SETTINGS = {
+    "decoder": ("texts", "length", "documents"),
+    "sentence-encoder": ("texts", "sentence_length", "paragraphs"),
+    "speech": ("clips", "new_tokens"),
+    "vision": ("pictures", "every", "images"),
+}
+"""What a figure depends on beside model and attention, the data first."""
 
 
 def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -314,6 +321,9 @@ def run(args: argparse.Namespace, results: Results) -> None:
     """Measure every attention that is asked for on every model and has no result yet."""
     for kind, sources in ((kind, getattr(args, kind.replace("-", "_")) or []) for kind in KINDS):
         for source in sources:
+            needed = next(iter(SETTINGS[kind]))
+            if getattr(args, needed) is None:
+                raise ValueError(f"--{kind} needs --{needed}")
             todo = []
             for label, _, rule in (given.partition("=") for given in args.attention or ATTENTIONS[kind]):
                 rules = [rule.to_dict() for rule in parse_rules(parse_yaml(rule))]
@@ -374,20 +384,12 @@ def report(records: list[dict[str, Any]]) -> str:
 
 
 def _settings(kind: str, args: argparse.Namespace) -> dict[str, Any]:
-    names = {
-        "decoder": ("texts", "length", "documents"),
-        "sentence-encoder": ("texts", "sentence_length", "paragraphs"),
-        "speech": ("clips", "new_tokens"),
-        "vision": ("pictures", "every", "images"),
-    }[kind]
+    values = {name: getattr(args, name) for name in SETTINGS[kind]}
     # Data by content, so that a moved file is the same one.
-    values = {name: getattr(args, name) for name in names}
     return {name: hash_of({"": v.read_text("utf-8")}) if isinstance(v, Path) else v for name, v in values.items()}
 
 
-def _rows(path: Path | None, option: str) -> list[dict[str, Any]]:
-    if path is None:
-        raise ValueError(f"this kind of model needs {option}")
+def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
 
 
