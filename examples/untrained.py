@@ -7,7 +7,8 @@
 
 MODEL is a folder or a name on the hub. The files have one JSON object a line: {"text"}, {"audio", "text"} or {"image"},
 paths relative to the file; clips are WAV. Each result goes to untrained.jsonl in the output folder as it comes, so a
-run that was stopped goes on where it was; untrained.md is written from all of that file.
+run that was stopped goes on where it was; with --rounds 0 and then without, all figures come before the times.
+untrained.md is written from all of that file.
 """
 
 import argparse
@@ -279,19 +280,26 @@ def with_attention(model: nn.Module, rules: Any) -> nn.Module:
 def pairs(model: nn.Module, sample: Inputs) -> dict[str, int | None]:
     """Path of each attention module with a slot -> pairs of query and key that enter its softmax, over all heads.
 
-    Counted in the weights of the reference form, with scores scaled down so far that none can vanish. None where the
-    attention does not work by pairs.
+    Counted in the weights of the reference form, with scores scaled down so far that none can vanish, in the first of
+    all modules that have the same attention and the same mask. None where the attention does not work by pairs.
     """
     found: dict[str, int | None] = {}
+    alike: dict[Any, int] = {}
 
     def count(path: str, slot: Attention, args: tuple, kwargs: dict[str, Any]) -> None:
         if slot.family not in PAIRS:
             found[path] = None
             return
         q, k, v = args
+        mask = kwargs["mask"]
+        seen = (mask.causal, mask.cross) if mask.plain and not mask.row_starts else mask
+        kind = (slot.name, slot.config, q.shape, k.shape, seen)
+        if kind in alike:
+            found[path] = alike[kind]
+            return
         small = q / (q.norm(dim=-1).max() * k.norm(dim=-1).max() * kwargs["scale"]).clamp(min=1e-12)
         options = {"mask": kwargs["mask"], "scale": kwargs["scale"], "dropout": 0.0}
-        found[path] = int(slot.reference(small, k, v[..., :1], **options)[1].count_nonzero())
+        found[path] = alike[kind] = int(slot.reference(small, k, v[..., :1], **options)[1].count_nonzero())
 
     hooks = []
     for path, module in model.named_modules():
@@ -329,32 +337,50 @@ def run(args: argparse.Namespace, results: Results) -> None:
                 rules = [rule.to_dict() for rule in parse_rules(parse_yaml(rule))]
                 settings = {"kind": kind, "model": Path(source).name, "rules": rules, **_settings(kind, args)}
                 todo.append((label, settings, hash_of(settings)))
-            todo = [cell for cell in todo if not results.done(cell[2])]
+            todo = [cell for cell in todo if not _finished(results.records.get(cell[2], {}), args.rounds)]
             if todo:
                 _run(KINDS[kind](resolve(source), args), Path(source).name, todo, args.rounds, results)
 
 
+def _finished(record: dict[str, Any], rounds: int) -> bool:
+    return record.get("status") == "ok" and (rounds == 0 or record["speed"] is not None)
+
+
 def _run(subject: Subject, name: str, todo: list, rounds: int, results: Results) -> None:
-    device = next(subject.model.parameters()).device
     roles = sorted({row.role for row in describe_attention(subject.model)}, key=ROLES.index)
-    own = pairs(with_attention(subject.model, {"type": "softmax", "roles": roles}), subject.sample)
-    reference = subject.measure(subject.model)
+    own = functools.cache(lambda: subject.measure(subject.model))
+    every = functools.cache(
+        lambda: pairs(with_attention(subject.model, {"type": "softmax", "roles": roles}), subject.sample)
+    )
     for label, settings, key in todo:
         started = time.perf_counter()
-        record: dict[str, Any] = {"key": key, "model": name, "what": subject.what, "attention": label}
+        record = {"key": key, "model": name, "what": subject.what, "attention": label}
+        held = results.records.get(key, {})
         try:
             other = with_attention(subject.model, settings["rules"])
-            figures, part = subject.measure(other), share(other, own, subject.sample)
-            runs = {"own": subject.model, "other": other}
-            contenders = {which: [Part(run=_forward(m, subject.sample), count=1)] for which, m in runs.items()}
-            seconds = interleaved(contenders, rounds, device)
-            speed = compared(seconds["other"], seconds["own"])
-            record |= {"status": "ok", "own": reference, "figures": figures, "pairs": part, "speed": speed}
+            if _finished(held, rounds=0):
+                found = {what: held[what] for what in ("own", "figures", "pairs")}
+            else:
+                found = {
+                    "own": own(),
+                    "figures": subject.measure(other),
+                    "pairs": share(other, every(), subject.sample),
+                }
+            record |= {"status": "ok", **found, "speed": _speed(subject, other, rounds)}
         except ValueError as error:  # an attention that does not serve this model: that is the result
             record |= {"status": "refused", "error": " ".join(str(error).split())}
         record |= {"seconds": round(time.perf_counter() - started, 1), "settings": settings, "versions": versions()}
         results.add(record)
         print(f"{name}: {label}: {record.get('figures') or record['error']} ({record['seconds']} s)", flush=True)
+
+
+def _speed(subject: Subject, other: nn.Module, rounds: int) -> dict[str, float] | None:
+    if rounds == 0:
+        return None
+    runs = {"own": subject.model, "other": other}
+    contenders = {which: [Part(run=_forward(model, subject.sample), count=1)] for which, model in runs.items()}
+    seconds = interleaved(contenders, rounds, next(other.parameters()).device)
+    return compared(seconds["other"], seconds["own"])
 
 
 def report(records: list[dict[str, Any]]) -> str:
@@ -377,7 +403,7 @@ def report(records: list[dict[str, Any]]) -> str:
                 continue
             speed, part = record["speed"], record["pairs"]
             figures = [brief_number(record["figures"][column]) for column in columns]
-            ratio = f"{speed['times_as_fast']:.2f} ({speed['lowest']:.2f} to {speed['highest']:.2f})"
+            ratio = "" if speed is None else "{times_as_fast:.2f} ({lowest:.2f} to {highest:.2f})".format(**speed)
             table.rows.append([label, "none" if part is None else f"{part:.3f}", *figures, ratio])
         parts.append(table.markdown())
     return "\n\n".join(parts) + "\n"
@@ -443,7 +469,9 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64, help="most tokens of a transcript (default %(default)s)")
     parser.add_argument("--images", type=int, default=12, help="pictures used (default %(default)s)")
     parser.add_argument("--every", type=int, default=1, help="take every so many-th picture (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of timing (default %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="rounds of timing; 0 leaves it to a later run (default 5)"
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default %(default)s)")
     parser.add_argument("--attention", action="append", metavar="LABEL=RULE", help="instead of the default ones")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/untrained"))

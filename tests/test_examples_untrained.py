@@ -26,10 +26,12 @@ def example():
 def measured(example, tmp_path, capsys, monkeypatch, one_thread):
     """Runs the script; label -> record, and what it printed."""
 
-    def run(*arguments, attentions):
+    def run(*arguments, attentions, rounds=1):
         chosen = [part for label, rule in attentions.items() for part in ("--attention", f"{label}={rule}")]
         out = tmp_path / "out"
-        monkeypatch.setattr(sys, "argv", ["", *map(str, arguments), *chosen, "--rounds=1", "--output-dir", str(out)])
+        monkeypatch.setattr(
+            sys, "argv", ["", *map(str, arguments), *chosen, f"--rounds={rounds}", "--output-dir", str(out)]
+        )
         capsys.readouterr()
         example.main()
         lines = [json.loads(line) for line in (out / "untrained.jsonl").read_text("utf-8").splitlines()]
@@ -55,7 +57,12 @@ def test_a_decoder(measured, llama, texts):
         "nystrom": "{type: nystrom}",
     }
     arguments = ["--decoder", llama, "--texts", texts, "--length", 40, "--documents", 2]
+    first, _ = measured(*arguments, attentions=attentions, rounds=0)
+    assert [line["speed"] for line in first.values() if line["status"] == "ok"] == [None] * 4
     found, lines = measured(*arguments, attentions=attentions)
+    assert all(
+        found[label][what] == first[label][what] for label in ("softmax", "linear") for what in ("own", "figures")
+    )
     ids = [tokenizer()(row["text"])["input_ids"][:40] for row in map(json.loads, Path(texts).read_text().splitlines())]
     model = tf.AutoModelForCausalLM.from_pretrained(llama)
     with torch.no_grad():

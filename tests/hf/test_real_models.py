@@ -22,11 +22,12 @@ CLASSES = {
     "smollm2-135m": tf.AutoModelForCausalLM,
     "gemma3-270m": tf.AutoModelForCausalLM,
     "minilm": tf.AutoModel,
+    "mpnet": tf.AutoModel,
     "whisper-tiny-en": tf.AutoModelForSpeechSeq2Seq,
     "dinov2-small": tf.AutoModel,
 }
 DECODERS = ("smollm2-135m", "gemma3-270m")
-LENGTHS = {"minilm": (256, 91)}
+LENGTHS = {"minilm": (256, 91), "mpnet": (384, 91)}
 """Tokens of the two rows of a batch; 700 are more than Gemma's own window of 512."""
 
 FULL = {"type": "local", "window_size": 1500}
@@ -42,6 +43,7 @@ LIMITS = {
         {"type": "block_topk", "topk": 11, "layers": "every:6+5"},
     ],
     "minilm": ["softmax", FULL, {"type": "block_topk", "topk": 4}, {"type": "block_local", "block_size": 256}],
+    "mpnet": ["softmax", FULL, {"type": "topk", "topk": 384}, {"type": "block_local", "block_size": 384}],
     "whisper-tiny-en": [
         *({"type": "softmax", "roles": role} for role in ("encoder", "decoder", "cross")),
         {"type": "softmax", "roles": ["encoder", "decoder", "cross"]},
@@ -55,6 +57,7 @@ NARROW = {
     "smollm2-135m": [{**FULL, "window_size": 699}],
     "gemma3-270m": [{**FULL, "window_size": 511, "layers": 4}, {**FULL, "window_size": 699, "layers": -1}],
     "minilm": [{**FULL, "window_size": 255, "layers": 0}],
+    "mpnet": [{**FULL, "window_size": 383, "layers": 0}],
     "whisper-tiny-en": [
         {**FULL, "window_size": 1499, "roles": "encoder"},
         {**FULL, "window_size": 11, "roles": "decoder"},
