@@ -30,20 +30,31 @@ DECODERS = ("smollm2-135m", "gemma3-270m")
 LENGTHS = {"minilm": (256, 91), "mpnet": (384, 91)}
 """Tokens of the two rows of a batch; 700 are more than Gemma's own window of 512."""
 
+WINDOW = {"type": "local", "window_size": 700}
 FULL = {"type": "local", "window_size": 1500}
 ALL_ROLES = [{**FULL, "roles": ["encoder", "decoder"]}, {"type": "topk", "topk": 1500, "roles": "cross"}]
 GRID = {"type": "neighborhood_2d", "kernel_size": 37}
 LIMITS = {
-    "smollm2-135m": ["softmax", FULL, {"type": "block_topk", "topk": 11}, {"type": "block_local", "block_size": 700}],
+    "smollm2-135m": ["softmax", WINDOW, {"type": "block_topk", "topk": 11}, {"type": "block_local", "block_size": 700}],
     "gemma3-270m": [
         "softmax",
-        FULL,
-        {**FULL, "window_size": 512, "layers": [*range(5), *range(6, 11), *range(12, 17)]},  # as wide as its own window
-        {**FULL, "layers": "every:6+5"},
+        WINDOW,
+        {**WINDOW, "window_size": 512, "layers": ["0-4", "6-10", "12-16"]},  # as wide as its own sliding window
+        {**WINDOW, "layers": "every:6+5"},
         {"type": "block_topk", "topk": 11, "layers": "every:6+5"},
     ],
-    "minilm": ["softmax", FULL, {"type": "block_topk", "topk": 4}, {"type": "block_local", "block_size": 256}],
-    "mpnet": ["softmax", FULL, {"type": "topk", "topk": 384}, {"type": "block_local", "block_size": 384}],
+    "minilm": [
+        "softmax",
+        {**WINDOW, "window_size": 256},
+        {"type": "block_topk", "topk": 4},
+        {"type": "block_local", "block_size": 256},
+    ],
+    "mpnet": [
+        "softmax",
+        {**WINDOW, "window_size": 384},
+        {"type": "topk", "topk": 384},
+        {"type": "block_local", "block_size": 384},
+    ],
     "whisper-tiny-en": [
         *({"type": "softmax", "roles": role} for role in ("encoder", "decoder", "cross")),
         {"type": "softmax", "roles": ["encoder", "decoder", "cross"]},
@@ -51,16 +62,16 @@ LIMITS = {
         {"type": "topk", "topk": 1500, "roles": "cross"},
         ALL_ROLES,
     ],
-    "dinov2-small": ["softmax", FULL, GRID, {"type": "block_topk", "topk": 22}],
+    "dinov2-small": ["softmax", {**WINDOW, "window_size": 1370}, GRID, {"type": "block_topk", "topk": 22}],
 }
 NARROW = {
-    "smollm2-135m": [{**FULL, "window_size": 699}],
-    "gemma3-270m": [{**FULL, "window_size": 511, "layers": 4}, {**FULL, "window_size": 699, "layers": -1}],
-    "minilm": [{**FULL, "window_size": 255, "layers": 0}],
-    "mpnet": [{**FULL, "window_size": 383, "layers": 0}],
+    "smollm2-135m": [{**WINDOW, "window_size": 699}],
+    "gemma3-270m": [{**WINDOW, "window_size": 511, "layers": 4}, {**WINDOW, "window_size": 699, "layers": -1}],
+    "minilm": [{**WINDOW, "window_size": 255, "layers": 0}],
+    "mpnet": [{**WINDOW, "window_size": 383, "layers": 0}],
     "whisper-tiny-en": [
-        {**FULL, "window_size": 1499, "roles": "encoder"},
-        {**FULL, "window_size": 11, "roles": "decoder"},
+        {**WINDOW, "window_size": 1499, "roles": "encoder"},
+        {**WINDOW, "window_size": 11, "roles": "decoder"},
         {"type": "topk", "topk": 1499, "roles": "cross"},
     ],
     "dinov2-small": [{**GRID, "kernel_size": 36}],
@@ -135,7 +146,8 @@ def test_the_limit_case_is_the_models_own_with_padding(name, rule):
     ap.swap_attention(model, rule)
     try:
         assert any(row.plugin for row in ap.describe_attention(model))
-        assert difference(output(model, given), own) < 1e-5
+        gap = difference(output(model, given), own)
+        assert gap < 1e-5, rule
         if name not in DECODERS and name != "whisper-tiny-en":
             return
         prompt = {k: v[..., -200:] if k != "input_features" else v for k, v in given.items() if "decoder" not in k}
@@ -152,7 +164,8 @@ def test_one_step_inside_the_limit_is_not(name, rule):
     model, given, own = held(name)
     ap.swap_attention(model, rule)
     try:
-        assert difference(output(model, given), own) > 1e-5
+        gap = difference(output(model, given), own)
+        assert gap > 1e-5, rule
     finally:
         ap.restore_attention(model)
 
@@ -163,7 +176,8 @@ def test_the_flag_loads_them_and_restoring_gives_the_original(name, tmp_path):
     rule = {**GRID, "kernel_size": 5} if name == "dinov2-small" else {"type": "local", "window_size": 8}
     model = load(name, attn_plugin=rule)
     changed = output(model, given)
-    assert difference(changed, own) > 1e-2
+    gap = difference(changed, own)
+    assert gap > 1e-2
     model.save_pretrained(tmp_path)
     again = CLASSES[name].from_pretrained(tmp_path, dtype=torch.float32).eval()
     assert torch.equal(output(again, given), changed)
