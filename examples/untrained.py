@@ -30,7 +30,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from attn_plugins import describe_attention, swap_attention
 from attn_plugins.attention import Attention
 from attn_plugins.extras import need
-from attn_plugins.measuring import Part, compared, interleaved
+from attn_plugins.measuring import Part, compared, interleaved, parts
 from attn_plugins.results import Results, hash_of, versions
 from attn_plugins.rules import ROLES, parse_rules
 from attn_plugins.settings import parse_yaml
@@ -161,11 +161,11 @@ def sentence_encoder(source: str, args: argparse.Namespace) -> Subject:
 
     @torch.no_grad()
     def embed(other: Any) -> torch.Tensor:
-        parts = []
+        means = []
         for batch in batches:
             weight = batch["attention_mask"].unsqueeze(-1).float()
-            parts.append((other(**batch).last_hidden_state * weight).sum(1) / weight.sum(1))
-        return normalize(torch.cat(parts), dim=-1)
+            means.append((other(**batch).last_hidden_state * weight).sum(1) / weight.sum(1))
+        return normalize(torch.cat(means), dim=-1)
 
     own = embed(model)
 
@@ -332,6 +332,8 @@ def run(args: argparse.Namespace, results: Results) -> None:
             needed = next(iter(SETTINGS[kind]))
             if getattr(args, needed) is None:
                 raise ValueError(f"--{kind} needs --{needed}")
+            if args.scope == "attention" and needed != "texts":
+                raise ValueError(f"--scope attention is for models of text, not for --{kind}")
             todo = []
             for label, _, rule in (given.partition("=") for given in args.attention or ATTENTIONS[kind]):
                 rules = [rule.to_dict() for rule in parse_rules(parse_yaml(rule))]
@@ -339,14 +341,14 @@ def run(args: argparse.Namespace, results: Results) -> None:
                 todo.append((label, settings, hash_of(settings)))
             todo = [cell for cell in todo if not _finished(results.records.get(cell[2], {}), args.rounds)]
             if todo:
-                _run(KINDS[kind](resolve(source), args), Path(source).name, todo, args.rounds, results)
+                _run(KINDS[kind](resolve(source), args), Path(source).name, todo, args, results)
 
 
 def _finished(record: dict[str, Any], rounds: int) -> bool:
     return record.get("status") == "ok" and (rounds == 0 or record["speed"] is not None)
 
 
-def _run(subject: Subject, name: str, todo: list, rounds: int, results: Results) -> None:
+def _run(subject: Subject, name: str, todo: list, args: argparse.Namespace, results: Results) -> None:
     roles = sorted({row.role for row in describe_attention(subject.model)}, key=ROLES.index)
     own = functools.cache(lambda: subject.measure(subject.model))
     every = functools.cache(
@@ -366,7 +368,7 @@ def _run(subject: Subject, name: str, todo: list, rounds: int, results: Results)
                     "figures": subject.measure(other),
                     "pairs": share(other, every(), subject.sample),
                 }
-            record |= {"status": "ok", **found, "speed": _speed(subject, other, rounds)}
+            record |= {"status": "ok", **found, "speed": _speed(subject, other, args)}
         except ValueError as error:  # an attention that does not serve this model: that is the result
             record |= {"status": "refused", "error": " ".join(str(error).split())}
         record |= {"seconds": round(time.perf_counter() - started, 1), "settings": settings, "versions": versions()}
@@ -374,13 +376,24 @@ def _run(subject: Subject, name: str, todo: list, rounds: int, results: Results)
         print(f"{name}: {label}: {record.get('figures') or record['error']} ({record['seconds']} s)", flush=True)
 
 
-def _speed(subject: Subject, other: nn.Module, rounds: int) -> dict[str, float] | None:
-    if rounds == 0:
+def _speed(subject: Subject, other: nn.Module, args: argparse.Namespace) -> dict[str, Any] | None:
+    if args.rounds == 0:
         return None
-    runs = {"own": subject.model, "other": other}
-    contenders = {which: [Part(run=_forward(model, subject.sample), count=1)] for which, model in runs.items()}
-    seconds = interleaved(contenders, rounds, next(other.parameters()).device)
-    return compared(seconds["other"], seconds["own"])
+    models = {"own": subject.model, "other": other}
+    contenders = {which: _work(model, subject.sample, args.scope) for which, model in models.items()}
+    seconds = interleaved(contenders, args.rounds, next(other.parameters()).device)
+    return {"scope": args.scope, "rounds": args.rounds, **compared(seconds["other"], seconds["own"])}
+
+
+def _work(model: nn.Module, sample: Inputs, scope: str) -> list[Part]:
+    if scope == "attention":
+        return parts(model, sample["input_ids"], "attention", "forward")
+
+    @torch.no_grad()
+    def forward() -> None:
+        model(**sample)
+
+    return [Part(run=forward, count=1)]
 
 
 def report(records: list[dict[str, Any]]) -> str:
@@ -388,13 +401,15 @@ def report(records: list[dict[str, Any]]) -> str:
     groups: dict[tuple[str, str], dict[str, dict]] = {}
     for record in records:
         groups.setdefault((record["model"], record["what"]), {})[record["attention"]] = record
-    parts = []
+    tables = []
     for (name, what), rows in groups.items():
         done = [record for record in rows.values() if record["status"] == "ok"]
         if not done:
             continue
         columns = list(done[0]["own"])
-        table = Table(name, what, ["attention", "pairs scored", *columns, "times as fast (range)"])
+        scopes = {record["speed"]["scope"] for record in done if record["speed"] is not None}
+        time_of = f"times as fast: {' or '.join(sorted(scopes)) or 'not measured'}"
+        table = Table(name, what, ["attention", "pairs scored", *columns, time_of])
         own = done[0]["own"]
         table.rows.append(["**the model's own**", "1", *(brief_number(own[column]) for column in columns), "1"])
         for label, record in rows.items():
@@ -405,8 +420,8 @@ def report(records: list[dict[str, Any]]) -> str:
             figures = [brief_number(record["figures"][column]) for column in columns]
             ratio = "" if speed is None else "{times_as_fast:.2f} ({lowest:.2f} to {highest:.2f})".format(**speed)
             table.rows.append([label, "none" if part is None else f"{part:.3f}", *figures, ratio])
-        parts.append(table.markdown())
-    return "\n\n".join(parts) + "\n"
+        tables.append(table.markdown())
+    return "\n\n".join(tables) + "\n"
 
 
 def _settings(kind: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -447,14 +462,6 @@ def _pairwise(embeddings: torch.Tensor) -> torch.Tensor:
     return (embeddings[first] * embeddings[second]).sum(-1)
 
 
-def _forward(model: nn.Module, sample: Inputs) -> Callable[[], None]:
-    @torch.no_grad()
-    def forward() -> None:
-        model(**sample)
-
-    return forward
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for kind in KINDS:
@@ -472,6 +479,7 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, help="rounds of timing; 0 leaves it to a later run (default 5)"
     )
+    parser.add_argument("--scope", choices=("model", "attention"), default="model", help="what is timed")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default %(default)s)")
     parser.add_argument("--attention", action="append", metavar="LABEL=RULE", help="instead of the default ones")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/untrained"))

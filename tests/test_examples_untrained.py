@@ -84,19 +84,23 @@ def test_a_decoder(measured, llama, texts):
     assert again["window 5"] == found["window 5"]
 
 
-def test_a_text_that_is_too_short_is_an_error(measured, llama, texts, capsys):
+def test_what_cannot_be_measured_is_an_error(measured, llama, texts, capsys):
     with pytest.raises(SystemExit):
         measured("--decoder", llama, "--texts", texts, "--length", 90, attentions={"softmax": "{type: softmax}"})
     assert "has 90 tokens" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         measured("--vision", llama, attentions={"softmax": "{type: softmax}"})
     assert "--vision needs --pictures" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        measured("--vision", llama, "--pictures", texts, "--scope=attention", attentions={"softmax": "{type: softmax}"})
+    assert "is for models of text" in capsys.readouterr().err
 
 
 def test_a_sentence_encoder(measured, bert, texts):
     attentions = {"softmax": "{type: softmax}", "window 3": "{type: local, window_size: 3}"}
     arguments = ["--sentence-encoder", bert, "--texts", texts, "--sentence-length", 24, "--paragraphs", 7]
-    found, _ = measured(*arguments, attentions=attentions)
+    found, _ = measured(*arguments, "--scope=attention", attentions=attentions)
+    assert found["softmax"]["speed"]["scope"] == "attention"
     assert found["softmax"]["figures"] == pytest.approx({"cosine": 1, "lowest cosine": 1, "rank correlation": 1})
     few = found["window 3"]["figures"]
     assert few["lowest cosine"] < few["cosine"] < 0.9999
