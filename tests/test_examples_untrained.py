@@ -111,8 +111,8 @@ def test_a_sentence_encoder(measured, bert, texts):
 
 
 def test_rank_correlation_is_spearmans(example):
-    a, b = torch.tensor([1.0, 2, 3, 4, 5]), torch.tensor([2.0, 1, 30, 50, 40])
-    assert example.rank_correlation(a, b) == pytest.approx(1 - 6 * 4 / (5 * 24))  # differences of ranks 1, 1, 0, 1, 1
+    a, b = torch.tensor([20.0, 30, 1, 40, 50]), torch.tensor([2.0, 1, 3, 4, 5])
+    assert example.rank_correlation(a, b) == pytest.approx(1 - 6 * 8 / (5 * 24))  # ranks differ by 0, 2, 2, 0, 0
     assert example.rank_correlation(a, -a) == pytest.approx(-1)
 
 
