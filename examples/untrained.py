@@ -315,14 +315,16 @@ def pairs(model: nn.Module, sample: Inputs) -> dict[str, int | None]:
 
 
 def share(model: nn.Module, own: dict[str, Any], sample: Inputs) -> float | None:
-    """Pairs scored, of those that the model itself scores, in all attention modules of the roles that were swapped."""
+    """Pairs scored, of those that the model itself scores, in all attention modules of the roles that were swapped.
+
+    None where no pair is.
+    """
     counted = pairs(model, sample)
-    if None in counted.values():
-        return None
     rows = describe_attention(model)
     roles = {row.role for row in rows if row.plugin is not None}
     paths = [row.path for row in rows if row.role in roles]
-    return sum(counted.get(path, own[path]) for path in paths) / sum(own[path] for path in paths)
+    scored = sum(counted.get(path, own[path]) or 0 for path in paths)
+    return scored / sum(own[path] for path in paths) if scored else None
 
 
 def run(args: argparse.Namespace, results: Results) -> None:
@@ -414,7 +416,7 @@ def report(records: list[dict[str, Any]]) -> str:
         table.rows.append(["**the model's own**", "1", *(brief_number(own[column]) for column in columns), "1"])
         for label, record in rows.items():
             if record["status"] != "ok":
-                table.rows.append([label, f"refused: {record['error']}", *[""] * (len(columns) + 1)])
+                table.rows.append([label, f"refused: {record['error'].split(';')[0]}", *[""] * (len(columns) + 1)])
                 continue
             speed, part = record["speed"], record["pairs"]
             figures = [brief_number(record["figures"][column]) for column in columns]

@@ -54,11 +54,12 @@ def test_a_decoder(measured, llama, texts):
         "window 5": "{type: local, window_size: 5}",
         "one layer": "{type: local, window_size: 5, layers: 0}",
         "linear": "{type: linear}",
+        "half linear": "{type: linear, layers: 0}",
         "nystrom": "{type: nystrom}",
     }
     arguments = ["--decoder", llama, "--texts", texts, "--length", 40, "--documents", 2]
     first, _ = measured(*arguments, attentions=attentions, rounds=0)
-    assert [line["speed"] for line in first.values() if line["status"] == "ok"] == [None] * 4
+    assert [line["speed"] for line in first.values() if line["status"] == "ok"] == [None] * 5
     found, lines = measured(*arguments, attentions=attentions)
     assert all(
         found[label][what] == first[label][what] for label in ("softmax", "linear") for what in ("own", "figures")
@@ -76,6 +77,7 @@ def test_a_decoder(measured, llama, texts):
     assert found["window 5"]["pairs"] == pytest.approx(seen)
     assert found["one layer"]["pairs"] == pytest.approx((seen + 1) / 2)
     assert found["linear"]["pairs"] is None
+    assert found["half linear"]["pairs"] == 0.5
     assert found["window 5"]["speed"]["lowest"] > 0
     assert found["nystrom"]["status"] == "refused"
     assert "no 'causal'" in found["nystrom"]["error"]
@@ -179,3 +181,9 @@ def test_vision(example, measured, tmp_path):
     white = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     got = example._picture(tmp_path / "clear.png", 16)
     torch.testing.assert_close(got, white.view(1, 3, 1, 1).expand(1, 3, 16, 16))
+
+
+def test_the_published_tables_are_what_the_results_say(example):
+    folder = EXAMPLE.parent.parent / "docs" / "benchmarks" / "untrained"
+    records = list(example.Results(folder / "untrained.jsonl").records.values())
+    assert example.report(records) == (folder / "untrained.md").read_text("utf-8")
