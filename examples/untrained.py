@@ -43,20 +43,19 @@ Inputs = dict[str, Any]
 PAIRS = ("dense", "local", "sparse")
 """Families whose cost is the pairs of queries and keys that they score; the others score none, or landmarks."""
 
-WINDOWS = "{{type: local, window_size: {0}}}", "{{type: local, window_size: {0}, num_sink_tokens: {1}}}"
 NEIGHBOURS = "{{type: neighborhood_2d, kernel_size: {0}, num_prefix_tokens: 1}}"
 
 
 def _windows(sizes: list[int], sinks: int, first: str) -> list[str]:
-    alone = [f"window {size}={WINDOWS[0].format(size)}" for size in sizes]
-    return alone + [f"window {size} + {first}={WINDOWS[1].format(size, sinks)}" for size in sizes]
+    rule = "{{type: local, window_size: {0}, num_sink_tokens: {1}}}"
+    alone = [f"window {size}={rule.format(size, 0)}" for size in sizes]
+    return alone + [f"window {size} + {first}={rule.format(size, sinks)}" for size in sizes]
 
 
 ATTENTIONS: dict[str, list[str]] = {
     "decoder": [
         "softmax={type: softmax}",
-        *_windows([1024, 256], 4, "4 sinks"),
-        *_windows([512, 128], 4, "4 sinks")[2:],
+        *_windows([1024, 512, 256, 128], 4, "4 sinks"),
         *(f"best {n} blocks of 64={{type: block_topk, block_size: 64, topk: {n}}}" for n in (16, 8, 4)),
         "best 8 blocks of 64, every 6th layer={type: block_topk, block_size: 64, topk: 8, layers: 'every:6+5'}",
         "best 32 keys={type: topk, topk: 32}",
@@ -168,11 +167,12 @@ def sentence_encoder(source: str, args: argparse.Namespace) -> Subject:
         return normalize(torch.cat(means), dim=-1)
 
     own = embed(model)
+    pair = torch.triu_indices(len(own), len(own), 1).unbind()
 
     def measure(other: nn.Module) -> dict[str, float]:
         got = embed(other)
         cosines = cosine_similarity(got, own)
-        ranks = rank_correlation(_pairwise(got), _pairwise(own))
+        ranks = rank_correlation(*((x @ x.T)[pair] for x in (got, own)))
         return {"cosine": float(cosines.mean()), "lowest cosine": float(cosines.min()), "rank correlation": ranks}
 
     what = (
@@ -457,11 +457,6 @@ def _picture(path: Path, side: int) -> torch.Tensor:
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(side, side, 3).permute(2, 0, 1)
     mean, deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
     return ((pixels / 255 - mean) / deviation).unsqueeze(0)
-
-
-def _pairwise(embeddings: torch.Tensor) -> torch.Tensor:
-    first, second = torch.triu_indices(len(embeddings), len(embeddings), 1)
-    return (embeddings[first] * embeddings[second]).sum(-1)
 
 
 def main() -> None:
