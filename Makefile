@@ -23,12 +23,11 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-peers test-oldest test-architectures architectures demo bench \
-	bench-decode gpu-check docs try wheel clean
+.PHONY: help setup fix check test test-slow test-real test-peers test-oldest test-architectures architectures demo bench bench-decode gpu-check docs try wheel clean
 .DELETE_ON_ERROR:
 
 help:
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 27
 
 setup: $(VENV)/.installed ## the environment with all extras, at the versions of constraints.txt
 
@@ -69,11 +68,11 @@ test-peers: setup ## numbers beside published implementations; installs them int
 	$(PIP_INSTALL) --quiet -e ".[dev,peers]"
 	$(PYTEST) -m peers
 
-test-architectures: setup ## the flag on every model type of transformers, about half an hour
+test-architectures: setup ## the flag on every model type of transformers: minutes
 	$(PYTEST) -m architectures
 
 test-oldest: $(OLDEST)/.installed ## tests of the bridge on the oldest transformers that is supported
-	$(call PYTEST_IN,$(OLDEST)) tests/hf
+	$(call PYTEST_IN,$(OLDEST)) tests/hf tests/architectures
 
 # A venv of its own for the few packages that differ; all others are looked up in the first one.
 $(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt

@@ -14,6 +14,7 @@ from typing import Any
 
 import tiny_model
 import torch
+from corrections import REASONS
 from subject import TOLERANCE, Modules, Subject, compare, distance, inline_attention, named_tensors
 from torch import nn
 from transformers import PreTrainedModel
@@ -75,10 +76,12 @@ def examine(model_type: str) -> Row:
             else:
                 row.checks = {name: outcome(check, subject) for name, check in CHECKS.items()}
     except ImportError as error:
-        package = re.search(r"requires the (\w+) library|$", str(error)).group(1)  # type: ignore[union-attr]
-        row.status, row.reason = "not built", f"needs {package}" if package else str(error)
+        package = re.search(r"requires the (\w+) library|import name '\w+' from '(\w+)", str(error))
+        row.status, row.reason = "not built", f"needs {package.group(1) or package.group(2)}" if package else str(error)
     except Exception as error:
         row.status, row.reason = "not built", f"{type(error).__name__}: {error}"
+    if row.status == "not built":
+        row.reason = REASONS.get(model_type, row.reason)
     failed = {name: said for name, said in row.checks.items() if said.startswith("failed")}
     if failed:
         row.status, row.reason = "failed", "; ".join(f"{name} {said}" for name, said in failed.items())

@@ -1,6 +1,7 @@
 """The flag on tiny models: a spread of model types by default, all of them with ``-m architectures``."""
 
 import json
+from pathlib import Path
 
 import checks
 import matrix
@@ -10,6 +11,7 @@ import tiny_model
 import attn_plugins as ap
 from attn_plugins.attention import HeadShape
 
+DOCS = Path(__file__).parents[2] / "docs"
 SPREAD = (
     *("llama", "gpt2", "qwen3", "gemma3_text", "gpt_oss", "deepseek_v3", "deepseek_v32", "diffllama", "doge", "phi3"),
     *("bert", "roberta", "albert", "distilbert", "modernbert", "layoutlm", "splinter", "xlm-roberta", "eurobert"),
@@ -27,12 +29,26 @@ def cases() -> list:
     ]
 
 
+@pytest.mark.filterwarnings("default")  # what models warn of is not what is tested here
 @pytest.mark.parametrize("model_type", cases())
 def test_every_attention_module_of_a_model_type_is_served(model_type):
     row = checks.examine(model_type)
     if row.status in ("no attention", "inline attention", "not built") and model_type not in SPREAD:
         pytest.skip(f"{row.status}: {row.reason}")
     assert row.status == "passed", row.reason
+
+
+def test_the_page_says_what_was_found():
+    held = json.loads((DOCS / "architectures.json").read_text(encoding="utf8"))
+    assert (DOCS / "architectures.md").read_text(encoding="utf8") == matrix.document(held["rows"], held["versions"])
+    status = {row["model_type"]: row["status"] for row in held["rows"]}
+    assert [name for name in SPREAD if status[name] != "passed"] == []
+    assert sum(found == "passed" for found in status.values()) >= 300
+    counts = f"{sum(found == 'passed' for found in status.values())} of the {len(status)} model types"
+    assert counts in " ".join((DOCS.parent / "README.md").read_text(encoding="utf8").split())
+    for row in held["rows"]:
+        assert row["status"] in matrix.ORDER
+        assert row["reason"] or row["status"] in ("passed", "no attention"), row["model_type"]
 
 
 def test_a_matrix_that_was_stopped_goes_on_where_it_was(tmp_path):

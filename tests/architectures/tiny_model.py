@@ -95,6 +95,8 @@ def excite(model: nn.Module) -> None:
             parameter.normal_(std=0.5 * parameter.shape[-1] ** -0.5 + 0.1)
         elif parameter.ndim == 3 and parameter.requires_grad and not parameter.any():
             parameter.normal_()  # learned queries that start at 0 (Q-Former) would give no gradient to what reads them
+        elif parameter.ndim < 2 and parameter.requires_grad and "bias" not in path and not parameter.any():
+            parameter.fill_(0.5)  # gates and scales that start at 0 (Mllama, Zaya) would hide what they are for
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Conv3d)):
             module.weight.normal_(std=(2 / module.weight[0].numel()) ** 0.5)

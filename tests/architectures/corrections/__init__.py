@@ -14,6 +14,16 @@ CLASSES: dict[str, str] = {}
 CONFIGS: dict[str, dict[str, Any]] = {}
 """Model type -> fields of its config; a dict for a part goes into that part's own."""
 
+REASONS: dict[str, str] = {
+    "gemma4_assistant": "transformers builds none: it wants all layers to share keys, and refuses that",
+    "gemma4_unified_assistant": "transformers builds none: it wants all layers to share keys, and refuses that",
+    "pp_ocrv5_server_det": "its default config lacks intraclass_block_config",
+    "pp_ocrv6_medium_det": "its default config lacks intraclass_block_config",
+    "qwen2_5_omni": "has no forward; its parts are model types of their own",
+    "sam3_video": "takes sessions with text prompts alone, which these checks have none of",
+}
+"""Model type -> why no tiny model or no inputs are made, where the error that is met does not say it."""
+
 INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {}
 """Model type -> function of the model and of a source of random tensors that makes its inputs."""
 
