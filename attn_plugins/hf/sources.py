@@ -16,6 +16,8 @@ from attn_plugins.hf.interface import functions_of
 OUTSIDE = ("torch.", "builtins", "transformers.modeling_utils", "transformers.utils", "transformers.generation")
 """Where code is that tells nothing of a single model."""
 
+LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
 
 @functools.cache
 def names_of(cls: type) -> frozenset[str]:
@@ -44,17 +46,23 @@ def told(cls: type) -> frozenset[str]:
 
 @functools.cache
 def attends_repeatedly(cls: type) -> bool:
-    """Whether a forward pass of a class calls the attention function more than once, one call after the other."""
+    """Whether a forward pass of a class may call the attention function more than once: in a row, or in a loop."""
+    defined = [node for function in _functions(cls) for node in ast.walk(function) if isinstance(node, ast.FunctionDef)]
 
-    def calls_in(statements: list[ast.stmt]) -> int:
-        total = 0
-        for statement in statements:
-            branches = [block for block in _blocks(statement) if block]
-            inner = [calls_in(block) for block in branches]
-            total += max(inner) if inner else sum(_attends(node) for node in ast.walk(statement))
-        return total
+    def calls_in(part: Any, within: list[ast.FunctionDef]) -> int:
+        if isinstance(part, list):
+            return sum(calls_in(node, within) for node in part)
+        if isinstance(part, (ast.FunctionDef, ast.Lambda)):
+            return 0  # counts where it is called
+        if isinstance(part, (ast.If, ast.IfExp)):
+            return max(calls_in(part.body, within), calls_in(part.orelse, within))
+        name = _own_name(part)
+        inner = [f for f in defined if f.name == name and f not in within]
+        total = _attends(part) + max((calls_in(f.body, [*within, f]) for f in inner), default=0)
+        total += calls_in(list(ast.iter_child_nodes(part)), within)
+        return 2 * total if isinstance(part, LOOPS) else total
 
-    return any(calls_in(function.body) > 1 for function in _functions(cls))
+    return any(calls_in(function.body, [function]) > 1 for function in defined)
 
 
 @functools.cache
@@ -76,9 +84,12 @@ def wants_tensor(cls: type) -> bool:
     return any("mask" in what and kind == "torch.Tensor" for what, kind in asked)
 
 
-def _blocks(statement: ast.stmt) -> Iterator[list[ast.stmt]]:
-    for name in ("body", "orelse", "finalbody"):
-        yield getattr(statement, name, [])
+def _own_name(node: ast.AST) -> str | None:
+    """What is called, where that may be of the class or its file: name(...), self.name(...), super().name(...)."""
+    called = node.func if isinstance(node, ast.Call) else None
+    if isinstance(called, ast.Attribute):
+        return called.attr if ast.unparse(called.value) in ("self", "super()") else None
+    return called.id if isinstance(called, ast.Name) else None
 
 
 def _calls(cls: type) -> Iterator[ast.Call]:

@@ -31,6 +31,24 @@ class Inherits(Twice):
     pass
 
 
+class TwiceByAMethod(Once):
+    def attend(self, x, mask):
+        return self.interface()(self, x, x, x, mask, scaling=self.scaling)[0]
+
+    def forward(self, x, mask):
+        return self.attend(x, mask) - self.attend(2 * x, mask)
+
+
+class OnceByASuper(Once):
+    def forward(self, x, mask):
+        return super().forward(x, mask)
+
+
+class InALoop(Once):
+    def forward(self, x, mask):
+        return sum(self.interface()(self, part, x, x, mask, scaling=self.scaling)[0] for part in x)
+
+
 class ByAMethod(Once):
     def attend(self, x, mask):
         return self.interface()(self, x, x, x, mask, scaling=self.scaling, bend=2.0)
@@ -56,7 +74,10 @@ def test_keywords_given_to_the_attention_function_are_those_written_in_its_calls
 
 
 def test_calls_that_follow_each_other_are_told_from_calls_in_branches():
-    assert [sources.attends_repeatedly(cls) for cls in (Once, Twice, Inherits)] == [False, True, True]
+    for cls in (Once, ByAMethod, OnceByASuper):
+        assert not sources.attends_repeatedly(cls)
+    for cls in (Twice, Inherits, TwiceByAMethod, InALoop):
+        assert sources.attends_repeatedly(cls)
 
 
 def test_masks_are_those_that_any_method_makes():
