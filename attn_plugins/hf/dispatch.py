@@ -58,6 +58,8 @@ class LazyMask(AttentionMask):
         self.arguments = arguments
         self.state: State | None = None
         """What the module that it was sent to has kept, where it attends from a state."""
+        self.spent = False
+        """Whether the module has attended from it: the state has taken the new tokens in."""
         self.rotary: Rotary | None = None
         """What that module turns its queries by, where its attention wants to know."""
         self.fixed_length = isinstance(self.q_offset, torch.Tensor) or (
@@ -278,6 +280,13 @@ def attention_forward(
     if base == "eager":
         causal = False  # where a model makes no mask, only sdpa and the like are causal by themselves (BridgeTower)
     state = attention_mask.state if isinstance(attention_mask, LazyMask) else None
+    if state is not None:
+        if attention_mask.spent:
+            raise ValueError(
+                f"{type(module).__name__} calls its attention more than once in a forward pass; allowed: once, where "
+                f"a cache holds the state of {slot_of(module)!r}; generate with use_cache=False"
+            )
+        attention_mask.spent = True
     mask, bias = attention_mask, None
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries, the same for every row (granite_speech)
         query = query.expand(key.shape[0], -1, -1, -1)

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import attn_plugins as ap
 from attn_plugins.hf import discovery, dispatch, sources
@@ -78,6 +79,19 @@ def test_calls_that_follow_each_other_are_told_from_calls_in_branches():
         assert not sources.attends_repeatedly(cls)
     for cls in (Twice, Inherits, TwiceByAMethod, InALoop):
         assert sources.attends_repeatedly(cls)
+
+
+@torch.no_grad()
+def test_attending_twice_from_one_state_is_refused_where_the_code_did_not_tell(monkeypatch):
+    def attend_twice(module, *args, **kwargs):
+        dispatch.attention_forward(module, *args, **kwargs)
+        return dispatch.attention_forward(module, *args, **kwargs)
+
+    model, given = ap.swap_attention(tiny.build("llama"), "local"), tiny.inputs("llama")
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, dispatch.IMPLEMENTATION, attend_twice)
+    model(**given, use_cache=False)
+    with pytest.raises(ValueError, match=r"LlamaAttention calls its attention more than once .*; allowed: once"):
+        model(**given, use_cache=True)
 
 
 def test_masks_are_those_that_any_method_makes():
