@@ -369,6 +369,10 @@ def as_mask(
     if not isinstance(given, torch.Tensor) or given.ndim not in (2, 3, 4):
         got = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
         raise ValueError(f"cannot read the attention mask {got}; allowed: None, or a tensor of 2, 3 or 4 dimensions")
+    fits = {2: [batch_size], 3: [batch_size, q_length], 4: [batch_size, query.shape[1], q_length]}[given.ndim]
+    if given.shape[-1] < kv_length or any(n not in (1, fit) for n, fit in zip(given.shape, fits, strict=False)):
+        allowed = ", ".join([*(f"1 or {fit}" for fit in fits), f"{kv_length} or more"])
+        raise ValueError(f"the attention mask is of shape {tuple(given.shape)}; allowed here: ({allowed})")
     if given.ndim == 2:
         return AttentionMask(**sizes, causal=causal, cross=cross, padding_BK=given[:, -kv_length:].bool()), None
     read, bias = read_dense(given, q_length, kv_length, query.dtype, causal=causal, cross=cross)

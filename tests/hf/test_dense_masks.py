@@ -1,6 +1,7 @@
 """Dense masks that models and users make: what is plain is found to be, and nothing else."""
 
 import gc
+import re
 import weakref
 from typing import Any
 
@@ -194,3 +195,24 @@ def test_a_cache_beside_dense_masks_keeps_all_keys():
     first = model(ids[:, :9], attention_mask=seen[:, :, :9, :9], past_key_values=cache).logits
     second = model(ids[:, 9:], attention_mask=seen[:, :, 9:], past_key_values=cache).logits
     torch.testing.assert_close(torch.cat([first, second], dim=1), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize(
+    ("shape", "allowed"),
+    [
+        ((2, 1, 1, Q - 1), "1 or 2, 1 or 4, 1 or 8, 8 or more"),
+        ((2, 1, Q, Q - 1), "1 or 2, 1 or 4, 1 or 8, 8 or more"),
+        ((3, 1, Q, Q), "1 or 2, 1 or 4, 1 or 8, 8 or more"),
+        ((2, 3, Q, Q), "1 or 2, 1 or 4, 1 or 8, 8 or more"),
+        ((2, 1, Q - 1, Q), "1 or 2, 1 or 4, 1 or 8, 8 or more"),
+        ((2, Q, Q - 1), "1 or 2, 1 or 8, 8 or more"),
+        ((2, Q - 1), "1 or 2, 8 or more"),
+        ((3, Q), "1 or 2, 8 or more"),
+    ],
+)
+def test_masks_of_other_sizes_are_refused(shape, allowed, dtype):
+    """They would be read as plain: where all is visible, the values don't tell how many keys there are."""
+    x = torch.zeros(2, 4, Q, 4)
+    with pytest.raises(ValueError, match=re.escape(f"mask is of shape {shape}; allowed here: ({allowed})")):
+        as_mask(torch.ones(shape).to(dtype), x, x, causal=True, cross=False)
