@@ -145,6 +145,7 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state.reset()
+        self.given = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.state.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -159,6 +160,7 @@ class StateLayer(CacheLayerMixin):
         if tokens_to_remove > 0:
             raise ValueError(f"crop({tokens_to_remove}); allowed: a negative number, of tokens to remove")
         self.state.crop(-int(tokens_to_remove))  # transformers 5.17 counts the tokens of a draft in a tensor
+        self.given = None
 
 
 def serve(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = False) -> None:
@@ -309,14 +311,16 @@ def give_up(module: nn.Module, cache: Cache) -> None:
     layer = held.layers[index] if isinstance(index, int) and index < len(held.layers) else None
     if not isinstance(layer, StateLayer):
         return
-    if layer.is_initialized or layer.instead is None or isinstance(layer.instead, StaticLayer):
+    given = [reference() for reference in layer.given or ()]
+    taken = layer.is_initialized or any(tensor is None for tensor in given)
+    if taken or layer.instead is None or isinstance(layer.instead, StaticLayer):
         raise ValueError(
             f"layer {index} of the cache holds the state of {layer.owner}, and {type(module).__name__} computes with "
             "its mask over the keys of all tokens; use a new cache, of the default kind"
         )
     held.layers[index] = layer.instead
-    if layer.given is not None:
-        held.layers[index].update(*(reference() for reference in layer.given))
+    if given:
+        held.layers[index].update(*given)
 
 
 def _find(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

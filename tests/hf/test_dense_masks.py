@@ -197,6 +197,18 @@ def test_a_cache_beside_dense_masks_keeps_all_keys():
     torch.testing.assert_close(torch.cat([first, second], dim=1), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("emptied", [lambda cache: cache.reset(), lambda cache: cache.crop(-13)])
+@torch.no_grad()
+def test_a_cache_that_was_emptied_serves_dense_masks(emptied):
+    model, ids = ap.swap_attention(tiny.build("llama"), "local", window_size=14), tiny.inputs("llama")["input_ids"]
+    seen = torch.ones(1, 1, 13, 13, dtype=torch.bool).tril().expand(2, -1, -1, -1)
+    cache = DynamicCache(config=model.config)
+    expected = model(ids, past_key_values=cache).logits
+    emptied(cache)
+    got = model(ids, attention_mask=seen, past_key_values=cache).logits
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize(
     ("shape", "allowed"),
