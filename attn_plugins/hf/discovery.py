@@ -50,14 +50,17 @@ def targets(model: PreTrainedModel) -> list[Target]:
     except ValueError:  # an encoder and a decoder of text, each with a config of its own (MusicGen)
         text = model.config
     composite = text is not model.config
-    numbers: dict[str, int] = {}
+    places: dict[str, list[str]] = {}
     found = []
     for path, module in attention_modules(model):
         module = adapted(module)
-        role = role_of(model, path, module)
+        place = re.sub(r"\.(original_module|modules_to_save\.[^.]+)$", "", path)  # PEFT keeps one beside the other
+        role = role_of(model, place, module)
         stack = _stack(path)
-        layer = numbers.get(stack + role, 0)
-        numbers[stack + role] = layer + 1
+        numbered = places.setdefault(stack + role, [])
+        if place not in numbered:
+            numbered.append(place)
+        layer = numbered.index(place)
         main = not composite or _config_of(module, model) is text or owner(model, path).config is text
         found.append(
             Target(path=path, role=role, stack=stack, layer=layer, main=main, needs=_needs(module, role, text, main))

@@ -69,3 +69,16 @@ def test_swap_and_restore_under_peft(flag):
     assert {row.plugin for row in ap.describe_attention(model)} == {flag}
     ap.restore_attention(model)
     assert torch.equal(tiny.output(model, given), before)
+
+
+@torch.no_grad()
+def test_attention_modules_that_peft_keeps_twice_are_one_layer():
+    settings = LoraConfig(target_modules=["gate_proj"], modules_to_save=["self_attn"])
+    model = ap.swap_attention(get_peft_model(tiny.build("llama"), settings), "local", window_size=4, layers=[0, -2])
+    rows = ap.describe_attention(model)
+    assert [(row.layer, row.plugin) for row in rows] == [
+        (i, p) for i, p in enumerate(["local", "local", None]) for _ in "12"
+    ]
+    settings = LoraConfig(target_modules=["wi"], modules_to_save=["EncDecAttention"])
+    rows = ap.describe_attention(get_peft_model(tiny.build("t5"), settings))
+    assert [row.role for row in rows if "EncDecAttention" in row.path] == ["cross"] * 4
