@@ -208,8 +208,9 @@ def make_tensor(
     mask = _find(LazyMask, args, kwargs)
     if mask is None:
         return None
-    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
-    made = mask.as_additive(dtype)
+    # Of the hidden states, not of the weights, which may be of 8 bits.
+    given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
+    made = mask.as_additive(next(given).dtype)
     args = tuple(made if x is mask else x for x in args)
     return args, {name: made if x is mask else x for name, x in kwargs.items()}
 

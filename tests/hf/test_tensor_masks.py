@@ -12,6 +12,7 @@ from torch import nn
 from transformers import masking_utils
 
 import attn_plugins as ap
+from attn_plugins.hf.caches import make_tensor
 from attn_plugins.hf.dispatch import LazyMask, lazy_mask
 
 TEXT = {**tiny.GROUPED, "layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 6}
@@ -245,3 +246,10 @@ def test_a_mask_stays_an_object(pair):
         lazy[0] = True
     with pytest.raises(RuntimeError, match="ambiguous"):
         bool(lazy)
+
+
+def test_a_module_that_asks_for_a_tensor_gets_one_of_its_states_dtype_whatever_its_weights_are():
+    module, states = nn.Linear(4, 4).to(torch.float8_e4m3fn), torch.zeros(1, 3, 4, dtype=torch.bfloat16)
+    _, given = make_tensor(module, (), {"hidden_states": states, "attention_mask": lazy_mask(1, 3, 3)})
+    hidden = torch.full((3, 3), torch.finfo(torch.bfloat16).min, dtype=torch.bfloat16).triu(1)
+    assert torch.equal(given["attention_mask"], hidden[None, None])
