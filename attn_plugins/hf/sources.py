@@ -7,7 +7,6 @@ import ast
 import functools
 import inspect
 import re
-import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -112,7 +111,9 @@ def _functions(cls: Any) -> Iterator[ast.FunctionDef]:
     """The syntax of the forward of a class and of what it calls; nothing of those whose source cannot be had."""
     for function in functions_of(cls):
         try:
-            source = textwrap.dedent(inspect.getsource(function))
-            yield from (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+            source = inspect.getsource(function)
+            # A method is parsed as the body of something: a string in it may begin at the margin, which stops dedent.
+            tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+            yield from [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)][:1]
         except (OSError, SyntaxError):
             continue

@@ -45,6 +45,15 @@ class OnceByASuper(Once):
         return super().forward(x, mask)
 
 
+class WithTextAtTheMargin(Once):
+    def forward(self, x, mask):
+        said = """
+A string that begins at the margin.
+"""
+        out, _ = self.interface()(self, x, x, x, mask, scaling=self.scaling, said=said)
+        return self.interface()(self, out, x, x, mask, scaling=self.scaling)[0]
+
+
 class InALoop(Once):
     def forward(self, x, mask):
         return sum(self.interface()(self, part, x, x, mask, scaling=self.scaling)[0] for part in x)
@@ -77,7 +86,7 @@ def test_keywords_given_to_the_attention_function_are_those_written_in_its_calls
 def test_calls_that_follow_each_other_are_told_from_calls_in_branches():
     for cls in (Once, ByAMethod, OnceByASuper):
         assert not sources.attends_repeatedly(cls)
-    for cls in (Twice, Inherits, TwiceByAMethod, InALoop):
+    for cls in (Twice, Inherits, TwiceByAMethod, InALoop, WithTextAtTheMargin):
         assert sources.attends_repeatedly(cls)
 
 
