@@ -22,8 +22,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from attn_plugins.hf.dispatch import BASE, SLOT, LazyMask
+from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, SLOT, LazyMask
 
 
 @functools.cache
@@ -113,6 +115,72 @@ def slotted(forward: Callable) -> Callable:
         return own_class(type(self)).forward(_as_it_was(self), *args, **kwargs)
 
     return chosen
+
+
+Heads = torch.Tensor
+"""(B, heads, N, D)."""
+
+
+def cached(
+    cache: Any, layer_idx: int | None, cross: bool, made: Callable[[], tuple[Heads, Heads]]
+) -> tuple[Heads, Heads]:
+    """The keys and values of tokens that were ``made`` after those that a cache holds; of an encoder, made once."""
+    updated: dict[Any, bool] = {}
+    if isinstance(cache, EncoderDecoderCache):
+        updated = cache.is_updated
+        cache = cache.cross_attention_cache if cross else cache.self_attention_cache
+    if cross and updated.get(layer_idx):
+        return cache.layers[layer_idx].keys, cache.layers[layer_idx].values
+    key, value = made()
+    if cache is not None:
+        key, value = cache.update(key, value, layer_idx)
+    if cross:
+        updated[layer_idx] = True
+    return key, value
+
+
+def attend_as_bert(
+    module: Any,
+    hidden_states: torch.Tensor,
+    attention_mask: Any,
+    *,
+    source: torch.Tensor | None = None,
+    cache: Any = None,
+    turned: Callable[..., tuple[Heads, ...]] | None = None,
+    position_bias: torch.Tensor | None = None,
+    output_attentions: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention (B, N, heads * D), and its weights, of a module that names its parts as BERT's does.
+
+    Args:
+        source: the states of an encoder, where keys and values are of these.
+        turned: gives queries, keys and values their positions, where these are not of an encoder.
+    """
+
+    def heads(project: nn.Module, states: torch.Tensor) -> Heads:
+        return project(states).unflatten(-1, (-1, module.attention_head_size)).transpose(1, 2)
+
+    states, query = hidden_states if source is None else source, heads(module.query, hidden_states)
+
+    def made() -> tuple[Heads, Heads]:
+        nonlocal query
+        key, value = heads(module.key, states), heads(module.value, states)
+        if turned is not None and source is None:
+            query, key, value = turned(query, key, value)
+        return key, value
+
+    key, value = cached(cache, getattr(module, "layer_idx", None), source is not None, made)
+    out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=module.dropout.p if module.training else 0.0,
+        position_bias=position_bias,
+        output_attentions=output_attentions,
+    )
+    return out.flatten(2), weights
 
 
 def padding_of(square: torch.Tensor) -> torch.Tensor:

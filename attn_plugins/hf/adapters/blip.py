@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.blip import modeling_blip, modeling_blip_text
 
-from attn_plugins.hf.adapters import slotted
+from attn_plugins.hf.adapters import cached, slotted
 from attn_plugins.hf.dispatch import IMPLEMENTATION
 
 
@@ -54,20 +53,11 @@ class BlipTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         def heads(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
 
-        cross, cache = encoder_hidden_states is not None, past_key_values
-        updated: dict[Any, bool] = {}
-        if isinstance(cache, EncoderDecoderCache):
-            updated = cache.is_updated
-            cache = cache.cross_attention_cache if cross else cache.self_attention_cache
-        if cross and updated.get(self.layer_idx):
-            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
-        else:
-            source = encoder_hidden_states if cross else hidden_states
-            key, value = heads(self.key(source)), heads(self.value(source))
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
-            if cross:
-                updated[self.layer_idx] = True
+        cross = encoder_hidden_states is not None
+        source = encoder_hidden_states if cross else hidden_states
+        key, value = cached(
+            past_key_values, self.layer_idx, cross, lambda: (heads(self.key(source)), heads(self.value(source)))
+        )
         out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
             self,
             heads(self.query(hidden_states)),

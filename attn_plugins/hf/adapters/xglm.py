@@ -3,11 +3,10 @@
 from typing import Any
 
 import torch
-from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.xglm import modeling_xglm
 
-from attn_plugins.hf.adapters import slotted
+from attn_plugins.hf.adapters import cached, slotted
 from attn_plugins.hf.dispatch import IMPLEMENTATION
 
 
@@ -24,20 +23,13 @@ class XGLMAttention(modeling_xglm.XGLMAttention):
         def heads(x: torch.Tensor) -> torch.Tensor:
             return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-        cross, cache = key_value_states is not None, past_key_values
-        updated: dict[Any, bool] = {}
-        if isinstance(cache, EncoderDecoderCache):
-            updated = cache.is_updated
-            cache = cache.cross_attention_cache if cross else cache.self_attention_cache
-        if cross and updated.get(self.layer_idx):
-            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
-        else:
-            source = key_value_states if cross else hidden_states
-            key, value = heads(self.k_proj(source)), heads(self.v_proj(source))
-            if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
-            if cross:
-                updated[self.layer_idx] = True
+        source = hidden_states if key_value_states is None else key_value_states
+        key, value = cached(
+            past_key_values,
+            self.layer_idx,
+            key_value_states is not None,
+            lambda: (heads(self.k_proj(source)), heads(self.v_proj(source))),
+        )
         out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
             self,
             heads(self.q_proj(hidden_states)),

@@ -1,0 +1,150 @@
+"""Tiny models of the families with adapters, and what can be asked of each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import tiny
+import torch
+import transformers as tf
+from transformers.models.blip import modeling_blip_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A tiny model of a family, and what can be asked of it."""
+
+    made: Callable[[], tuple[type, tf.PreTrainedConfig]]
+    role: str = "decoder"
+    """Of the modules that a rule without roles serves."""
+    learned: dict[str, Any] = field(default_factory=lambda: {"type": "linear", "feature_map": "hedgehog"})
+    """An attention with weights of its own that can serve it."""
+    given: Callable[[], dict[str, torch.Tensor]] = lambda: tiny.inputs("llama")
+    generates: bool = False
+
+
+NARROW = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32}
+
+
+def _gptj(cls: Any = tf.GPTJConfig, **options: Any) -> tf.PreTrainedConfig:
+    return cls(vocab_size=tiny.VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=128, **tiny.SPECIAL, **options)
+
+
+def _falcon(**options: Any) -> tf.PreTrainedConfig:
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 128}
+    return tf.FalconConfig(**NARROW, **sizes, **tiny.SPECIAL, **options)
+
+
+def _xglm(**options: Any) -> tf.PreTrainedConfig:
+    sizes = {"d_model": 32, "ffn_dim": 48, "num_layers": 3, "attention_heads": 4, "max_position_embeddings": 128}
+    return tf.XGLMConfig(vocab_size=tiny.VOCABULARY, **sizes, **tiny.SPECIAL, **options)
+
+
+PATCHES = {**tiny.VISION, "num_attention_heads": 4, "intermediate_size": 48, "num_hidden_layers": 3}
+WORDS = {**tiny.SMALL, "encoder_hidden_size": 32, **tiny.SPECIAL, "sep_token_id": 2, "projection_dim": 16}
+
+
+def _blip() -> tf.PreTrainedConfig:
+    return tf.BlipConfig(text_config=WORDS, vision_config=PATCHES, projection_dim=16, image_text_hidden_size=16)
+
+
+def states() -> torch.Tensor:
+    return torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
+
+
+def deberta(cls: Any, **options: Any) -> tf.PreTrainedConfig:
+    kind = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8, **options}
+    return cls(**tiny.SMALL, type_vocab_size=0, **kind)
+
+
+CASES = {
+    "mpnet": Case(
+        made=lambda: (tf.MPNetForMaskedLM, tf.MPNetConfig(**tiny.SMALL)),
+        role="encoder",
+        learned={"type": "additive"},
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "gptj": Case(made=lambda: (tf.GPTJForCausalLM, _gptj(rotary_dim=4)), generates=True),
+    "gptj-wide": Case(made=lambda: (tf.GPTJForCausalLM, _gptj(rotary_dim=8)), generates=True),
+    "bloom": Case(
+        made=lambda: (tf.BloomForCausalLM, tf.BloomConfig(**NARROW, n_layer=3, n_head=4, **tiny.SPECIAL)),
+        learned={"type": "additive"},
+        generates=True,
+    ),
+    "falcon": Case(made=lambda: (tf.FalconForCausalLM, _falcon()), generates=True),
+    "falcon-groups": Case(
+        made=lambda: (tf.FalconForCausalLM, _falcon(new_decoder_architecture=True, num_kv_heads=2)), generates=True
+    ),
+    "falcon-alibi": Case(
+        made=lambda: (tf.FalconForCausalLM, _falcon(alibi=True, multi_query=False)),
+        learned={"type": "additive"},
+        generates=True,
+    ),
+    "blip-vision": Case(
+        made=lambda: (tf.BlipVisionModel, tf.BlipVisionConfig(**PATCHES)),
+        role="encoder",
+        given=lambda: {"pixel_values": tiny.inputs("vit")["pixel_values"]},
+    ),
+    "blip-encoder": Case(
+        made=lambda: (tf.BlipTextModel, tf.BlipTextConfig(**WORDS)), role="encoder", given=lambda: tiny.inputs("bert")
+    ),
+    "blip-decoder": Case(
+        made=lambda: (modeling_blip_text.BlipTextLMHeadModel, tf.BlipTextConfig(**WORDS)),
+        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
+        generates=True,
+    ),
+    "blip-captions": Case(
+        made=lambda: (tf.BlipForConditionalGeneration, _blip()),
+        given=lambda: {**tiny.inputs("llama"), "pixel_values": tiny.inputs("vit")["pixel_values"]},
+        generates=True,
+    ),
+    "deberta_v2": Case(
+        made=lambda: (
+            tf.DebertaV2ForMaskedLM,
+            deberta(tf.DebertaV2Config, share_att_key=True, position_buckets=4, norm_rel_ebd="layer_norm"),
+        ),
+        role="encoder",
+        learned={"type": "additive"},
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "deberta_v2-own": Case(
+        made=lambda: (tf.DebertaV2ForMaskedLM, deberta(tf.DebertaV2Config, conv_kernel_size=3)),
+        role="encoder",
+        learned={"type": "additive"},
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "deberta_v2-plain": Case(
+        made=lambda: (tf.DebertaV2ForMaskedLM, deberta(tf.DebertaV2Config, relative_attention=False)),
+        role="encoder",
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "deberta": Case(
+        made=lambda: (tf.DebertaForMaskedLM, deberta(tf.DebertaConfig)),
+        role="encoder",
+        learned={"type": "additive"},
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "codegen": Case(made=lambda: (tf.CodeGenForCausalLM, _gptj(tf.CodeGenConfig, rotary_dim=4)), generates=True),
+    "gpt_neo": Case(
+        made=lambda: (
+            tf.GPTNeoForCausalLM,
+            tf.GPTNeoConfig(
+                **NARROW,
+                num_layers=3,
+                num_heads=4,
+                attention_types=[[["local", "global", "local"], 1]],
+                window_size=4,
+                max_position_embeddings=128,
+                **tiny.SPECIAL,
+            ),
+        ),
+        learned={"type": "additive"},  # its windows are masks that linear attention cannot serve
+        generates=True,
+    ),
+    "xglm": Case(made=lambda: (tf.XGLMForCausalLM, _xglm()), generates=True),
+    # Without a cache: the model's own puts keys of text and of the encoder into the same layer.
+    "xglm-cross": Case(
+        made=lambda: (tf.XGLMForCausalLM, _xglm(add_cross_attention=True)),
+        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
+    ),
+}
