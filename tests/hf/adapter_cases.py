@@ -57,6 +57,10 @@ def deberta(cls: Any, **options: Any) -> tf.PreTrainedConfig:
     return cls(**tiny.SMALL, type_vocab_size=0, **kind)
 
 
+def _decoder(cls: Any, **options: Any) -> tf.PreTrainedConfig:
+    return cls(**{**tiny.SMALL, **tiny.SPECIAL}, is_decoder=True, **options)
+
+
 CASES = {
     "mpnet": Case(
         made=lambda: (tf.MPNetForMaskedLM, tf.MPNetConfig(**tiny.SMALL)),
@@ -147,4 +151,10 @@ CASES = {
         made=lambda: (tf.XGLMForCausalLM, _xglm(add_cross_attention=True)),
         given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
     ),
+    "megatron_bert": Case(
+        made=lambda: (tf.MegatronBertForMaskedLM, tf.MegatronBertConfig(**tiny.SMALL)),
+        role="encoder",
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "megatron_bert-decoder": Case(made=lambda: (tf.MegatronBertForCausalLM, _decoder(tf.MegatronBertConfig))),
 }
