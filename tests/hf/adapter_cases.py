@@ -61,6 +61,8 @@ def _decoder(cls: Any, **options: Any) -> tf.PreTrainedConfig:
     return cls(**{**tiny.SMALL, **tiny.SPECIAL}, is_decoder=True, **options)
 
 
+REMBERT = {"input_embedding_size": 16, "output_embedding_size": 16}
+
 CASES = {
     "mpnet": Case(
         made=lambda: (tf.MPNetForMaskedLM, tf.MPNetConfig(**tiny.SMALL)),
@@ -157,4 +159,13 @@ CASES = {
         given=lambda: tiny.inputs("bert"),
     ),
     "megatron_bert-decoder": Case(made=lambda: (tf.MegatronBertForCausalLM, _decoder(tf.MegatronBertConfig))),
+    "rembert": Case(
+        made=lambda: (tf.RemBertForMaskedLM, tf.RemBertConfig(**tiny.SMALL, **REMBERT)),
+        role="encoder",
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "rembert-cross": Case(
+        made=lambda: (tf.RemBertForCausalLM, _decoder(tf.RemBertConfig, add_cross_attention=True, **REMBERT)),
+        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
+    ),
 }
