@@ -168,4 +168,9 @@ CASES = {
         made=lambda: (tf.RemBertForCausalLM, _decoder(tf.RemBertConfig, add_cross_attention=True, **REMBERT)),
         given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
     ),
+    "tapas": Case(
+        made=lambda: (tf.TapasForMaskedLM, tf.TapasConfig(**tiny.SMALL)),
+        role="encoder",
+        given=lambda: tiny.inputs("bert"),
+    ),
 }
