@@ -173,4 +173,9 @@ CASES = {
         role="encoder",
         given=lambda: tiny.inputs("bert"),
     ),
+    "vilt": Case(
+        made=lambda: (tf.ViltModel, tf.ViltConfig(**tiny.SMALL, image_size=16, patch_size=4)),
+        role="encoder",
+        given=lambda: {**tiny.inputs("bert"), "pixel_values": tiny.inputs("vit")["pixel_values"]},
+    ),
 }

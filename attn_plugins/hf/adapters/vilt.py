@@ -1,0 +1,19 @@
+"""ViLT: bidirectional, over words and patches in one row."""
+
+from typing import Any
+
+import torch
+from transformers.models.vilt import modeling_vilt
+
+from attn_plugins.hf.adapters import attend_as_bert, slotted
+
+
+class ViltSelfAttention(modeling_vilt.ViltSelfAttention):
+    is_causal = False
+
+    @slotted
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: Any = None, output_attentions: bool = False
+    ) -> tuple[torch.Tensor | None, ...]:
+        out, weights = attend_as_bert(self, hidden_states, attention_mask, output_attentions=output_attentions)
+        return (out, weights) if output_attentions else (out,)
