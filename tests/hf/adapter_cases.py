@@ -178,4 +178,13 @@ CASES = {
         role="encoder",
         given=lambda: {**tiny.inputs("bert"), "pixel_values": tiny.inputs("vit")["pixel_values"]},
     ),
+    "visual_bert": Case(
+        made=lambda: (tf.VisualBertModel, tf.VisualBertConfig(**tiny.SMALL, visual_embedding_dim=32)),
+        role="encoder",
+        given=lambda: {
+            **tiny.inputs("bert"),
+            "visual_embeds": states(),
+            "visual_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]),
+        },
+    ),
 }
