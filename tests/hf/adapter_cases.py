@@ -187,4 +187,14 @@ CASES = {
             "visual_attention_mask": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]),
         },
     ),
+    "flava-text": Case(
+        made=lambda: (tf.FlavaTextModel, tf.FlavaTextConfig(**tiny.SMALL)),
+        role="encoder",
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "flava-image": Case(
+        made=lambda: (tf.FlavaImageModel, tf.FlavaImageConfig(**PATCHES)),
+        role="encoder",
+        given=lambda: {"pixel_values": tiny.inputs("vit")["pixel_values"]},
+    ),
 }
