@@ -197,4 +197,16 @@ CASES = {
         role="encoder",
         given=lambda: {"pixel_values": tiny.inputs("vit")["pixel_values"]},
     ),
+    "roformer": Case(
+        made=lambda: (tf.RoFormerForMaskedLM, tf.RoFormerConfig(**tiny.SMALL)),
+        role="encoder",
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "roformer-decoder": Case(
+        made=lambda: (tf.RoFormerForCausalLM, _decoder(tf.RoFormerConfig, rotary_value=True)), generates=True
+    ),
+    "roformer-cross": Case(
+        made=lambda: (tf.RoFormerForCausalLM, _decoder(tf.RoFormerConfig, add_cross_attention=True)),
+        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
+    ),
 }
