@@ -63,6 +63,17 @@ def _decoder(cls: Any, **options: Any) -> tf.PreTrainedConfig:
 
 REMBERT = {"input_embedding_size": 16, "output_embedding_size": 16}
 
+
+def _layoutlmv3(**options: Any) -> tf.PreTrainedConfig:
+    sizes = {"input_size": 16, "patch_size": 4, "coordinate_size": 4, "shape_size": 8, "max_2d_position_embeddings": 64}
+    return tf.LayoutLMv3Config(**tiny.SMALL, **sizes, **options)
+
+
+def _page() -> dict[str, torch.Tensor]:
+    corners = torch.randint(0, 64, (2, 13, 4), generator=torch.Generator().manual_seed(4))
+    return {"bbox": corners.sort(dim=-1).values, "pixel_values": tiny.inputs("vit")["pixel_values"]}
+
+
 CASES = {
     "mpnet": Case(
         made=lambda: (tf.MPNetForMaskedLM, tf.MPNetConfig(**tiny.SMALL)),
@@ -208,5 +219,17 @@ CASES = {
     "roformer-cross": Case(
         made=lambda: (tf.RoFormerForCausalLM, _decoder(tf.RoFormerConfig, add_cross_attention=True)),
         given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
+    ),
+    "layoutlmv3": Case(
+        made=lambda: (tf.LayoutLMv3Model, _layoutlmv3()),
+        role="encoder",
+        learned={"type": "additive"},
+        given=lambda: {**tiny.inputs("bert"), **_page()},
+    ),
+    "layoutlmv3-order": Case(
+        made=lambda: (tf.LayoutLMv3Model, _layoutlmv3(has_spatial_attention_bias=False)),
+        role="encoder",
+        learned={"type": "additive"},
+        given=lambda: {**tiny.inputs("bert"), **_page()},
     ),
 }

@@ -23,6 +23,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "nemotron_h_omni": {"text_config": {"n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 16}},
     "neomme": {"head_dim": 16},
+    "layoutlmv3": {"coordinate_size": 4, "shape_size": 8},
     "emu3": {
         "vocabulary_map": {
             "<image>": 100,
