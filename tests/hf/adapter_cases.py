@@ -74,6 +74,13 @@ def _page() -> dict[str, torch.Tensor]:
     return {"bbox": corners.sort(dim=-1).values, "pixel_values": tiny.inputs("vit")["pixel_values"]}
 
 
+def _trocr() -> tf.PreTrainedConfig:
+    sizes = {"d_model": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    return tf.TrOCRConfig(
+        vocab_size=tiny.VOCABULARY, **sizes, cross_attention_hidden_size=32, max_position_embeddings=128, **tiny.SPECIAL
+    )
+
+
 CASES = {
     "mpnet": Case(
         made=lambda: (tf.MPNetForMaskedLM, tf.MPNetConfig(**tiny.SMALL)),
@@ -232,4 +239,9 @@ CASES = {
         learned={"type": "additive"},
         given=lambda: {**tiny.inputs("bert"), **_page()},
     ),
+    "trocr": Case(
+        made=lambda: (tf.TrOCRForCausalLM, _trocr()),
+        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
+    ),
+    "trocr-alone": Case(made=lambda: (tf.TrOCRForCausalLM, _trocr()), generates=True),
 }
