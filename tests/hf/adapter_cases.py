@@ -244,4 +244,18 @@ CASES = {
         given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
     ),
     "trocr-alone": Case(made=lambda: (tf.TrOCRForCausalLM, _trocr()), generates=True),
+    "gpt_neox_japanese": Case(
+        made=lambda: (
+            tf.GPTNeoXJapaneseForCausalLM,
+            tf.GPTNeoXJapaneseConfig(
+                **NARROW,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=128,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+                **tiny.SPECIAL,
+            ),
+        ),
+        generates=True,
+    ),
 }
