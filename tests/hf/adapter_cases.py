@@ -258,4 +258,14 @@ CASES = {
         ),
         generates=True,
     ),
+    "mpt": Case(
+        made=lambda: (
+            tf.MptForCausalLM,
+            tf.MptConfig(
+                vocab_size=tiny.VOCABULARY, d_model=32, n_layers=3, n_heads=4, max_seq_len=128, **tiny.SPECIAL
+            ),
+        ),
+        learned={"type": "additive"},
+        generates=True,
+    ),
 }

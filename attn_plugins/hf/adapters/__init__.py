@@ -8,7 +8,8 @@ keeps its weights, hooks and place, and is exchanged back when the model is rest
 
 An adapter may state what its module's attributes don't, as class attributes or properties: ``is_causal`` (or
 ``is_causal_in(model, path)``, where that depends on the model that holds it), ``adds_position_bias`` where it gives a
-``position_bias``, and ``cannot``: why its module cannot be swapped, or None.
+``position_bias``, and ``cannot``: why its module cannot be swapped, or None. ``mask_given(mask)`` does what the model
+does to a mask before its modules get it, for those that run the family's own ``forward``.
 """
 
 import copy
@@ -109,7 +110,10 @@ def slotted(forward: Callable) -> Callable:
             return forward(self, *args, **kwargs)
 
         def native(given: Any) -> Any:
-            return given.native(getattr(self, BASE)) if isinstance(given, LazyMask) else given
+            if not isinstance(given, LazyMask):
+                return given
+            mask, change = given.native(getattr(self, BASE)), getattr(self, "mask_given", None)
+            return mask if mask is None or change is None else change(mask)
 
         args, kwargs = tuple(native(x) for x in args), {name: native(x) for name, x in kwargs.items()}
         return own_class(type(self)).forward(_as_it_was(self), *args, **kwargs)
