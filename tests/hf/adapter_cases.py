@@ -268,4 +268,13 @@ CASES = {
         learned={"type": "additive"},
         generates=True,
     ),
+    "swinv2": Case(
+        made=lambda: (
+            tf.Swinv2Model,
+            tf.Swinv2Config(image_size=16, patch_size=1, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4),
+        ),
+        role="encoder",
+        learned={"type": "additive"},
+        given=lambda: {"pixel_values": tiny.inputs("vit")["pixel_values"]},
+    ),
 }
