@@ -81,6 +81,11 @@ def _trocr() -> tf.PreTrainedConfig:
     )
 
 
+def _xlm(cls: Any, **options: Any) -> tf.PreTrainedConfig:
+    sizes = {"vocab_size": tiny.VOCABULARY, "emb_dim": 32, "n_layers": 3, "n_heads": 4}
+    return cls(**sizes, max_position_embeddings=128, **options)
+
+
 CASES = {
     "mpnet": Case(
         made=lambda: (tf.MPNetForMaskedLM, tf.MPNetConfig(**tiny.SMALL)),
@@ -277,4 +282,10 @@ CASES = {
         learned={"type": "additive"},
         given=lambda: {"pixel_values": tiny.inputs("vit")["pixel_values"]},
     ),
+    "xlm": Case(
+        made=lambda: (tf.XLMModel, _xlm(tf.XLMConfig)),
+        role="encoder",
+        given=lambda: tiny.inputs("bert"),
+    ),
+    "xlm-causal": Case(made=lambda: (tf.XLMModel, _xlm(tf.XLMConfig, causal=True))),
 }
