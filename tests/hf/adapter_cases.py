@@ -288,4 +288,9 @@ CASES = {
         given=lambda: tiny.inputs("bert"),
     ),
     "xlm-causal": Case(made=lambda: (tf.XLMModel, _xlm(tf.XLMConfig, causal=True))),
+    "flaubert": Case(
+        made=lambda: (tf.FlaubertModel, _xlm(tf.FlaubertConfig)),
+        role="encoder",
+        given=lambda: tiny.inputs("bert"),
+    ),
 }
