@@ -375,6 +375,11 @@ def as_mask(
         raise ValueError(f"the attention mask is of shape {tuple(given.shape)}; allowed here: ({allowed})")
     if given.ndim == 2:
         return AttentionMask(**sizes, causal=causal, cross=cross, padding_BK=given[:, -kv_length:].bool()), None
+    if given.dtype != torch.bool and not given.is_floating_point():
+        raise ValueError(
+            f"the attention mask {tuple(given.shape)} is of dtype {given.dtype}, which does not say if it is to be "
+            "added; allowed: bool, True where a key is seen, or a floating dtype, to be added to scores"
+        )
     read, bias = read_dense(given, q_length, kv_length, query.dtype, causal=causal, cross=cross)
     return AttentionMask(**sizes, **read, cross=cross), bias
 

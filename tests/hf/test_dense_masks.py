@@ -228,3 +228,11 @@ def test_masks_of_other_sizes_are_refused(shape, allowed, dtype):
     x = torch.zeros(2, 4, Q, 4)
     with pytest.raises(ValueError, match=re.escape(f"mask is of shape {shape}; allowed here: ({allowed})")):
         as_mask(torch.ones(shape).to(dtype), x, x, causal=True, cross=False)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, Q, Q), (2, Q, Q)])
+def test_dense_masks_of_integers_are_refused(shape):
+    """Ones and zeros would be added to scores, and hide nothing; sdpa refuses them too."""
+    x = torch.zeros(2, 4, Q, 4)
+    with pytest.raises(ValueError, match=r"is of dtype torch.int64, .* allowed: bool"):
+        as_mask(torch.ones(shape, dtype=torch.int64).tril(), x, x, causal=True, cross=False)
