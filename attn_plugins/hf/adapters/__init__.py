@@ -187,6 +187,42 @@ def attend_as_bert(
     return out.flatten(2), weights
 
 
+def attend_as_bart(
+    module: Any,
+    hidden_states: torch.Tensor,
+    key_value_states: torch.Tensor | None,
+    cache: Any,
+    attention_mask: Any,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The output (B, N, width), and the weights, of a module that names its parts as BART's does.
+
+    Args:
+        key_value_states: the states of an encoder, where keys and values are of these.
+        kwargs: for the attention function, such as ``output_attentions``.
+    """
+
+    def heads(x: torch.Tensor) -> Heads:
+        return x.unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2)
+
+    cross = key_value_states is not None
+    source = key_value_states if cross else hidden_states
+    key, value = cached(
+        cache, module.layer_idx, cross, lambda: (heads(module.k_proj(source)), heads(module.v_proj(source)))
+    )
+    out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        module,
+        heads(module.q_proj(hidden_states)),
+        key,
+        value,
+        attention_mask,
+        scaling=module.scaling,
+        dropout=module.dropout if module.training else 0.0,
+        **kwargs,
+    )
+    return module.out_proj(out.flatten(2)), weights
+
+
 def padding_of(square: torch.Tensor) -> torch.Tensor:
     """The padding (B, N) of a mask (B, 1, N, N) that hides padding from all and all from padding; else the mask."""
     allowed = square.bool()
