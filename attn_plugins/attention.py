@@ -67,7 +67,8 @@ class Attention(nn.Module):
 
     - ``reference``: the dense form, the definition of correctness, which also yields the effective weights;
     - ``attend``: the form whose cost is what the method promises, equal to ``reference`` in outputs and gradients;
-    - ``reset_parameters``: where it has weights, initialise them with functions of ``torch.nn.init`` only.
+    - ``reset_parameters``: where it has weights or buffers, initialise all of them, in place. What a checkpoint brings
+      is kept, however they are written.
 
     Both forms take ``(q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout)`` and, of ``position_bias``, ``softcap`` and
     ``sinks``, those that the class declares and the call brings. ``reference`` returns ``(out_BHQV, weights_BHQK)``,
@@ -248,7 +249,7 @@ class Attention(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has a state and nothing that attends from it")
 
     def reset_parameters(self) -> None:
-        """Initialise the weights, all of them, through torch.nn.init."""
+        """Initialise the weights and buffers, all of them, in place."""
         if next(self.parameters(), None) is not None or next(self.buffers(), None) is not None:
             raise NotImplementedError(f"{type(self).__name__} has weights or buffers but no reset_parameters")
 

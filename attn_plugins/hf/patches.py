@@ -7,6 +7,7 @@ import functools
 import sys
 from typing import Any
 
+import torch
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -97,8 +98,26 @@ def _initialize_weights(original: Any, self: PreTrainedModel, module: Any, *args
     if not isinstance(module, Attention):
         original(self, module, *args, **kwargs)
     elif not getattr(module, "_is_hf_initialized", False):
-        module.reset_parameters()  # torch.nn.init is guarded here: it leaves alone what the checkpoint brought
+        _initialize_slot(module)
         module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _initialize_slot(slot: Attention) -> None:
+    """Initialise those weights and buffers of a slot that the checkpoint did not bring.
+
+    transformers guards loaded tensors in the functions of torch.nn.init. What writes a weight in another way, such as
+    copy_ or row by row, would get past that, so what was loaded is put back.
+    """
+
+    def held() -> dict[str, torch.Tensor]:
+        return {**dict(slot.named_parameters()), **dict(slot.named_buffers())}
+
+    loaded = {name: x.detach().clone() for name, x in held().items() if getattr(x, "_is_hf_initialized", False)}
+    if len(loaded) < len(held()):
+        slot.reset_parameters()
+        for name, x in held().items():
+            if name in loaded:
+                x.detach().copy_(loaded[name])
 
 
 def _set_attn_implementation(original: Any, self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
