@@ -64,7 +64,7 @@ def _wrap(cls: type, name: str, around: Any) -> None:
 
 def _init(original: Any, self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
     if getattr(config, "_attn_implementation", None) == IMPLEMENTATION:
-        if "attn_plugin" not in vars(config) and not _inside_another(self):
+        if "attn_plugin" not in vars(config) and _builder(self) is None:
             raise ValueError(
                 f"attn_implementation={IMPLEMENTATION!r} needs rules; "
                 "pass attn_plugin=..., such as attn_plugin='local', instead"
@@ -73,25 +73,38 @@ def _init(original: Any, self: PreTrainedModel, config: Any, *args: Any, **kwarg
     original(self, config, *args, **kwargs)
 
 
+_INSIDE = "_attn_plugins_inside"
+"""Attribute of a model under construction: flagged models that its constructor has built so far."""
+
+
 def _post_init(original: Any, self: PreTrainedModel) -> None:
-    if not _inside_another(self):
+    builder = _builder(self)
+    if builder is None:
         attach_from_config(self)  # before the original, which initialises weights
+        parts = set(self.modules())
+        for inner in vars(self).pop(_INSIDE, ()):
+            if inner not in parts:  # built inside, but held elsewhere than among the modules, as a teacher may be
+                attach_from_config(inner)
+    elif self.config.attn_plugin is not None:
+        vars(builder).setdefault(_INSIDE, []).append(self)
     original(self)
 
 
-def _inside_another(model: PreTrainedModel) -> bool:
-    """Whether the model is being built by the constructor of another one, which will attach for both.
+def _builder(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The outermost model whose constructor is building this one, and will attach for both; None if there is none.
 
-    Only the outermost model knows all paths, roles and stacks. The call stack tells without any state to keep.
+    Only the outermost model knows all paths, roles and stacks. The call stack tells without any state to keep, also
+    where constructors raise. It is read up to a from_pretrained: what that builds gets its weights right away, so that
+    its slots have to be there.
     """
-    frame = sys._getframe(2)
-    while frame is not None:
+    frame, found = sys._getframe(2), None
+    while frame is not None and frame.f_code.co_name != "from_pretrained":
         if frame.f_code.co_name == "__init__":
             builder = frame.f_locals.get("self")
             if isinstance(builder, PreTrainedModel) and builder is not model:
-                return True
+                found = builder
         frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return found
 
 
 def _initialize_weights(original: Any, self: PreTrainedModel, module: Any, *args: Any, **kwargs: Any) -> None:
