@@ -5,7 +5,7 @@ A state is tensors and a count, and knows no weights: it can be copied, saved, r
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -107,10 +107,16 @@ class State:
             moment.before.apply(change)
         self.history = [Moment(m.before, change(m.k_BGKD), change(m.v_BGKV)) for m in self.history]
 
-    def to(self, device: torch.device) -> None:
-        """Move what is held to a device, if it is not there."""
+    def to(self, device: torch.device | str | int, *args: Any, **kwargs: Any) -> "State":
+        """Move what is held to a device, if it is not there.
+
+        Returns:
+            itself, as hooks that move the arguments of a module hand on what they get from here (accelerate's).
+        """
+        device = torch.device(device)
         if any(tensor.device != device for tensor in self._held()):
             self.apply(lambda tensor: tensor.to(device))
+        return self
 
     def reset(self) -> None:
         """Empty it, as it was before the first token."""

@@ -297,7 +297,8 @@ def attention_forward(
         mask, bias = as_mask(attention_mask, query, key, causal=causal, cross=cross)
     if bias is not None:
         position_bias = bias if position_bias is None else position_bias + bias
-    return slot(
+    before = None if state is None or torch.compiler.is_compiling() else state.seen
+    attended = slot(
         query,
         key,
         value,
@@ -311,6 +312,12 @@ def attention_forward(
         state=state,
         need_weights=bool(kwargs.get("output_attentions")),
     )
+    if before is not None and state is not None and state.seen != before + key.shape[2]:
+        raise ValueError(
+            f"{slot_of(module)!r} has not taken in the {key.shape[2]} tokens that its state was to grow by: a hook "
+            "on its slot has kept the state from it; hooks have to hand on state= as it is"
+        )
+    return attended
 
 
 def unknown(module: nn.Module) -> tuple[str, ...]:
