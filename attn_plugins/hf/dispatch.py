@@ -10,9 +10,9 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from attn_plugins.attention import Attention
+from attn_plugins.hf.arguments import refuse_unknown
 from attn_plugins.hf.dense_masks import additive, read_dense
 from attn_plugins.hf.interface import USUAL, call_of
-from attn_plugins.hf.sources import told
 from attn_plugins.hf.tensors import stands_for_a_tensor, takes_all
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.rotary import Rotary
@@ -29,17 +29,6 @@ BASE = "_attn_plugin_base"
 
 ROLE = "_attn_plugin_role"
 """Attribute of an attention module: encoder, decoder or cross."""
-
-UNKNOWN = "_attn_plugin_unknown"
-"""Attribute of an attention module: names of arguments that it gives to its attention function and KNOWN lacks."""
-
-KNOWN = {
-    *("query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "output_attentions"),
-    *("position_bias", "softcap", "s_aux", "indices", "block_indices"),
-    *("sliding_window", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
-    "deterministic",
-}
-"""Arguments of attention functions that are honoured, or that say what the mask says as well."""
 
 
 @stands_for_a_tensor
@@ -270,12 +259,7 @@ def attention_forward(
         )
     if kwargs.get("cache") is not None:
         raise ValueError("attn_plugins cannot serve paged caches (continuous batching); use generate() without it")
-    for name in getattr(module, UNKNOWN, ()):
-        if isinstance(kwargs.get(name), (torch.Tensor, float)):
-            raise ValueError(
-                f"{type(module).__name__} gives {name}= to its attention, of which attn_plugins does not know what it "
-                "would change; leave its modules out with layers, roles or modules"
-            )
+    refuse_unknown(module, kwargs)
     causal, role = getattr(module, "is_causal", True) if is_causal is None else is_causal, getattr(module, ROLE)
     if base == "eager":
         causal = False  # where a model makes no mask, only sdpa and the like are causal by themselves (BridgeTower)
@@ -318,11 +302,6 @@ def attention_forward(
             "on its slot has kept the state from it; hooks have to hand on state= as it is"
         )
     return attended
-
-
-def unknown(module: nn.Module) -> tuple[str, ...]:
-    """Names of arguments that the code of a module gives to its attention function and that nothing is known of."""
-    return tuple(sorted(told(type(module)) - KNOWN))  # type: ignore[arg-type]
 
 
 def chosen_keys(module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:

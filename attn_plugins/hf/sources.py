@@ -1,12 +1,15 @@
 """What the code of a model's classes tells of its attention: which masks it makes, and what it calls attention with.
 
-Attributes have many names for the same thing, or none; what a class calls is the same in every family.
+Attributes have many names for the same thing, or none; what a class calls is the same in every family. Where a class
+has no source, what is not read here is met when it is called: a state that is attended from twice is refused, and so is
+an argument that the module makes (``hf/arguments.py``).
 """
 
 import ast
 import functools
 import inspect
 import re
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -73,7 +76,12 @@ def reads_caches(cls: type) -> bool:
 
 @functools.cache
 def wants_tensor(cls: type) -> bool:
-    """Whether the forward of a class asks if its mask is a tensor, to go on with it as one (DeepSeek V4)."""
+    """Whether the forward of a class asks if its mask is a tensor, to go on with it as one (DeepSeek V4).
+
+    Where the source cannot be had, asking that of anything counts: a dense mask is right in any case.
+    """
+    if any({"isinstance", "Tensor"} <= set(function.__code__.co_names) for function in _unreadable(cls)):
+        return True
     asked = [
         [ast.unparse(argument) for argument in node.args]
         for function in _functions(cls)
@@ -109,11 +117,19 @@ def _attends(node: Any) -> bool:
 
 def _functions(cls: Any) -> Iterator[ast.FunctionDef]:
     """The syntax of the forward of a class and of what it calls; nothing of those whose source cannot be had."""
-    for function in functions_of(cls):
-        try:
-            source = inspect.getsource(function)
-            # A method is parsed as the body of something: a string in it may begin at the margin, which stops dedent.
-            tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
-            yield from [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)][:1]
-        except (OSError, SyntaxError):
-            continue
+    yield from filter(None, map(_syntax, functions_of(cls)))
+
+
+def _unreadable(cls: Any) -> Iterator[types.FunctionType]:
+    """The others: made by exec, or installed without their files."""
+    return (function for function in functions_of(cls) if _syntax(function) is None)
+
+
+def _syntax(function: types.FunctionType) -> ast.FunctionDef | None:
+    try:
+        source = inspect.getsource(function)
+        # A method is parsed as the body of something: a string in it may begin at the margin, which stops dedent.
+        tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+    except (OSError, SyntaxError):
+        return None
+    return next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.hf import adapters, discovery, sources
+from attn_plugins.hf import adapters, arguments, discovery, sources
 from attn_plugins.hf.caches import leave, make_tensor, serve
-from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, UNKNOWN, slot_of, turns, unknown
+from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of, turns
 from attn_plugins.rules import Flag, Rule, assign, parse_rules
 
 
@@ -83,8 +83,9 @@ def restore_attention(model: nn.Module) -> nn.Module:
                 _set_implementation(config, getattr(module, BASE))
     for path, module in discovery.attention_modules(inner):
         leave(discovery.owner(inner, path), [module])
+        arguments.unwatch(module)
         adapters.take_off(module)
-        for attribute in (SLOT, BASE, ROLE, UNKNOWN):
+        for attribute in (SLOT, BASE, ROLE):
             if hasattr(module, attribute):
                 delattr(module, attribute)
         for config in _configs_of(inner, path, module):
@@ -153,22 +154,23 @@ def _attach(model: PreTrainedModel, rules: list[Rule]) -> None:
         module = modules[target.path]
         configs = _configs_of(model, target.path, module)
         base = getattr(module, BASE, None) or _base_of(model, target.path, module)
+        arguments.unwatch(module)
         if hasattr(module, SLOT):
             delattr(module, SLOT)
         if not any(id(config) in ours for config in configs):
             for config in configs:
                 _set_implementation(config, base)
             adapters.take_off(module)
-            for attribute in (BASE, ROLE, UNKNOWN):
+            for attribute in (BASE, ROLE):
                 if hasattr(module, attribute):
                     delattr(module, attribute)
             continue
         adapters.put_on(module)
         setattr(module, BASE, base)
         setattr(module, ROLE, target.role)
-        setattr(module, UNKNOWN, unknown(module))
         if target.path in slots:
             setattr(module, SLOT, slots[target.path])
+            arguments.watch(module)
     for target in targets:
         for config in _configs_of(model, target.path, modules[target.path]):
             if id(config) in ours:

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import attn_plugins as ap
-from attn_plugins.hf import discovery, dispatch, sources
+from attn_plugins.hf import arguments, discovery, dispatch, sources
 
 
 class Once(nn.Module):
@@ -118,7 +118,7 @@ def test_a_class_without_source_tells_nothing():
 
 @pytest.mark.parametrize("value", [torch.zeros(1), 0.5])
 def test_an_argument_of_which_nothing_is_known_is_refused_where_it_has_a_value(value, monkeypatch):
-    monkeypatch.setattr(dispatch, "told", lambda cls: frozenset({"scaling", "tilt"}))
+    monkeypatch.setattr(arguments, "told", lambda cls: frozenset({"scaling", "tilt"}))
     model = ap.swap_attention(tiny.build("llama"), "local", layers=1)
     module = model.model.layers[1].self_attn
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
