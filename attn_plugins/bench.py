@@ -218,19 +218,26 @@ def cells(config: BenchConfig) -> Iterator[list[Cell]]:
 def run_bench(
     config: BenchConfig, results: Results, *, fresh: bool = False, say: Callable[[str], None] = print
 ) -> None:
-    """Measure all cells that have no result yet, and add theirs to ``results``, group by group.
+    """Measure all cells that have no result of these versions yet, and add theirs to ``results``, group by group.
 
     A contender that fails is recorded with its error, and the others go on.
 
     Args:
         fresh: measure all cells, whatever has been written before.
         say: gets a line of progress at a time.
+
+    Raises:
+        ValueError: another run is measuring into the same file.
     """
+    with results.alone():
+        _run_groups(config, results, fresh, say)
+
+
+def _run_groups(config: BenchConfig, results: Results, fresh: bool, say: Callable[[str], None]) -> None:
     groups = list(cells(config))
     total, number = sum(map(len, groups)), 0
-    held = 0 if fresh else sum(results.done(cell.key) for group in groups for cell in group)
-    if held:
-        say(f"{held} of {total} cells are in {results.path} already (--fresh measures them again)")
+    for line in [] if fresh else results.told(cell.key for group in groups for cell in group):
+        say(line)
     seconds: dict[tuple[str, Pass], tuple[int, float]] = {}
     numbers: dict[str, int] = {}
     for group in groups:

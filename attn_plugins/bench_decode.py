@@ -179,19 +179,26 @@ def prepare_decode(config: DecodeConfig) -> Results:
 def run_decode(
     config: DecodeConfig, results: Results, *, fresh: bool = False, say: Callable[[str], None] = print
 ) -> None:
-    """Measure all cells that have no result yet, and add theirs to ``results``, group by group.
+    """Measure all cells that have no result of these versions yet, and add theirs to ``results``, group by group.
 
     An attention that fails is recorded with its error, and the others go on.
 
     Args:
         fresh: measure all cells, whatever has been written before.
         say: gets a line of progress at a time.
+
+    Raises:
+        ValueError: another run is measuring into the same file.
     """
+    with results.alone():
+        _run_groups(config, results, fresh, say)
+
+
+def _run_groups(config: DecodeConfig, results: Results, fresh: bool, say: Callable[[str], None]) -> None:
     groups = list(decode_cells(config))
     cells = [cell for group in groups for cell in group]
-    held = 0 if fresh else sum(results.done(cell.key) for cell in cells)
-    if held:
-        say(f"{held} of {len(cells)} cells are in {results.path} already (--fresh measures them again)")
+    for line in [] if fresh else results.told(cell.key for cell in cells):
+        say(line)
     for group in groups:
         todo = [cell for cell in group if fresh or not results.done(cell.key)]
         for cell, outcome in _measure(config, todo) if todo else ():

@@ -14,7 +14,7 @@ class Decoded:
     """The records of a benchmark's cells, as tables and plots ask for them."""
 
     def __init__(self, config: DecodeConfig, results: Results):
-        self.config = config
+        self.config, self.results = config, results
         self.contexts = sorted(set(config.contexts))
         cells = [cell for group in decode_cells(config) for cell in group]
         self.number = len(cells)
@@ -163,8 +163,7 @@ def _facts(found: Decoded) -> list[str]:
         "- Contexts are random keys and values: neither time nor bytes depend on them. Layers that keep all tokens are "
         f"given them at once, states take them in through their attention, {config.chunk} at a time.",
     ]
-    made = sorted({_inline(record["versions"]) for record in found.record.values()})
-    lines += [f"- Measured with {versions}" for versions in made]
+    lines += found.results.made_with(record["key"] for record in found.record.values())
     if len(found.record) < found.number:
         lines.append(f"- {found.number - len(found.record)} of {found.number} cells have no result")
     for label, rules in config.attentions.items():

@@ -16,7 +16,7 @@ class Measured:
     """The records of a benchmark's cells, as tables and plots ask for them."""
 
     def __init__(self, config: BenchConfig, results: Results):
-        self.config = config
+        self.config, self.results = config, results
         self.record: dict[tuple[str, str, int], dict[str, Any]] = {}
         self.number = 0
         for group in cells(config):
@@ -214,8 +214,7 @@ def _facts(found: Measured) -> list[str]:
     if config.num_key_value_heads != config.num_heads:
         shape += f" that share {config.num_key_value_heads} key/value heads"
     lines = [f"- {shape}, {config.dtype}, on {config.device}; one attention alone, its mask included"]
-    made = sorted({_inline(record["versions"].items()) for record in found.record.values()})
-    lines += [f"- Measured with {versions}" for versions in made]
+    lines += found.results.made_with(record["key"] for record in found.record.values())
     if len(found.record) < found.number:
         lines.append(f"- {found.number - len(found.record)} of {found.number} cells have no result")
     for contender in contenders(config):

@@ -242,10 +242,12 @@ def compare(
 
         parsed = build(CompareConfig, settings(config, {"output_dir": output_dir}, assignments))
         results = prepare_compare(parsed)
+        running = results.alone()
     from attn_plugins.report import write_report
 
-    run_compare(parsed, results, fresh=fresh)
-    tables, files = write_report(parsed, results)
+    with running:
+        run_compare(parsed, results, fresh=fresh)
+        tables, files = write_report(parsed, results)
     for table in tables:
         console.print(table.rich())
         console.print()
@@ -297,20 +299,22 @@ def bench(
             alone = build(BenchConfig, tree)
             results = prepare_bench(alone)
         need("matplotlib", "compare")
-    if decode:
-        from attn_plugins.bench_decode import run_decode
-        from attn_plugins.bench_decode_report import Decoded, write_decode_report
+        running = results.alone()
+    with running:
+        if decode:
+            from attn_plugins.bench_decode import run_decode
+            from attn_plugins.bench_decode_report import Decoded, write_decode_report
 
-        run_decode(generation, results, fresh=fresh)
-        found = Decoded(generation, results)
-        tables, files = write_decode_report(found, results.path.parent)
-    else:
-        from attn_plugins.bench import run_bench
-        from attn_plugins.bench_report import Measured, write_bench_report
+            run_decode(generation, results, fresh=fresh)
+            found = Decoded(generation, results)
+            tables, files = write_decode_report(found, results.path.parent)
+        else:
+            from attn_plugins.bench import run_bench
+            from attn_plugins.bench_report import Measured, write_bench_report
 
-        run_bench(alone, results, fresh=fresh)
-        found = Measured(alone, results)
-        tables, files = write_bench_report(found, results.path.parent)
+            run_bench(alone, results, fresh=fresh)
+            found = Measured(alone, results)
+            tables, files = write_bench_report(found, results.path.parent)
     for table in tables:
         console.print(table.rich())
         console.print()

@@ -229,22 +229,29 @@ def prepare_compare(config: CompareConfig) -> Results:
 def run_compare(
     config: CompareConfig, results: Results, *, fresh: bool = False, say: Callable[[str], None] = print
 ) -> None:
-    """Run all cells that have no result yet, and add theirs to ``results``.
+    """Run all cells that have no result of these versions yet, and add theirs to ``results``.
 
     A cell that fails is recorded with its error, and the others go on.
 
     Args:
         fresh: run all cells, whatever has been written before.
         say: gets a line of progress at a time.
+
+    Raises:
+        ValueError: another run is measuring into the same file.
     """
+    with results.alone():
+        _run_cells(config, results, fresh, say)
+
+
+def _run_cells(config: CompareConfig, results: Results, fresh: bool, say: Callable[[str], None]) -> None:
     todo = cells(config)
-    skipped = [] if fresh else [cell for cell in todo if results.done(cell.key)]
-    if skipped:
-        say(f"{len(skipped)} of {len(todo)} cells are in {results.path} already (--fresh runs them again)")
+    for line in [] if fresh else results.told(cell.key for cell in todo):
+        say(line)
     _quiet_loading()
     held = _Held(config)
     for number, cell in enumerate(todo, 1):
-        if cell in skipped:
+        if results.done(cell.key) and not fresh:
             continue
         started = time.perf_counter()
         say(f"[{number}/{len(todo)}] {cell}")

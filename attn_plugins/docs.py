@@ -14,7 +14,7 @@ from pathlib import Path
 from attn_plugins.attention import CAPABILITIES, Attention, capabilities
 from attn_plugins.bench_report import says_pays_from
 from attn_plugins.registry import get_attention, list_attentions
-from attn_plugins.results import Results
+from attn_plugins.results import Results, spelled_own
 from attn_plugins.tables import brief_number
 
 OWN = "attn_plugins.attentions."
@@ -101,8 +101,8 @@ def measured_on(results: Results) -> list[str]:
     for record in results.records.values():
         shape, made = record["settings"], record["versions"]
         found.append(
-            f"batch {shape['batch_size']}, {shape['num_heads']} heads of {shape['head_dim']}, {shape['dtype']}, on "
-            f"{made['device']}, {made['threads']} threads, torch {made['torch']}"
+            f"{spelled_own(made)}, batch {shape['batch_size']}, {shape['num_heads']} heads of {shape['head_dim']}, "
+            f"{shape['dtype']}, on {made['device']}, {made['threads']} threads, torch {made['torch']}"
         )
     return list(dict.fromkeys(found)) or ["not measured yet"]
 

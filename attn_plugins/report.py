@@ -21,6 +21,7 @@ class Found:
 
     def __init__(self, config: CompareConfig, results: Results):
         self.config = config
+        self.results = results
         self.cells = cells(config)
         self.record = {cell.key: results.records[cell.key] for cell in self.cells if cell.key in results.records}
 
@@ -312,8 +313,7 @@ def _facts(found: Found) -> list[str]:
     if config.finetune is not None:
         lines.append(f"- Fine-tune: {_inline(config.finetune)}")
     lines.append(f"- Seeds: {', '.join(map(str, config.seeds))}; weights in {config.dtype}")
-    made = sorted({_inline(record["versions"]) for record in found.record.values()})
-    lines += [f"- Measured with {versions}" for versions in made]
+    lines += found.results.made_with(found.record)
     lines.append(f"- Time of all cells: {sum(record['seconds'] for record in found.record.values()) / 60:.1f} minutes")
     if found.unfinished:
         lines.append(f"- {found.unfinished} of {len(found.cells)} cells have not been run")

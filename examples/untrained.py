@@ -341,13 +341,13 @@ def run(args: argparse.Namespace, results: Results) -> None:
                 rules = [rule.to_dict() for rule in parse_rules(parse_yaml(rule))]
                 settings = {"kind": kind, "model": Path(source).name, "rules": rules, **_settings(kind, args)}
                 todo.append((label, settings, hash_of(settings)))
-            todo = [cell for cell in todo if not _finished(results.records.get(cell[2], {}), args.rounds)]
+            todo = [cell for cell in todo if not _finished(results.current(cell[2]), args.rounds)]
             if todo:
                 _run(KINDS[kind](resolve(source), args), Path(source).name, todo, args, results)
 
 
-def _finished(record: dict[str, Any], rounds: int) -> bool:
-    return record.get("status") == "ok" and (rounds == 0 or record["speed"] is not None)
+def _finished(record: dict[str, Any] | None, rounds: int) -> bool:
+    return record is not None and (rounds == 0 or record["speed"] is not None)
 
 
 def _run(subject: Subject, name: str, todo: list, args: argparse.Namespace, results: Results) -> None:
@@ -359,10 +359,10 @@ def _run(subject: Subject, name: str, todo: list, args: argparse.Namespace, resu
     for label, settings, key in todo:
         started = time.perf_counter()
         record = {"key": key, "model": name, "what": subject.what, "attention": label}
-        held = results.records.get(key, {})
+        held = results.current(key)
         try:
             other = with_attention(subject.model, settings["rules"])
-            if _finished(held, rounds=0):
+            if held is not None:
                 found = {what: held[what] for what in ("own", "figures", "pairs")}
             else:
                 found = {
@@ -484,7 +484,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results = Results(args.output_dir / "untrained.jsonl")
     try:
-        run(args, results)
+        with results.alone():
+            run(args, results)
     except ValueError as error:
         parser.error(str(error))
     written = report(list(results.records.values()))
