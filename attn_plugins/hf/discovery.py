@@ -33,6 +33,11 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
+def place_of(path: str) -> str:
+    """The path that a module would have without PEFT, which keeps a module to save beside the original one."""
+    return re.sub(r"\.(original_module|modules_to_save\.[^.]+)$", "", path)
+
+
 def owner(model: nn.Module, path: str) -> PreTrainedModel:
     """The innermost PreTrainedModel that holds the module at ``path``: the one that makes its masks."""
     found = _around(model, path)[0]
@@ -54,7 +59,7 @@ def targets(model: PreTrainedModel) -> list[Target]:
     found = []
     for path, module in attention_modules(model):
         module = adapted(module)
-        place = re.sub(r"\.(original_module|modules_to_save\.[^.]+)$", "", path)  # PEFT keeps one beside the other
+        place = place_of(path)
         role = role_of(model, place, module)
         stack = _stack(path)
         numbered = places.setdefault(stack + role, [])

@@ -1,20 +1,26 @@
-"""All global state of the package: two registrations and six changes to transformers, made once at import.
+"""All global state of the package: two registrations and changes to transformers and PEFT, made once.
 
-None of them does anything to a model whose config does not carry the flag.
+None of them does anything to a model whose config does not carry the flag, nor to an adapter of one.
 """
 
 import functools
+import importlib.machinery
+import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import logging
 
 from attn_plugins.attention import Attention
+from attn_plugins.hf import peft as adapters
 from attn_plugins.hf.caches import RECORDING
-from attn_plugins.hf.dispatch import IMPLEMENTATION, attention_forward, lazy_mask
+from attn_plugins.hf.dispatch import IMPLEMENTATION, SLOT, attention_forward, lazy_mask
 from attn_plugins.hf.swap import attach_from_config
 
 _MARK = "_attn_plugins_original"
@@ -48,18 +54,88 @@ def install() -> None:
     # It would bypass the slots in silence.
     _wrap(PreTrainedModel, "set_attn_implementation", _set_attn_implementation)
 
+    # transformers saves an adapter that it has loaded itself by writing out its config. One that it exchanges for
+    # another meets nothing else of ours, and before 5.18 it left out what PEFT calls modules_to_save, and logged that.
+    _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
+    _wrap(PreTrainedModel, "load_adapter", _load_adapter)
 
-def _wrap(cls: type, name: str, around: Any) -> None:
-    original = getattr(cls, name)
+    # Weights of a slot that is not there are "unexpected", and dropped in silence where loading is not strict.
+    _wrap(PreTrainedModel, "_load_from_state_dict", _load_from_state_dict)
+
+    # Importing PEFT takes most of a second, and few programs need it.
+    _once_imported("peft", _install_peft)
+
+
+def _install_peft() -> None:
+    """The changes to PEFT, which has no hook for what an adapter needs of its base model: see hf/peft.py."""
+    import peft
+    import peft.utils.hotswap
+    from peft.tuners.tuners_utils import BaseTuner
+
+    # What is read of an adapter before anything is loaded is its config: the rules go through files with it.
+    _wrap(peft.PeftConfig, "save_pretrained", adapters.save_config)
+    _wrap(peft.PeftConfig, "from_pretrained", adapters.read_config)
+    _wrap(peft.PeftConfig, "from_peft_type", adapters.make_config)
+    _wrap(peft.PeftModel, "save_pretrained", adapters.save_model)
+
+    # There an adapter's config first meets the base model: in a PeftModel, as a prompt, in a model of transformers.
+    _wrap(peft.PeftModel, "__init__", adapters.make_model)
+    _wrap(peft.PeftModel, "add_adapter", adapters.add_adapter)
+    _wrap(BaseTuner, "inject_adapter", adapters.inject_adapter)
+    _wrap(peft.utils.hotswap, "hotswap_adapter_from_state_dict", adapters.hotswap_adapter)
+
+    # An adapter holds what it trains, and a slot's other weights and buffers would be in no file at all.
+    for holder in (peft, peft.utils, peft.utils.save_and_load, peft.peft_model):
+        _wrap(holder, "get_peft_model_state_dict", adapters.save_state)
+        _wrap(holder, "set_peft_model_state_dict", adapters.load_state)
+
+    # It hands on the ``weight`` of whatever it puts back.
+    _wrap(BaseTuner, "_replace_module", adapters.replace_module)
+
+
+def _wrap(holder: Any, name: str, around: Callable[..., Any]) -> None:
+    """Put ``around(original, *args, **kwargs)`` in the place of a method of a class, or of a function of a module."""
+    held = inspect.getattr_static(holder, name)
+    original = held.__func__ if isinstance(held, classmethod) else held
     if hasattr(original, _MARK):
         return
 
     @functools.wraps(original)
-    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(original, self, *args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
 
     setattr(wrapped, _MARK, original)
-    setattr(cls, name, wrapped)
+    setattr(holder, name, classmethod(wrapped) if isinstance(held, classmethod) else wrapped)
+
+
+class _AfterImport:
+    """Finds one package as the other finders do, and calls a function when it has been imported."""
+
+    def __init__(self, name: str, then: Callable[[], None]):
+        self.name, self.then = name, then
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        spec = next((s for s in (finder.find_spec(name, path, target) for finder in others) if s is not None), None)
+        if spec is not None and spec.loader is not None:
+            execute: Any = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                execute(module)
+                self.then()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _once_imported(name: str, then: Callable[[], None]) -> None:
+    """Call a function when a package is there: now, or as soon as anything has imported it."""
+    if name in sys.modules:
+        then()
+    elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport(name, then))
 
 
 def _init(original: Any, self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -145,3 +221,50 @@ def _set_attn_implementation(original: Any, self: PreTrainedModel, *args: Any, *
 def _activate_past_recording(original: Any, self: Cache) -> None:
     setattr(self, RECORDING, True)
     original(self)
+
+
+def _load_from_state_dict(
+    original: Any, self: PreTrainedModel, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+) -> None:
+    lost = [name for name in state_dict if name.startswith(prefix) and not _has(self, name.removeprefix(prefix))]
+    if lost and adapters.declined(self):
+        logging.get_logger("transformers.modeling_utils").warning(  # as it reports what a whole checkpoint leaves out
+            f"attn_plugin=None leaves out {len(lost)} weights of attentions: {lost[0]}, ..."
+        )
+        for name in lost:
+            del state_dict[name]
+    elif lost:
+        raise ValueError(
+            f"the state dict holds weights of attentions that {type(self).__name__} has no slots for: {lost[0]}"
+            f"{', ...' if lost[1:] else ''}; swap the model first, by the rules that these were trained under"
+        )
+    original(self, state_dict, prefix, *args, **kwargs)
+
+
+def _has(model: PreTrainedModel, name: str) -> bool:
+    """Whether a model has this weight of a slot; what is no slot's is torch's to check."""
+    parts: list[str] = name.split(".")
+    place: Any = model
+    return SLOT not in parts or all((place := getattr(place, part, None)) is not None for part in parts)
+
+
+def _save_pretrained(original: Any, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    if getattr(self, "_hf_peft_config_loaded", False):
+        adapters.note_rules(self, self.peft_config)
+    return original(self, *args, **kwargs)
+
+
+def _load_adapter(original: Any, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    held, source = getattr(self, "peft_config", None) or {}, given.get("peft_model_id")
+    if (given.get("adapter_name") or "default") in held and source is not None:
+        config = sys.modules["peft"].PeftConfig.from_pretrained(source, **(given.get("adapter_kwargs") or {}))
+        adapters.prepare(self, config, held)
+    info = original(self, *args, **kwargs)
+    lost = [name for name in info.unexpected_keys if SLOT in name.split(".")]
+    if lost and not adapters.declined(self):
+        raise ValueError(
+            f"this version of transformers ({transformers.__version__}) has not loaded the adapter's weights of "
+            f"attentions ({min(lost)}, ...); load it with peft.PeftModel.from_pretrained(model, ...)"
+        )
+    return info

@@ -69,8 +69,8 @@ _TUNED = {
 
 _WARNINGS = {
     False: "Without attn-plugins installed transformers refuses to load this model.",
-    True: "Loaded onto a base model without `attn_plugin`, the adapter would run with another attention than it was "
-    "trained with. `attn-plugins evaluate` reads the rules from config.json beside the adapter.",
+    True: "The adapter brings its attention, and gives it to the base model. Without attn-plugins installed PEFT "
+    "refuses to load it.",
 }
 
 
@@ -99,13 +99,11 @@ def _use(metrics: dict[str, Any], lora: bool) -> list[str]:
     lines = ["import attn_plugins", f"from transformers import {auto}", ""]
     if not lora:
         return [*lines, f'model = {auto}.from_pretrained("path/to/this/folder")']
-    flag = repr(metrics["rules"])
-    loaded = f'{auto}.from_pretrained("{metrics["base_model"]}", attn_plugin={flag})'
     return [
         *lines[:1],
         "from peft import PeftModel",
         *lines[1:],
-        f"base = {loaded}",
+        f'base = {auto}.from_pretrained("{metrics["base_model"]}")',
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
     ]
 

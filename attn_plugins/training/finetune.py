@@ -55,7 +55,7 @@ class Finetune:
         if trainer.is_world_process_zero():
             out = Path(config.output_dir)
             if config.tune == "lora":
-                _base(trainer.model).config.save_pretrained(out)  # tells the attention to whoever loads the adapter
+                _base(trainer.model).config.save_pretrained(out)  # tells a classifier's labels
             write_json(out / METRICS, metrics)
             (out / CARD).write_text(model_card(metrics), encoding="utf-8")
         trainer.accelerator.wait_for_everyone()

@@ -158,15 +158,13 @@ def read_adapter(folder: str) -> dict[str, Any] | None:
     path = Path(folder)
     if not (path / "adapter_config.json").exists():
         return None
-    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    base = settings.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{path / 'adapter_config.json'} names no base model (base_model_name_or_path)")
-    found: dict[str, Any] = {"base": base, "attention": AS_SAVED, "labels": None}
-    if (
-        path / "config.json"
-    ).exists():  # `attn-plugins finetune` writes the swapped base model's config beside the adapter
+    found: dict[str, Any] = {"base": base, "attention": settings.get("attn_plugin", AS_SAVED) or None, "labels": None}
+    if (path / "config.json").exists():  # `attn-plugins finetune` writes the base model's config beside the adapter
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        found["attention"] = config.get("attn_plugin", AS_SAVED)
         if "id2label" in config:
             found["labels"] = [name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))]
     return found

@@ -17,6 +17,7 @@ import sys, torch
 sys.path.insert(0, {folder!r})
 if {imported}:
     import attn_plugins
+    assert "peft" not in sys.modules
 import tiny
 for name in ("llama", "gemma3", "bert", "t5", "vit", "llava"):
     model, given = tiny.build(name), tiny.inputs(name, length=20 if name == "llava" else 13)
@@ -47,6 +48,26 @@ def test_installing_twice_changes_nothing():
     after = (PreTrainedModel.post_init, PreTrainedModel._initialize_weights, PreTrainedModel.set_attn_implementation)
     assert before == after
     assert all(hasattr(method, patches._MARK) for method in after)
+
+
+def test_peft_still_has_what_is_changed_in_it():
+    """Fails when PEFT reads, makes, saves or merges adapters by other functions; hf/peft.py has to find others then."""
+    import peft
+    from peft.tuners.tuners_utils import BaseTuner
+    from peft.utils import hotswap
+
+    changed = [
+        *(getattr(peft.LoraConfig, name).__func__ for name in ("from_pretrained", "from_peft_type")),
+        *(getattr(peft.PeftModelForCausalLM, name) for name in ("save_pretrained", "add_adapter")),
+        *(peft.LoraConfig.save_pretrained, peft.PeftModel.__init__, hotswap.hotswap_adapter_from_state_dict),
+        *(BaseTuner.inject_adapter, BaseTuner._replace_module),
+        *(peft.peft_model.get_peft_model_state_dict, peft.peft_model.set_peft_model_state_dict),
+        *(peft.get_peft_model_state_dict, peft.set_peft_model_state_dict),
+    ]
+    assert all(hasattr(function, patches._MARK) for function in changed)
+    before = {name: vars(peft.PeftModel)[name] for name in ("__init__", "save_pretrained")}
+    patches._install_peft()
+    assert before == {name: vars(peft.PeftModel)[name] for name in before}
 
 
 def test_both_interfaces_know_the_name():

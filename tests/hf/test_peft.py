@@ -1,5 +1,8 @@
 """New parameters under LoRA: trained, saved with the adapter, loaded on a flagged base."""
 
+import copy
+
+import peft
 import pytest
 import tiny
 import torch
@@ -56,6 +59,31 @@ def test_merged_adapter_is_a_plain_swapped_model(tmp_path):
     merged.save_pretrained(tmp_path)
     back = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(tiny.output(back, given), tiny.output(merged, given))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        peft.IA3Config(target_modules=["v_proj"], feedforward_modules=[], modules_to_save=["attn_plugin"]),
+        peft.VeraConfig(target_modules=["v_proj"], modules_to_save=["attn_plugin"]),
+        peft.OFTConfig(target_modules=["v_proj"], oft_block_size=4, modules_to_save=["attn_plugin"]),
+        peft.LoHaConfig(target_modules=["v_proj"], modules_to_save=["attn_plugin"]),
+        peft.LoKrConfig(target_modules=["v_proj"], modules_to_save=["attn_plugin"]),
+        peft.HRAConfig(target_modules=["v_proj"], modules_to_save=["attn_plugin"]),
+    ],
+    ids=lambda settings: settings.peft_type.value,
+)
+@torch.no_grad()
+def test_every_kind_of_adapter_is_merged_beside_slots(settings):
+    given = tiny.inputs("llama")
+    model = get_peft_model(ap.swap_attention(tiny.build("llama"), FLAG), copy.deepcopy(settings)).eval()
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    expected = tiny.output(model, given)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(tiny.output(merged, given), expected, atol=1e-5, rtol=1e-4)
+    assert merged.state_dict().keys() == ap.swap_attention(tiny.build("llama"), FLAG).state_dict().keys()
 
 
 @pytest.mark.parametrize("flag", ["local", "softmax"])

@@ -17,6 +17,7 @@ from attn_plugins.settings import build
 from attn_plugins.training.config import EvaluateConfig, FinetuneConfig
 from attn_plugins.training.evaluate import prepare_evaluation
 from attn_plugins.training.finetune import last_whole_checkpoint, prepare_finetune
+from attn_plugins.training.models import skeleton
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,6 +129,7 @@ def test_the_card_names_attention_data_and_results(llama, text, tmp_path):
     scope = {}
     exec(code, scope)
     assert [row.plugin for row in ap.describe_attention(scope["model"])] == ["linear", "linear"]
+    assert [row.plugin for row in ap.describe_attention(skeleton(str(tmp_path / "out")))] == ["linear", "linear"]
 
 
 def test_classification_learns_its_labels(bert, labelled, tmp_path):
