@@ -19,6 +19,7 @@ from torch import nn
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.rotary import Rotary
 from attn_plugins.state import State
+from attn_plugins.tracing import recorded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,10 @@ class Attention(nn.Module):
     """Serves sequences of every length; else it raises a ValueError for those that it cannot, such as a part of a grid.
 
     The contract tests leave it out, its own tests call them at lengths that it serves."""
+    symbolic_length: bool = False
+    """With its options, ``reference`` computes with lengths as it does with tensors: a recorded graph serves them all.
+
+    Else a graph serves the lengths that it was recorded with."""
     limit: ClassVar[dict[str, Any] | None] = None
     """Options under which it equals softmax attention on 50 tokens, or None where it never does."""
     branches: ClassVar[tuple[str, ...]] = ()
@@ -140,7 +145,7 @@ class Attention(nn.Module):
         config: AttentionConfig,
         heads: HeadShape | None = None,
         *,
-        backend: str = "torch",
+        backend: str = "auto",
     ):
         super().__init__()
         self.config, self.heads, self.backend = config, heads, backend
@@ -194,6 +199,7 @@ class Attention(nn.Module):
                     "cache (use_cache=False) to get them"
                 )
             state.check(q_BHQD, k_BGKD, v_BGKV, mask)
+        backend = self.chosen(q_BHQD, k_BGKD, v_BGKV, state=state)
         options = {"mask": mask, "scale": scale, "dropout": dropout, **extras}
         if self.wants_rotary:
             if rotary is None:
@@ -214,11 +220,33 @@ class Attention(nn.Module):
                 state.to(k_BGKD.device)  # it may have been offloaded
                 k_BGKD, v_BGKV = state.begin(k_BGKD, v_BGKV)
                 out_BHQV = self.attend_from(q_BHQD, k_BGKD, v_BGKV, state=state, **options)
-            elif need_weights or self.backend == "reference":
+            elif need_weights or backend == "reference":
+                q_BHQD, k_BGKD, v_BGKV = (self._fixed(x) for x in (q_BHQD, k_BGKD, v_BGKV))
                 out_BHQV, weights_BHQK = self.reference(q_BHQD, k_BGKD, v_BGKV, **options)
             else:
                 out_BHQV = self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
         return out_BHQV.transpose(1, 2).contiguous(), weights_BHQK
+
+    def chosen(self, *tensors: torch.Tensor, state: State | None = None) -> str:
+        """The backend that computes with these tensors: what ``auto`` is here, and else what was asked for.
+
+        Raises:
+            ValueError: operations are being recorded, and it is one that looks at lengths or values.
+        """
+        if not recorded(*tensors):
+            return "torch" if self.backend == "auto" else self.backend
+        if state is not None:
+            raise ValueError(
+                f"what attention {self.name!r} keeps in a cache cannot be part of a recorded graph (torch.export, "
+                "torch.jit.trace, make_fx, functorch); call the model without a cache (use_cache=False)"
+            )
+        if self.backend == "torch":
+            raise ValueError(
+                f"backend='torch' of attention {self.name!r} cannot be part of a recorded graph (torch.export, "
+                "torch.jit.trace, make_fx, functorch): it looks at lengths and values; allowed there: 'reference', and "
+                "'auto', which then is the same"
+            )
+        return "reference"
 
     def reference(
         self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any
@@ -253,11 +281,23 @@ class Attention(nn.Module):
         if next(self.parameters(), None) is not None or next(self.buffers(), None) is not None:
             raise NotImplementedError(f"{type(self).__name__} has weights or buffers but no reset_parameters")
 
+    def _fixed(self, x_BHND: torch.Tensor) -> torch.Tensor:
+        """The same; a graph that is being recorded takes no other length, if ``reference`` would be wrong there."""
+        length = x_BHND.shape[2]
+        if self.symbolic_length or type(length) is int:
+            return x_BHND
+        if isinstance(length, torch.SymInt):
+            raise ValueError(
+                f"attention {self.name!r} cannot be exported with a dynamic length: what it computes follows from the "
+                "length; allowed: a fixed one"
+            )
+        return x_BHND.expand(-1, -1, int(length), -1)  # torch.jit.trace, where lengths are tensors
+
     def extra_repr(self) -> str:
         options = ", ".join(
             f"{field.name}={getattr(self.config, field.name)!r}" for field in dataclasses.fields(self.config)
         )
-        return options if self.backend == "torch" else f"{options}, backend={self.backend!r}".lstrip(", ")
+        return options if self.backend == "auto" else f"{options}, backend={self.backend!r}".lstrip(", ")
 
     def _refuse(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, extras: dict[str, Any]) -> None:
         needs = {

@@ -161,10 +161,9 @@ def _ours(config: BenchConfig, label: str, value: Any) -> Contender:
 
 
 def _attend(config: BenchConfig, rule: Rule, *, causal: bool) -> Attend:
-    backend = "torch" if rule.backend == "auto" else rule.backend
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = rule.attention(rule.config, config.heads, backend=backend)
+        module = rule.attention(rule.config, config.heads, backend=rule.backend)
     module.to(config.device, DTYPES[config.dtype])
     scale = config.head_dim**-0.5
 

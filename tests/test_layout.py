@@ -13,12 +13,13 @@ PACKAGE = ROOT / "attn_plugins"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 CORE = {
-    "mask": set(),
-    "state": {"mask"},
-    "ops": {"mask", "ops", "state"},
-    "attention": {"mask", "ops", "state"},
+    "tracing": set(),
+    "mask": {"tracing"},
+    "state": {"mask", "tracing"},
+    "ops": {"mask", "ops", "state", "tracing"},
+    "attention": {"mask", "ops", "state", "tracing"},
     "registry": {"attention", "attentions"},  # the folder, which it walks; no module in it is named
-    "attentions": {"attention", "mask", "ops", "registry", "state"},
+    "attentions": {"attention", "mask", "ops", "registry", "state", "tracing"},
     "rules": {"attention", "mask", "ops", "registry"},
 }
 """What the modules that know torch alone may import of the package, each its own list."""

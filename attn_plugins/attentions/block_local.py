@@ -32,6 +32,7 @@ class BlockLocalAttention(Attention):
         "start of a block sees least."
     )
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    symbolic_length = True
     limit: ClassVar = {"block_size": 50}
     examples = (
         {"block_size": 5},

@@ -28,6 +28,7 @@ class FixedAttention(Attention):
     paper = "Child et al. 2019, Generating Long Sequences with Sparse Transformers, arXiv:1904.10509"
     when = "For text without a period, where the ends of blocks can learn to sum up what came before."
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    symbolic_length = True
     limit: ClassVar = {"stride": 50}
     examples = (
         {"stride": 5, "num_summary_columns": 1},

@@ -79,7 +79,7 @@ class LinearAttention(Attention):
 
     def __init__(self, config, heads=None, **options):
         super().__init__(config, heads, **options)
-        feature_map = config.feature_map
+        self.symbolic_length = (feature_map := config.feature_map) != "cosformer"  # which has a longest sequence
         if feature_map not in (*LEARNED, "favor"):
             return
         if heads is None:

@@ -43,6 +43,7 @@ class LinearWindowAttention(Attention):
         "once trained."
     )
     causal = bidirectional = segments = True
+    symbolic_length = True
     limit: ClassVar = {"window_size": 50}
     branches = ("window", "linear")
     examples = (

@@ -39,6 +39,7 @@ class LocalAttention(Attention):
         "with the length alone."
     )
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    symbolic_length = True
     limit: ClassVar = {"window_size": 50}
     examples = (
         {"window_size": 5, "look_forward": 2},

@@ -31,6 +31,7 @@ class LongformerAttention(Attention):
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150"
     when = "For encoders of long documents with a few tokens, such as the first, that have to see and be seen by all."
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    symbolic_length = True
     limit: ClassVar = {"window_size": 50}
     examples = (
         {"window_size": 4},

@@ -7,6 +7,7 @@ from attn_plugins.ops.dense import dense_attention
 from attn_plugins.ops.neighborhood import Neighborhood
 from attn_plugins.ops.tiled import dense_pattern, tiled_attention
 from attn_plugins.registry import register_attention
+from attn_plugins.tracing import recorded
 
 
 @register_attention("neighborhood_2d")
@@ -73,7 +74,10 @@ class Neighborhood2dAttention(Attention):
                 f"attention 'neighborhood_2d' takes whole images, got {mask.q_length} queries and {mask.kv_length} "
                 "keys; allowed: as many queries as keys"
             )
-        if mask.padding_BK is not None and not mask.once("all real", lambda: bool(mask.padding_BK.all())):
+        padding_BK = mask.padding_BK
+        if padding_BK is not None and (
+            recorded(padding_BK) or not mask.once("all real", lambda: bool(padding_BK.all()))
+        ):
             raise ValueError("attention 'neighborhood_2d' got padding; allowed: images of one size in a batch")
         prefix, grid_size = self.config.num_prefix_tokens, self.config.grid_size
         patches = mask.kv_length - prefix

@@ -31,6 +31,7 @@ class ShiftedBlockAttention(Attention):
     paper = "Chen et al. 2023, LongLoRA, arXiv:2309.12307"
     when = "For fine-tuning to a longer context at little cost, going back to full attention afterwards."
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    symbolic_length = True
     examples = ({"group_size": 6}, {"group_size": 5})
 
     @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from attn_plugins.hf.discovery import biased
 from attn_plugins.hf.dispatch import LazyMask, rotary_of, slot_of
 from attn_plugins.hf.sources import attends_repeatedly
 from attn_plugins.state import State
+from attn_plugins.tracing import recorded
 
 GENERATING = "_attn_plugin_generating"
 """Attribute of a model that holds swapped modules: those of them that a cache may serve."""
@@ -241,7 +242,8 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
 
     Returns:
         None where keys and values are kept in an ordinary way: the attention needs all of them, other modules read
-        them, the model computes with their number (T5's position bias), or the layer was filled before the swap.
+        them, the model computes with their number (T5's position bias), the layer was filled before the swap, or a
+        graph is being recorded.
 
     Raises:
         ValueError: the cache cannot serve the module.
@@ -264,6 +266,8 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
                 f"layer {index} of the cache holds the state of {layer.owner}, not of {spell(slot)}; use a new cache"
             )
         return layer
+    if recorded():
+        return None  # a state is updated by code that is no part of a graph
     max_length = -1
     if isinstance(layer, StaticLayer):
         # A model's own sliding layer has room for its window and no limit.

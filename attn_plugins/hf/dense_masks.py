@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from attn_plugins.tracing import readable, recorded
+
 HIDDEN = -1e4
 """An additive mask at or below this hides a key: exp of it is 0 in every dtype."""
 
@@ -18,18 +20,18 @@ def read_dense(
     """
     mask = (given.unsqueeze(1) if given.ndim == 3 else given)[..., :kv_length]
     allowed = mask if mask.dtype == torch.bool else mask > HIDDEN
-    compiling = torch.compiler.is_compiling()
-    alike = allowed.shape[1] == 1 or (not compiling and bool((allowed == allowed[:, :1]).all()))
+    known = readable(mask)
+    alike = allowed.shape[1] == 1 or (known and bool((allowed == allowed[:, :1]).all()))
     bias = None
     if not alike:
         bias = additive(mask, dtype) if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(dtype).min)
     elif mask.dtype != torch.bool:
         added = mask.masked_fill(~allowed, 0.0)
-        bias = added if added.requires_grad or bool(added.any()) else None
+        bias = added if added.requires_grad or recorded(mask) or bool(added.any()) else None
     if alike and allowed.shape[2] == 1 < q_length:  # one row for all queries
         return {"causal": False, "padding_BK": allowed[:, 0, 0]}, bias
     allowed_BQK = (allowed[:, 0] if alike else allowed.any(dim=1)).expand(-1, q_length, -1)
-    found = None if compiling or not alike else _remembered(given, allowed_BQK, causal, cross)
+    found = None if not known or not alike else _remembered(given, allowed_BQK, causal, cross)
     return found or {"causal": False, "plain": False, "dense_BQK": allowed_BQK}, bias
 
 

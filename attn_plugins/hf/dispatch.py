@@ -17,6 +17,7 @@ from attn_plugins.hf.tensors import stands_for_a_tensor, takes_all
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.rotary import Rotary
 from attn_plugins.state import State
+from attn_plugins.tracing import readable
 
 IMPLEMENTATION = "attn_plugins"
 """The name under which both functions are registered, and which config.json carries."""
@@ -110,7 +111,7 @@ class LazyMask(AttentionMask):
             elif padding_BK is not None:
                 padding_BK = nn.functional.pad(padding_BK, (0, max(0, seen + queries - padding_BK.shape[1])))
                 padding_BK = padding_BK[:, : seen + queries]
-                padding_BK = None if bool(padding_BK.all()) else padding_BK
+                padding_BK = None if readable(padding_BK) and bool(padding_BK.all()) else padding_BK
             sizes = {"kv_length": seen + queries, "kv_offset": 0, "q_offset": seen}
             return self._copy(**sizes, padding_BK=padding_BK, first_B=None, fixed_length=False)
 
@@ -180,7 +181,7 @@ def lazy_mask(
         padding_BK = attention_mask[:, kv_offset : kv_offset + kv_length]
         if (short := kv_length - padding_BK.shape[1]) > 0:
             padding_BK = nn.functional.pad(padding_BK, (0, short))
-        if not torch.compiler.is_compiling() and bool(padding_BK.all()):
+        if readable(padding_BK) and bool(padding_BK.all()):
             padding_BK = None
     return LazyMask(
         batch_size,
@@ -313,7 +314,7 @@ def chosen_keys(module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask:
     indices, blocks = kwargs.pop("indices", None), kwargs.pop("block_indices", None)
     if indices is not None:
         chosen = torch.zeros(query.shape[0], query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
-        chosen = chosen.scatter(-1, indices.long(), True).unsqueeze(1)
+        chosen = chosen.scatter(-1, indices.long(), 1).unsqueeze(1)
         if mask is None:
             mask = AttentionMask(query.shape[0], query.shape[2], key.shape[2], causal=True, device=key.device).dense()
         if isinstance(mask, LazyMask) or mask.dtype == torch.bool:

@@ -113,7 +113,7 @@ def describe_attention(model: nn.Module) -> AttentionRows:
                 role=target.role,
                 reached=discovery.reached(module) or "",
                 plugin=None if slot is None else slot.name,
-                implementation=own if slot is None else slot.backend,
+                implementation=own if slot is None else slot.chosen(),
                 options={} if slot is None else dataclasses.asdict(slot.config),
                 new_params=0 if slot is None else sum(p.numel() for p in slot.parameters()),
             )
@@ -214,9 +214,8 @@ def _flag(model: PreTrainedModel, rules: list[Rule], assigned: dict[str, Rule], 
 
 
 def _build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> nn.Module:
-    backend = "torch" if rule.backend == "auto" else rule.backend
     held = slot_of(module)
-    if held is not None and (held.name, held.config, held.backend) == (rule.type, rule.config, backend):
+    if held is not None and (held.name, held.config, held.backend) == (rule.type, rule.config, rule.backend):
         return getattr(module, SLOT)
     config, module = getattr(module, "config", model.config), adapters.adapted(module)
     if (why := getattr(module, "cannot", None)) is not None:
@@ -231,7 +230,7 @@ def _build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> 
         untold = error
     try:
         with torch.device(device):
-            slot = rule.attention(rule.config, heads, backend=backend)
+            slot = rule.attention(rule.config, heads, backend=rule.backend)
     except ValueError as error:
         raise untold or error from None
     if untold is not None and next(slot.parameters(), None) is not None:

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.dense import outside_autocast, wide
+from attn_plugins.tracing import recorded
 
 LARGEST_TILE = 128
 """Pairs that are multiplied with one block at a time."""
@@ -53,7 +54,10 @@ def blocks_of(mask: AttentionMask, block_size: int) -> Blocks:
         begins = (index - starts_BK) % block_size == 0
         begins[:, 0] = True
         block_BK = begins.long().cumsum(dim=1) - 1
-        number = int(block_BK[:, -1].max()) + 1
+        # The most that there can be, where it is not known: a segment a key, or one block before a row's first key.
+        number = mask.kv_length if mask.segments_BK is not None else -(-mask.kv_length // block_size) + 1
+        if not recorded(block_BK):
+            number = int(block_BK[:, -1].max()) + 1
         # Blocks that a row does not have begin behind its last key.
         first_BN = torch.full((mask.batch_size, number), mask.kv_length, device=mask.device)
         first_BN = first_BN.scatter_reduce(1, block_BK, index.expand_as(block_BK), "amin")
@@ -112,7 +116,7 @@ def choose_blocks(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, blocks: Blocks, to
         at = slice(low, low + step)
         own, start = own_BQ[:, at, None], start_BQ[:, at, None]
         # Where causal, the last query's own block and what follows it are no candidates.
-        block = torch.arange(int(own.max()) if blocks.causal else number, device=q_BHQD.device)
+        block = torch.arange(int(own.max()) if blocks.causal and not recorded(own) else number, device=q_BHQD.device)
         if not len(block):
             continue
         candidate = (block < own) if blocks.causal else (block != own)
@@ -129,7 +133,7 @@ def chosen_keys(chosen_BHQT: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     """(B, H, Q, K) bool: whether a key is in a chosen block. Dense, for the reference form."""
     number = blocks.start_BN.shape[1]
     member = torch.zeros((*chosen_BHQT.shape[:3], number + 1), dtype=torch.bool, device=chosen_BHQT.device)
-    member.scatter_(-1, chosen_BHQT.masked_fill(chosen_BHQT < 0, number), True)
+    member.scatter_(-1, chosen_BHQT.masked_fill(chosen_BHQT < 0, number), 1)
     return member.gather(-1, blocks.block_BK[:, None, None].expand(*member.shape[:3], -1))
 
 

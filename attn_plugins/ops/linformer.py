@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.dense import expand_heads, masked_softmax, wide
+from attn_plugins.tracing import recorded
 
 
 class Projection(NamedTuple):
@@ -45,7 +46,7 @@ def projection_of(mask: AttentionMask, max_length: int, projected_length: int, d
             inside_BL = key_BL.clamp(max=mask.kv_length - 1)
             keys = inside_BL, real_BK.gather(1, inside_BL) & (key_BL == inside_BL)
         longest = mask.kv_length
-        if longest > max_length:  # unless the rest is padding
+        if longest > max_length and not recorded(real_BK):  # unless the rest is padding
             longest = int(position_BK.masked_fill(~real_BK, -1).max()) + 1
         if longest > max_length:
             raise ValueError(

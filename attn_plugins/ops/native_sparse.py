@@ -17,6 +17,7 @@ from attn_plugins.ops.key_blocks import KeyBlocks, attention_from_blocks, chosen
 from attn_plugins.ops.patterns import Band
 from attn_plugins.ops.tiled import dense_pattern, tiled_attention
 from attn_plugins.ops.topk import Tile, attention_by_tiles, few_sizes, pieces
+from attn_plugins.tracing import recorded
 
 SCORES_AT_ONCE = 2**19
 """Scores with compressed blocks that are worked on at a time."""
@@ -76,7 +77,8 @@ def compression_of(mask: AttentionMask, kernel_size: int, kernel_stride: int, bl
         whole_BK = until_BK[:, end] - until_BK[:, :-1] == kernel_size
         whole_BK = whole_BK & (starts_BK[:, end - 1] == starts_BK) & ((index - starts_BK) % kernel_stride == 0)
         # The first keys of whole blocks, in order; rows with fewer end with keys that begin none.
-        first_BM = torch.where(whole_BK, index, length).sort(dim=1).values[:, : max(1, int(whole_BK.sum(dim=1).max()))]
+        most = length if recorded(whole_BK) else max(1, int(whole_BK.sum(dim=1).max()))
+        first_BM = torch.where(whole_BK, index, length).sort(dim=1).values[:, :most]
         real_BM = first_BM < length
         first_BM = first_BM.masked_fill(~real_BM, 0)
         keys_BMC = (first_BM.unsqueeze(-1) + torch.arange(kernel_size, device=device)) * real_BM.unsqueeze(-1)
@@ -177,7 +179,8 @@ def choose_by_weights(
     start = blocks.start_BN.gather(1, own.squeeze(2)).unsqueeze(2)
     chosen = own.new_full((batch, groups, queries, min(topk, blocks.start_BN.shape[1])), -1)
     chosen[..., 0] = own.squeeze(2).unsqueeze(1)
-    block = torch.arange(int(own.max()) if blocks.causal else blocks.start_BN.shape[1], device=own.device)
+    last = int(own.max()) if blocks.causal and not recorded(own) else blocks.start_BN.shape[1]
+    block = torch.arange(last, device=own.device)
     if not len(block) or chosen.shape[-1] == 1:
         return chosen
     p_BGTM = p_BHTM.unflatten(1, (groups, -1)).sum(dim=2)

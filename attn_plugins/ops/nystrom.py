@@ -34,7 +34,7 @@ def landmarks_of(mask: AttentionMask, number: int) -> Landmarks:
         rank_BK = real_BK.long().cumsum(dim=1) - 1
         at_BK = rank_BK * number // real_BK.sum(dim=1, keepdim=True).clamp(min=1)
         at_BK = at_BK.masked_fill(~real_BK, number)
-        count_BM = real_BK.new_zeros(len(real_BK), number + 1, dtype=torch.long)
+        count_BM = real_BK.new_zeros(real_BK.shape[0], number + 1, dtype=torch.long)
         count_BM = count_BM.scatter_add(1, at_BK, real_BK.long())[:, :-1]
         return Landmarks(at_BK, count_BM, real_BK)
 

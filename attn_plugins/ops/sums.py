@@ -79,7 +79,7 @@ class Sums(State):
     def check(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         super().check(q_BHQD, k_BGKD, v_BGKV, mask)
         if self.max_length is not None and mask.kv_length > self.max_length:
-            check_length(row_positions(mask, mask.kv_length - 1, 1), self.max_length)
+            check_length(int(row_positions(mask, mask.kv_length - 1, 1).max()) + 1, self.max_length)
 
     def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return (self.tensors["k"], self.tensors["v"]) if self.tensors else super().like()

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.dense import wide
+from attn_plugins.tracing import recorded
 
 LEARNED = ("hedgehog", "t2r", "taylor")
 """Maps with weights of their own."""
@@ -138,9 +139,8 @@ def prepare(
     return Prepared(q_BHQD, k_BGKD, options)
 
 
-def check_length(position_BQ: torch.Tensor, max_length: int) -> None:
-    """Raise a ValueError unless queries at these positions are within cosformer's ``max_length``."""
-    longest = int(position_BQ.max()) + 1
+def check_length(longest: int, max_length: int) -> None:
+    """Raise a ValueError unless a sequence is within cosformer's ``max_length``."""
     if longest > max_length:
         raise ValueError(
             f"feature_map='cosformer' got a sequence of {longest} tokens; allowed: at most max_length={max_length}"
@@ -169,7 +169,8 @@ def _turns(mask: AttentionMask, max_length: int, dtype: torch.dtype) -> tuple[to
     position_BK = torch.arange(mask.kv_length, device=mask.device) - mask.starts_BK()
     if mask.kv_offset + mask.kv_length > max_length:
         before = mask.q_offset - mask.kv_offset
-        check_length(position_BK[:, before : before + mask.q_length], max_length)
+        position_BQ, whole = position_BK[:, before : before + mask.q_length], mask.kv_offset + mask.kv_length
+        check_length(whole if recorded(position_BQ) else int(position_BQ.max()) + 1, max_length)
     return _angles(position_BK, max_length, dtype)
 
 

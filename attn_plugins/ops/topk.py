@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.dense import outside_autocast, scores, wide
+from attn_plugins.tracing import recorded
 
 SCORES_AT_ONCE = 2**21
 """Scores of a tile, over the query heads that are treated together."""
@@ -66,7 +67,7 @@ def least_chosen(s_BHQK: torch.Tensor, topk: int) -> torch.Tensor:
 def highest(s_BHQK: torch.Tensor, least_BHQ1: torch.Tensor, topk: int) -> torch.Tensor:
     """(B, H, Q, K) bool: scores from :func:`least_chosen` on up, ``topk`` at most, of equal ones the first."""
     chosen = (s_BHQK >= least_BHQ1) & (s_BHQK > -torch.inf)
-    if bool((chosen.sum(dim=-1) > topk).any()):
+    if recorded(chosen) or bool((chosen.sum(dim=-1) > topk).any()):
         above = s_BHQK > least_BHQ1
         level = chosen & ~above
         chosen = above | (level & (level.cumsum(dim=-1) <= topk - above.sum(dim=-1, keepdim=True)))

@@ -74,7 +74,7 @@ def dense_visible(all_see_BHK: torch.Tensor, distance_BHS: torch.Tensor) -> torc
     """(B, H, Q, K) bool: the definition, through the whole matrix."""
     length = all_see_BHK.shape[2]
     along = all_see_BHK.new_zeros(*all_see_BHK.shape[:2], 2 * length - 1)
-    along.scatter_(2, distance_BHS + length - 1, True)
+    along.scatter_(2, distance_BHS + length - 1, 1)
     j = torch.arange(length, device=along.device)
     return all_see_BHK.unsqueeze(2) | along[..., j - j.unsqueeze(1) + length - 1]
 
