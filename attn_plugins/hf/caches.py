@@ -44,7 +44,6 @@ class StateLayer(CacheLayerMixin):
     """One layer of a cache, with the state of the attention that it was made for."""
 
     is_croppable = True
-    is_sliding = False
     supports_early_init = False
 
     def __init__(self, state: State, slot: Attention, max_length: int = -1, instead: CacheLayerMixin | None = None):
@@ -59,6 +58,8 @@ class StateLayer(CacheLayerMixin):
         self.expected = False
         """Whether the module about to update the layer is one that has this attention."""
         self.is_compileable = state.fixed_length is not None
+        self.is_sliding = getattr(instead, "is_sliding", False)
+        """As the layer in whose place it is: models size their masks by the first layer of a kind, for all of them."""
 
     def __repr__(self) -> str:
         return f"StateLayer({self.owner}, {self.state.seen} tokens, {self.num_bytes} bytes)"
@@ -129,6 +130,12 @@ class StateLayer(CacheLayerMixin):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the layer in whose place it is: other modules' keys lie in layers of its kind."""
+        if self.is_sliding and self.instead is not None:
+            for counter in ("cumulative_length", "cumulative_length_int"):
+                if isinstance(getattr(self.instead, counter, None), int):
+                    setattr(self.instead, counter, self.state.seen)
+            return self.instead.get_mask_sizes(query_length)
         return (self.state.seen + query_length if self.max_length < 0 else self.max_length), 0
 
     def get_seq_length(self) -> int:

@@ -162,6 +162,8 @@ def lazy_mask(
     """Registered as a mask function: keeps the request and computes nothing that is N x N."""
     if isinstance(attention_mask, LazyMask):
         return attention_mask  # prepared before the forward, as generate() does for static caches
+    if isinstance(q_offset, torch.Tensor):
+        q_offset = q_offset.clone()  # a static layer's own counter, which it moves on in this very forward
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,

@@ -341,6 +341,35 @@ def test_static_caches_with_the_models_own_layers_between():
     assert torch.equal(model.generate(**given, **GREEDY, cache_implementation="static"), uncached(model, given))
 
 
+HYBRIDS = [
+    ("llama", [1]),
+    ("llama", [1, 2]),
+    ("gemma3", [0]),
+    ("gemma3", [1]),
+    ("gemma3", [0, 1]),
+    ("gemma3", [2]),
+    ("gemma2", [1]),
+    ("gemma2", [0, 2]),
+    ("gpt_oss", [0]),
+]
+"""Models and swapped layers: the first stays the model's own, or a sliding one is swapped and a full one is not."""
+
+
+@pytest.mark.parametrize(("model_name", "layers"), HYBRIDS)
+@torch.no_grad()
+def test_hybrids_attend_from_static_caches_as_from_none(model_name, layers):
+    model, given = ap.swap_attention(tiny.build(model_name), {**LOCAL, "layers": layers}), prompt(length=17)
+    want = model(given["input_ids"], use_cache=False).logits
+    for sizes in ((17,), (1, 16), (5, 4, 7, 1), (9, 1, 1, 1, 5)):
+        for cache in (StaticCache(config=model.config, max_cache_len=24), DynamicCache(config=model.config)):
+            parts = [model(part, past_key_values=cache).logits for part in given["input_ids"].split(sizes, dim=1)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), want, atol=1e-4, rtol=1e-4)
+    given = prompt(batch=2)
+    for how in ({}, {"prefill_chunk_size": 4}):
+        got = model.generate(**given, **GREEDY, **how, cache_implementation="static")
+        assert torch.equal(got, uncached(model, given))
+
+
 @torch.no_grad()
 def test_a_static_cache_that_is_too_short_is_refused_before_it_changes():
     model, given = ap.swap_attention(tiny.build("llama"), LOCAL), prompt()
