@@ -35,7 +35,7 @@ class HeadShape:
     value_dim: int
     """Size of one value, V."""
     grid_size: tuple[int, int] | None = None
-    """Rows and columns of an image's patches, where the model's config tells them."""
+    """Rows and columns of an image's patches, where the model's config tells them; an image may have others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,10 @@ class Attention(nn.Module):
     wants_rotary: bool = False
     """Whether, with its options, it needs to know the rotary positions that queries and keys have in them."""
 
+    wants_grid: bool = False
+    """Whether, with its options, it needs to know rows and columns of the image's patches: ``attend`` and ``reference``
+    get ``grid_size``, None where no more is known of them than ``HeadShape.grid_size``."""
+
     Config: ClassVar[type[AttentionConfig]] = AttentionConfig
     config: Any
     branch: str
@@ -163,6 +167,7 @@ class Attention(nn.Module):
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
         rotary: Rotary | None = None,
+        grid_size: tuple[int, int] | None = None,
         state: State | None = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -177,6 +182,7 @@ class Attention(nn.Module):
             softcap: limit of the scores.
             sinks: (H,) logits that take part in the softmax without a value.
             rotary: the rotary positions of the queries, where :attr:`wants_rotary`.
+            grid_size: rows and columns of the patches of these images, where :attr:`wants_grid` and they are known.
             state: of :meth:`new_state`, standing for all tokens before these queries and keys, which are then as many;
                 ``mask`` is that of all tokens. It takes these in.
             need_weights: also return the effective weights, through the dense form.
@@ -207,6 +213,8 @@ class Attention(nn.Module):
                     f"{self.name}({self.extra_repr()}) needs the rotary positions of the queries, got none"
                 )
             options["rotary"] = rotary
+        if self.wants_grid:
+            options["grid_size"] = grid_size
         device = q_BHQD.device.type
         autocast = torch.is_autocast_enabled(device)
         if autocast:

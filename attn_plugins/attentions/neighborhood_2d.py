@@ -18,7 +18,8 @@ class Neighborhood2dAttention(Attention):
     the square is shifted inwards, so that every patch sees as many. With ``dilation`` d it is the same within each of
     the d x d grids of every d-th row and column. Tokens before the patches (class token, registers) see all and are
     seen by all. A mask of the model's own hides patches within that; images of different sizes in a batch, told by
-    padding, are refused, since patches would lie elsewhere than on the grid.
+    padding, are refused, since patches would lie elsewhere than on the grid. In a model the grid is that of the image,
+    as its embedding cuts it; where that is not known, tokens are refused that are no grid of the config's size.
 
     Where a grid has fewer than ``kernel_size`` patches to a side (of a phase, if dilated), they are all seen; NATTEN
     refuses that. An even ``kernel_size`` reaches one patch farther up and left than down and right.
@@ -52,7 +53,7 @@ class Neighborhood2dAttention(Attention):
         num_prefix_tokens: int = 1
         """Tokens before the patches, such as a class token and registers: 1 for ViT, 5 for DINOv3, 0 for SigLIP."""
         grid_size: tuple[int, int] | None = None
-        """(height, width) of the image in patches; None is the model's where it has as many, else a square."""
+        """(height, width) of the image in patches; None is that of the image that the model is given, as it cuts it."""
 
         def __post_init__(self):
             super().__post_init__()
@@ -62,13 +63,17 @@ class Neighborhood2dAttention(Attention):
             grid = self.grid_size
             self.require(grid is None or (len(grid) == 2 and min(grid) >= 1), "grid_size", "None or (height, width)")
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern(mask)), **options)
+    @property
+    def wants_grid(self):
+        return self.config.grid_size is None
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(mask), **options)
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, grid_size=None, **options):
+        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern(mask, grid_size)), **options)
 
-    def _pattern(self, mask) -> Neighborhood:
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, grid_size=None, **options):
+        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(mask, grid_size), **options)
+
+    def _pattern(self, mask, grid_size) -> Neighborhood:
         if mask.q_length != mask.kv_length:
             raise ValueError(
                 f"attention 'neighborhood_2d' takes whole images, got {mask.q_length} queries and {mask.kv_length} "
@@ -79,18 +84,15 @@ class Neighborhood2dAttention(Attention):
             recorded(padding_BK) or not mask.once("all real", lambda: bool(padding_BK.all()))
         ):
             raise ValueError("attention 'neighborhood_2d' got padding; allowed: images of one size in a batch")
-        prefix, grid_size = self.config.num_prefix_tokens, self.config.grid_size
+        prefix = self.config.num_prefix_tokens
         patches = mask.kv_length - prefix
-        got = f"got {mask.kv_length} tokens, of which {prefix} come before the patches (num_prefix_tokens)"
         known = None if self.heads is None else self.heads.grid_size
-        if grid_size is None and known is not None and math.prod(known) == patches:
-            grid_size = known
-        if grid_size is None:
-            side = math.isqrt(max(patches, 0))
-            grid_size = (side, side)
-            allowed = "a square number of patches, or the option grid_size=(height, width)"
-        else:
-            allowed = f"{grid_size[0]} x {grid_size[1]} patches (grid_size)"
-        if patches < 1 or grid_size[0] * grid_size[1] != patches:
-            raise ValueError(f"attention 'neighborhood_2d' {got}; allowed: {allowed}")
-        return Neighborhood(self.config.kernel_size, self.config.dilation, prefix, grid_size)
+        told = self.config.grid_size or grid_size or known
+        rows, columns = [math.isqrt(max(patches, 0))] * 2 if told is None else told
+        if patches < 1 or rows * columns != patches:
+            square = "a square number of patches, or the option grid_size=(height, width)"
+            raise ValueError(
+                f"attention 'neighborhood_2d' got {mask.kv_length} tokens, of which {prefix} come before the patches "
+                f"(num_prefix_tokens); allowed: {square if told is None else f'{rows} x {columns} patches (grid_size)'}"
+            )
+        return Neighborhood(self.config.kernel_size, self.config.dilation, prefix, (rows, columns))

@@ -12,6 +12,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from attn_plugins.attention import Attention
 from attn_plugins.hf.arguments import refuse_unknown
 from attn_plugins.hf.dense_masks import additive, read_dense
+from attn_plugins.hf.grids import grid_of
 from attn_plugins.hf.interface import USUAL, call_of
 from attn_plugins.hf.tensors import stands_for_a_tensor, takes_all
 from attn_plugins.mask import AttentionMask
@@ -296,6 +297,7 @@ def attention_forward(
         softcap=softcap,
         sinks=s_aux,
         rotary=getattr(attention_mask, "rotary", None),
+        grid_size=grid_of(module, query),
         state=state,
         need_weights=bool(kwargs.get("output_attentions")),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.hf import adapters, arguments, discovery, sources
+from attn_plugins.hf import adapters, arguments, discovery, grids, sources
 from attn_plugins.hf.caches import leave, make_tensor, serve
 from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of, turns
 from attn_plugins.rules import Flag, Rule, assign, parse_rules
@@ -77,6 +77,7 @@ def restore_attention(model: nn.Module) -> nn.Module:
         the model.
     """
     inner = _unwrap(model)
+    grids.unwatch(inner)
     for path, module in discovery.attention_modules(inner):
         if getattr(module, BASE, None) is not None:
             for config in _configs_of(inner, path, module):
@@ -175,6 +176,10 @@ def _attach(model: PreTrainedModel, rules: list[Rule]) -> None:
         for config in _configs_of(model, target.path, modules[target.path]):
             if id(config) in ours:
                 _set_implementation(config, IMPLEMENTATION)
+    grids.unwatch(model)
+    grids.watch(
+        model, {path: slot for path, module in modules.items() if (slot := slot_of(module)) and slot.wants_grid}
+    )
     _serve_caches(model, modules)
     _flag(model, rules, assigned, modules)
 

@@ -279,8 +279,20 @@ def test_the_grid_of_the_model_is_taken_where_it_has_as_many_patches():
     assert torch.equal(run(16, (2, 8)), told[2, 8])
     assert not torch.equal(told[2, 8], told[4, 4])
     assert torch.equal(run(16, (2, 8), grid_size=(8, 2)), told[8, 2]), "the option counts first"
-    assert torch.equal(run(16, (3, 3)), told[4, 4]), "an image of another size than in the config"
-    with pytest.raises(
-        ValueError, match=r"got 12 tokens.*; allowed: a square number of patches, or the option grid_size"
-    ):
-        run(12, (3, 3))
+    with pytest.raises(ValueError, match=r"got 16 tokens.*; allowed: 3 x 3 patches \(grid_size\)"):
+        run(16, (3, 3))
+
+
+def test_the_grid_of_the_image_counts_before_that_of_the_model():
+    heads = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, grid_size=(4, 4))
+    given, mask = inputs(1, 16), AttentionMask(1, 16, 16, causal=False)
+
+    def run(told=None, **options):
+        config = Neighborhood2dAttention.Config(kernel_size=3, num_prefix_tokens=0, **options)
+        module = Neighborhood2dAttention(config, heads)
+        return module(given.q, given.k, given.v, mask=mask, scale=SCALE, grid_size=told)[0]
+
+    assert torch.equal(run((2, 8)), run(grid_size=(2, 8)))
+    assert torch.equal(run((2, 8), grid_size=(8, 2)), run(grid_size=(8, 2))), "the option counts first"
+    with pytest.raises(ValueError, match=r"got 16 tokens.*; allowed: 3 x 5 patches \(grid_size\)"):
+        run((3, 5))

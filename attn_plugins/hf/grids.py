@@ -1,0 +1,172 @@
+"""Rows and columns of the patches that a model has just made of its images, for attentions that lie on that grid.
+
+A config tells the images that a model was trained on; others may have as many patches in another shape. What tells is
+the layer that cuts the image into patches. Its output is noted a thread, for as long as the forward pass of the model
+around it lasts, so that threads may share a model.
+"""
+
+import inspect
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from attn_plugins.attention import Attention
+
+Grid = tuple[int, int]
+
+GRID = "_attn_plugin_grid"
+"""Attribute of an attention module whose attention lies on a grid: a :class:`Place`."""
+
+
+@dataclass
+class Place:
+    """What is known of the images that a module attends to, beside the forward pass under way."""
+
+    told: bool
+    """Whether the model's config tells a grid."""
+    trained: dict[int, Grid | None] = field(default_factory=dict)
+    """Grids that it was trained on, by their number of tokens; None for several of one number."""
+
+
+class Patches:
+    """Those made in the forward pass under way."""
+
+    batch_size = 0
+    sides: tuple[int, ...] | None = None
+    """Rows and columns, after frames where there are any; None outside of a forward pass."""
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.patches = Patches()
+
+
+_thread = _Thread()
+"""An attribute of a thread's own object, not of this one, is what torch.compile keeps over the breaks of its graphs."""
+
+
+def watch(model: nn.Module, slots: dict[str, Attention]) -> None:
+    """Note the images of ``model`` for the modules at these paths, whose attentions want to know."""
+    for path, slot in slots.items():
+        setattr(model.get_submodule(path), GRID, Place(slot.heads is not None and slot.heads.grid_size is not None))
+        holder = next((part for part in _outwards(model, path) if _embedding(part) is not None), None)
+        if holder is not None and _begin not in holder._forward_pre_hooks.values():
+            holder.register_forward_pre_hook(_begin, with_kwargs=True)
+            holder.register_forward_hook(_end, always_call=True)
+            _embedding(holder).register_forward_hook(_note, with_kwargs=True)  # type: ignore[union-attr]
+
+
+def unwatch(model: nn.Module) -> None:
+    """Undo :func:`watch`."""
+    for module in model.modules():
+        vars(module).pop(GRID, None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _begin:
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        for key, hook in list(module._forward_hooks.items()):
+            if hook in (_end, _note):
+                del module._forward_hooks[key]
+                for table in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
+                    table.pop(key, None)
+
+
+def grid_of(module: nn.Module, query: torch.Tensor) -> Grid | None:
+    """Rows and columns of the patches that a module attends to, None where only its config may tell.
+
+    Args:
+        query: (B, H, N, D).
+
+    Raises:
+        ValueError: they cannot be told.
+    """
+    place: Place | None = getattr(module, GRID, None)
+    if place is None:
+        return None
+    batch_size, tokens, made = query.shape[0], query.shape[2], _thread.patches
+    name = type(module).__name__
+    window = _window(module)
+    if made.sides is not None and len(made.sides) == 2 and made.batch_size == batch_size:
+        grid: Grid = made.sides
+        if window is not None and math.prod(window) == tokens != math.prod(grid):
+            return window
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            place.trained[tokens] = grid if place.trained.get(tokens, grid) == grid else None
+        return grid
+    if window is not None and math.prod(window) == tokens:
+        return window
+    if made.sides is not None:
+        raise ValueError(
+            f"{name} attends to {batch_size} sequences of {tokens} tokens, and its model has made "
+            f"{' x '.join(map(str, made.sides))} patches of each of {made.batch_size} images; give the option "
+            "grid_size=(height, width), or leave it out with layers, roles or modules"
+        )
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0 and tokens in place.trained:
+        # Gradient checkpointing calls the layer again, in the backward, without the model around it.
+        if (held := place.trained[tokens]) is None:
+            raise ValueError(
+                f"{name} was called with images of several shapes of {tokens} tokens, and gradient checkpointing does "
+                "not tell which is computed again; give it one shape, or train without gradient checkpointing"
+            )
+        return held
+    if not place.told:
+        raise ValueError(
+            f"cannot tell rows and columns of the {tokens} tokens that {name} attends to: neither an image nor its "
+            "config shows them; give the option grid_size=(height, width)"
+        )
+    return None
+
+
+def _window(module: nn.Module) -> Grid | None:
+    """The window of the image that a module attends within, at once (Swin)."""
+    for holder in (module, *module.children()):
+        size = getattr(holder, "window_size", None)
+        pair = size if isinstance(size, (tuple, list)) else (size, size)
+        if len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair):
+            return pair[0], pair[1]
+    return None
+
+
+def _outwards(model: nn.Module, path: str) -> Iterator[PreTrainedModel]:
+    """The models that hold the module at ``path``, innermost first."""
+    while path:
+        path = path.rpartition(".")[0]
+        part = model.get_submodule(path)
+        if isinstance(part, PreTrainedModel):
+            yield part
+
+
+def _embedding(model: nn.Module) -> nn.Module | None:
+    """What makes patches: a model's first convolution over images, or what gets them cut, with their numbers beside."""
+
+    def makes(module: Any) -> bool:
+        if isinstance(module, PreTrainedModel):
+            return False
+        return isinstance(module, (nn.Conv2d, nn.Conv3d)) or {"pixel_values", "spatial_shapes"} <= _takes(type(module))
+
+    return next(filter(makes, model.modules()), None)
+
+
+def _takes(cls: type[nn.Module]) -> set[str]:
+    return set(inspect.signature(inspect.unwrap(cls.forward)).parameters)
+
+
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    _thread.patches.sides = None
+
+
+def _end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    _thread.patches.sides = None
+
+
+def _note(embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
+    _thread.patches.batch_size, sides = output.shape[0], output.shape[2:]
+    if not isinstance(embedding, (nn.Conv2d, nn.Conv3d)):
+        given = inspect.signature(embedding.forward).bind(*args, **kwargs).arguments["spatial_shapes"].unique(dim=0)
+        sides = given[0].tolist() if len(given) == 1 else given.amax(dim=0).tolist()  # padding tells, then
+    _thread.patches.sides = tuple(sides)
