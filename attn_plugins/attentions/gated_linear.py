@@ -87,18 +87,21 @@ class GatedLinearAttention(Attention):
         nn.init.constant_(self.gate_bias, -fade - math.log(-math.expm1(-fade)))
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._prepare(scale), list(self.parameters()))
+        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._prepare(scale), self._weights())
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        weights, chunk_size = list(self.parameters()), self.config.chunk_size
+        weights, chunk_size = self._weights(), self.config.chunk_size
         return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._prepare(scale), weights, chunk_size=chunk_size)
 
     def new_state(self, fixed_length=None):
         return Sums(fixed_length)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
-        rule, chunk_size = (self._prepare(scale), list(self.parameters())), self.config.chunk_size
+        rule, chunk_size = (self._prepare(scale), self._weights()), self.config.chunk_size
         return recurrent_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *rule, chunk_size=chunk_size)
+
+    def _weights(self):
+        return [self.score_weight, self.average_weight, self.gate_down_weight, self.gate_up_weight, self.gate_bias]
 
     def _prepare(self, scale):
         return functools.partial(tokens, scale=scale, normalizer=self.config.gate_logit_normalizer)

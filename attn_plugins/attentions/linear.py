@@ -7,7 +7,7 @@ from torch import nn
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.linear import dense_linear_attention, linear_attention, linear_attention_from
 from attn_plugins.ops.sums import Sums
-from attn_plugins.ops.token_features import LEARNED, orthogonal_features, prepare, reset_weights, weight_shapes
+from attn_plugins.ops.token_features import LEARNED, orthogonal_features, prepare, reset_weights, weight_shapes, weights
 from attn_plugins.registry import register_attention
 
 
@@ -115,6 +115,5 @@ class LinearAttention(Attention):
         return linear_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, self._prepare, **options)
 
     def _prepare(self, q_BHQD, k_BGKD, mask, scale, since=None):
-        weights = dict(self.named_parameters()) | dict(self.named_buffers())
         options = {"scale": scale, "eps": self.config.eps, "max_length": self.config.max_length, "since": since}
-        return prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights, **options)
+        return prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights(self), **options)

@@ -10,7 +10,7 @@ from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.linear_window import dense_linear_window, linear_window_attention
 from attn_plugins.ops.linear_window_state import linear_window_attention_from
 from attn_plugins.ops.sums import Sums
-from attn_plugins.ops.token_features import LEARNED, prepare, reset_weights, weight_shapes
+from attn_plugins.ops.token_features import LEARNED, prepare, reset_weights, weight_shapes, weights
 from attn_plugins.registry import register_attention
 
 
@@ -87,7 +87,7 @@ class LinearWindowAttention(Attention):
     def reset_parameters(self):
         nn.init.constant_(self.window_gate, math.log(0.1 / 0.9))
         if self.config.feature_map in LEARNED:
-            reset_weights(self.config.feature_map, self._feature_weights())
+            reset_weights(self.config.feature_map, weights(self))
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         prepared, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
@@ -105,14 +105,11 @@ class LinearWindowAttention(Attention):
         tokens, prepare = (q_BHQD, k_BGKD, v_BGKV), functools.partial(self._prepare, mask=mask, scale=scale)
         return linear_window_attention_from(*tokens, mask, state, prepare, chunk_size=self.config.chunk_size)
 
-    def _feature_weights(self):
-        return {name: weight for name, weight in self.named_parameters() if name != "window_gate"}
-
     def _prepare(self, q_BHQD, k_BGKD, mask, scale):
         if self.branch not in ("both", *self.branches):
             raise ValueError(f"branch={self.branch!r}; allowed: 'both', {', '.join(map(repr, self.branches))}")
-        weights, eps = self._feature_weights(), self.config.eps
-        prepared = prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights, scale=scale, eps=eps)
+        options = {"scale": scale, "eps": self.config.eps}
+        prepared = prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights(self), **options)
         factor_H = torch.sigmoid(self.window_gate.to(torch.promote_types(self.window_gate.dtype, torch.float32)))
         options = {"window_size": self.config.window_size, "factor_H": factor_H}
         return prepared, {**options, "branch": self.branch, "scale": scale}

@@ -66,18 +66,21 @@ class RetentionAttention(Attention):
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         prepare = functools.partial(tokens, scale=scale)
-        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, list(self.parameters()))
+        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, self._weights())
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        prepare, weights = functools.partial(tokens, scale=scale), list(self.parameters())
+        prepare, weights = functools.partial(tokens, scale=scale), self._weights()
         return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, weights, chunk_size=self.config.chunk_size)
 
     def new_state(self, fixed_length=None):
         return Sums(fixed_length)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
-        rule, chunk_size = (functools.partial(tokens, scale=scale), list(self.parameters())), self.config.chunk_size
+        rule, chunk_size = (functools.partial(tokens, scale=scale), self._weights()), self.config.chunk_size
         return recurrent_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *rule, chunk_size=chunk_size)
+
+    def _weights(self):
+        return [self.score_weight, self.average_weight]
 
 
 def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, *, scale):

@@ -47,6 +47,12 @@ def weight_shapes(
     return shapes
 
 
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's weights of these names, and favor's directions, read as attributes: they may be parametrised."""
+    names = ("query_weight", "key_weight", "query_bias", "key_bias", "projection")
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+
 def reset_weights(feature_map: str, weights: Mapping[str, torch.Tensor]) -> None:
     """Start from the identity; Taylor's from a projection that keeps q.k, on average where it has fewer dimensions."""
     if feature_map != "taylor":
