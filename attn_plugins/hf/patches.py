@@ -18,10 +18,12 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
 from attn_plugins.attention import Attention
+from attn_plugins.hf import live
 from attn_plugins.hf import peft as adapters
 from attn_plugins.hf.caches import RECORDING
+from attn_plugins.hf.configs import check_flags, erase, is_flagged, written
 from attn_plugins.hf.dispatch import IMPLEMENTATION, SLOT, attention_forward, lazy_mask
-from attn_plugins.hf.swap import attach_from_config
+from attn_plugins.hf.swap import attach_assigned, attach_from_config
 
 _MARK = "_attn_plugins_original"
 
@@ -35,7 +37,7 @@ def install() -> None:
     # A config has no hook for new fields. As a class attribute, from_pretrained(path, attn_plugin=...) and config.json
     # set it like any field, and configs without the flag are saved as before.
     if not hasattr(PreTrainedConfig, "attn_plugin"):
-        PreTrainedConfig.attn_plugin = None  # type: ignore[attr-defined]
+        PreTrainedConfig.attn_plugin = ConfigField()  # type: ignore[attr-defined]
 
     # Some models choose their attention classes in their constructor, by names of implementations that they know. They
     # are therefore built with their own default, also from a config.json that names ours.
@@ -44,6 +46,9 @@ def install() -> None:
     # Nothing public runs between a model's construction and the loading of its weights, which is when the slots have to
     # be there: post_init, which every model calls last in __init__, is that moment.
     _wrap(PreTrainedModel, "post_init", _post_init)
+
+    # Copies and unpickled models are made without a constructor. Of those too it has to be known that they are alive.
+    _wrap(PreTrainedModel, "__setstate__", _setstate)
 
     # Weights that a checkpoint lacks are initialised by the model's own _init_weights, which does not know a slot's.
     _wrap(PreTrainedModel, "_initialize_weights", _initialize_weights)
@@ -54,8 +59,9 @@ def install() -> None:
     # It would bypass the slots in silence.
     _wrap(PreTrainedModel, "set_attn_implementation", _set_attn_implementation)
 
-    # transformers saves an adapter that it has loaded itself by writing out its config. One that it exchanges for
-    # another meets nothing else of ours, and before 5.18 it left out what PEFT calls modules_to_save, and logged that.
+    # An edit of a config that no module was told of would be saved as if it ran. And transformers saves an adapter that
+    # it has loaded itself by writing out its config. One that it exchanges for another meets nothing else of ours, and
+    # before 5.18 it left out what PEFT calls modules_to_save, and logged that.
     _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
     _wrap(PreTrainedModel, "load_adapter", _load_adapter)
 
@@ -91,6 +97,28 @@ def _install_peft() -> None:
 
     # It hands on the ``weight`` of whatever it puts back.
     _wrap(BaseTuner, "_replace_module", adapters.replace_module)
+
+
+class ConfigField:
+    """``config.attn_plugin``: None where nothing was said, and kept among the config's own attributes like any field.
+
+    Where a config is that of a live model, an assignment swaps the model at once, as users expect of a flag that says
+    which attention a model has: an optimizer made after it sees the new weights, and what is saved is what runs.
+    """
+
+    def __get__(self, config: Any, owner: type | None = None) -> Any:
+        return None if config is None else vars(config).get("attn_plugin")
+
+    def __set__(self, config: Any, flag: Any) -> None:
+        if not attach_assigned(config, flag):
+            erase(config)
+            vars(config)["attn_plugin"] = flag
+
+    def __delete__(self, config: Any) -> None:
+        if "attn_plugin" not in vars(config):
+            raise AttributeError("attn_plugin")
+        if not attach_assigned(config, None):
+            erase(config)
 
 
 def _wrap(holder: Any, name: str, around: Callable[..., Any]) -> None:
@@ -140,30 +168,46 @@ def _once_imported(name: str, then: Callable[[], None]) -> None:
 
 def _init(original: Any, self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
     if getattr(config, "_attn_implementation", None) == IMPLEMENTATION:
-        if "attn_plugin" not in vars(config) and _builder(self) is None:
+        if not is_flagged(config) and _builder(self) is None:
             raise ValueError(
                 f"attn_implementation={IMPLEMENTATION!r} needs rules; "
                 "pass attn_plugin=..., such as attn_plugin='local', instead"
             )
+        vars(self)[_CAME] = (config,)
         config._attn_implementation_internal = None
     original(self, config, *args, **kwargs)
 
+
+_CAME = "_attn_plugins_came"
+"""Attribute of a model under construction: the config that it came with, alone in a tuple, if that named ours."""
 
 _INSIDE = "_attn_plugins_inside"
 """Attribute of a model under construction: flagged models that its constructor has built so far."""
 
 
 def _post_init(original: Any, self: PreTrainedModel) -> None:
-    builder = _builder(self)
+    builder, complete = _builder(self), [self]
     if builder is None:
         attach_from_config(self)  # before the original, which initialises weights
         parts = set(self.modules())
         for inner in vars(self).pop(_INSIDE, ()):
             if inner not in parts:  # built inside, but held elsewhere than among the modules, as a teacher may be
                 attach_from_config(inner)
+                complete.append(inner)
     elif self.config.attn_plugin is not None:
         vars(builder).setdefault(_INSIDE, []).append(self)
     original(self)
+    for model in complete if builder is None else ():
+        live.remember(model)
+        for part in model.modules():
+            for came in vars(part).pop(_CAME, ()):
+                if came is not part.config:
+                    came._attn_implementation_internal = IMPLEMENTATION  # it may be that of another model
+
+
+def _setstate(original: Any, self: PreTrainedModel, state: Any) -> None:
+    original(self, state)
+    live.remember(self)
 
 
 def _builder(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -210,7 +254,7 @@ def _initialize_slot(slot: Attention) -> None:
 
 
 def _set_attn_implementation(original: Any, self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-    if self.config.attn_plugin is not None:
+    if self.config.attn_plugin is not None or any(written(self)):
         raise ValueError(
             f"set_attn_implementation{args} would bypass this model's attn_plugin; "
             "call attn_plugins.restore_attention(model) first, set the implementation, then swap again"
@@ -249,6 +293,7 @@ def _has(model: PreTrainedModel, name: str) -> bool:
 
 
 def _save_pretrained(original: Any, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    check_flags(self)
     if getattr(self, "_hf_peft_config_loaded", False):
         adapters.note_rules(self, self.peft_config)
     return original(self, *args, **kwargs)

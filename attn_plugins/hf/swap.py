@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.hf import adapters, arguments, discovery, grids, sources
+from attn_plugins.hf import adapters, arguments, configs, discovery, grids, live, sources
 from attn_plugins.hf.caches import leave, make_tensor, serve
 from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of, turns
-from attn_plugins.rules import Flag, Rule, assign, parse_rules
+from attn_plugins.rules import Flag, Rule, Target, assign, parse_rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ def swap_attention(model: nn.Module, rules: Flag, **options: Any) -> nn.Module:
     """Put other attentions into a live model, in place.
 
     A slot that already holds the same attention with the same options keeps its weights; modules that no rule matches
-    get the model's own attention back.
+    get the model's own attention back. The model gets a config of its own: neither other models that were built from
+    the same one, nor those that will be, are swapped.
 
     Args:
         model: a transformers model, also under PEFT or torch.compile.
@@ -64,7 +65,12 @@ def swap_attention(model: nn.Module, rules: Flag, **options: Any) -> nn.Module:
     Raises:
         ValueError: the rules do not fit the model; nothing has changed then.
     """
-    _attach(_unwrap(model), parse_rules(rules, **options))
+    inner = _unwrap(model)
+    plan = _plan(inner, parse_rules(rules, **options))
+    configs.refuse_part(inner)
+    if configs.WRITTEN not in vars(inner) or configs.shared(inner, model):
+        configs.own(inner, model)
+    _attach(plan)
     return model
 
 
@@ -77,26 +83,15 @@ def restore_attention(model: nn.Module) -> nn.Module:
         the model.
     """
     inner = _unwrap(model)
-    grids.unwatch(inner)
-    for path, module in discovery.attention_modules(inner):
-        if getattr(module, BASE, None) is not None:
-            for config in _configs_of(inner, path, module):
-                _set_implementation(config, getattr(module, BASE))
-    for path, module in discovery.attention_modules(inner):
-        leave(discovery.owner(inner, path), [module])
-        arguments.unwatch(module)
-        adapters.take_off(module)
-        for attribute in (SLOT, BASE, ROLE):
-            if hasattr(module, attribute):
-                delattr(module, attribute)
-        for config in _configs_of(inner, path, module):
-            _unflag(config)
-    _unflag(inner.config)
+    configs.refuse_part(inner)
+    if configs.shared(inner, model):
+        configs.own(inner, model)
+    _restore(inner)
     return model
 
 
 def describe_attention(model: nn.Module) -> AttentionRows:
-    """One row for each attention module that can be swapped, in the model's order.
+    """One row for each attention module that can be swapped, in the model's order: what a call would reach.
 
     Raises:
         ValueError: the model is not a transformers model.
@@ -105,8 +100,12 @@ def describe_attention(model: nn.Module) -> AttentionRows:
     rows = AttentionRows()
     for target in discovery.targets(inner):
         module = inner.get_submodule(target.path)
-        slot, base = slot_of(module), getattr(module, BASE, None)
-        own = base or getattr(getattr(module, "config", inner.config), "_attn_implementation", None)
+        slot = slot_of(module)
+        own = configs.configs_of(inner, target.path, module)[0]._attn_implementation or "eager"
+        if own == IMPLEMENTATION:
+            own = getattr(module, BASE, None)
+        elif discovery.reached(module) == "interface":
+            slot = None  # the config was edited, and goes past it
         rows.append(
             AttentionRow(
                 path=target.path,
@@ -126,18 +125,62 @@ def attach_from_config(model: PreTrainedModel) -> None:
     """Attach what ``model.config`` asks for, at the end of the model's construction.
 
     The flag of the outermost model holds. Where that has none, parts of a composite model may carry their own.
+
+    Raises:
+        ValueError: the rules do not fit the model, or would take slots away that a part of it has brought.
     """
-    config = model.config
-    if config.attn_plugin is not None:
-        _attach(model, parse_rules(config.attn_plugin))
-    elif "attn_plugin" in vars(config):  # set to None on purpose: a swapped checkpoint with its original attention
-        _reset(model)
-    else:
-        for part in _flagged_parts(model):
-            _attach(part, parse_rules(part.config.attn_plugin))
+    if model.config.attn_plugin is None and "attn_plugin" in vars(model.config):
+        _reset(model)  # set to None on purpose: a swapped checkpoint with its original attention
+        return
+    flagged = [model] if model.config.attn_plugin is not None else list(_flagged_parts(model))
+    plans = [_plan(part, parse_rules(part.config.attn_plugin)) for part in flagged]
+    for plan in plans:
+        _refuse_loss(plan)
+    if plans:
+        configs.own(model)
+    for plan in plans:
+        _attach(plan)
+    configs.mark(model)
 
 
-def _attach(model: PreTrainedModel, rules: list[Rule]) -> None:
+def attach_assigned(config: Any, flag: "Flag | None") -> bool:
+    """Do what an assignment to ``config.attn_plugin`` asks for, where live models have that config; tell if any has.
+
+    Their configs stay the objects that they are: who edits them once may do so again.
+
+    Raises:
+        ValueError: the rules do not fit a model; nothing has changed then.
+    """
+    models = live.holding(config)
+    for model in models:
+        configs.refuse_part(model)
+    plans = [] if flag is None else [_plan(model, parse_rules(flag)) for model in models]
+    for plan in plans:
+        _attach(plan)
+    for model in models if flag is None else []:
+        _restore(model)
+    return bool(models)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What :func:`_attach` is to do to a model, all of it checked and built."""
+
+    model: PreTrainedModel
+    rules: list[Rule]
+    targets: list[Target]
+    assigned: dict[str, Rule]
+    slots: dict[str, nn.Module]
+    modules: dict[str, nn.Module]
+    bases: dict[str, str]
+
+
+def _plan(model: PreTrainedModel, rules: list[Rule]) -> _Plan:
+    """Check rules against a model and build their attentions; nothing changes.
+
+    Raises:
+        ValueError: the rules do not fit.
+    """
     targets = discovery.targets(model)
     if not targets:
         raise ValueError(
@@ -148,40 +191,90 @@ def _attach(model: PreTrainedModel, rules: list[Rule]) -> None:
     assigned = assign(rules, targets)
     modules = {target.path: model.get_submodule(target.path) for target in targets}
     slots = {path: _build(rule, modules[path], model, path) for path, rule in assigned.items()}
+    bases = {path: getattr(module, BASE, None) or _base_of(model, path, module) for path, module in modules.items()}
+    return _Plan(
+        model=model, rules=rules, targets=targets, assigned=assigned, slots=slots, modules=modules, bases=bases
+    )
 
-    # From here on nothing can fail. A config that serves at least one slot dispatches to us, with all of its modules.
-    ours = {id(config) for path in assigned for config in _configs_of(model, path, modules[path])}
-    for target in targets:
+
+def _refuse_loss(plan: _Plan) -> None:
+    """Refuse to take away what parts have brought that were loaded or swapped before the model around them was built.
+
+    Raises:
+        ValueError: names the part and its attention.
+    """
+    for part, _ in configs.written(plan.model):
+        if part is plan.model:
+            continue
+        inside = {id(module) for module in part.modules()}
+        for path, module in plan.modules.items():
+            held = slot_of(module)
+            if id(module) in inside and held is not None and plan.slots.get(path) is not getattr(module, SLOT):
+                raise ValueError(
+                    f"the attn_plugin of {type(plan.model).__name__} would replace {held.name!r} at {path}, which its "
+                    f"part {type(part).__name__} came with; give rules that say the same, or build that part with "
+                    "attn_plugin=None"
+                )
+
+
+def _attach(plan: _Plan) -> None:
+    """Do what was planned; from here on nothing can fail.
+
+    A config that serves at least one slot dispatches to us, with all of its modules.
+    """
+    model, modules = plan.model, plan.modules
+    ours = {id(config) for path in plan.assigned for config in configs.configs_of(model, path, modules[path])}
+    for target in plan.targets:
         module = modules[target.path]
-        configs = _configs_of(model, target.path, module)
-        base = getattr(module, BASE, None) or _base_of(model, target.path, module)
+        held = configs.configs_of(model, target.path, module)
         arguments.unwatch(module)
         if hasattr(module, SLOT):
             delattr(module, SLOT)
-        if not any(id(config) in ours for config in configs):
-            for config in configs:
-                _set_implementation(config, base)
+        if not any(id(config) in ours for config in held):
+            for config in held:
+                configs.set_implementation(config, plan.bases[target.path])
             adapters.take_off(module)
             for attribute in (BASE, ROLE):
                 if hasattr(module, attribute):
                     delattr(module, attribute)
             continue
         adapters.put_on(module)
-        setattr(module, BASE, base)
+        setattr(module, BASE, plan.bases[target.path])
         setattr(module, ROLE, target.role)
-        if target.path in slots:
-            setattr(module, SLOT, slots[target.path])
+        if target.path in plan.slots:
+            setattr(module, SLOT, plan.slots[target.path])
             arguments.watch(module)
-    for target in targets:
-        for config in _configs_of(model, target.path, modules[target.path]):
+    for target in plan.targets:
+        for config in configs.configs_of(model, target.path, modules[target.path]):
             if id(config) in ours:
-                _set_implementation(config, IMPLEMENTATION)
+                configs.set_implementation(config, IMPLEMENTATION)
     grids.unwatch(model)
     grids.watch(
         model, {path: slot for path, module in modules.items() if (slot := slot_of(module)) and slot.wants_grid}
     )
     _serve_caches(model, modules)
-    _flag(model, rules, assigned, modules)
+    _flag(plan)
+
+
+def _restore(model: PreTrainedModel) -> None:
+    grids.unwatch(model)
+    for path, module in discovery.attention_modules(model):
+        if getattr(module, BASE, None) is not None:
+            for config in configs.configs_of(model, path, module):
+                configs.set_implementation(config, getattr(module, BASE))
+    for path, module in discovery.attention_modules(model):
+        leave(discovery.owner(model, path), [module])
+        arguments.unwatch(module)
+        adapters.take_off(module)
+        for attribute in (SLOT, BASE, ROLE):
+            if hasattr(module, attribute):
+                delattr(module, attribute)
+        for config in configs.configs_of(model, path, module):
+            configs.erase(config)
+    configs.erase(model.config)
+    configs.forget(model)
+    for outer in live.around(model):
+        configs.mark(outer)
 
 
 def _serve_caches(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
@@ -202,20 +295,23 @@ def _serve_caches(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None
             module.register_forward_pre_hook(make_tensor, with_kwargs=True)
 
 
-def _flag(model: PreTrainedModel, rules: list[Rule], assigned: dict[str, Rule], modules: dict[str, nn.Module]) -> None:
+def _flag(plan: _Plan) -> None:
     """Write the rules where save_pretrained finds them: the model's config, and the configs of parts saved alone."""
-    for path, module in modules.items():
-        for config in _configs_of(model, path, module):
+    model, held = plan.model, dict[int, Any]()
+    for path, module in plan.modules.items():
+        held.update((id(config), config) for config in configs.configs_of(model, path, module))
+    for config in held.values():
+        if config is not model.config:
+            configs.erase(config)
+    for path, rule in plan.assigned.items():
+        for config in configs.configs_of(model, path, plan.modules[path]):
             if config is not model.config:
-                _unflag(config)
-    for path, rule in assigned.items():
-        for config in _configs_of(model, path, modules[path]):
-            if config is not model.config:
-                held = config.attn_plugin or []
-                config.attn_plugin = held if rule.to_dict() in held else [*held, rule.to_dict()]
-                config.attn_implementation = IMPLEMENTATION
-    model.config.attn_plugin = [rule.to_dict() for rule in rules]
-    model.config.attn_implementation = IMPLEMENTATION
+                rules = config.attn_plugin or []
+                configs.write(config, rules if rule.to_dict() in rules else [*rules, rule.to_dict()])
+    configs.write(model.config, [rule.to_dict() for rule in plan.rules])
+    configs.record(model, held.values())
+    for outer in live.around(model):
+        configs.mark(outer)
 
 
 def _build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> nn.Module:
@@ -260,30 +356,15 @@ def _base_of(model: PreTrainedModel, path: str, module: nn.Module) -> str:
     return holder.get_correct_attn_implementation(None) if current == IMPLEMENTATION else current
 
 
-def _configs_of(model: PreTrainedModel, path: str, module: nn.Module) -> list[Any]:
-    """The configs that decide the module's attention function and its mask: its own, and its owner's."""
-    own, holding = getattr(module, "config", None), discovery.owner(model, path).config
-    return [holding] if own is None or own is holding else [own, holding]
-
-
-def _set_implementation(config: Any, implementation: str) -> None:
-    config._attn_implementation_internal = implementation  # the public setter would also change every part's config
-
-
-def _unflag(config: Any) -> None:
-    for attribute in ("attn_plugin", "attn_implementation"):
-        vars(config).pop(attribute, None)
-
-
 def _reset(model: PreTrainedModel) -> None:
     """Undo what config.json's attn_implementation did to configs whose modules have no slot."""
     for path, module in discovery.attention_modules(model):
         if getattr(module, BASE, None) is None:
-            for config in _configs_of(model, path, module):
+            for config in configs.configs_of(model, path, module):
                 if config._attn_implementation == IMPLEMENTATION:
-                    _set_implementation(config, _base_of(model, path, module))
+                    configs.set_implementation(config, _base_of(model, path, module))
     if model.config._attn_implementation == IMPLEMENTATION and model.config.attn_plugin is None:
-        _set_implementation(model.config, model.get_correct_attn_implementation(None))
+        configs.set_implementation(model.config, model.get_correct_attn_implementation(None))
     vars(model.config).pop("attn_implementation", None)
 
 

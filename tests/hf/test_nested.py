@@ -112,3 +112,17 @@ def test_a_constructor_that_raises_leaves_nothing_behind(saved):
         Around(BertConfig(), fail)
     back = LlamaForCausalLM.from_pretrained(path)
     assert ap.describe_attention(back) == ap.describe_attention(model)
+
+
+def test_the_flag_of_a_model_does_not_drop_what_its_parts_have_learned(saved):
+    path, model = saved
+    rules = {**model.config.attn_plugin[0], "modules": "self_attn"}
+    around = Around(BertConfig(attn_plugin=rules), lambda: LlamaForCausalLM.from_pretrained(path))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in part_of(around).state_dict().items())
+    for other in ({"type": "local", "modules": "self_attn"}, {**rules, "layers": 1}):
+        with pytest.raises(
+            ValueError,
+            match=r"attn_plugin of Around would replace 'linear' at part.model.layers.0.self_attn, which its part "
+            "LlamaForCausalLM came with; give rules that say the same, or build that part with attn_plugin=None",
+        ):
+            Around(BertConfig(attn_plugin=other), lambda: LlamaForCausalLM.from_pretrained(path))

@@ -1,15 +1,18 @@
 """What importing the package does to transformers: as little as the docstrings of hf/patches.py say."""
 
+import copy
+import pickle
 import subprocess
 import sys
 
+import pytest
 import tiny
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils, modeling_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import attn_plugins as ap
-from attn_plugins.hf import patches
+from attn_plugins.hf import live, patches
 from attn_plugins.hf.dispatch import attention_forward, lazy_mask
 
 WITHOUT_FLAG = """
@@ -78,6 +81,26 @@ def test_both_interfaces_know_the_name():
 def test_config_field_is_a_class_attribute_that_plain_configs_do_not_save():
     assert PreTrainedConfig.attn_plugin is None
     assert "attn_plugin" not in tiny.config_of("llama").to_dict()
+
+
+def test_config_field_keeps_its_value_where_configs_keep_theirs():
+    """Fails when configs no longer copy and save what is in their ``__dict__``."""
+    config = tiny.config_of("llama")
+    config.attn_plugin = "local"
+    assert (vars(config)["attn_plugin"], config.attn_plugin, copy.deepcopy(config).attn_plugin) == ("local",) * 3
+    assert config.to_dict()["attn_plugin"] == "local"
+    del config.attn_plugin
+    assert config.to_dict() == tiny.config_of("llama").to_dict()
+    with pytest.raises(AttributeError, match="attn_plugin"):
+        del config.attn_plugin
+
+
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_models_are_known_to_be_alive(made):
+    """Fails when models are copied or unpickled in another way than through ``__setstate__``."""
+    model = made(tiny.build("llama"))
+    assert live.holding(model.config) == [model]
+    assert model.model in live.models()
 
 
 def test_post_init_still_runs_before_weights_load_and_inner_models_first():
