@@ -3,11 +3,12 @@
 None of them does anything to a model whose config does not carry the flag, nor to an adapter of one.
 """
 
+import copy
 import functools
 import importlib.machinery
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ import transformers
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from attn_plugins.attention import Attention
 from attn_plugins.hf import live
 from attn_plugins.hf import peft as adapters
 from attn_plugins.hf.caches import RECORDING
-from attn_plugins.hf.configs import check_flags, erase, is_flagged, written
+from attn_plugins.hf.configs import check_flags, erase, from_file, is_flagged, mark_saved, written
 from attn_plugins.hf.dispatch import IMPLEMENTATION, SLOT, attention_forward, lazy_mask
 from attn_plugins.hf.swap import attach_assigned, attach_from_config
 
@@ -38,6 +40,17 @@ def install() -> None:
     # set it like any field, and configs without the flag are saved as before.
     if not hasattr(PreTrainedConfig, "attn_plugin"):
         PreTrainedConfig.attn_plugin = ConfigField()  # type: ignore[attr-defined]
+
+    # Rules that a file brings were right for the model that was saved. What a user says has to be right for this one.
+    _wrap(PreTrainedConfig, "from_dict", _from_dict)
+
+    # With a config at hand, arguments that it would take go to constructors, which know none of this name; and auto
+    # classes may build from a part of the config that has taken it. attn_implementation= has its own way past both.
+    _wrap(PreTrainedModel, "from_pretrained", _from_pretrained)
+    _wrap(PreTrainedModel, "_from_config", _from_config)
+    for auto in _auto_classes(modeling_auto._BaseAutoModelClass):  # each has copies of the two methods
+        _wrap(auto, "from_pretrained", _auto_from_pretrained)
+        _wrap(auto, "from_config", _auto_from_config)
 
     # Some models choose their attention classes in their constructor, by names of implementations that they know. They
     # are therefore built with their own default, also from a config.json that names ours.
@@ -164,6 +177,62 @@ def _once_imported(name: str, then: Callable[[], None]) -> None:
         then()
     elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport(name, then))
+
+
+_BESIDE = "_attn_plugin_beside"
+"""Argument under which auto classes hand the flag on: of this name no config takes it for its own."""
+
+
+def _auto_classes(cls: type) -> Iterator[type]:
+    yield cls
+    more: type
+    for more in cls.__subclasses__():
+        yield from _auto_classes(more)
+
+
+def _auto_from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    config = kwargs.get("config")
+    if "attn_plugin" in kwargs:
+        kwargs[_BESIDE] = kwargs.pop("attn_plugin")
+    elif isinstance(config, PreTrainedConfig) and "attn_plugin" in vars(config) and not from_file(config):
+        kwargs[_BESIDE] = vars(config)["attn_plugin"]
+    return original(cls, *args, **kwargs)
+
+
+def _auto_from_config(original: Any, cls: Any, config: Any, **kwargs: Any) -> Any:
+    if "attn_plugin" in vars(config) and not from_file(config):
+        kwargs.setdefault("attn_plugin", vars(config)["attn_plugin"])
+    return original(cls, config, **kwargs)
+
+
+def _from_pretrained(original: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
+    if _BESIDE in kwargs:
+        kwargs["attn_plugin"] = kwargs.pop(_BESIDE)
+    config = kwargs.get("config")
+    if "attn_plugin" in kwargs and isinstance(config, PreTrainedConfig):
+        kwargs["config"] = _flagged(config, kwargs.pop("attn_plugin"))
+    return original(cls, *args, **kwargs)
+
+
+def _from_config(original: Any, cls: Any, config: Any, **kwargs: Any) -> Any:
+    if "attn_plugin" in kwargs:
+        config = _flagged(config, kwargs.pop("attn_plugin"))
+    return original(cls, config, **kwargs)
+
+
+def _flagged(config: Any, flag: Any) -> Any:
+    """A copy of the caller's config that carries the flag."""
+    config = copy.deepcopy(config)
+    config.attn_plugin = flag
+    return config
+
+
+def _from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    saved = dict(config_dict)  # what is passed beside it is written into it
+    made = original(cls, config_dict, **kwargs)
+    if "attn_plugin" not in kwargs:
+        mark_saved(made[0] if isinstance(made, tuple) else made, saved)
+    return made
 
 
 def _init(original: Any, self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
