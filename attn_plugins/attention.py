@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from attn_plugins.mask import AttentionMask
+from attn_plugins.ops.gradients import with_gradients_to
 from attn_plugins.ops.rotary import Rotary
 from attn_plugins.state import State
 from attn_plugins.tracing import recorded
@@ -73,7 +74,8 @@ class Attention(nn.Module):
 
     Both forms take ``(q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout)`` and, of ``position_bias``, ``softcap`` and
     ``sinks``, those that the class declares and the call brings. ``reference`` returns ``(out_BHQV, weights_BHQK)``,
-    ``attend`` returns ``out_BHQV``. A query that sees nothing gives zeros.
+    ``attend`` returns ``out_BHQV``. A query that sees nothing gives zeros. Weights that a call has no use for get a
+    gradient of zero.
 
     When text is generated, keys and values of all tokens are kept, and the queries are the last of them. A causal
     attention that needs less than that can say so: ``new_state`` makes what it keeps instead, and ``attend_from``
@@ -233,7 +235,8 @@ class Attention(nn.Module):
                 out_BHQV, weights_BHQK = self.reference(q_BHQD, k_BGKD, v_BGKV, **options)
             else:
                 out_BHQV = self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
-        return out_BHQV.transpose(1, 2).contiguous(), weights_BHQK
+        out_BQHV = out_BHQV.transpose(1, 2).contiguous()
+        return with_gradients_to(out_BQHV, self.parameters()), weights_BHQK
 
     def chosen(self, *tensors: torch.Tensor, state: State | None = None) -> str:
         """The backend that computes with these tensors: what ``auto`` is here, and else what was asked for.
