@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import types
 import typing
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -111,6 +112,11 @@ class Attention(nn.Module):
     """Serves scores limited by softcap * tanh(score / softcap) (Gemma 2)."""
     sinks: ClassVar[bool] = False
     """Serves learned sink logits, one a head, in the softmax's denominator (gpt-oss)."""
+    dropout: ClassVar[bool] = False
+    """Drops weights in training with the probability that the model asks for.
+
+    The one thing that is not refused where it is lacking, since a method may have nothing to drop: it is left out, and
+    a warning says so."""
 
     convex: ClassVar[bool] = True
     """The output is ``weights @ v`` for the effective weights, which are not negative and sum to 1.
@@ -179,7 +185,8 @@ class Attention(nn.Module):
             q_BHQD, k_BGKD, v_BGKV: queries, keys and values; keys and values arrive with their own number of heads.
             mask: what each query may see.
             scale: factor on the scores, usually D ** -0.5.
-            dropout: probability with which a weight is dropped; 0 outside training.
+            dropout: probability with which a weight is dropped; 0 outside training. Left out, with a warning, where
+                :attr:`dropout` is False.
             position_bias: added to the scores, broadcastable to (B, H, Q, K).
             softcap: limit of the scores.
             sinks: (H,) logits that take part in the softmax without a value.
@@ -200,6 +207,8 @@ class Attention(nn.Module):
             if value is not None:
                 extras[extra] = value
         self._refuse(q_BHQD, k_BGKD, mask, extras)
+        if dropout > 0 and not type(self).dropout and not torch.compiler.is_compiling():
+            warn_of_dropout(type(self), dropout)
         if state is not None:
             if need_weights:
                 raise ValueError(
@@ -339,12 +348,31 @@ class Attention(nn.Module):
                 )
 
 
-CAPABILITIES = ("causal", "bidirectional", "cross", "any_mask", "segments", "position_bias", "softcap", "sinks")
+CAPABILITIES = (
+    "causal",
+    "bidirectional",
+    "cross",
+    "any_mask",
+    "segments",
+    "position_bias",
+    "softcap",
+    "sinks",
+    "dropout",
+)
 
 
 def capabilities(attention: type[Attention]) -> list[str]:
     """Names of what a class of attention can honour, in the order of :data:`CAPABILITIES`."""
     return [name for name in CAPABILITIES if getattr(attention, name)]
+
+
+def warn_of_dropout(attention: type[Attention], dropout: float) -> None:
+    """Warn that a model's dropout is left out. By default a process shows each such warning once."""
+    warnings.warn(
+        f"attention {attention.name!r} drops no weights: the model's attention dropout of {dropout} is left out in its "
+        "modules (attentions that have it are those with dropout in `attn-plugins list`)",
+        stacklevel=1,  # always the same place, so that it is the same warning at the swap and in training
+    )
 
 
 def _fits(value: Any, hint: Any) -> bool:

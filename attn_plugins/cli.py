@@ -54,6 +54,7 @@ LETTERS = {
     "position_bias": "P",
     "softcap": "T",
     "sinks": "L",
+    "dropout": "D",
 }
 """A letter for each capability, for a table that is as narrow as a terminal."""
 

@@ -130,9 +130,11 @@ def page(measured: Path) -> str:
         lines.append(f"| {' | '.join([*first, *honoured])} |")
     lines += [
         "",
-        "A column says what an attention can honour. What it cannot, it refuses with an error and never drops. N is",
-        "the length, D the size of a head. `any mask` means masks beyond causal, padding and packed segments: a",
-        "model's own sliding window, prefixes, image blocks.",
+        "A column says what an attention can honour. What it cannot, it refuses with an error and never leaves out in",
+        "silence. N is the length, D the size of a head. `any mask` means masks beyond causal, padding and packed",
+        "segments: a model's own sliding window, prefixes, image blocks. `dropout` is that of attention weights in",
+        "training. Methods that define none run without it, and a warning says so where the model asks for it, once,",
+        "when it is swapped.",
         "",
         "`pays from` is the length in tokens from which every round was faster than torch's own attention, which is",
         "`scaled_dot_product_attention`:",

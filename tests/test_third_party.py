@@ -49,7 +49,8 @@ def test_it_is_listed(plugin):
 
 
 def test_the_contract_tests_run_over_it(plugin):
-    chosen = ["tests/attentions/test_contract.py", "tests/attentions/test_capabilities.py", "-k", "relu and not linear"]
+    names = ("contract", "capabilities", "every_weight", "dropping")
+    chosen = [*(f"tests/attentions/test_{name}.py" for name in names), "-k", "relu and not linear"]
     said = run(plugin, "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen)
     assert int(said.split(" passed")[0].split()[-1]) > 150, said
 

@@ -36,7 +36,7 @@ class AdditiveAttention(Attention):
         "To fine-tune with additive scores from exactly what the model computes; for interpretable weights, "
         "not for speed."
     )
-    causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = True
+    causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = dropout = True
     symbolic_length = True
     limit: ClassVar = {"hidden_dim": 8, "tile_size": 8}
     examples = ({"hidden_dim": 4, "tile_size": 8}, {"hidden_dim": 4, "initial_gate": 1.0})

@@ -31,7 +31,7 @@ class BigBirdAttention(Attention):
     cost = "O(N block_size (num_global_blocks + num_sliding_window_blocks + num_random_blocks) D)"
     paper = "Zaheer et al. 2020, Big Bird, arXiv:2007.14062"
     when = "For long documents where a window alone has too short a reach and no training is to choose the far keys."
-    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True
     limit: ClassVar = {"block_size": 50}
     examples = (
         {"block_size": 3, "num_random_blocks": 1, "num_sliding_window_blocks": 1},

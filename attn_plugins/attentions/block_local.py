@@ -31,7 +31,7 @@ class BlockLocalAttention(Attention):
         "Where whole blocks suit the data or the hardware better than a window that slides; a query at the "
         "start of a block sees least."
     )
-    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True
     symbolic_length = True
     limit: ClassVar = {"block_size": 50}
     examples = (

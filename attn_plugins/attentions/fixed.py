@@ -27,7 +27,7 @@ class FixedAttention(Attention):
     cost = "O(N (stride num_local_blocks + N num_summary_columns / stride) D)"
     paper = "Child et al. 2019, Generating Long Sequences with Sparse Transformers, arXiv:1904.10509"
     when = "For text without a period, where the ends of blocks can learn to sum up what came before."
-    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True
     symbolic_length = True
     limit: ClassVar = {"stride": 50}
     examples = (

@@ -32,7 +32,7 @@ class LinformerAttention(Attention):
     cost = "O(N projected_length D)"
     paper = "Wang et al. 2020, Linformer: Self-Attention with Linear Complexity, arXiv:2006.04768, eq. 7"
     when = "For encoders with a known greatest length that will be trained."
-    bidirectional = cross = True
+    bidirectional = cross = dropout = True
     convex = False
     any_length = False
     limit: ClassVar = {"max_length": 50, "projected_length": 50}

@@ -38,7 +38,7 @@ class LocalAttention(Attention):
         "First of all: with a few sink tokens it needs no training, honours every mask, and its cost grows "
         "with the length alone."
     )
-    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True
     symbolic_length = True
     limit: ClassVar = {"window_size": 50}
     examples = (

@@ -30,7 +30,7 @@ class LongformerAttention(Attention):
     keeps = "num_global_tokens + window_size keys and values"
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150"
     when = "For encoders of long documents with a few tokens, such as the first, that have to see and be seen by all."
-    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True
     symbolic_length = True
     limit: ClassVar = {"window_size": 50}
     examples = (

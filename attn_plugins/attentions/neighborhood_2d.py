@@ -39,7 +39,7 @@ class Neighborhood2dAttention(Attention):
         "For images of high resolution: a patch sees the patches around it on the grid, and CLS and registers "
         "see everything."
     )
-    bidirectional = any_mask = position_bias = softcap = sinks = True
+    bidirectional = any_mask = position_bias = softcap = sinks = dropout = True
     any_length = False
     limit: ClassVar = {"kernel_size": 7, "num_prefix_tokens": 1}
     examples = ({"kernel_size": 3}, {"kernel_size": 3, "dilation": 2, "num_prefix_tokens": 5})

@@ -30,7 +30,7 @@ class ShiftedBlockAttention(Attention):
     cost = "O(N group_size D)"
     paper = "Chen et al. 2023, LongLoRA, arXiv:2309.12307"
     when = "For fine-tuning to a longer context at little cost, going back to full attention afterwards."
-    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True
     symbolic_length = True
     examples = ({"group_size": 6}, {"group_size": 5})
 

@@ -26,7 +26,7 @@ class SigmoidAttention(Attention):
     cost = "O(N^2 D), memory O(N D)"
     paper = "Ramapuram et al. 2024, Theory, Analysis, and Best Practices for Sigmoid Self-Attention, arXiv:2409.04431"
     when = "Where tokens shouldn't compete for weight, with training."
-    causal = bidirectional = cross = any_mask = segments = position_bias = softcap = True
+    causal = bidirectional = cross = any_mask = segments = position_bias = softcap = dropout = True
     symbolic_length = True
     convex = False
     examples = ({}, {"bias": -2.0})

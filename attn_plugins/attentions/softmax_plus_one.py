@@ -31,7 +31,7 @@ class SoftmaxPlusOneAttention(Attention):
         "Where a head should be able to attend to nothing, such as against outliers before quantisation; near "
         "the model's own at the start."
     )
-    causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = True
+    causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = dropout = True
     symbolic_length = True
     convex = False
     subquadratic = False

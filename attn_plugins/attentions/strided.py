@@ -25,7 +25,7 @@ class StridedAttention(Attention):
     cost = "O(N (stride num_local_blocks + N / stride) D)"
     paper = "Child et al. 2019, Generating Long Sequences with Sparse Transformers, arXiv:1904.10509"
     when = "For data with a period, such as rows of pixels or beats of music."
-    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = True
+    causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True
     symbolic_length = True
     limit: ClassVar = {"stride": 50}
     examples = ({"stride": 5}, {"stride": 3, "num_local_blocks": 2})

@@ -28,7 +28,7 @@ class TopkAttention(Attention):
     cost = "O(N^2 D), memory O(N)"
     paper = "Gupta et al. 2021, Memory-efficient Transformers via Top-k Attention, arXiv:2106.06899"
     when = "As the yardstick: what a sparse method with so many keys could reach at best. It saves no time."
-    causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = True
+    causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = dropout = True
     limit: ClassVar = {"topk": 50}
     examples = ({"topk": 5}, {"topk": 1})
 

@@ -1,18 +1,19 @@
 """Find the attention modules of a model, and what each is: role, place, head sizes, what it needs of an attention."""
 
 import inspect
+import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.attention import HeadShape
+from attn_plugins.attention import HeadShape, warn_of_dropout
 from attn_plugins.hf import sources
 from attn_plugins.hf.adapters import adapted, adapter_of
 from attn_plugins.hf.interface import call_of
-from attn_plugins.rules import Target
+from attn_plugins.rules import Rule, Target
 
 
 def reached(module: nn.Module) -> str | None:
@@ -170,6 +171,27 @@ def _features(module: nn.Module) -> dict[str, int]:
         if match and isinstance(features := getattr(child, "out_features", None), int):
             found[match.group(1)] = features
     return found
+
+
+def dropout(module: nn.Module) -> float:
+    """Probability with which a module drops attention weights in training; 0 where its code does not tell."""
+    module = adapted(module)
+    cls: Any = type(module)
+    found = []
+    for name in sources.dropout_names(cls) - {"training"}:
+        try:
+            found.append(operator.attrgetter(name)(module))
+        except AttributeError:  # of a branch that this module does not take
+            continue
+    return max((float(p) for p in found if isinstance(p, (int, float))), default=0.0)
+
+
+def warn_of_lost_dropout(assigned: Mapping[str, Rule], modules: Mapping[str, nn.Module]) -> None:
+    """Say it where modules drop attention weights in training and the attention chosen for them has no form of that."""
+    lost = {(rule.attention, dropout(modules[path])) for path, rule in assigned.items()}
+    for attention, probability in sorted(lost, key=lambda pair: (pair[0].name, pair[1])):
+        if probability > 0 and not attention.dropout:
+            warn_of_dropout(attention, probability)
 
 
 def grid_size(config: Any) -> tuple[int, int] | None:

@@ -47,6 +47,14 @@ def told(cls: type) -> frozenset[str]:
 
 
 @functools.cache
+def dropout_names(cls: type) -> frozenset[str]:
+    """Attributes of a module, such as "attention_dropout" or "dropout.p", that its class gives on as ``dropout=``."""
+    given = [keyword.value for call in _calls(cls) for keyword in call.keywords if keyword.arg == "dropout"]
+    read = {ast.unparse(node) for value in given for node in ast.walk(value) if isinstance(node, ast.Attribute)}
+    return frozenset(name.removeprefix("self.") for name in read if name.startswith("self."))
+
+
+@functools.cache
 def attends_repeatedly(cls: type) -> bool:
     """Whether a forward pass of a class may call the attention function more than once: in a row, or in a loop."""
     defined = [node for function in _functions(cls) for node in ast.walk(function) if isinstance(node, ast.FunctionDef)]

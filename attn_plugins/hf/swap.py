@@ -192,6 +192,7 @@ def _plan(model: PreTrainedModel, rules: list[Rule]) -> _Plan:
     modules = {target.path: model.get_submodule(target.path) for target in targets}
     slots = {path: _build(rule, modules[path], model, path) for path, rule in assigned.items()}
     bases = {path: getattr(module, BASE, None) or _base_of(model, path, module) for path, module in modules.items()}
+    discovery.warn_of_lost_dropout(assigned, modules)
     return _Plan(
         model=model, rules=rules, targets=targets, assigned=assigned, slots=slots, modules=modules, bases=bases
     )

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from attn_plugins.tracing import recorded
+
 
 def with_gradients_to(out: torch.Tensor, weights: Iterable[torch.Tensor]) -> torch.Tensor:
     """``out``, through which each of the weights gets a gradient: what it has anyway, plus zero.
@@ -15,7 +17,7 @@ def with_gradients_to(out: torch.Tensor, weights: Iterable[torch.Tensor]) -> tor
 
     Nothing is added where autograd does not follow, nor to a model that is exported or traced, which would keep it.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_exporting() or torch.jit.is_tracing():
+    if not torch.is_grad_enabled() or recorded(out):
         return out
     weights = [weight for weight in weights if weight.requires_grad]
     if torch.compiler.is_compiling():  # Dynamo would instantiate the function below, which torch warns of

@@ -19,7 +19,7 @@ class ReluAttention(Attention):
     family = "dense"
     cost = "O(N^2 D)"
     paper = "Wortsman et al. 2023, Replacing softmax with ReLU in Vision Transformers, arXiv:2309.08586"
-    causal = bidirectional = cross = any_mask = segments = position_bias = softcap = True
+    causal = bidirectional = cross = any_mask = segments = position_bias = softcap = dropout = True
     convex = subquadratic = False
     examples = ({"power": 2},)
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import test_capabilities
 import test_contract
+import test_dropping
 import torch
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, kept_for_backward, left_padding, outcome
 from hypothesis import given as drawn
@@ -119,7 +120,13 @@ def test_keeps_the_contract(test):
     test(neighborhood_2d(kernel_size=3, num_prefix_tokens=0, grid_size=CONTRACT[test]))
 
 
-@pytest.mark.parametrize("capability", test_capabilities.CAPABILITIES)
+@pytest.mark.parametrize("form", ["torch", "reference"])
+def test_keeps_the_contract_on_dropout(form):
+    case = neighborhood_2d(kernel_size=3, num_prefix_tokens=0, grid_size=(3, 4))
+    test_dropping.test_dropout_keeps_the_mean_or_is_left_out_with_a_warning(case, form)
+
+
+@pytest.mark.parametrize("capability", test_capabilities.NEEDS)
 def test_honours_what_it_declares(capability):
     extras, options, need = test_capabilities.NEEDS[capability]
     given, mask = inputs(2, 10), AttentionMask(2, 10, 10, **{"causal": False, **options})
