@@ -18,8 +18,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attn_plugins import measuring
 from attn_plugins.bench import DTYPES, check_place
-from attn_plugins.hf.caches import StateLayer, cache_bytes
+from attn_plugins.hf.caches import cache_bytes
 from attn_plugins.hf.dispatch import slot_of
+from attn_plugins.hf.state_layer import StateLayer
 from attn_plugins.hf.swap import describe_attention, swap_attention
 from attn_plugins.mask import AttentionMask
 from attn_plugins.measuring import Part

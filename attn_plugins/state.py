@@ -73,26 +73,37 @@ class State:
         self.waiting = None
         return k_BGKD, v_BGKV
 
+    def check_crop(self, number: int) -> None:
+        """Raise a ValueError unless :meth:`crop` can do this; nothing changes."""
+        target = self.seen - number
+        if not 0 <= number <= self.seen:
+            raise ValueError(f"cannot remove {number} tokens of {self.seen}; allowed: 0 to {self.seen}")
+        if not number or not target or (self.waiting is not None and target >= self.length) or self._reaches(target):
+            return
+        if not any(moment.before.length <= target for moment in self.history):
+            raise ValueError(
+                f"the cache cannot go back {number} tokens: its state holds no single tokens to remove; call "
+                "cache.activate_past_recording() before the tokens that may have to be removed"
+            )
+
     def crop(self, number: int) -> None:
         """Forget the last ``number`` tokens; with it, what was recorded so far.
 
         Raises:
             ValueError: what came before them is no longer known. Nothing has changed then.
         """
+        self.check_crop(number)
         target = self.seen - number
-        if not 0 <= number <= self.seen:
-            raise ValueError(f"cannot remove {number} tokens of {self.seen}; allowed: 0 to {self.seen}")
-        if number and self.waiting is not None and target >= self.length:
+        if number and not target:
+            self.reset()
+        elif number and self.waiting is not None and target >= self.length:
             kept = target - self.length
             self.waiting = (self.waiting[0][:, :, :kept], self.waiting[1][:, :, :kept]) if kept else None
-        elif number and not self._rewind(target):
-            moments = [moment for moment in self.history if moment.before.length <= target]
-            if not moments:
-                raise ValueError(
-                    f"the cache cannot go back {number} tokens: its state holds no single tokens to remove; call "
-                    "cache.activate_past_recording() before the tokens that may have to be removed"
-                )
-            moment = moments[-1]
+        elif number and self._reaches(target):
+            self._rewind(target)
+            self.waiting = None
+        elif number:
+            moment = [moment for moment in self.history if moment.before.length <= target][-1]
             kept = target - moment.before.length
             vars(self).update(vars(moment.before))
             self.waiting = (moment.k_BGKD[:, :, :kept], moment.v_BGKV[:, :, :kept]) if kept else None
@@ -159,23 +170,31 @@ class State:
                     f"the cache holds keys and values of (rows, heads, size) = {want[0]} and {want[1]}, "
                     f"got {got[0]} and {got[1]}; it belongs to another model or batch"
                 )
-        if self.fixed_length is not None and self.seen + q_BHQD.shape[2] > self.fixed_length:
-            raise ValueError(
-                f"the static cache has room for {self.fixed_length} tokens, {self.seen} are in it "
-                f"and {q_BHQD.shape[2]} more came; make it with a larger max_cache_len"
-            )
+        self.check_room(q_BHQD.shape[2])
         if not mask.causal:
             raise ValueError(f"a cache needs a causal mask, got {mask}")
         if mask.segments_BK is not None:
             raise ValueError("packed sequences cannot be continued from a cache; give each its own row")
 
+    def check_room(self, number: int) -> None:
+        """Raise a ValueError where there is no room for as many tokens."""
+        if self.fixed_length is not None and self.seen + number > self.fixed_length:
+            raise ValueError(
+                f"the static cache has room for {self.fixed_length} tokens, {self.seen} are in it "
+                f"and {number} more came; make it with a larger max_cache_len"
+            )
+
     def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A key and a value tensor of the shapes that have to come, None if any may; the length does not matter."""
         return self.waiting
 
-    def _rewind(self, target: int) -> bool:
-        """Go back to ``target`` tokens without what was recorded, if that is possible."""
+    def _reaches(self, target: int) -> bool:
+        """Whether it can go back to ``target`` tokens, one at least, without what was recorded."""
         return False
+
+    def _rewind(self, target: int) -> None:
+        """Go back to ``target`` tokens, which it reaches."""
+        raise NotImplementedError(f"{type(self).__name__} reaches tokens and has nothing that goes back to them")
 
     def _held(self) -> list[torch.Tensor]:
         moments = [t for m in self.history for t in (*m.before.tensors.values(), m.k_BGKD, m.v_BGKV)]

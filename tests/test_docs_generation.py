@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attn_plugins import HeadShape, docs
-from attn_plugins.hf.caches import StateLayer
+from attn_plugins.hf.state_layer import StateLayer
 from attn_plugins.registry import get_attention, list_attentions
 
 PAGE = Path(__file__).parent.parent / "docs" / "generation.md"

@@ -8,30 +8,32 @@ is made inside the model, the modules themselves do it.
 
 import functools
 import sys
-import weakref
+import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, EncoderDecoderCache
 from transformers.cache_utils import (
-    CacheLayerMixin,
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
+    StaticSlidingWindowLayer,
 )
 
-from attn_plugins.attention import Attention
+from attn_plugins.hf import rollback
 from attn_plugins.hf.discovery import biased
 from attn_plugins.hf.dispatch import LazyMask, rotary_of, slot_of
 from attn_plugins.hf.sources import attends_repeatedly
-from attn_plugins.state import State
+from attn_plugins.hf.state_layer import StateLayer, rule_of, spell
 from attn_plugins.tracing import recorded
 
 GENERATING = "_attn_plugin_generating"
-"""Attribute of a model that holds swapped modules: those of them that a cache may serve."""
+"""Attribute of a model that holds swapped modules: those of them that a cache may serve, by their paths."""
 
 ORDINARY = "_attn_plugin_ordinary"
 """Attribute of a module whose keys and values have to stay in an ordinary layer of the cache."""
@@ -39,136 +41,8 @@ ORDINARY = "_attn_plugin_ordinary"
 RECORDING = "_attn_plugin_recording"
 """Attribute of a cache: whether it was told to record the past."""
 
-
-class StateLayer(CacheLayerMixin):
-    """One layer of a cache, with the state of the attention that it was made for."""
-
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, state: State, slot: Attention, max_length: int = -1, instead: CacheLayerMixin | None = None):
-        super().__init__()
-        self.state, self.max_length, self.instead = state, max_length, instead
-        self.given: tuple[weakref.ref, weakref.ref] | None = None
-        """The first keys and values, for as long as the module that brought them holds them."""
-        self.attention = rule_of(slot)
-        """What has to be the same in every call."""
-        self.owner = spell(slot)
-        """The same for people."""
-        self.expected = False
-        """Whether the module about to update the layer is one that has this attention."""
-        self.is_compileable = state.fixed_length is not None
-        self.is_sliding = getattr(instead, "is_sliding", False)
-        """As the layer in whose place it is: models size their masks by the first layer of a kind, for all of them."""
-
-    def __repr__(self) -> str:
-        return f"StateLayer({self.owner}, {self.state.seen} tokens, {self.num_bytes} bytes)"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "given": None}
-
-    @property
-    def num_bytes(self) -> int:
-        return self.state.num_bytes
-
-    @property
-    def is_initialized(self) -> bool:
-        return self.state.seen > 0
-
-    @is_initialized.setter
-    def is_initialized(self, value: bool) -> None:
-        """The base class sets it; a state knows by itself."""
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """No keys, in the shapes that they would have: some models take caches apart row by row (Whisper)."""
-        like = self.state.like()
-        return None if like is None else like[0][:, :, :0]
-
-    @keys.setter
-    def keys(self, value: Any) -> None:
-        """The base class sets it; a state has its own tensors."""
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """As ``keys``."""
-        like = self.state.like()
-        return None if like is None else like[1][:, :, :0]
-
-    @values.setter
-    def values(self, value: Any) -> None:
-        """As for ``keys``."""
-
-    @property
-    def record_past(self) -> bool:
-        return self.state.recording
-
-    @record_past.setter
-    def record_past(self, value: bool) -> None:
-        self.state.recording = value
-        if not value:
-            self.state.history = []
-
-    def activate_past_recording(self) -> None:
-        self.state.recording = True
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: the state makes its tensors when the first tokens come."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new keys and values as they are; the attention takes them in."""
-        if not self.expected:
-            raise ValueError(
-                f"this layer of the cache holds the state of {self.owner}, which the module that is to use it does not "
-                "have; use a new cache"
-            )
-        self.expected = False
-        if not (self.is_initialized or isinstance(self.instead, StaticLayer) or torch.compiler.is_compiling()):
-            self.given = weakref.ref(key_states), weakref.ref(value_states)
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As the layer in whose place it is: other modules' keys lie in layers of its kind."""
-        if self.is_sliding and self.instead is not None:
-            for counter in ("cumulative_length", "cumulative_length_int"):
-                if isinstance(getattr(self.instead, counter, None), int):
-                    setattr(self.instead, counter, self.state.seen)
-            return self.instead.get_mask_sizes(query_length)
-        return (self.state.seen + query_length if self.max_length < 0 else self.max_length), 0
-
-    def get_seq_length(self) -> int:
-        return self.state.seen
-
-    def get_max_length(self) -> int:
-        return self.max_length
-
-    def offload(self) -> None:
-        """Move what is held to the CPU; it comes back with the next tokens."""
-        self.state.apply(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Nothing to do: the state comes back when it is used."""
-
-    def reset(self) -> None:
-        self.state.reset()
-        self.given = None
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.state.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.state.apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.state.apply(lambda tensor: tensor[indices.to(tensor.device)])
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}); allowed: a negative number, of tokens to remove")
-        self.state.crop(-int(tokens_to_remove))  # transformers 5.17 counts the tokens of a draft in a tensor
-        self.given = None
+EXCHANGED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+"""Kinds of layers in whose place a state can be: keys and values are all that they hold."""
 
 
 def serve(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = False) -> None:
@@ -184,11 +58,12 @@ def serve(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = Fa
         # A stack that is run several times over keeps each pass in a layer of its own (HRM): one state cannot serve it.
         if ordinary or layers[getattr(module, "layer_idx", None)] > 1:
             setattr(module, ORDINARY, True)
-    if modules:
-        setattr(model, GENERATING, modules)
-        model.register_forward_pre_hook(before_model, with_kwargs=True)
     for module in modules:
         module.register_forward_pre_hook(before_attention, with_kwargs=True)
+    if modules:
+        setattr(model, GENERATING, _paths(model, modules))
+        model.register_forward_pre_hook(before_model, with_kwargs=True)
+        model.register_forward_hook(after_model, with_kwargs=True, always_call=True)
 
 
 def leave(model: nn.Module, modules: Iterable[nn.Module]) -> None:
@@ -199,14 +74,64 @@ def leave(model: nn.Module, modules: Iterable[nn.Module]) -> None:
         for key, hook in list(module._forward_pre_hooks.items()):
             if hook in (before_model, before_attention, make_tensor):
                 del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is after_model:
+            del (
+                model._forward_hooks[key],
+                model._forward_hooks_with_kwargs[key],
+                model._forward_hooks_always_called[key],
+            )
+
+
+def served(model: nn.Module) -> Collection[nn.Module]:
+    """The swapped modules of a model that caches serve: those that are still in it, where layers were cut off since."""
+    held: dict[str, nn.Module] = getattr(model, GENERATING)
+    try:
+        if torch.compiler.is_compiling() or all(model.get_submodule(path) is held[path] for path in held):
+            return held.values()
+    except AttributeError:
+        pass  # a path that is no more
+    held = _paths(model, held.values())
+    setattr(model, GENERATING, held)
+    return held.values()
+
+
+def _paths(model: nn.Module, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
+    """Those of the modules that are in the model, by their paths."""
+    wanted = {id(module) for module in modules}
+    return {path: module for path, module in model.named_modules() if id(module) in wanted}
 
 
 def before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Put states into the cache's empty layers, before masks are made and before any layer has changed."""
+    """Put states into the cache's empty layers, before masks are made and before any layer has changed.
+
+    Raises:
+        ValueError: the cache cannot serve the model, or has no room for its tokens.
+    """
+    cache = _find(Cache, args, kwargs)
+    if cache is None:
+        return
+    rollback.begin(cache)
+    layers = [layer_of(module, cache) for module in served(model)]
+    number = _number(args, kwargs)
+    for layer in layers:
+        if layer is not None and number is not None and not torch.compiler.is_compiling():
+            layer.state.check_room(number)
+
+
+def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Called without an output where the model has raised an error: the cache is to be as it was before the call."""
     cache = _find(Cache, args, kwargs)
     if cache is not None:
-        for module in getattr(model, GENERATING):
-            layer_of(module, cache)
+        rollback.end(cache, failed=output is None)
+
+
+def _number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """How many tokens a model is given, where it is given them in the usual way."""
+    ids, embeddings = kwargs.get("input_ids", next(iter(args), None)), kwargs.get("inputs_embeds")
+    if isinstance(embeddings, torch.Tensor) and embeddings.ndim == 3:
+        return embeddings.shape[1]
+    return ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim == 2 else None
 
 
 def make_tensor(
@@ -275,6 +200,9 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
         return layer
     if recorded():
         return None  # a state is updated by code that is no part of a graph
+    if type(layer) not in EXCHANGED:
+        _tell(type(layer), slot.name, None if needs_all_keys(module) else slot.new_state())
+        return None
     max_length = -1
     if isinstance(layer, StaticLayer):
         # A model's own sliding layer has room for its window and no limit.
@@ -286,7 +214,7 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
                 f"attention {slot.name!r} cannot be served from this static cache: what it keeps grows with the text, "
                 "or the cache was filled before the swap; use the default cache"
             )
-    elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.get_seq_length():
+    elif layer.get_seq_length():
         return None
     else:
         state = None if needs_all_keys(module) else slot.new_state()
@@ -297,13 +225,19 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
     return cache.layers[index]
 
 
-def rule_of(slot: Attention) -> tuple[Any, ...]:
-    """What tells one attention's state from another's; compared at every token."""
-    return slot.name, slot.config, slot.backend
+def _tell(kind: type, name: str, state: Any) -> None:
+    """Say once that layers which a user chose hold more than the attention needs; a model's own have their reasons."""
+    chosen = kind not in (*DYNAMIC_LAYER_TYPE_MAPPING.values(), *STATIC_LAYER_TYPE_MAPPING.values())
+    if chosen and state is not None and (kind, name) not in _told and not torch.compiler.is_compiling():
+        _told.add((kind, name))
+        warnings.warn(
+            f"{kind.__name__} keeps the keys and values of all tokens, in its own way, and attention {name!r} attends "
+            "to them there; use the default cache to keep only what it needs",
+            stacklevel=2,
+        )
 
 
-def spell(slot: Attention) -> str:
-    return f"{slot.name}({slot.extra_repr()})"
+_told: set[tuple[type, str]] = set()
 
 
 def needs_all_keys(module: nn.Module) -> bool:

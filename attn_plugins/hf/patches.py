@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from attn_plugins.attention import Attention
-from attn_plugins.hf import live
+from attn_plugins.hf import live, rollback
 from attn_plugins.hf import peft as adapters
 from attn_plugins.hf.caches import RECORDING
 from attn_plugins.hf.configs import check_flags, erase, from_file, is_flagged, mark_saved, written
@@ -68,6 +68,9 @@ def install() -> None:
 
     # A cache is told to record before its layers are exchanged for states, and ordinary layers do not remember it.
     _wrap(Cache, "activate_past_recording", _activate_past_recording)
+
+    # It crops layer by layer, and a layer that refuses knows nothing of those that have been cropped before it.
+    _wrap(Cache, "crop", rollback.crop)
 
     # It would bypass the slots in silence.
     _wrap(PreTrainedModel, "set_attn_implementation", _set_attn_implementation)

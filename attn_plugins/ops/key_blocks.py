@@ -189,17 +189,16 @@ class KeyBlocks(State):
     def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return (self.tensors["k"], self.tensors["v"]) if self.tensors else None
 
-    def _rewind(self, target: int) -> bool:
-        if target == 0:
-            self.reset()
-            return True
+    def _reaches(self, target: int) -> bool:
+        return True
+
+    def _rewind(self, target: int) -> None:
         self.length = target
         start_B = self.tensors["start"]
         later_B = start_B >= target
         if bool(later_B.any()):
             start_B.masked_fill_(later_B, -1)
             self.started, self.shared_start = False, None
-        return True
 
 
 def _at(x_BGKD: torch.Tensor, index_BNC: torch.Tensor) -> torch.Tensor:

@@ -188,15 +188,15 @@ class KeyWindow(State):
     def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return (self.tensors["k"], self.tensors["v"]) if self.tensors else super().like()
 
-    def _rewind(self, target: int) -> bool:
-        ring = self.tensors["k"].shape[2] - self.num_first
-        if self.length > ring:
-            return False  # what came round has taken the places of keys that are seen again
+    def _reaches(self, target: int) -> bool:
+        # What has come round in the ring has taken the places of keys that would be seen again.
+        return self.length <= self.tensors["k"].shape[2] - self.num_first
+
+    def _rewind(self, target: int) -> None:
         self.length, self.complete = target, False
         start_B = self.tensors["start"]
         start_B.masked_fill_(start_B >= target, -1)
         self.started = bool((start_B >= 0).all())
-        return True
 
 
 @dataclass(frozen=True)

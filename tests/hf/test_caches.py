@@ -1,5 +1,6 @@
 """What users do with a cache works on one that holds states: kept over turns, drafted for, reordered, saved, static."""
 
+import contextlib
 import copy
 import io
 import threading
@@ -7,30 +8,23 @@ import threading
 import pytest
 import tiny
 import torch
-from test_generation import CAUSAL, GREEDY, flag, serves, swapped
+from test_generation import CAUSAL, GREEDY, flag, swapped
 from transformers import (
-    CompileConfig,
+    Cache,
     DynamicCache,
     EncoderDecoderCache,
     GenerationConfig,
     LlamaForCausalLM,
-    StaticCache,
     TextGenerationPipeline,
 )
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 from transformers.generation.streamers import BaseStreamer
 
 import attn_plugins as ap
-from attn_plugins.hf.caches import StateLayer, cache_bytes
-from attn_plugins.hf.dispatch import slot_of
+from attn_plugins.hf.caches import cache_bytes
+from attn_plugins.hf.state_layer import StateLayer
 
 BOUNDED = [name for name in CAUSAL if (cls := ap.get_attention(name)) and cls.new_state is not ap.Attention.new_state]
-STATIC = [
-    name
-    for name in BOUNDED
-    if slot_of(swapped(name, "llama").model.layers[0].self_attn).new_state(99).serves_fixed_length
-]
-SOME = {("local", 1), ("linear", "all")}
-"""What is compiled in the default run: a hybrid, and a state; the others are slow."""
 LOCAL = {"type": "local", "window_size": 4, "num_sink_tokens": 2}
 
 every_causal = pytest.mark.parametrize("name", CAUSAL)
@@ -318,90 +312,32 @@ def test_threads_have_their_own_caches():
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("model_name", ["llama", "gpt2", "gemma3", "bart"])
-@pytest.mark.parametrize("name", STATIC)
-@torch.no_grad()
-def test_static_caches(name, model_name):
-    if not serves(name, model_name):
-        pytest.skip(f"{name} does not serve {model_name}")
-    model, given = swapped(name, model_name), tiny.inputs(model_name)
-    given.pop("decoder_input_ids", None)
-    for how in ({}, {"num_beams": 3}):
-        made = model.generate(**given, **GREEDY, **how, cache_implementation="static", return_dict_in_generate=True)
-        assert torch.equal(made.sequences, uncached(model, given, **how))
-        cache = made.past_key_values
-        cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-        assert isinstance(cache, StaticCache)
-        assert all(isinstance(layer, StateLayer) for layer in cache.layers)
+class Counting(DynamicLayer):
+    """A kind of layer that a user chose."""
+
+
+class Rounded(QuantizedLayer):
+    def _quantize(self, tensor, axis):
+        return tensor.bfloat16()
+
+    def _dequantize(self, q_tensor):
+        return q_tensor.float()
 
 
 @torch.no_grad()
-def test_static_caches_with_the_models_own_layers_between():
-    model, given = ap.swap_attention(tiny.build("llama"), {**LOCAL, "layers": [1]}), prompt(batch=2)
-    assert torch.equal(model.generate(**given, **GREEDY, cache_implementation="static"), uncached(model, given))
-
-
-HYBRIDS = [
-    ("llama", [1]),
-    ("llama", [1, 2]),
-    ("gemma3", [0]),
-    ("gemma3", [1]),
-    ("gemma3", [0, 1]),
-    ("gemma3", [2]),
-    ("gemma2", [1]),
-    ("gemma2", [0, 2]),
-    ("gpt_oss", [0]),
-]
-"""Models and swapped layers: the first stays the model's own, or a sliding one is swapped and a full one is not."""
-
-
-@pytest.mark.parametrize(("model_name", "layers"), HYBRIDS)
-@torch.no_grad()
-def test_hybrids_attend_from_static_caches_as_from_none(model_name, layers):
-    model, given = ap.swap_attention(tiny.build(model_name), {**LOCAL, "layers": layers}), prompt(length=17)
-    want = model(given["input_ids"], use_cache=False).logits
-    for sizes in ((17,), (1, 16), (5, 4, 7, 1), (9, 1, 1, 1, 5)):
-        for cache in (StaticCache(config=model.config, max_cache_len=24), DynamicCache(config=model.config)):
-            parts = [model(part, past_key_values=cache).logits for part in given["input_ids"].split(sizes, dim=1)]
-            torch.testing.assert_close(torch.cat(parts, dim=1), want, atol=1e-4, rtol=1e-4)
-    given = prompt(batch=2)
-    for how in ({}, {"prefill_chunk_size": 4}):
-        got = model.generate(**given, **GREEDY, **how, cache_implementation="static")
-        assert torch.equal(got, uncached(model, given))
-
-
-@torch.no_grad()
-def test_a_static_cache_that_is_too_short_is_refused_before_it_changes():
-    model, given = ap.swap_attention(tiny.build("llama"), LOCAL), prompt()
-    cache = StaticCache(config=model.config, max_cache_len=15)
-    model(**given, past_key_values=cache)
-    with pytest.raises(ValueError, match="room for 15 tokens, 13 are in it and 3 more came"):
-        model(torch.tensor([[5, 6, 7]]), past_key_values=cache)
-    ids = torch.cat([given["input_ids"], torch.tensor([[5, 6]])], dim=1)
-    got = model(ids[:, 13:], past_key_values=cache).logits
-    torch.testing.assert_close(got, model(ids, use_cache=False).logits[:, 13:], atol=1e-5, rtol=1e-4)
-
-
-def compiled(backend):
-    how = CompileConfig(backend=backend, fullgraph=True)
-    how._compile_all_devices = True
-    return how
-
-
-COMPILED = [
-    pytest.param(name, layers, marks=() if (name, layers) in SOME else pytest.mark.slow)
-    for name in STATIC
-    for layers in ("all", 1)
-]
-
-
-@pytest.mark.parametrize(("name", "layers"), COMPILED)
-@torch.no_grad()
-def test_a_compiled_decode_step_gives_the_tokens_of_an_eager_one_without_a_graph_break(name, layers):
-    torch.compiler.reset()
-    model, given = ap.swap_attention(tiny.build("llama"), {**flag(name), "layers": layers}), prompt(batch=2)
-    how = {"cache_implementation": "static", "compile_config": compiled("eager")}
-    assert torch.equal(model.generate(**given, **GREEDY, **how), uncached(model, given))
+def test_layers_of_kinds_that_are_not_known_keep_all_keys_and_say_so_once():
+    model, given = ap.swap_attention(tiny.build("llama"), LOCAL), prompt(batch=2)
+    want = uncached(model, given)
+    for kind in (Counting, Rounded):
+        for times in range(2):
+            cache = Cache(layers=[kind() for _ in range(3)])
+            said = rf"{kind.__name__} keeps the keys and values of all tokens.*use the default cache"
+            with pytest.warns(UserWarning, match=said) if not times else contextlib.nullcontext():
+                got = model.generate(**given, **GREEDY, past_key_values=cache)
+            assert [type(layer) for layer in cache.layers] == [kind] * 3
+            assert torch.equal(got, want)
+    ap.swap_attention(model, "softmax")  # needs all keys in any case
+    model.generate(**given, **GREEDY, past_key_values=Cache(layers=[Counting() for _ in range(3)]))
 
 
 REINDEXED = {"type": "local", "window_size": 4, "num_sink_tokens": 3, "positions": "cache"}
@@ -459,14 +395,3 @@ def test_positions_within_the_cache_need_rotary_positions_and_a_cache_of_their_o
     ap.swap_attention(model, REINDEXED)
     with pytest.raises(ValueError, match="got 1 queries and 14 keys; allowed: as many keys as queries, or a cache"):
         model(torch.tensor([[5]]), past_key_values=cache)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, by parts of torch that inductor imports
-@pytest.mark.parametrize("name", STATIC)
-@torch.no_grad()
-def test_a_decode_step_compiled_by_inductor(name):
-    torch.compiler.reset()
-    model, given = swapped(name, "llama"), prompt(batch=2)
-    how = {"cache_implementation": "static", "compile_config": compiled("inductor")}
-    assert torch.equal(model.generate(**given, **GREEDY, **how), uncached(model, given))
