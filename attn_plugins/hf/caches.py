@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 from attn_plugins.hf import rollback
 from attn_plugins.hf.discovery import biased
 from attn_plugins.hf.dispatch import LazyMask, rotary_of, slot_of
+from attn_plugins.hf.packing import PACKED
 from attn_plugins.hf.sources import attends_repeatedly
 from attn_plugins.hf.state_layer import StateLayer, rule_of, spell
 from attn_plugins.tracing import recorded
@@ -154,8 +155,11 @@ def before_attention(
     """Send the state, and what else the attention wants to know, along with the mask: it is given nothing of it."""
     cache, mask, slot = _find(Cache, args, kwargs), _find(LazyMask, args, kwargs), slot_of(module)
     layer = None if cache is None or mask is None else layer_of(module, cache)
-    if cache is not None and (mask is None or not mask.causal):
-        give_up(module, cache)  # what a later token sees of the image or prefix before it, no state knows
+    packed = cache is not None and mask is not None and mask.segments_BK is not None
+    if packed:
+        setattr(cache, PACKED, True)
+    if cache is not None and (mask is None or not mask.causal or packed):
+        give_up(module, cache)  # what a later token sees of the image, prefix or text before it, no state knows
         layer = None
     if mask is None or slot is None or (layer is None and not slot.wants_rotary):
         return None

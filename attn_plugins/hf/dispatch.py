@@ -10,6 +10,7 @@ from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from attn_plugins.attention import Attention
+from attn_plugins.hf import packing
 from attn_plugins.hf.arguments import refuse_unknown
 from attn_plugins.hf.dense_masks import additive, read_dense
 from attn_plugins.hf.grids import grid_of
@@ -143,6 +144,11 @@ class LazyMask(AttentionMask):
 
         def build() -> Any:
             made = make(**self.arguments)
+            if self.segments_BK is not None and isinstance(made, torch.Tensor) and made.ndim == 2:
+                raise ValueError(
+                    f"{implementation!r} cannot keep packed texts apart in rows with padding; leave out the padding, "
+                    "or load the model with attn_implementation='sdpa'"
+                )
             return made.to(self.device) if hasattr(made, "to") else made
 
         return self.once(("native", implementation), build)
@@ -178,6 +184,14 @@ def lazy_mask(
         **others,
     }
     causal, plain, segments_BK = read_rule(mask_function)
+    chunked = others.get("local_size") is not None and bool(getattr(others.get("config"), "attention_chunk_size", None))
+    packed = packing.packed_rule(
+        mask_function, segments_BK, batch_size, q_length, kv_length, causal=causal, chunked=chunked
+    )
+    if packed is not None:
+        mask_function, segments_BK = packed
+        unskipped = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        arguments |= {"mask_function": mask_function, **unskipped}
     padding_BK = first_B = None
     if attention_mask is not None:
         first_B = attention_mask.long().argmax(dim=1) - kv_offset if kv_offset else None
@@ -249,6 +263,8 @@ def attention_forward(
             f"{type(module).__name__} was told to use attn_plugins, but no attention has been put into its model; "
             "load the whole model with from_pretrained, or call attn_plugins.swap_attention(model, ...)"
         )
+    ours = isinstance(attention_mask, AttentionMask)
+    packing.check(attention_mask.segments_BK is not None if ours else None if attention_mask is not None else False)
     if base in ("eager", "sdpa") or slot is not None:
         attention_mask = chosen_keys(module, query, key, attention_mask, kwargs)
     if slot is None:

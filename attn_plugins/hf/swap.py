@@ -9,7 +9,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.hf import adapters, arguments, configs, discovery, grids, live, sources
+from attn_plugins.hf import (
+    adapters,
+    arguments,
+    configs,
+    discovery,
+    grids,
+    live,
+    packing,
+    sequence_parallel,
+    sources,
+)
 from attn_plugins.hf.caches import leave, make_tensor, serve
 from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of, turns
 from attn_plugins.rules import Flag, Rule, Target, assign, parse_rules
@@ -140,6 +150,7 @@ def attach_from_config(model: PreTrainedModel) -> None:
         configs.own(model)
     for plan in plans:
         _attach(plan)
+    _watch(model)  # around parts that have brought their own slots
     configs.mark(model)
 
 
@@ -254,6 +265,7 @@ def _attach(plan: _Plan) -> None:
         model, {path: slot for path, module in modules.items() if (slot := slot_of(module)) and slot.wants_grid}
     )
     _serve_caches(model, modules)
+    _watch(model)
     _flag(plan)
 
 
@@ -272,6 +284,7 @@ def _restore(model: PreTrainedModel) -> None:
                 delattr(module, attribute)
         for config in configs.configs_of(model, path, module):
             configs.erase(config)
+    _watch(model)
     configs.erase(model.config)
     configs.forget(model)
     for outer in live.around(model):
@@ -294,6 +307,17 @@ def _serve_caches(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None
         cls: Any = type(module)
         if hasattr(module, BASE) and sources.wants_tensor(cls):
             module.register_forward_pre_hook(make_tensor, with_kwargs=True)
+
+
+def _watch(model: PreTrainedModel) -> None:
+    """See how the models that hold slots are called: one of them or another makes the masks."""
+    parts = {part for part in model.modules() if isinstance(part, PreTrainedModel)}
+    for part in parts.union(live.around(model)):
+        packing.deafen(part)
+        sequence_parallel.unguard(part)
+        if any(hasattr(module, SLOT) for module in part.modules()):
+            sequence_parallel.guard(part)
+            packing.listen(part)
 
 
 def _flag(plan: _Plan) -> None:
