@@ -61,9 +61,34 @@ LETTERS = {
 
 def main() -> None:
     """Run the command line. What a user got wrong ends as one line and exit status 2."""
+    if sys.argv[1:2] == ["run"] and sys.argv[2:] not in ([], ["--help"]):
+        _run(sys.argv[2:])  # not by way of click, which would take what the program raises for its own
+        return
     # Until transformers drops the old name, peft asks for it on every load; a user can do nothing about it.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing.* is deprecated", category=FutureWarning)
     app()
+
+
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False}, no_args_is_help=True)
+def run(
+    program: Annotated[list[str], typer.Argument(help="-m MODULE, a script, or an installed command; its arguments.")],
+) -> None:
+    """Run another program with the flag known to it, and to the processes that it starts: run -m lm_eval ...
+
+    All that follows belongs to the program, and so does the exit status.
+    """
+    _run(program)
+
+
+def _run(program: list[str]) -> None:
+    from attn_plugins.run import prepare_program
+
+    try:
+        start = prepare_program(program)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    start()
 
 
 @contextlib.contextmanager

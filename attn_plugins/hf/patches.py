@@ -5,7 +5,6 @@ None of them does anything to a model whose config does not carry the flag, nor 
 
 import copy
 import functools
-import importlib.machinery
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
+from attn_plugins.after_import import once_imported
 from attn_plugins.attention import Attention
 from attn_plugins.hf import live, rollback
 from attn_plugins.hf import peft as adapters
@@ -85,7 +85,7 @@ def install() -> None:
     _wrap(PreTrainedModel, "_load_from_state_dict", _load_from_state_dict)
 
     # Importing PEFT takes most of a second, and few programs need it.
-    _once_imported("peft", _install_peft)
+    once_imported("peft", _install_peft)
 
 
 def _install_peft() -> None:
@@ -150,36 +150,6 @@ def _wrap(holder: Any, name: str, around: Callable[..., Any]) -> None:
 
     setattr(wrapped, _MARK, original)
     setattr(holder, name, classmethod(wrapped) if isinstance(held, classmethod) else wrapped)
-
-
-class _AfterImport:
-    """Finds one package as the other finders do, and calls a function when it has been imported."""
-
-    def __init__(self, name: str, then: Callable[[], None]):
-        self.name, self.then = name, then
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
-            return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((s for s in (finder.find_spec(name, path, target) for finder in others) if s is not None), None)
-        if spec is not None and spec.loader is not None:
-            execute: Any = spec.loader.exec_module
-
-            def exec_module(module: Any) -> None:
-                execute(module)
-                self.then()
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-def _once_imported(name: str, then: Callable[[], None]) -> None:
-    """Call a function when a package is there: now, or as soon as anything has imported it."""
-    if name in sys.modules:
-        then()
-    elif not any(isinstance(finder, _AfterImport) and finder.name == name for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport(name, then))
 
 
 _BESIDE = "_attn_plugin_beside"
