@@ -48,6 +48,9 @@ class AttentionConfig:
         ValueError: a value is not of the annotated type; the message names the option, the value and what is allowed.
     """
 
+    _attn_implementation: ClassVar[str] = "attn_plugins"
+    """What attention modules of transformers dispatch to, as configs tell code that walks modules named so."""
+
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):

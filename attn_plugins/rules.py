@@ -35,6 +35,8 @@ class Target:
     """What it is numbered within, such as ``model.layers``."""
     layer: int
     """Its number in its stack, from 0."""
+    path_in_whole: str | None = None
+    """Its path in a model that has this one for its base, for rules that were written by one."""
     main: bool = True
     """Whether it belongs to the part that rules without ``roles`` and ``modules`` are for (the text model)."""
     needs: Mapping[str, str] = field(default_factory=dict)
@@ -100,8 +102,18 @@ def parse_rules(flag: Flag, **options: Any) -> list[Rule]:
     ]
 
 
-def assign(rules: Sequence[Rule], targets: Sequence[Target]) -> dict[str, Rule]:
+class NothingMatchesError(ValueError):
+    """A rule of which a model has no module, or none that earlier rules have not taken."""
+
+
+def assign(
+    rules: Sequence[Rule], targets: Sequence[Target], *, missing: "dict[int, str] | None" = None
+) -> dict[str, Rule]:
     """Choose a rule for each module: path -> rule, without the paths that no rule matches.
+
+    Args:
+        missing: where given, rules that match nothing are passed over, and why is noted here by their number. Rules of
+            a saved model may name parts that another class does not have; what a user says is an error instead.
 
     Raises:
         ValueError: a layer is out of range, a rule matches nothing, or an attention cannot honour what a module needs.
@@ -112,17 +124,38 @@ def assign(rules: Sequence[Rule], targets: Sequence[Target]) -> dict[str, Rule]:
     assigned: dict[str, Rule] = {}
     for number, rule in enumerate(rules):
         name = f"rule {number} ({rule.type!r})"
-        eligible = [target for target in targets if _eligible(rule, target)]
-        if not eligible:
-            raise ValueError(f"{name} matches nothing{_why_nothing(rule, targets)}")
-        chosen = _choose_layers(rule, eligible, depth, name)
-        fresh = [target for target in chosen if target.path not in assigned]
-        if not fresh:
-            raise ValueError(f"{name} matches nothing: earlier rules take all of its modules ({chosen[0].path}, ...)")
+        try:
+            fresh = _serves(rule, targets, depth, assigned, name)
+        except NothingMatchesError as error:
+            if missing is None:
+                raise
+            missing[number] = str(error)
+            continue
         for target in fresh:
             _check_needs(rule, target, name)
             assigned[target.path] = rule
     return assigned
+
+
+def by_own_paths(rule: Rule, paths: Sequence[str]) -> Rule:
+    """A rule that serves the modules at ``paths``, with these for its globs, unless it names all of them as it is."""
+    if rule.modules is None or all(any(_glob(path, one) for one in rule.modules) for path in paths):
+        return rule
+    return dataclasses.replace(rule, modules=tuple(paths), layers="all")
+
+
+def _serves(
+    rule: Rule, targets: Sequence[Target], depth: Mapping[str, int], assigned: Mapping[str, Rule], name: str
+) -> list[Target]:
+    eligible = [target for target in targets if _eligible(rule, target)]
+    if not eligible:
+        raise NothingMatchesError(f"{name} matches nothing{_why_nothing(rule, targets)}")
+    chosen = _choose_layers(rule, eligible, depth, name)
+    fresh = [target for target in chosen if target.path not in assigned]
+    if not fresh:
+        taken = chosen[0].path
+        raise NothingMatchesError(f"{name} matches nothing: earlier rules take all of its modules ({taken}, ...)")
+    return fresh
 
 
 def _parse_rule(entry: Any, name: str) -> Rule:
@@ -230,11 +263,15 @@ def _choose_layers(rule: Rule, eligible: Sequence[Target], depth: Mapping[str, i
 
 
 def _eligible(rule: Rule, target: Target) -> bool:
-    if rule.modules is not None and not any(_glob(target.path, pattern) for pattern in rule.modules):
+    if rule.modules is not None and not _named(rule.modules, target):
         return False
     if rule.roles is not None:
         return target.role in rule.roles
     return target.role != "cross" and (target.main or rule.modules is not None)
+
+
+def _named(patterns: Sequence[str], target: Target) -> bool:
+    return any(_glob(path, one) for path in (target.path, target.path_in_whole) if path for one in patterns)
 
 
 def _glob(path: str, pattern: str) -> bool:
@@ -244,7 +281,7 @@ def _glob(path: str, pattern: str) -> bool:
 def _why_nothing(rule: Rule, targets: Sequence[Target]) -> str:
     reasons = []
     if rule.modules is not None:
-        matched = [target for target in targets if any(_glob(target.path, pattern) for pattern in rule.modules)]
+        matched = [target for target in targets if _named(rule.modules, target)]
         if not matched:
             known = ", ".join(target.path for target in targets[:3])
             return f": no attention module's path matches modules={list(rule.modules)}; paths are {known}, ..."

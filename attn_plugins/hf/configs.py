@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from attn_plugins.hf import discovery, live
 from attn_plugins.hf.dispatch import IMPLEMENTATION, slot_of
+from attn_plugins.rules import Rule
 
 WRITTEN = "_attn_plugin_written"
 """Attribute of a swapped model: each config of its attention, the flag written there, and what it dispatches to."""
@@ -47,6 +48,32 @@ def is_flagged(config: PreTrainedConfig) -> bool:
 def write(config: Any, rules: list[dict[str, Any]]) -> None:
     """Put rules where save_pretrained finds them; the name beside them is what other processes refuse to load."""
     vars(config).update(attn_plugin=rules, attn_implementation=IMPLEMENTATION)
+
+
+def write_rules(
+    model: PreTrainedModel, rules: list[Rule], assigned: dict[str, Rule], modules: dict[str, nn.Module]
+) -> None:
+    """Write the rules of a model into its config, and those that hold in a part into the config of the part.
+
+    A part may be saved alone. There the rules that go by paths name those of its modules within the part.
+    """
+    held = {id(config): config for path, module in modules.items() for config in configs_of(model, path, module)}
+    parts: dict[int, dict[int, dict[str, Any]]] = {}
+    for path, rule in assigned.items():
+        owner = discovery.owner(model, path)
+        within = next(name for name, module in owner.named_modules() if module is modules[path])
+        plain = rule.to_dict() if rule.modules is None else rule.to_dict() | {"modules": [], "layers": "all"}
+        for config in configs_of(model, path, modules[path]):
+            one = parts.setdefault(id(config), {}).setdefault(id(rule), copy.deepcopy(plain))
+            if rule.modules is not None:
+                one["modules"].append(within)
+    for key, config in held.items():
+        if config is not model.config:
+            erase(config)
+            if key in parts:
+                write(config, list(parts[key].values()))
+    write(model.config, [rule.to_dict() for rule in rules])
+    record(model, held.values())
 
 
 def erase(config: Any) -> None:

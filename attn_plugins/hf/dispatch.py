@@ -9,7 +9,7 @@ from torch import nn
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from attn_plugins.attention import Attention
+from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.hf import packing
 from attn_plugins.hf.arguments import refuse_unknown
 from attn_plugins.hf.dense_masks import additive, read_dense
@@ -21,7 +21,7 @@ from attn_plugins.ops.rotary import Rotary
 from attn_plugins.state import State
 from attn_plugins.tracing import readable
 
-IMPLEMENTATION = "attn_plugins"
+IMPLEMENTATION = AttentionConfig._attn_implementation
 """The name under which both functions are registered, and which config.json carries."""
 
 SLOT = "attn_plugin"

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from attn_plugins.hf import (
     adapters,
@@ -21,8 +21,11 @@ from attn_plugins.hf import (
     sources,
 )
 from attn_plugins.hf.caches import leave, make_tensor, serve
-from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of, turns
-from attn_plugins.rules import Flag, Rule, Target, assign, parse_rules
+from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of
+from attn_plugins.hf.slots import build
+from attn_plugins.rules import Flag, Rule, Target, assign, by_own_paths, parse_rules
+
+logger = logging.get_logger("transformers.attn_plugins")  # among what transformers says of loading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,16 +145,39 @@ def attach_from_config(model: PreTrainedModel) -> None:
     if model.config.attn_plugin is None and "attn_plugin" in vars(model.config):
         _reset(model)  # set to None on purpose: a swapped checkpoint with its original attention
         return
-    flagged = [model] if model.config.attn_plugin is not None else list(_flagged_parts(model))
-    plans = [_plan(part, parse_rules(part.config.attn_plugin)) for part in flagged]
+    missing: list[str] = []
+    plans = [] if model.config.attn_plugin is None else _plan_saved(model, missing)
+    if not plans:
+        plans = [plan for part in _flagged_parts(model) for plan in _plan_saved(part, missing)]
     for plan in plans:
         _refuse_loss(plan)
-    if plans:
+    if plans or missing:
         configs.own(model)
     for plan in plans:
         _attach(plan)
-    _watch(model)  # around parts that have brought their own slots
+    if missing:
+        logger.warning("\n".join(missing))
+    if not plans and model.config.attn_plugin is not None:
+        configs.erase(model.config)
+        _reset(model)
+    if any(hasattr(module, SLOT) for module in model.modules()):
+        _watch(model)  # around parts that have brought their own slots
     configs.mark(model)
+
+
+def _plan_saved(model: PreTrainedModel, missing: list[str]) -> list["_Plan"]:
+    """What to attach by the rules of a model's config, nothing where all are for parts that it does not have.
+
+    Rules that another class of model has saved were right there, and what is not here is left out; ``missing`` gets a
+    line on each of these.
+    """
+    rules, config = parse_rules(model.config.attn_plugin), model.config
+    if not configs.from_file(config) or type(model).__name__ in (config.architectures or ()):
+        return [_plan(model, rules)]
+    absent: dict[int, str] = {}
+    plan = _plan(model, rules, absent)
+    missing.extend(f"{type(model).__name__} leaves out a rule of the saved model: {why}" for why in absent.values())
+    return [plan] if plan.assigned else []
 
 
 def attach_assigned(config: Any, flag: "Flag | None") -> bool:
@@ -186,8 +212,11 @@ class _Plan:
     bases: dict[str, str]
 
 
-def _plan(model: PreTrainedModel, rules: list[Rule]) -> _Plan:
+def _plan(model: PreTrainedModel, rules: list[Rule], absent: dict[int, str] | None = None) -> _Plan:
     """Check rules against a model and build their attentions; nothing changes.
+
+    Args:
+        absent: where given, the rules are those of a model of another class: see ``missing`` of rules.assign.
 
     Raises:
         ValueError: the rules do not fit.
@@ -199,9 +228,15 @@ def _plan(model: PreTrainedModel, rules: list[Rule]) -> _Plan:
             "transformers' attention interface (ALL_ATTENTION_FUNCTIONS), and none is of a family with an adapter "
             f"({', '.join(adapters.families())})"
         )
-    assigned = assign(rules, targets)
+    if absent is not None and model.base_model is model and model.base_model_prefix:
+        whole = model.base_model_prefix
+        targets = [dataclasses.replace(target, path_in_whole=f"{whole}.{target.path}") for target in targets]
+    assigned = assign(rules, targets, missing=absent)
+    if absent is not None:  # what is written into the config is for this class
+        served = [(rule, [path for path, held in assigned.items() if held is rule]) for rule in rules]
+        rules = [by_own_paths(rule, paths) for rule, paths in served if paths]
     modules = {target.path: model.get_submodule(target.path) for target in targets}
-    slots = {path: _build(rule, modules[path], model, path) for path, rule in assigned.items()}
+    slots = {path: build(rule, modules[path], model, path) for path, rule in assigned.items()}
     bases = {path: getattr(module, BASE, None) or _base_of(model, path, module) for path, module in modules.items()}
     discovery.warn_of_lost_dropout(assigned, modules)
     return _Plan(
@@ -266,7 +301,9 @@ def _attach(plan: _Plan) -> None:
     )
     _serve_caches(model, modules)
     _watch(model)
-    _flag(plan)
+    configs.write_rules(model, plan.rules, plan.assigned, modules)
+    for outer in live.around(model):
+        configs.mark(outer)
 
 
 def _restore(model: PreTrainedModel) -> None:
@@ -318,58 +355,6 @@ def _watch(model: PreTrainedModel) -> None:
         if any(hasattr(module, SLOT) for module in part.modules()):
             sequence_parallel.guard(part)
             packing.listen(part)
-
-
-def _flag(plan: _Plan) -> None:
-    """Write the rules where save_pretrained finds them: the model's config, and the configs of parts saved alone."""
-    model, held = plan.model, dict[int, Any]()
-    for path, module in plan.modules.items():
-        held.update((id(config), config) for config in configs.configs_of(model, path, module))
-    for config in held.values():
-        if config is not model.config:
-            configs.erase(config)
-    for path, rule in plan.assigned.items():
-        for config in configs.configs_of(model, path, plan.modules[path]):
-            if config is not model.config:
-                rules = config.attn_plugin or []
-                configs.write(config, rules if rule.to_dict() in rules else [*rules, rule.to_dict()])
-    configs.write(model.config, [rule.to_dict() for rule in plan.rules])
-    configs.record(model, held.values())
-    for outer in live.around(model):
-        configs.mark(outer)
-
-
-def _build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> nn.Module:
-    held = slot_of(module)
-    if held is not None and (held.name, held.config, held.backend) == (rule.type, rule.config, rule.backend):
-        return getattr(module, SLOT)
-    config, module = getattr(module, "config", model.config), adapters.adapted(module)
-    if (why := getattr(module, "cannot", None)) is not None:
-        raise ValueError(f"{path} cannot be swapped: {why}; choose other modules with layers, roles or modules")
-    like = next((p for p in module.parameters() if p.is_floating_point()), None)
-    device = torch.device("cpu") if like is None else like.device
-    dtype = torch.get_default_dtype() if like is None else like.dtype
-    heads, slot, untold = None, None, None
-    try:
-        heads = discovery.head_shape(module, config)
-    except ValueError as error:
-        untold = error
-    try:
-        with torch.device(device):
-            slot = rule.attention(rule.config, heads, backend=rule.backend)
-    except ValueError as error:
-        raise untold or error from None
-    if untold is not None and next(slot.parameters(), None) is not None:
-        raise untold  # these weights need a head shape
-    if slot.wants_rotary and not turns(module):
-        raise ValueError(
-            f"{rule.type}({slot.extra_repr()}) needs rotary positions, and {path} ({type(module).__name__}) has none "
-            "that attn_plugins can find; leave that option at its default for this model"
-        )
-    slot.to(dtype=dtype)
-    if device.type != "meta":
-        slot.reset_parameters()
-    return slot.train(module.training)
 
 
 def _base_of(model: PreTrainedModel, path: str, module: nn.Module) -> str:

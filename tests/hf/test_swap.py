@@ -1,6 +1,7 @@
 """swap, restore and describe on live models of every way of calling attention."""
 
 import copy
+import dataclasses
 import pickle
 import threading
 import types
@@ -242,6 +243,20 @@ def test_a_part_of_a_swapped_model_that_nothing_was_attached_to_fails_loudly():
     model.config._attn_implementation = "attn_plugins"
     with pytest.raises(ValueError, match="no attention has been put into its model"):
         model(**tiny.inputs("llama"))
+
+
+@pytest.mark.parametrize("name", ap.list_attentions())
+def test_configs_of_attentions_say_what_serves_them(name):
+    config = ap.get_attention(name).Config()
+    assert config._attn_implementation == "attn_plugins"
+    assert "_attn_implementation" not in dataclasses.asdict(config)
+
+
+def test_code_that_walks_modules_named_attention_finds_what_serves_them():
+    model = ap.swap_attention(tiny.build("llama"), "local")
+    walked = [m for m in model.modules() if type(m).__name__.endswith("Attention")]
+    assert len(walked) == 6
+    assert {m.config._attn_implementation for m in walked} == {"attn_plugins"}
 
 
 def test_set_attn_implementation_does_not_bypass_the_slots():
