@@ -215,8 +215,9 @@ class Attention(nn.Module):
         if state is not None:
             if need_weights:
                 raise ValueError(
-                    "the weights of tokens that a cache no longer holds cannot be returned; call the model without a "
-                    "cache (use_cache=False) to get them"
+                    "the weights of tokens that a cache no longer holds cannot be returned; ask for them from the "
+                    "first token on, with output_attentions=True in every call, or call the model without a cache "
+                    "(use_cache=False)"
                 )
             state.check(q_BHQD, k_BGKD, v_BGKV, mask)
         backend = self.chosen(q_BHQD, k_BGKD, v_BGKV, state=state)

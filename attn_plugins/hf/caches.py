@@ -29,6 +29,7 @@ from attn_plugins.hf import rollback
 from attn_plugins.hf.discovery import biased
 from attn_plugins.hf.dispatch import LazyMask, rotary_of, slot_of
 from attn_plugins.hf.packing import PACKED
+from attn_plugins.hf.recording import weights_wanted, weights_wanted_of
 from attn_plugins.hf.sources import attends_repeatedly
 from attn_plugins.hf.state_layer import StateLayer, rule_of, spell
 from attn_plugins.tracing import recorded
@@ -113,7 +114,8 @@ def before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if cache is None:
         return
     rollback.begin(cache)
-    layers = [layer_of(module, cache) for module in served(model)]
+    weighed = weights_wanted_of(model, kwargs)
+    layers = [layer_of(module, cache, weighed) for module in served(model)]
     number = _number(args, kwargs)
     for layer in layers:
         if layer is not None and number is not None and not torch.compiler.is_compiling():
@@ -154,7 +156,7 @@ def before_attention(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Send the state, and what else the attention wants to know, along with the mask: it is given nothing of it."""
     cache, mask, slot = _find(Cache, args, kwargs), _find(LazyMask, args, kwargs), slot_of(module)
-    layer = None if cache is None or mask is None else layer_of(module, cache)
+    layer = None if cache is None or mask is None else layer_of(module, cache, weights_wanted(module, kwargs))
     packed = cache is not None and mask is not None and mask.segments_BK is not None
     if packed:
         setattr(cache, PACKED, True)
@@ -173,13 +175,16 @@ def before_attention(
     return args, {name: sent if x is mask else x for name, x in kwargs.items()}
 
 
-def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
+def layer_of(module: nn.Module, cache: Cache, weighed: bool = False) -> StateLayer | None:
     """The layer with the state of a module's attention, which takes the place of an empty ordinary layer.
+
+    Args:
+        weighed: whether attention weights are wanted, which are those of all keys.
 
     Returns:
         None where keys and values are kept in an ordinary way: the attention needs all of them, other modules read
-        them, the model computes with their number (T5's position bias), the layer was filled before the swap, or a
-        graph is being recorded.
+        them, the model computes with their number (T5's position bias), the layer was filled before the swap or by
+        calls that wanted weights, or a graph is being recorded.
 
     Raises:
         ValueError: the cache cannot serve the module.
@@ -202,7 +207,7 @@ def layer_of(module: nn.Module, cache: Cache) -> StateLayer | None:
                 f"layer {index} of the cache holds the state of {layer.owner}, not of {spell(slot)}; use a new cache"
             )
         return layer
-    if recorded():
+    if weighed or recorded():
         return None  # a state is updated by code that is no part of a graph
     if type(layer) not in EXCHANGED:
         _tell(type(layer), slot.name, None if needs_all_keys(module) else slot.new_state())

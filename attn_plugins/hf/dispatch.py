@@ -15,6 +15,7 @@ from attn_plugins.hf.arguments import refuse_unknown
 from attn_plugins.hf.dense_masks import additive, read_dense
 from attn_plugins.hf.grids import grid_of
 from attn_plugins.hf.interface import USUAL, call_of
+from attn_plugins.hf.recording import weights_wanted
 from attn_plugins.hf.tensors import stands_for_a_tensor, takes_all
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.rotary import Rotary
@@ -267,9 +268,12 @@ def attention_forward(
     packing.check(attention_mask.segments_BK is not None if ours else None if attention_mask is not None else False)
     if base in ("eager", "sdpa") or slot is not None:
         attention_mask = chosen_keys(module, query, key, attention_mask, kwargs)
+    weighed = weights_wanted(module, kwargs)
     if slot is None:
         given = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
         given = {name: extra for name, extra in given.items() if extra is not None}
+        if weighed and base != "eager":  # the others give none, and the layers with a slot do
+            attention_mask, base = explicit(module, query, key, attention_mask, is_causal), "eager"
         native_mask = attention_mask.native(base) if isinstance(attention_mask, LazyMask) else attention_mask
         if base == "eager" and getattr(native_mask, "dtype", None) == torch.bool:
             # Made from a mask of ours, which is boolean, by a model that would have got one to add under this name.
@@ -315,7 +319,7 @@ def attention_forward(
         rotary=getattr(attention_mask, "rotary", None),
         grid_size=grid_of(module, query),
         state=state,
-        need_weights=bool(kwargs.get("output_attentions")),
+        need_weights=weighed,
     )
     if before is not None and state is not None and state.seen != before + key.shape[2]:
         raise ValueError(
@@ -323,6 +327,15 @@ def attention_forward(
             "on its slot has kept the state from it; hooks have to hand on state= as it is"
         )
     return attended
+
+
+def explicit(module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, is_causal: bool | None) -> Any:
+    """The mask for "eager" of a module that was to be served by sdpa, which is causal by itself without one."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask is not None or not causal or query.shape[2] == 1:
+        return mask
+    sizes = (len(query), query.shape[2], key.shape[2])
+    return AttentionMask(*sizes, causal=True, q_offset=0, device=query.device).dense()
 
 
 def chosen_keys(module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:

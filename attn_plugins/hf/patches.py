@@ -66,6 +66,10 @@ def install() -> None:
     # Weights that a checkpoint lacks are initialised by the model's own _init_weights, which does not know a slot's.
     _wrap(PreTrainedModel, "_initialize_weights", _initialize_weights)
 
+    # Attention weights are allowed for "eager" alone, by name: in the setter, and in what a config checks when it is
+    # made or saved. Each class of configs keeps the functions that it checks with, found when the class was made.
+    _allow_output_attentions()
+
     # A cache is told to record before its layers are exchanged for states, and ordinary layers do not remember it.
     _wrap(Cache, "activate_past_recording", _activate_past_recording)
 
@@ -86,6 +90,34 @@ def install() -> None:
 
     # Importing PEFT takes most of a second, and few programs need it.
     once_imported("peft", _install_peft)
+
+
+def _allow_output_attentions() -> None:
+    name = "validate_output_attentions"
+    _wrap(PreTrainedConfig, name, _validate_output_attentions)
+    original, allowing = getattr(getattr(PreTrainedConfig, name), _MARK), getattr(PreTrainedConfig, name)
+    made = [PreTrainedConfig]
+    for cls in made:
+        made.extend(cls.__subclasses__())
+        checks = vars(cls).get("__class_validators__", [])
+        checks[:] = [allowing if check is original else check for check in checks]
+    held: Any = inspect.getattr_static(PreTrainedConfig, "output_attentions")
+    if not hasattr(held.fset, _MARK):
+
+        @functools.wraps(held.fset)
+        def setter(self: PreTrainedConfig, value: bool) -> None:
+            if self._attn_implementation == IMPLEMENTATION:
+                self._output_attentions = value
+            else:
+                held.fset(self, value)
+
+        setattr(setter, _MARK, held.fset)
+        PreTrainedConfig.output_attentions = held.setter(setter)  # type: ignore[method-assign]
+
+
+def _validate_output_attentions(original: Any, self: PreTrainedConfig) -> None:
+    if self._attn_implementation != IMPLEMENTATION:
+        original(self)
 
 
 def _install_peft() -> None:

@@ -17,6 +17,7 @@ from attn_plugins.hf import (
     grids,
     live,
     packing,
+    recording,
     sequence_parallel,
     sources,
 )
@@ -295,6 +296,8 @@ def _attach(plan: _Plan) -> None:
         for config in configs.configs_of(model, target.path, modules[target.path]):
             if id(config) in ours:
                 configs.set_implementation(config, IMPLEMENTATION)
+    recording.unwatch(model)
+    recording.watch(model, modules)
     grids.unwatch(model)
     grids.watch(
         model, {path: slot for path, module in modules.items() if (slot := slot_of(module)) and slot.wants_grid}
@@ -308,6 +311,7 @@ def _attach(plan: _Plan) -> None:
 
 def _restore(model: PreTrainedModel) -> None:
     grids.unwatch(model)
+    recording.unwatch(model)
     for path, module in discovery.attention_modules(model):
         if getattr(module, BASE, None) is not None:
             for config in configs.configs_of(model, path, module):

@@ -8,7 +8,7 @@ import sys
 import pytest
 import tiny
 import torch
-from transformers import Cache, PreTrainedConfig, PreTrainedModel, masking_utils, modeling_utils
+from transformers import Cache, LlamaConfig, PreTrainedConfig, PreTrainedModel, masking_utils, modeling_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import attn_plugins as ap
@@ -43,6 +43,24 @@ def test_importing_changes_nothing_for_models_without_the_flag():
     ]
     assert found[0].count("|") == 18
     assert found[0] == found[1]
+
+
+def test_configs_made_before_and_after_the_import_allow_weights_under_our_name_alone():
+    """Fails when transformers checks output_attentions in another place."""
+
+    class Made(LlamaConfig):
+        pass
+
+    for cls in (PreTrainedConfig, LlamaConfig, Made):
+        config = cls()
+        config._attn_implementation_internal = "attn_plugins"
+        config.output_attentions = True
+        config.validate()
+        config._attn_implementation_internal = "sdpa"
+        with pytest.raises(ValueError, match="`output_attentions` attribute is not supported when using"):
+            config.output_attentions = True
+        with pytest.raises(Exception, match="`output_attentions` attribute is not supported when using"):
+            config.validate()
 
 
 def test_installing_twice_changes_nothing():

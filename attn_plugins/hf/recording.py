@@ -1,0 +1,91 @@
+"""Whether attention weights are wanted of a call: said to the function, or to a model around the module.
+
+Few models hand ``output_attentions`` down to their attention modules. Most record what these return, and those that
+transformers has itself return weights under "eager" in every call. Ours cost N x N: they are made where someone waits.
+"""
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+WEIGHED = "_attn_plugin_weighed"
+"""Attribute of an attention module: whether weights were wanted of its last call with gradients."""
+
+
+class Calls:
+    """Of a thread."""
+
+    by: int | None = None
+    """Identity of the outermost model under way that was asked for weights."""
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.calls = Calls()
+
+
+_thread = _Thread()
+"""As in ``hf/grids.py``, an object of the thread's own, for torch.compile."""
+
+
+def watch(model: nn.Module, paths: Iterable[str]) -> None:
+    """Note what models say that hold attention modules at these paths of ``model``."""
+    names = {path[:end] for path in paths for end in range(len(path)) if end == 0 or path[end] == "."}
+    for holder in (model.get_submodule(name) for name in names):
+        if isinstance(holder, PreTrainedModel):
+            holder.register_forward_pre_hook(_begin, with_kwargs=True)
+            holder.register_forward_hook(_end, always_call=True)
+
+
+def unwatch(model: nn.Module) -> None:
+    """Undo :func:`watch`."""
+    for module in model.modules():
+        vars(module).pop(WEIGHED, None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is _begin:
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+        for key, hook in list(module._forward_hooks.items()):
+            if hook is _end:
+                del module._forward_hooks[key], module._forward_hooks_always_called[key]
+
+
+def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether this call of a module's attention function is to return weights.
+
+    Args:
+        kwargs: of the attention function, or of the module.
+    """
+    wanted = bool(kwargs.get("output_attentions")) or _thread.calls.by is not None
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return wanted
+    if torch._C._current_graph_task_id() >= 0:
+        # Gradient checkpointing calls the layer again, in the backward, without the model around it.
+        return wanted or getattr(module, WEIGHED, False)
+    if wanted or hasattr(module, WEIGHED):
+        setattr(module, WEIGHED, wanted)
+    return wanted
+
+
+def weights_wanted_of(model: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """The same of a model that is about to be called."""
+    return _asked(model, kwargs) or _thread.calls.by is not None
+
+
+def _asked(model: Any, kwargs: dict[str, Any]) -> bool:
+    told = kwargs.get("output_attentions")
+    return bool(getattr(model.config, "output_attentions", False) if told is None else told)
+
+
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    calls = _thread.calls
+    if calls.by is None or calls.by == id(model):
+        calls.by = id(model) if _asked(model, kwargs) else None
+
+
+def _end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if _thread.calls.by == id(model):
+        _thread.calls.by = None
