@@ -90,9 +90,13 @@ def load_data(config: DataConfig, *, labelled: bool = False) -> "tuple[Dataset, 
         parts = train.train_test_split(test_size=config.eval_fraction, seed=0)
         train, held_out = parts["train"], parts["test"]
     rows = []
-    for split, limit in ((train, config.max_train_rows), (held_out, config.max_eval_rows)):
+    other = config.source if config.eval_source is None else config.eval_source
+    for split, limit, source in (
+        (train, config.max_train_rows, config.source),
+        (held_out, config.max_eval_rows, other),
+    ):
         limited = split if limit is None else split.select(range(min(limit, len(split))))
-        rows.append(_columns(limited, config, labelled))
+        rows.append(_columns(limited, config, source, labelled))
     return rows[0], rows[1]
 
 
@@ -165,6 +169,18 @@ def label_names(data: "Dataset") -> list[str]:
     return [str(label) for label in sorted(set(data["label"]))]
 
 
+def check_classes(data: "Dataset") -> None:
+    """Raise a ValueError where rows to train on are all of one class, so that there is nothing to tell apart."""
+    found = set(data["label"])
+    if len(found) < 2:
+        names = getattr(data.features["label"], "names", None)
+        only = "".join(f", {names[label] if names else label!r}" for label in found)
+        raise ValueError(
+            f"the {len(data)} rows to train on are all of one class{only}; allowed: at least two classes (in data that "
+            "is sorted by class, the first max_train_rows may be of one)"
+        )
+
+
 def _label_numbers(data: "Dataset", label2id: dict[str, int]) -> dict[Any, int]:
     """Label as it stands in the data -> the model's number for it: by name, or where it has no such name, by number."""
     found = sorted(set(data["label"]))
@@ -213,6 +229,8 @@ def _files(paths: list[str], source: str | list[str]) -> "Dataset":
         raise ValueError(
             f"{_spelled(source)} has suffixes {suffixes}; allowed: files of one kind of {', '.join(READERS)}"
         )
+    for path in paths:
+        check_file(Path(path))
     reader = READERS[suffixes[0]]
     # A text file is one document; by default datasets would make each of its lines one.
     options = {"sample_by": "document"} if reader == "text" else {}
@@ -220,12 +238,42 @@ def _files(paths: list[str], source: str | list[str]) -> "Dataset":
     try:
         return datasets.load_dataset(reader, data_files={"train": paths}, split="train", **options)
     except Exception as error:  # the loaders raise many kinds; each means that a file is not what its suffix says
-        reason = " ".join(str(error.__cause__ or error).split())
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise ValueError(f"cannot read {_spelled(source)} as {suffixes[0]}: {reason}") from error
+
+
+def check_file(path: Path) -> None:
+    """Raise a ValueError for a file that the loaders read wrong without a word, or that ends their process.
+
+    JSON that is not UTF-8 comes back with letters exchanged, and pyarrow crashes on JSON that holds null alone.
+    """
+    if READERS.get(path.suffix) in (None, "parquet"):
+        return
+    try:
+        size = path.stat().st_size
+        with path.open(encoding="utf-8", newline="") as lines:
+            first = ""
+            for number, line in enumerate(lines, 1):
+                first = first or line.strip()
+                alone = path.suffix == ".jsonl" or first.endswith("}") or first.startswith("null")
+                if READERS[path.suffix] == "json" and alone and line.split() and set(line.split()) == {"null"}:
+                    raise ValueError(f'{path}, line {number} is null; allowed: objects such as {{"text": ...}}')
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(
+            f"{path} is not UTF-8: byte 0x{byte:02x}; convert it, such as by iconv -f latin1 -t utf-8 {path.name}"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    if size == 0 and path.suffix not in (".txt", ".md"):
+        raise ValueError(f"{path} is empty")
 
 
 def _folder(path: str, config: DataConfig) -> "dict[str, Dataset]":
     datasets = need("datasets", "train")
+    for file in sorted(Path(path).rglob("*")):
+        if file.is_file():
+            check_file(file)
     saved = (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists()
     try:
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config.name)
@@ -246,7 +294,7 @@ def _hub(config: DataConfig) -> "dict[str, Dataset]":
         ) from error
 
 
-def _columns(data: "Dataset", config: DataConfig, labelled: bool) -> "Dataset":
+def _columns(data: "Dataset", config: DataConfig, source: str | list[str], labelled: bool) -> "Dataset":
     wanted = {"text": config.text_column}
     if config.text_pair_column is not None:
         wanted["text_pair"] = config.text_pair_column
@@ -255,9 +303,42 @@ def _columns(data: "Dataset", config: DataConfig, labelled: bool) -> "Dataset":
     for role, column in wanted.items():
         if column not in data.column_names:
             known = ", ".join(data.column_names)
-            raise ValueError(f"{_spelled(config.source)} has no column {column!r} ({role}_column); it has: {known}")
+            raise ValueError(f"{_spelled(source)} has no column {column!r} ({role}_column); it has: {known}")
     data = data.select_columns(list(wanted.values()))
+    for role, column in wanted.items():
+        what = f"{_spelled(source)}: column {column!r} ({role}_column)"
+        (_check_labels if role == "label" else _check_texts)(data, column, what)
     return data.rename_columns({column: role for role, column in wanted.items() if column != role})
+
+
+def _check_texts(data: "Dataset", column: str, what: str) -> None:
+    kind = getattr(data.features[column], "dtype", type(data.features[column]).__name__)
+    if kind not in ("string", "large_string", "string_view") and kind != "null":
+        raise ValueError(f"{what} holds {kind}; allowed: strings")
+    _check_nulls(data, column, what)
+
+
+def _check_labels(data: "Dataset", column: str, what: str) -> None:
+    feature = data.features[column]
+    kind = getattr(feature, "dtype", type(feature).__name__)
+    _check_nulls(data, column, what)
+    if kind not in ("string", "large_string", "string_view", "bool") and not kind.startswith(("int", "uint")):
+        whole = kind.startswith("float") and all(float(value).is_integer() for value in data[column])
+        if not whole:
+            raise ValueError(f"{what} holds {kind}; allowed: one class a row, as a string or a whole number")
+    names = getattr(feature, "names", None)
+    if names is not None and len(data) and not 0 <= min(data[column]) <= max(data[column]) < len(names):
+        raise ValueError(
+            f"{what} holds numbers from {min(data[column])} to {max(data[column])} for {len(names)} classes; allowed: "
+            f"0 to {len(names) - 1}. Test sets without labels have -1"
+        )
+
+
+def _check_nulls(data: "Dataset", column: str, what: str) -> None:
+    if data.data.column(column).null_count:  # of the whole table, of which the rows here may be a part
+        nulls = sum(value is None for value in data[column])
+        if nulls:
+            raise ValueError(f"{what} is null in {nulls} of {len(data)} rows; fill them, or leave these rows out")
 
 
 def _spelled(source: str | list[str]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attn_plugins.data import label_names, labelled_examples, load_data, token_blocks
+from attn_plugins.data import check_classes, label_names, labelled_examples, load_data, token_blocks
 from attn_plugins.extras import need
 from attn_plugins.hf.swap import describe_attention
 from attn_plugins.results import versions
@@ -114,7 +114,10 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         )
     with arguments.main_process_first(desc="reading the data"):
         train, held_out = load_data(config.data, labelled=config.task == "classification")
-    labels = label_names(train) if config.task == "classification" else None
+    labels = None
+    if config.task == "classification":
+        check_classes(train)
+        labels = label_names(train)
     loaded = load(
         config.model, attention=config.attention, kind=config.task, labels=labels, dtype=config.dtype, seed=config.seed
     )

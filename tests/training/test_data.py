@@ -6,7 +6,15 @@ import pytest
 from conftest import WORDS, tokenizer, write_rows
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from attn_plugins.data import DataConfig, label_names, labelled_examples, load_data, python_docs, token_blocks
+from attn_plugins.data import (
+    DataConfig,
+    check_classes,
+    label_names,
+    labelled_examples,
+    load_data,
+    python_docs,
+    token_blocks,
+)
 
 
 def texts(data):
@@ -96,6 +104,85 @@ def test_what_else_can_be_wrong_with_files(tmp_path, text):
             load_data(DataConfig(**settings))
     with pytest.raises(ValueError, match=r"has no column 'label' \(label_column\)"):
         load_data(DataConfig(source=text), labelled=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b"null", "a.json, line 1 is null; allowed: objects such as"),
+        ("a.json", b"\n null null\n", "a.json, line 2 is null"),
+        ("a.json", b'{"text": "x"}\nnull\n', "a.json, line 2 is null"),
+        ("a.jsonl", b"null\nnull\n", "a.jsonl, line 1 is null"),
+        ("a.jsonl", b'{"text": "x"}\nnull\n', "a.jsonl, line 2 is null"),
+        ("a.json", b"", "a.json is empty"),
+        ("a.csv", b"", "a.csv is empty"),
+        ("a.txt", "café".encode("latin-1"), "a.txt is not UTF-8: byte 0xe9; convert it, such as by iconv -f latin1"),
+        ("a.csv", "text\ncafé\nb\n".encode("latin-1"), "a.csv is not UTF-8: byte 0xe9"),
+        ("a.jsonl", '{"text": "café"}\n{"text": "b"}\n'.encode("latin-1"), "a.jsonl is not UTF-8: byte 0xe9"),
+        ("a.csv", b"text\n1\n2\n3\n", r"a.csv: column 'text' \(text_column\) holds int64; allowed: strings"),
+        ("a.jsonl", b'{"text": ["x"]}\n{"text": ["y"]}\n', r"column 'text' \(text_column\) holds List; allowed"),
+        ("a.jsonl", b'{"text": {"a": "x"}}\n{"text": {"a": "y"}}\n', r"\(text_column\) holds dict; allowed: strings"),
+        (
+            "a.jsonl",
+            b'{"text": null}\n{"text": null}\n',
+            "column 'text' .* is null in 1 of 1 rows; fill them, or leave",
+        ),
+        ("a.csv", b"text,n\nx,1\n,2\n,3\ny,4\n", "a.csv: column 'text' .* is null in [12] of 3 rows; fill them"),
+    ],
+)
+def test_files_that_would_be_read_wrong_or_end_the_process_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_data(DataConfig(source=str(tmp_path / name)))
+    if "column" not in message:
+        with pytest.raises(ValueError, match=message):
+            load_data(DataConfig(source=str(tmp_path)))
+
+
+def test_json_that_is_read_rightly_stays(tmp_path):
+    pretty = json.dumps([{"text": "é", "tags": [None]}, {"text": "b", "tags": [None]}], indent=1, ensure_ascii=False)
+    assert "\n   null\n" in pretty
+    (tmp_path / "a.json").write_text(pretty, encoding="utf-8")
+    assert sorted(texts(load_data(DataConfig(source=str(tmp_path / "a.json"), eval_fraction=0.5))[0])) in (["b"], ["é"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["a", None, "b", None], r"t.jsonl: column 'label' \(label_column\) is null in 2 of 4 rows"),
+        ([["a"], ["b"], ["a"], ["b"]], "column 'label' .* holds List; allowed: one class a row"),
+        ([{"a": 1}] * 4, "column 'label' .* holds dict; allowed: one class a row, as a string or a whole number"),
+        ([0.5, 1.5, 2.0, 3.0], "column 'label' .* holds float64; allowed: one class a row"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(tmp_path, labels, message):
+    path = write_rows(tmp_path / "t.jsonl", [{"text": "x", "label": label} for label in labels])
+    with pytest.raises(ValueError, match=message):
+        load_data(DataConfig(source=path, eval_source=path), labelled=True)
+    load_data(DataConfig(source=path), labelled=False)
+
+
+def test_numbers_of_classes_that_are_not_there_are_refused(tmp_path):
+    kinds = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    parts = {"train": [0, 1], "validation": [-1, -1]}  # as the test sets of the hub have it
+    saved = DatasetDict(
+        {n: Dataset.from_dict({"text": ["x", "y"], "label": v}, features=kinds) for n, v in parts.items()}
+    )
+    saved.save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"holds numbers from -1 to -1 for 2 classes; allowed: 0 to 1\. Test sets"):
+        load_data(DataConfig(source=str(tmp_path / "saved")), labelled=True)
+
+
+@pytest.mark.parametrize("labels", [["a", "a"], [7, 7], [True, True]])
+def test_rows_of_one_class_are_nothing_to_train_on(labels):
+    rows = Dataset.from_dict({"text": ["x", "y"], "label": labels})
+    with pytest.raises(
+        ValueError, match=r"the 2 rows to train on are all of one class, .*; allowed: at least two classes"
+    ):
+        check_classes(rows)
+    kinds = Features({"text": Value("string"), "label": ClassLabel(names=["neg", "pos"])})
+    with pytest.raises(ValueError, match="all of one class, 'pos'; allowed"):
+        check_classes(Dataset.from_dict({"text": ["x", "y"], "label": [1, 1]}, features=kinds))
 
 
 @pytest.mark.parametrize(
