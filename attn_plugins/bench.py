@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from attn_plugins import measuring
 from attn_plugins.attention import HeadShape
 from attn_plugins.mask import AttentionMask
 from attn_plugins.measuring import Part, Pass
+from attn_plugins.output import check_folder
 from attn_plugins.peers import PEERS, Attend
 from attn_plugins.registry import get_attention, list_attentions
 from attn_plugins.results import Results, hash_of, versions
@@ -356,6 +356,6 @@ def prepare_bench(config: BenchConfig) -> Results:
     """What an earlier run of the same benchmark has left.
 
     Raises:
-        ValueError: results.jsonl is not one.
+        ValueError: output_dir cannot be written, or results.jsonl is not one.
     """
-    return Results(Path(config.output_dir).expanduser() / "results.jsonl")
+    return Results(check_folder(config.output_dir) / "results.jsonl")

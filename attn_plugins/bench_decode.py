@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from attn_plugins.hf.state_layer import StateLayer
 from attn_plugins.hf.swap import describe_attention, swap_attention
 from attn_plugins.mask import AttentionMask
 from attn_plugins.measuring import Part
+from attn_plugins.output import check_folder
 from attn_plugins.results import Results, hash_of, versions
 from attn_plugins.rules import parse_rules
 from attn_plugins.state import State
@@ -170,11 +170,11 @@ def prepare_decode(config: DecodeConfig) -> Results:
     """What an earlier run of the same benchmark has left, once it is clear that this one can start.
 
     Raises:
-        ValueError: there is no such model, or results.jsonl is not one.
+        ValueError: there is no such model, output_dir cannot be written, or results.jsonl is not one.
     """
     if isinstance(config.model, str):
         skeleton(config.model)
-    return Results(Path(config.output_dir).expanduser() / "results.jsonl")
+    return Results(check_folder(config.output_dir) / "results.jsonl")
 
 
 def run_decode(

@@ -201,17 +201,24 @@ def finetune(
     with one_line_errors():
         tree = settings(config, flags, assignments, attn)
         from attn_plugins.training.config import FinetuneConfig
+        from attn_plugins.training.evaluate import is_main_process
         from attn_plugins.training.finetune import prepare_finetune
+        from attn_plugins.training.resume import finished
 
         parsed = build(FinetuneConfig, tree)
         _spread()
-        run = prepare_finetune(parsed, resume=resume)
-    metrics = run.run()
-    if run.trainer.is_world_process_zero():
+        metrics = finished(parsed) if resume else None
+        run = prepare_finetune(parsed, resume=resume) if metrics is None else None
+    if run is not None:
+        metrics = run.run()
+        done = f"written to {parsed.output_dir}: the model, README.md, metrics.json"
+    else:
+        done = f"the run in {parsed.output_dir} has ended with these settings; nothing was trained, nothing written"
+    if metrics is not None and is_main_process() and os.environ.get("RANK", "0") == "0":
         evaluation = metrics["evaluation"]
         stages = {stage: evaluation[stage] for stage in ("before", "after") if evaluation[stage] is not None}
         _print_figures(f"{evaluation['task']}, held-out", stages)
-        print(f"written to {run.config.output_dir}: the model, README.md, metrics.json")
+        print(done)
 
 
 @app.command()

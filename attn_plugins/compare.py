@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import os
 import re
+import shutil
 import time
 import traceback
 import typing
@@ -19,6 +20,7 @@ from attn_plugins import measuring
 from attn_plugins.data import DataConfig, load_data
 from attn_plugins.extras import need
 from attn_plugins.measuring import Pass, Scope
+from attn_plugins.output import check_folder
 from attn_plugins.results import Results, hash_of, versions
 from attn_plugins.rules import parse_rules
 from attn_plugins.settings import build
@@ -27,6 +29,7 @@ from attn_plugins.training.config import FinetuneConfig, evaluation_task
 from attn_plugins.training.evaluate import attention_summary, place
 from attn_plugins.training.finetune import prepare_finetune
 from attn_plugins.training.models import AS_SAVED, Dtype, Loaded, in_slot, load, read_attention, skeleton
+from attn_plugins.training.resume import finished, same_versions
 
 FORMAT = 1
 """Part of every cell's key: raise it when a measurement changes its meaning, so that old results are not reused."""
@@ -118,6 +121,12 @@ class CompareConfig:
             raise ValueError("finetune needs data")
         if self.data is None and self.speed is None and self.memory is None:
             raise ValueError("nothing is measured; allowed: any of data (with untrained or finetune), speed, memory")
+        stems = [file_stem(label) for label in self.models]
+        if len(set(stems)) < len(stems):
+            raise ValueError(
+                f"models: the labels {', '.join(self.models)} give files of the same name; allowed: labels that "
+                "differ in letters, digits, dots or dashes, within the first 80"
+            )
         rules: dict[str, Any] = {}
         for label, value in self.attentions.items():
             try:
@@ -208,6 +217,11 @@ def finetune_config(config: CompareConfig, source: str, rules: Any, seed: int, o
     return build(FinetuneConfig, tree, "finetune")
 
 
+def file_stem(label: str) -> str:
+    """A label as the beginning of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", label)[:80]
+
+
 def prepare_compare(config: CompareConfig) -> Results:
     """What an earlier run of the same comparison has left, once it is clear that this one can start.
 
@@ -220,7 +234,7 @@ def prepare_compare(config: CompareConfig) -> Results:
         )
     need("matplotlib", "compare")
     need("peft", "train")
-    results = Results(Path(config.output_dir).expanduser() / "results.jsonl")
+    results = Results(check_folder(config.output_dir) / "results.jsonl")
     for source in config.models.values():
         skeleton(source)
     return results
@@ -249,7 +263,7 @@ def _run_cells(config: CompareConfig, results: Results, fresh: bool, say: Callab
     for line in [] if fresh else results.told(cell.key for cell in todo):
         say(line)
     _quiet_loading()
-    held = _Held(config)
+    held = _Held(config, fresh)
     for number, cell in enumerate(todo, 1):
         if results.done(cell.key) and not fresh:
             continue
@@ -290,10 +304,10 @@ def _quiet_loading() -> None:
 
 
 class _Held:
-    """The models in memory: the baseline, and the one that was asked for last."""
+    """What a run holds: the models in memory, which are the baseline and the one that was asked for last."""
 
-    def __init__(self, config: CompareConfig):
-        self.config = config
+    def __init__(self, config: CompareConfig, fresh: bool):
+        self.config, self.fresh = config, fresh
         self.loaded: dict[tuple[str, str, int], Loaded] = {}
 
     def get(self, source: str, attention: str, seed: int) -> Loaded:
@@ -332,15 +346,17 @@ def _evaluate(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
 
 def _finetune(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
     held.drop()
-    name = re.sub(r"[^\w.-]+", "-", f"{cell.model}-{cell.attention}-seed{cell.seed}-{cell.key[:6]}")
+    name = f"{file_stem(cell.model)}-{file_stem(cell.attention)}-seed{cell.seed}-{cell.key[:6]}"
     folder = Path(config.output_dir).expanduser() / "finetuned" / name
-    run = prepare_finetune(
-        finetune_config(config, cell.settings["model"], cell.settings["rules"], cell.seed, str(folder)), resume=True
-    )
-    metrics = run.run(progress=f"{cell.attention}: {run.task.name}")
+    if folder.exists() and (held.fresh or not same_versions(folder)):
+        shutil.rmtree(folder)  # its checkpoints are of a run that does not count any more
+    settings = finetune_config(config, cell.settings["model"], cell.settings["rules"], cell.seed, str(folder))
+    metrics = finished(settings)
+    if metrics is None:
+        metrics = prepare_finetune(settings, resume=True).run(progress=f"{cell.attention}: {config.task.name}")
     figures = metrics["evaluation"]["after"]
     kept = {name: metrics[name] for name in ("attention", "parameters", "train")}
-    return {**_headline(run.task, figures), "figures": figures, **kept, "folder": str(folder)}
+    return {**_headline(config.task, figures), "figures": figures, **kept, "folder": str(folder)}
 
 
 def _speed(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:

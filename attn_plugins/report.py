@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.compare import Cell, CompareConfig, cells
+from attn_plugins.compare import Cell, CompareConfig, cells, file_stem
 from attn_plugins.extras import need
 from attn_plugins.results import Results
 from attn_plugins.tables import Table, brief_number, duration, frame
@@ -205,7 +205,7 @@ def draw(found: Found, out: Path) -> list[Path]:
     need("matplotlib", "compare")
     drawn = []
     for model in found.config.models:
-        stem = model.replace("/", "-")
+        stem = file_stem(model)
         for name, figure in (
             ("quality_vs_time", _quality_plot(found, model)),
             ("memory_vs_length", _length_plot(found, model, "memory")),

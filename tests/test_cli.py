@@ -16,6 +16,7 @@ import attn_plugins as ap
 from attn_plugins import cli, extras
 from attn_plugins.attention import CAPABILITIES
 from attn_plugins.data import PYTHON_DOCS
+from attn_plugins.results import Results
 from attn_plugins.tasks import list_tasks
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.models import DEMO
@@ -192,6 +193,35 @@ def test_compare_ends_by_naming_its_files_and_tells_failure_by_its_status(llama,
 def test_what_is_wrong_is_one_line_and_no_traceback(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in refused(*arguments)
+
+
+def test_a_run_that_has_ended_is_shown_and_left_alone(llama, text, tmp_path):
+    out = tmp_path / "out"
+    sizes = ["-s", "block_size=16", "-s", "training.max_steps=1", "-s", "training.save_strategy='no'"]
+    arguments = ["finetune", "-m", llama, "-a", "local", "-d", text, "-o", out, *sizes, *SHORT]
+    assert f"written to {out}: the model" in call(*arguments).stdout
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    said = call(*arguments, "--resume").stdout
+    assert f"the run in {out} has ended with these settings; nothing was trained, nothing written" in said
+    assert "perplexity, held-out" in said
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_where_results_cannot_go_is_one_line(llama, text, tmp_path):
+    (tmp_path / "file").touch()
+    there = tmp_path / "file" / "out"
+    for verb, flags in (
+        ("bench", ["-a", "local"]),
+        ("bench", ["--decode", "-a", "local"]),
+        ("finetune", ["-m", "/no/such", "-d", text]),
+        ("evaluate", ["-m", "/no/such", "-d", text]),
+    ):
+        assert "is a file; allowed: a folder" in refused(verb, *flags, "-o", there)
+
+
+def test_a_second_run_is_one_line(tmp_path):
+    with Results(tmp_path / "results.jsonl").alone():
+        assert "another run is measuring into" in refused("bench", "-a", "local", "-o", tmp_path)
 
 
 def test_a_missing_extra_is_one_clear_line(llama, text, monkeypatch):

@@ -238,6 +238,62 @@ def test_a_killed_run_goes_on_where_it_was(llama, text, tmp_path):
     assert sorted(keys) == sorted(cell.key for cell in cells(config)), "each cell ran once"
 
 
+def test_a_fine_tune_that_counts_is_kept_and_another_begins_anew(llama, text, tmp_path, monkeypatch):
+    saving = {**FINETUNE, "training": {**FINETUNE["training"], "save_strategy": "steps", "save_steps": 1}}
+    changes = {"attentions": {"dense": None}, "bar": None, "untrained": False, "finetune": saving}
+    config = build(CompareConfig, tree(llama, text, tmp_path / "out", **changes))
+    results, _ = run(config)
+    (first,) = lines(results)
+    folder = Path(first["result"]["folder"])
+    assert (folder / "checkpoint-2").exists()
+
+    results.path.unlink()  # killed between the end of the fine-tune and the line that says so
+    prepare = compare.prepare_finetune
+    monkeypatch.setattr(compare, "prepare_finetune", None)
+    results, _ = run(config)
+    assert lines(results)[0]["result"] == first["result"]
+    monkeypatch.setattr(compare, "prepare_finetune", prepare)
+
+    def trained_anew(**options):
+        (folder / "left").touch()
+        results, _ = run(config, **options)
+        last = lines(results)[-1]["result"]
+        assert last["value"] == first["result"]["value"]
+        assert last["train"]["resumed_from"] is None
+        return not (folder / "left").exists()
+
+    assert trained_anew(fresh=True)
+    noted = json.loads((folder / "settings.json").read_text())
+    noted["versions"]["attn_plugins"] = "0.0.1"
+    (folder / "settings.json").write_text(json.dumps(noted))
+    record = lines(results)[-1]
+    results.add({**record, "versions": noted["versions"]})
+    assert trained_anew(), "what another version has trained is no start for this one"
+    assert not trained_anew()
+
+
+def test_what_cannot_be_written_is_said_before_a_cell_is_measured(llama, text, tmp_path):
+    (tmp_path / "file").touch()
+    config = build(CompareConfig, tree(llama, text, tmp_path / "file" / "out"))
+    with pytest.raises(ValueError, match=r"output_dir='.*file/out': .*file is a file; allowed: a folder"):
+        prepare_compare(config)
+
+
+def test_two_runs_do_not_measure_into_one_file(llama, text, tmp_path, monkeypatch):
+    config = build(CompareConfig, tree(llama, text, tmp_path / "out"))
+    monkeypatch.setitem(compare._MEASURES, "evaluate", lambda *arguments: FIGURES)
+    first, second = prepare_compare(config), prepare_compare(config)
+    with (
+        first.alone(),
+        pytest.raises(ValueError, match=r"another run is measuring into .*results\.jsonl; wait until it ends, or"),
+    ):
+        run_compare(config, second)
+    run_compare(config, first, say=lambda line: None)
+    said = []
+    run_compare(config, second, say=said.append)
+    assert said[0].startswith("2 of 2 cells are in"), "what the first one has measured meanwhile is read"
+
+
 def test_classification_is_compared_after_training(bert, labelled, tmp_path):
     changes = {
         "data": {"source": labelled},
@@ -259,6 +315,10 @@ def test_classification_is_compared_after_training(bert, labelled, tmp_path):
     ("changes", "message"),
     [
         ({"attention": {}}, r"unknown key 'attention' \(did you mean attentions\?\)"),
+        (
+            {"models": {"a/b": "x", "a-b": "y"}},
+            "models: the labels a/b, a-b give files of the same name; allowed: labels",
+        ),
         ({"models": {}}, "models is empty; at least one is needed"),
         ({"baseline": "none"}, "baseline='none' is none of the attentions; allowed: dense, local"),
         ({"bar": "x"}, "bar='x' is none of the attentions"),

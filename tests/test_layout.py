@@ -25,7 +25,7 @@ CORE = {
 """What the modules that know torch alone may import of the package, each its own list."""
 
 ABOVE = [
-    {"extras", "settings", "data", "results", "after_import", "children", "run"},
+    {"extras", "settings", "data", "output", "results", "after_import", "children", "run"},
     {"hf", "tasks", "demo"},
     {
         *{"training", "measuring", "bench", "bench_report", "bench_decode", "bench_decode_report", "peers"},

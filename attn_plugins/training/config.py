@@ -3,6 +3,7 @@
 import dataclasses
 import typing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from attn_plugins.data import DataConfig
@@ -60,6 +61,7 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", read_attention(self.attention))
+        object.__setattr__(self, "output_dir", str(Path(self.output_dir).expanduser()))
         if self.block_size < 2:
             raise ValueError(f"block_size={self.block_size}; allowed: at least 2")
         if self.max_length < 1:

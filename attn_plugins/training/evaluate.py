@@ -13,6 +13,7 @@ from torch import nn
 from attn_plugins.data import load_data
 from attn_plugins.extras import need
 from attn_plugins.hf.swap import describe_attention
+from attn_plugins.output import check_file
 from attn_plugins.tasks import Task, run_task
 from attn_plugins.training.config import EvaluateConfig, evaluation_task
 from attn_plugins.training.launch import SIZES
@@ -55,6 +56,8 @@ def prepare_evaluation(config: EvaluateConfig) -> Evaluation:
             outside its attention (a classifier's head), so that its figures would say nothing.
     """
     task = evaluation_task(config.evaluation)
+    if config.output is not None:
+        check_file(config.output, "output")
     start_processes()
     _, held_out = load_data(config.data, labelled=task.labelled)
     loaded = load(config.model, attention=config.attention, kind=task.model, dtype=config.dtype, seed=config.seed)

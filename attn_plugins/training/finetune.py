@@ -1,8 +1,7 @@
 """Fine-tune a model with whatever attention it has been given, on transformers' Trainer."""
 
 import dataclasses
-import json
-import re
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,16 @@ from torch import nn
 from attn_plugins.data import check_classes, label_names, labelled_examples, load_data, token_blocks
 from attn_plugins.extras import need
 from attn_plugins.hf.swap import describe_attention
+from attn_plugins.output import check_folder
 from attn_plugins.results import versions
 from attn_plugins.tasks import Task, run_task
 from attn_plugins.training.card import model_card
 from attn_plugins.training.config import FinetuneConfig, evaluation_task
 from attn_plugins.training.evaluate import attention_summary, start_processes, write_json
 from attn_plugins.training.models import Loaded, in_slot, load
+from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of, steps_of
 
-METRICS, CARD = "metrics.json", "README.md"
+CARD = "README.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,8 @@ class Finetune:
         """
         config, trainer = self.config, self.trainer
         before = None
+        if trainer.is_world_process_zero():
+            note_settings(config)
         if config.evaluate_before:
             before = run_task(self.task, trainer.model, self.batches, progress=progress and f"{progress} before")
         started = time.perf_counter()
@@ -51,9 +54,12 @@ class Finetune:
         seconds = time.perf_counter() - started
         after = run_task(self.task, trainer.model_wrapped, self.batches, progress=progress)
         metrics = self._metrics(output, before, after, seconds)
+        if trainer.is_fsdp_enabled:  # whatever checkpoints are made of: Trainer writes no model of shards
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(config.output_dir)
         if trainer.is_world_process_zero():
             out = Path(config.output_dir)
+            check_weights(out)
             if config.tune == "lora":
                 _base(trainer.model).config.save_pretrained(out)  # tells a classifier's labels
             write_json(out / METRICS, metrics)
@@ -66,6 +72,9 @@ class Finetune:
     ) -> dict[str, Any]:
         config, trainer = self.config, self.trainer
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
+        loss = output.training_loss
+        if self.checkpoint is not None and steps_of(self.checkpoint) == output.global_step:  # nothing was left to train
+            loss = statistics.fmean(entry["loss"] for entry in history) if history else float("nan")
         return {
             "model": config.model,
             "base_model": self.loaded.source,
@@ -77,7 +86,7 @@ class Finetune:
             "data": dataclasses.asdict(config.data),
             "evaluation": {"task": self.task.name, "before": before, "after": after},
             "train": {
-                "loss": output.training_loss,
+                "loss": loss,
                 "losses": [{"step": entry["step"], "loss": entry["loss"]} for entry in history],
                 "steps": trainer.state.global_step,
                 "rows": round((trainer.state.epoch or 0) * len(trainer.train_dataset)),
@@ -89,6 +98,7 @@ class Finetune:
             "parameters": parameter_counts(trainer.model),
             "training": config.training,
             "lora": config.lora,
+            "settings": settings_of(config),
             "versions": versions(),
         }
 
@@ -101,17 +111,15 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         quiet: no progress bar for training.
 
     Raises:
-        ValueError: something that the config names is not there or does not fit, there is nothing to train, or
-            ``output_dir`` holds an earlier run and ``resume`` was not asked for.
+        ValueError: something that the config names is not there or does not fit, there is nothing to train,
+            ``output_dir`` cannot be written, or the run that it holds is not one to go on with.
     """
     need("accelerate", "train")
+    if check_folder(config.output_dir).resolve() == Path(config.model).expanduser().resolve():
+        raise ValueError(f"output_dir={config.output_dir!r} is the model's own folder; allowed: another")
+    checkpoint = check_resume(config, resume=resume)
     arguments = _arguments(config, quiet)
     start_processes()
-    checkpoint = last_whole_checkpoint(config.output_dir)
-    if not resume and _holds_a_run(config.output_dir):
-        raise ValueError(
-            f"{config.output_dir} holds an earlier run; go on with it with --resume, or name another output_dir"
-        )
     with arguments.main_process_first(desc="reading the data"):
         train, held_out = load_data(config.data, labelled=config.task == "classification")
     labels = None
@@ -130,14 +138,45 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         batches = task.prepare(held_out, loaded.tokenizer, loaded.model)
     model = choose_parameters(config, loaded)
     trainer = _trainer(config, arguments, model, loaded.tokenizer, rows, held_out)
+    if checkpoint is not None:
+        _check_steps(trainer, checkpoint)
     return Finetune(
         config=config,
         loaded=loaded,
         trainer=trainer,
         task=task,
         batches=batches,
-        checkpoint=checkpoint if resume else None,
+        checkpoint=checkpoint,
     )
+
+
+def _check_steps(trainer: Any, checkpoint: str) -> None:
+    """Have Trainer train nothing where the checkpoint is the end of the run: it would train one step more.
+
+    Raises:
+        ValueError: the checkpoint is beyond the end of the run.
+    """
+    asked = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    done = steps_of(checkpoint) or 0
+    if done > asked:
+        raise ValueError(
+            f"{checkpoint} has {done} steps behind it, and the settings ask for {asked}; ask for at least as many, "
+            "or name another output_dir"
+        )
+    if done == asked:
+        trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
+        # Other schedules divide by the number of steps.
+        trainer.args.lr_scheduler_type, trainer.args.lr_scheduler_kwargs = "constant", None
+
+
+def check_weights(out: Path) -> None:
+    """Raise a RuntimeError where Trainer has written no model, which it does for some ways of sharding."""
+    kinds = ("model*.safetensors", "adapter_model*", "pytorch_model*.bin")
+    if not any(path for kind in kinds for path in out.glob(kind)):
+        raise RuntimeError(
+            f"Trainer wrote no weights into {out}: with this way of sharding they are kept in checkpoints alone; the "
+            f"last one in {out} has them, in shards"
+        )
 
 
 def choose_parameters(config: FinetuneConfig, loaded: Loaded) -> nn.Module:
@@ -234,32 +273,6 @@ def collate_blocks(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Blocks of one length, without a padding mask: there is no padding. The model shifts the labels itself."""
     input_ids = torch.tensor([row["input_ids"] for row in rows])
     return {"input_ids": input_ids, "labels": input_ids.clone()}
-
-
-def last_whole_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint that was written to its end, or None.
-
-    Trainer writes trainer_state.json last, so a checkpoint in which it is missing or broken was cut off.
-    """
-    found = []
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", folder.name)
-        if match and _whole(folder):
-            found.append((int(match[1]), str(folder)))
-    return max(found)[1] if found else None
-
-
-def _whole(checkpoint: Path) -> bool:
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _holds_a_run(output_dir: str) -> bool:
-    path = Path(output_dir)
-    return (path / METRICS).exists() or any(path.glob("checkpoint-*"))
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

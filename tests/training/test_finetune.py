@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -16,8 +17,9 @@ import attn_plugins as ap
 from attn_plugins.settings import build
 from attn_plugins.training.config import EvaluateConfig, FinetuneConfig
 from attn_plugins.training.evaluate import prepare_evaluation
-from attn_plugins.training.finetune import last_whole_checkpoint, prepare_finetune
+from attn_plugins.training.finetune import prepare_finetune
 from attn_plugins.training.models import skeleton
+from attn_plugins.training.resume import finished, last_whole_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -199,6 +201,130 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(llama, text, tmp_pa
     ]
     name = "adapter_model.safetensors" if tune == "lora" else "model.safetensors"
     assert not moved(load_file(tmp_path / "killed" / name), load_file(tmp_path / "whole" / name))
+
+
+def written(out):
+    """What a run has left, as (name, time, bytes)."""
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "length",
+    [{"max_steps": 4}, {"num_train_epochs": 0.5}, {"num_train_epochs": 2, "lr_scheduler_type": "polynomial"}],
+    ids=["steps", "half an epoch", "epochs"],
+)
+def test_a_run_that_has_ended_is_not_trained_on(llama, text, tmp_path, length):
+    out = tmp_path / "out"
+    saving = {name: value for name, value in SMALL.items() if name != "max_steps"} | {"save_strategy": "epoch"}
+    if "max_steps" in length:
+        saving |= {"save_strategy": "steps", "save_steps": 2}
+    config = settings(llama, text, out, tune="full", training={**saving, **length})
+    whole = prepare_finetune(config).run(None)
+    steps, weights = whole["train"]["steps"], load_file(out / "model.safetensors")
+    assert finished(config) == whole
+    assert finished(settings(llama, text, out, tune="full", training={**saving, **length}, block_size=8)) is None
+
+    # Killed after its last checkpoint, and before what comes then: nothing is left to train, the rest is done.
+    (out / "metrics.json").unlink()
+    (out / "model.safetensors").unlink()
+    assert last_whole_checkpoint(out) == str(out / f"checkpoint-{steps}")
+    again = prepare_finetune(config, resume=True).run(None)
+    assert again["train"]["steps"] == steps
+    assert not moved(load_file(out / "model.safetensors"), weights)
+    assert again["evaluation"] == whole["evaluation"]
+    assert again["train"]["losses"] == whole["train"]["losses"]
+    assert again["train"]["loss"] == pytest.approx(whole["train"]["loss"], rel=1e-3)
+
+    shorter = {**length, "max_steps": steps - 1}
+    with pytest.raises(ValueError, match=rf"checkpoint-{steps} has {steps} steps behind it,.* ask for {steps - 1};"):
+        prepare_finetune(settings(llama, text, out, tune="full", training={**saving, **shorter}), resume=True)
+    longer = {**length, "max_steps": steps + 2}  # the first of them is still at the rate of the end, which is zero
+    more = prepare_finetune(settings(llama, text, out, tune="full", training={**saving, **longer}), resume=True)
+    assert more.run(None)["train"]["steps"] == steps + 2
+    assert moved(load_file(out / "model.safetensors"), weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "path"),
+    [
+        ({"attention": LOCAL}, "attention.type, attention.feature_map"),
+        ({"tune": "new"}, "tune"),
+        ({"seed": 1}, "seed"),
+        ({"block_size": 8}, "block_size"),
+        ({"training": {**SMALL, "learning_rate": 0.1}}, "training.learning_rate"),
+        ({"data": {"source": "other.jsonl"}}, "data.source"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings(llama, text, tmp_path, change, path):
+    out = tmp_path / "out"
+    prepare_finetune(settings(llama, text, out, tune="full")).run(None)
+    before = written(out)
+    changed = settings(llama, text, out, **{"tune": "full", **change})
+    with pytest.raises(ValueError, match=rf"out holds a run with other settings: {path}.*; a run goes on with"):
+        prepare_finetune(changed, resume=True)
+    longer = settings(llama, text, out, tune="full", training={**SMALL, "max_steps": 5})
+    with pytest.raises(ValueError, match="holds a run that ended and left no checkpoint to go on from; name another"):
+        prepare_finetune(longer, resume=True)
+    assert written(out) == before
+    (out / "settings.json").unlink()  # as runs of earlier versions: nothing to compare with, and still not trained on
+    with pytest.raises(ValueError, match="ended and left no checkpoint"):
+        prepare_finetune(changed, resume=True)
+
+
+class Sharded(TrainerCallback):
+    """What Trainer has after training under FSDP with sharded checkpoints, without the processes that it takes."""
+
+    def __init__(self, trainer, monkeypatch):
+        self.trainer, self.monkeypatch = trainer, monkeypatch
+
+    def on_train_end(self, args, state, control, **kwargs):
+        plugin = FullyShardedDataParallelPlugin(state_dict_type="SHARDED_STATE_DICT")
+        self.monkeypatch.setattr(self.trainer.accelerator.state, "fsdp_plugin", plugin, raising=False)
+        self.trainer.is_fsdp_enabled = True
+
+
+def test_a_model_is_written_whole_where_checkpoints_are_sharded(llama, text, tmp_path, monkeypatch):
+    run = prepare_finetune(settings(llama, text, tmp_path / "out", tune="full"))
+    run.trainer.add_callback(Sharded(run.trainer, monkeypatch))
+    metrics = run.run(None)
+    monkeypatch.undo()
+    assert close(evaluated(tmp_path / "out", text)["result"], metrics["evaluation"]["after"])
+
+
+def test_a_run_whose_model_was_not_written_does_not_say_that_it_was(llama, text, tmp_path, monkeypatch):
+    run = prepare_finetune(settings(llama, text, tmp_path / "out", tune="full"))
+    monkeypatch.setattr(run.trainer, "save_model", lambda folder: None)
+    with pytest.raises(
+        RuntimeError, match=r"Trainer wrote no weights into .*out: with this way of sharding they are kept"
+    ):
+        run.run(None)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_read(llama, text, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    nothing = {"model": "/no/such/model", "data": {"source": "no.jsonl"}}
+    with pytest.raises(ValueError, match=r"output_dir='.*file/out': .*file is a file; allowed: a folder, or one to be"):
+        prepare_finetune(build(FinetuneConfig, {**nothing, "output_dir": str(tmp_path / "file" / "out")}))
+    with pytest.raises(ValueError, match=r"output='.*file/out.json': .*file is a file"):
+        evaluated("/no/such/model", "no.jsonl", output=str(tmp_path / "file" / "out.json"))
+    with pytest.raises(ValueError, match=r"output='.*' is a folder; allowed: a file"):
+        evaluated("/no/such/model", "no.jsonl", output=str(tmp_path))
+    with pytest.raises(ValueError, match=r"output_dir='.*' is the model's own folder; allowed: another"):
+        prepare_finetune(settings(llama, text, llama))
+
+    def refuse(**options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(ValueError, match=r"output_dir='.*new/out': cannot write into .*: Read-only file system"):
+        prepare_finetune(build(FinetuneConfig, {**nothing, "output_dir": str(tmp_path / "new" / "out")}))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_home_folder_is_spelled_out(llama, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert settings(llama, text, "~/out").output_dir == str(tmp_path / "out")
 
 
 def test_resume_without_a_checkpoint_starts_from_the_start(llama, text, tmp_path):
