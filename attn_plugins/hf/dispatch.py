@@ -14,6 +14,7 @@ from attn_plugins.hf import packing
 from attn_plugins.hf.arguments import refuse_unknown
 from attn_plugins.hf.dense_masks import additive, read_dense
 from attn_plugins.hf.grids import grid_of
+from attn_plugins.hf.heads import fitted
 from attn_plugins.hf.interface import USUAL, call_of
 from attn_plugins.hf.recording import weights_wanted
 from attn_plugins.hf.tensors import stands_for_a_tensor, takes_all
@@ -296,8 +297,7 @@ def attention_forward(
             )
         attention_mask.spent = True
     mask, bias = attention_mask, None
-    if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries, the same for every row (granite_speech)
-        query = query.expand(key.shape[0], -1, -1, -1)
+    query, key, value = fitted(type(module).__name__, query, key, value)
     if state is None:
         # Bidirectional self-attention has as many keys as queries, unless the model has pooled some (SegFormer) or
         # added some (perceivers): then nothing says which key is where a query is.
