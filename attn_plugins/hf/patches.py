@@ -245,11 +245,24 @@ def _init(original: Any, self: PreTrainedModel, config: Any, *args: Any, **kwarg
         if not is_flagged(config) and _builder(self) is None:
             raise ValueError(
                 f"attn_implementation={IMPLEMENTATION!r} needs rules; "
-                "pass attn_plugin=..., such as attn_plugin='local', instead"
+                f"pass attn_plugin=..., such as attn_plugin='local', instead{_of_a_name(config.name_or_path)}"
             )
         vars(self)[_CAME] = (config,)
         config._attn_implementation_internal = None
     original(self, config, *args, **kwargs)
+
+
+def _of_a_name(name: str) -> str:
+    """What to say where a live model of this name is swapped: trainers build its reference from its name alone."""
+    alike = (model.config for model in live.models() if model.config.name_or_path == name)
+    rules = next((config.attn_plugin for config in alike if name and config.attn_plugin is not None), None)
+    if rules is None:
+        return ""
+    return (
+        f". A model of the name {name!r} is swapped here, and the checkpoint of that name is not: give a trainer that "
+        f"builds a reference model ref_model=..., or model_init_kwargs={{'attn_plugin': {rules}}}, by which weights of "
+        "the attention begin anew, or save the swapped model and load it from there for training"
+    )
 
 
 _CAME = "_attn_plugins_came"

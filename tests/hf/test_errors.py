@@ -118,6 +118,33 @@ def test_the_implementation_name_alone_is_not_a_flag():
         AutoModelForCausalLM.from_config(LlamaConfig(**tiny.GROUPED), attn_implementation="attn_plugins")
 
 
+@torch.no_grad()
+def test_a_reference_model_of_a_swapped_ones_name_is_told_what_to_be_given(tmp_path):
+    """As TRL builds it for DPO, KTO, GRPO and RLOO, where the policy is a live model."""
+    tiny.build("llama").save_pretrained(tmp_path / "base")
+    policy, rule = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        {"type": "linear", "feature_map": "hedgehog"},
+    )
+    given = {"attn_implementation": ap.swap_attention(policy, rule).config._attn_implementation, "dtype": policy.dtype}
+    message = (
+        r"needs rules; pass attn_plugin=.* A model of the name '.*base' is swapped here, .*: give a trainer .*"
+        r"ref_model=..., or model_init_kwargs={'attn_plugin': \[{'type': 'linear', .*}\]}, .* or save the swapped model"
+    )
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(policy.config.name_or_path, **given)
+    with pytest.raises(ValueError, match=r"such as attn_plugin='local', instead$"):
+        AutoModelForCausalLM.from_config(LlamaConfig(**tiny.GROUPED), attn_implementation="attn_plugins")
+    reference = AutoModelForCausalLM.from_pretrained(policy.config.name_or_path, attn_plugin=rule, **given)
+    assert ap.describe_attention(reference) == ap.describe_attention(policy)
+    for name, weight in policy.named_parameters():
+        weight.add_(0.1 if "attn_plugin" in name else 0.0)
+    policy.save_pretrained(tmp_path / "swapped")
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "swapped")
+    reference = AutoModelForCausalLM.from_pretrained(policy.config.name_or_path, **given)
+    assert torch.equal(tiny.output(reference, tiny.inputs("llama")), tiny.output(policy, tiny.inputs("llama")))
+
+
 def test_static_caches_are_refused_by_attentions_that_keep_all_keys():
     model = ap.swap_attention(tiny.build("llama"), "softmax", layers=0)
     with pytest.raises(ValueError, match=r"'softmax' cannot be served from this static cache.*use the default cache"):
