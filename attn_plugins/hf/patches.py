@@ -25,6 +25,7 @@ from attn_plugins.hf import peft as adapters
 from attn_plugins.hf.caches import RECORDING
 from attn_plugins.hf.configs import check_flags, erase, from_file, is_flagged, mark_saved, written
 from attn_plugins.hf.dispatch import IMPLEMENTATION, SLOT, attention_forward, lazy_mask
+from attn_plugins.hf.sharding import load_full_state_dict
 from attn_plugins.hf.swap import attach_assigned, attach_from_config
 
 _MARK = "_attn_plugins_original"
@@ -90,6 +91,15 @@ def install() -> None:
 
     # Importing PEFT takes most of a second, and few programs need it.
     once_imported("peft", _install_peft)
+
+    # It gives a model to all processes entry by entry, and has no hook for those that are not sharded.
+    once_imported("accelerate.utils.fsdp_utils", _install_accelerate)
+
+
+def _install_accelerate() -> None:
+    from accelerate.utils import fsdp_utils
+
+    _wrap(fsdp_utils, "fsdp2_load_full_state_dict", load_full_state_dict)
 
 
 def _allow_output_attentions() -> None:

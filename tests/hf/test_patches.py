@@ -1,6 +1,7 @@
 """What importing the package does to transformers: as little as the docstrings of hf/patches.py say."""
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -152,3 +153,13 @@ def test_new_weights_of_a_model_on_the_meta_device_stay_there():
         model = tiny.MODELS["llama"]()[0](tiny.config_of("llama"))
     ap.swap_attention(model, "linear", feature_map="hedgehog")
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_accelerate_still_gives_a_model_to_all_processes_by_the_function_that_is_changed():
+    """Fails when accelerate's FSDP2 loads in another way; hf/sharding.py has to follow."""
+    from accelerate.utils import fsdp_utils
+
+    changed = fsdp_utils.fsdp2_load_full_state_dict
+    assert hasattr(changed, patches._MARK)
+    assert list(inspect.signature(changed).parameters) == ["accelerator", "model", "full_sd", "cpu_offload"]
+    assert "fsdp2_load_full_state_dict" in fsdp_utils.fsdp2_prepare_model.__code__.co_names
