@@ -250,12 +250,19 @@ def _problem(
     v: torch.Tensor,
     w_q: torch.Tensor | None,
     w_k: torch.Tensor | None,
-    *rest,
+    padding: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    feature_map: str,
+    chunk_size: int,
+    diagonal: int,
 ) -> _Problem:
     groups = (k.shape[1], -1)
     w_q = None if w_q is None else w_q.unflatten(0, groups)
     w_k = None if w_k is None else w_k.unsqueeze(1)
-    return _Problem(q.unflatten(1, groups), k.unsqueeze(2), v.unsqueeze(2), w_q, w_k, *rest)
+    # A text shorter than a chunk is one chunk of its own length: it costs what it has, and nothing is made longer.
+    chunk_size = max(1, min(chunk_size, q.shape[2]))
+    tokens = q.unflatten(1, groups), k.unsqueeze(2), v.unsqueeze(2)
+    return _Problem(*tokens, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
 
 
 def _empty_outputs(

@@ -252,6 +252,7 @@ def pool_prefixes(
         (pooled_BHTD, log-sum-exp of the logits pooled, (B, H, T), near UNSEEN where nothing is visible).
     """
     batch, heads, length, size = x_BHTD.shape
+    chunk_size = min(chunk_size, length)
     chunks = -(-length // chunk_size)
     rest = chunks * chunk_size - length
     logits = pad(logits_BHT, (0, rest), value=UNSEEN).view(batch, heads, chunks, 1, chunk_size)

@@ -47,6 +47,7 @@ class Blocks:
 
 def blocks_of(mask: AttentionMask, block_size: int) -> Blocks:
     """Blocks counted from the first real key of each row or segment; made once a forward pass."""
+    block_size = min(block_size, mask.kv_length)  # no row has more keys, and a longer block would be filled up
 
     def build() -> Blocks:
         starts_BK = mask.starts_BK().expand(mask.batch_size, -1)

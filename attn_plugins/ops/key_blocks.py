@@ -140,6 +140,8 @@ class KeyBlocks(State):
         if self.fixed_length is None and self.shared_start is not None:
             reach = self.shared_start + size - 1
             number = (self.length - 1 - reach) // stride - max(0, -((reach - before) // stride)) + 1
+        if size > self.tensors["k"].shape[2]:
+            return  # there is not even room for one
         start_B1 = self.starts().unsqueeze(1)
         first_B1 = -torch.div(start_B1 + (size - 1 - before), stride, rounding_mode="floor")
         first_B1, step = first_B1.clamp(min=0), max(1, KEYS_AT_ONCE // size)
@@ -264,7 +266,9 @@ def chosen_attention(
     start = state.starts().view(-1, 1, 1, 1, 1)
     own = position_Q.view(-1, 1, 1)
     block = chosen_BXQT.unsqueeze(4)
-    index = block * state.block_size + start + torch.arange(state.block_size, device=block.device)
+    seen = state.length if state.fixed_length is None else state.fixed_length
+    size = min(state.block_size, seen)  # all keys, where a block would hold more
+    index = block * state.block_size + start + torch.arange(size, device=block.device)
     visible = (block >= 0) & (index <= own)
     index, visible = torch.where(visible, index, own).flatten(3), visible.flatten(3)
     k, v = (rows_at(state.tensors[name], index) for name in "kv")

@@ -25,7 +25,11 @@ class Landmarks(NamedTuple):
 
 
 def landmarks_of(mask: AttentionMask, number: int) -> Landmarks:
-    """Runs of a row's real tokens whose lengths differ by at most one; made once a forward pass."""
+    """Runs of a row's real tokens whose lengths differ by at most one, no more than the longest row could fill.
+
+    Made once a forward pass.
+    """
+    number = min(number, mask.kv_length)
 
     def build() -> Landmarks:
         real_BK = mask.padding_BK
@@ -130,7 +134,7 @@ def nystrom_attention(
     far = scaled_dot_product_attention(
         q_BHMD.reshape(batch, groups, -1, q.shape[3]), k, v, attn_mask=far_mask, scale=scale
     )
-    far_BHMV = far.view(batch, heads, num_landmarks, -1)
+    far_BHMV = far.view(batch, heads, held.shape[-1], -1)
     value_BHMV = _LandmarkValues.apply(q_BHMD, k_BHMD, far_BHMV, held, scale, num_iterations)
     out_BHQV = scaled_dot_product_attention(q, k_BHMD, value_BHMV, attn_mask=held | nobody, scale=scale)
     if conv_HC is not None:

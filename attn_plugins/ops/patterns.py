@@ -65,9 +65,10 @@ def places(flags_BN: torch.Tensor) -> torch.Tensor:
 
 def first_keys(mask: AttentionMask, queries: range, number: int) -> torch.Tensor:
     """The first ``number`` keys of each row or segment that these queries are of: (B or 1, S), -1 for none."""
+    number = min(number, mask.kv_length)
     count = torch.arange(number, device=mask.device)
     if not mask.row_starts:
-        return count.masked_fill(count >= mask.kv_length, -1).unsqueeze(0)
+        return count.unsqueeze(0)
     starts = mask.starts_BK()
     own = starts[:, first_query(mask) + queries.start : first_query(mask) + queries[-1] + 1]
     if mask.segments_BK is None:
