@@ -125,6 +125,8 @@ class Attention(nn.Module):
     """The output is ``weights @ v`` for the effective weights, which are not negative and sum to 1.
 
     Less than 1 with learned sinks, and where a query finds nothing that it is similar to."""
+    heads_alike: ClassVar[bool] = True
+    """Without weights, a head does the same whichever and among however many it is, as under tensor parallelism."""
     subquadratic: ClassVar[bool] = True
     """``attend`` never holds a tensor of Q x K elements."""
     any_length: ClassVar[bool] = True
@@ -323,6 +325,11 @@ class Attention(nn.Module):
         )
         return options if self.backend == "auto" else f"{options}, backend={self.backend!r}".lstrip(", ")
 
+    @property
+    def needs_all_heads(self) -> bool:
+        """Whether it serves only as many heads as it was built for: it has weights a head, or tells heads apart."""
+        return not self.heads_alike or next(self.parameters(), None) is not None
+
     def _refuse(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, extras: dict[str, Any]) -> None:
         needs = {
             "position_bias": "a position bias added to the scores" if "position_bias" in extras else None,
@@ -343,7 +350,7 @@ class Attention(nn.Module):
                     f"it can honour: {', '.join(capabilities(type(self)))}"
                 )
         got = (q_BHQD.shape[1], k_BGKD.shape[1], q_BHQD.shape[3])
-        if self.heads is not None and next(self.parameters(), None) is not None:
+        if self.heads is not None and self.needs_all_heads:
             want = (self.heads.num_heads, self.heads.num_key_value_heads, self.heads.head_dim)
             if got != want:
                 raise ValueError(

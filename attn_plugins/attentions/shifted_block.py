@@ -32,6 +32,7 @@ class ShiftedBlockAttention(Attention):
     when = "For fine-tuning to a longer context at little cost, going back to full attention afterwards."
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True
     symbolic_length = True
+    heads_alike = False
     examples = ({"group_size": 6}, {"group_size": 5})
 
     @dataclass(frozen=True, kw_only=True)

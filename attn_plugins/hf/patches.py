@@ -24,8 +24,8 @@ from attn_plugins.hf import live, rollback
 from attn_plugins.hf import peft as adapters
 from attn_plugins.hf.caches import RECORDING
 from attn_plugins.hf.configs import check_flags, erase, from_file, is_flagged, mark_saved, written
-from attn_plugins.hf.dispatch import IMPLEMENTATION, SLOT, attention_forward, lazy_mask
-from attn_plugins.hf.sharding import load_full_state_dict
+from attn_plugins.hf.dispatch import IMPLEMENTATION, SLOT, attention_forward, lazy_mask, slot_of
+from attn_plugins.hf.sharding import load_full_state_dict, refuse_split_heads
 from attn_plugins.hf.swap import attach_assigned, attach_from_config
 
 _MARK = "_attn_plugins_original"
@@ -70,6 +70,9 @@ def install() -> None:
     # Attention weights are allowed for "eager" alone, by name: in the setter, and in what a config checks when it is
     # made or saved. Each class of configs keeps the functions that it checks with, found when the class was made.
     _allow_output_attentions()
+
+    # A model that is loaded in parts is given its slots first, and nothing public tells when its heads have been split.
+    _wrap(PreTrainedModel, "maybe_distribute_model", _maybe_distribute_model)
 
     # A cache is told to record before its layers are exchanged for states, and ordinary layers do not remember it.
     _wrap(Cache, "activate_past_recording", _activate_past_recording)
@@ -123,6 +126,14 @@ def _allow_output_attentions() -> None:
 
         setattr(setter, _MARK, held.fset)
         PreTrainedConfig.output_attentions = held.setter(setter)  # type: ignore[method-assign]
+
+
+def _maybe_distribute_model(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
+    model = original(cls, *args, **kwargs)
+    for path, module in model.named_modules():
+        if (slot := slot_of(module)) is not None:
+            refuse_split_heads(path, module, slot)
+    return model
 
 
 def _validate_output_attentions(original: Any, self: PreTrainedConfig) -> None:

@@ -1,4 +1,4 @@
-"""Buffers of slots where accelerate's FSDP2 gives a model that one process has read to all of them."""
+"""Slots of models that several processes share: heads split by tensor parallelism, buffers under accelerate's FSDP2."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,6 +8,28 @@ import torch.distributed as dist
 from torch import nn
 
 from attn_plugins.attention import Attention
+
+
+def refuse_split_heads(path: str, module: nn.Module, slot: Attention) -> None:
+    """Refuse an attention that needs all heads of a module where each process has some of them.
+
+    Raises:
+        ValueError: names the module, its attention and what can be done.
+    """
+    if slot.needs_all_heads and any(_split(weight) for weight in module.parameters()):
+        why = "tells its heads apart" if not slot.heads_alike else "has weights a head, of which each has all"
+        raise ValueError(
+            f"{path} is under tensor parallelism, which gives each process some of its heads, and attention "
+            f"{slot.name!r} {why}; choose an attention that has no weights and takes every head alike, such as "
+            "'local', or load without tp_plan (FSDP shards weights too)"
+        )
+
+
+def _split(weight: Any) -> bool:
+    """Whether a weight is a DTensor of which the processes of a mesh for tensor parallelism have a part each."""
+    names = getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) or ()
+    placements = weight.placements if names else ()
+    return any(name == "tp" and where.is_shard() for name, where in zip(names, placements, strict=True))
 
 
 def load_full_state_dict(

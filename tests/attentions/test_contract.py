@@ -192,6 +192,23 @@ def test_right_padding_does_not_matter(case):
 
 
 @every_case()
+@pytest.mark.parametrize("form", ["torch", "reference"])
+def test_half_of_the_heads_is_attended_to_alone_alike_or_refused(case, form):
+    """As tensor parallelism does, where each process has some of the heads."""
+    given, module = inputs(2, 26), case.module(backend=form)
+    whole = given.run(module, case.mask(2, 26, 26))
+    for part in (slice(0, 2), slice(2, 4)):
+        pair = slice(part.start // 2, part.stop // 2)
+        half = (given.q[:, part], given.k[:, pair], given.v[:, pair])
+        if module.needs_all_heads:
+            with pytest.raises(ValueError, match=r"was built for \(query heads.*\) = \(4, 2, 8\), got \(2, 1, 8\)"):
+                module(*half, mask=case.mask(2, 26, 26), scale=SCALE)
+            continue
+        got, _ = module(*half, mask=case.mask(2, 26, 26), scale=SCALE)
+        torch.testing.assert_close(got, whole[:, :, part], rtol=0, atol=1e-9)
+
+
+@every_case()
 def test_rows_of_a_batch_do_not_matter_to_each_other(case):
     given, module = inputs(3, 24), case.module()
     padding = left_padding([24, 9, 17], 24)

@@ -1,17 +1,22 @@
-"""FSDP2 as accelerate sets it up, on two processes: what a slot holds arrives whole, and is saved as it was."""
+"""Models on two processes: FSDP2 as accelerate sets it up, and tensor parallelism as transformers loads it."""
 
+import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.hf.sharding import load_full_state_dict
+from attn_plugins.attention import Attention, AttentionConfig, HeadShape
+from attn_plugins.hf.sharding import load_full_state_dict, refuse_split_heads
+from attn_plugins.registry import get_attention
 
-WORKER = """
+FSDP = """
 import sys, types
 import torch
 import torch.distributed as dist
@@ -65,14 +70,117 @@ dist.destroy_process_group()
 """
 
 
+def on_two_processes(code: str, folder: Path) -> None:
+    where = str(Path(__file__).parent)
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {where!r})\n{code}", str(folder)]
+    told = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    first, second = (
+        subprocess.Popen(
+            [*command, rank], stderr=subprocess.PIPE, text=True, env={**told, "RANK": rank, "LOCAL_RANK": rank}
+        )
+        for rank in ("0", "1")
+    )
+    said = [process.communicate(timeout=240)[1] for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), "".join(said)
+
+
 @pytest.mark.slow
 def test_a_model_that_one_process_has_read_arrives_whole_at_all(tmp_path):
-    where = str(Path(__file__).parent)
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {where!r})\n{WORKER}", str(tmp_path)]
-    first = subprocess.Popen([*command, "0"], stderr=subprocess.PIPE, text=True)
-    second = subprocess.run([*command, "1"], capture_output=True, text=True, timeout=240)
-    said = first.communicate(timeout=240)[1]
-    assert (first.returncode, second.returncode) == (0, 0), said + second.stderr
+    on_two_processes(FSDP, tmp_path)
+
+
+TENSOR_PARALLEL = """
+import sys
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+
+import attn_plugins as ap
+import tiny
+
+folder, rank = sys.argv[1], int(sys.argv[2])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+given, how = tiny.inputs("llama"), {"max_new_tokens": 5, "do_sample": False}
+ALIKE = [
+    {"type": "local", "window_size": 4},
+    {"type": "bigbird", "block_size": 2, "num_random_blocks": 1},
+    {"type": "linear", "feature_map": "favor", "num_features": 8},
+    {"type": "lsh", "num_hashes": 2, "num_buckets": 4, "bucket_size": 4},
+]
+
+
+def load(flag, **more):
+    return AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_plugin=flag, **more)
+
+
+def refused(work, name, why):
+    try:
+        work()
+    except ValueError as error:
+        said = str(error)
+        assert f"model.layers.0.self_attn is under tensor parallelism" in said, said
+        assert f"attention {name!r} {why}" in said and "or load without tp_plan" in said, said
+    else:
+        raise AssertionError(f"{name} was not refused")
+
+
+for flag in ALIKE:
+    one, both = load(flag), load(flag, tp_plan="auto")
+    with torch.no_grad():
+        torch.testing.assert_close(both(**given).logits, one(**given).logits, atol=1e-4, rtol=1e-3)
+    assert torch.equal(both.generate(**given, **how), one.generate(**given, **how))
+for name, why, options in (
+    ("linear", "has weights a head", {"feature_map": "hedgehog"}),
+    ("retention", "has weights a head", {}),
+    ("shifted_block", "tells its heads apart", {"group_size": 4}),
+):
+    refused(lambda: load({"type": name, **options}, tp_plan="auto"), name, why)
+    refused(lambda: ap.swap_attention(both, name, **options), name, why)
+with torch.no_grad():  # as it was
+    torch.testing.assert_close(both(**given).logits, one(**given).logits, atol=1e-4, rtol=1e-3)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_tensor_parallelism_gives_what_one_process_gives_or_is_refused_at_load(tmp_path):
+    tiny.build("llama").save_pretrained(tmp_path / "model")
+    on_two_processes(TENSOR_PARALLEL, tmp_path)
+
+
+class OfAMesh(nn.Parameter):
+    """A weight as tensor parallelism leaves it, or FSDP, as far as it is looked at."""
+
+    def __new__(cls, name, where):
+        made = super().__new__(cls, torch.zeros(32, 32))
+        made.device_mesh = types.SimpleNamespace(mesh_dim_names=(name,))
+        made.placements = (where,)
+        return made
+
+
+def test_split_heads_are_refused_where_an_attention_needs_all():
+    module = tiny.build("llama").model.layers[0].self_attn
+    options = {"linear": {"feature_map": "hedgehog"}, "shifted_block": {}, "local": {}}
+    shape = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
+    slots = {name: (c := get_attention(name))(c.Config(**more), shape) for name, more in options.items()}
+
+    def check(mesh, where):
+        module.q_proj.weight = OfAMesh(mesh, where)
+        for name, slot in slots.items():
+            refuse_split_heads(f"layer of {name}", module, slot)
+
+    check("dp_shard", Shard(0))  # gathered before it is used
+    check("tp", Replicate())
+    with pytest.raises(ValueError, match=r"layer of linear is under tensor parallelism.*'linear' has weights a head.*"):
+        check("tp", Shard(0))
+    slots.pop("linear")
+    with pytest.raises(
+        ValueError, match=r"'shifted_block' tells its heads apart.*; choose an attention that has no we"
+    ):
+        check("tp", Shard(0))
+    slots.pop("shifted_block")
+    check("tp", Shard(0))
 
 
 class Inner(nn.Module):
