@@ -60,6 +60,8 @@ class LazyMask(AttentionMask):
             self.causal and self.kv_offset + self.kv_length > self.q_offset + self.q_length
         )
         """Whether it is for a cache of fixed length, with room for tokens to come."""
+        self.last_queries = False
+        """Whether queries are known to be the last of more keys, where nothing follows them (prefix tuning)."""
         self.release: Callable[[], None] | None = None
         """Gives the state up for an ordinary cache: a dense mask would be read beside the keys of all tokens."""
 
@@ -299,9 +301,10 @@ def attention_forward(
     mask, bias = attention_mask, None
     query, key, value = fitted(type(module).__name__, query, key, value)
     if state is None:
-        # Bidirectional self-attention has as many keys as queries, unless the model has pooled some (SegFormer) or
-        # added some (perceivers): then nothing says which key is where a query is.
-        cross = role == "cross" or (role == "encoder" and query.shape[2] != key.shape[2])
+        # Bidirectional self-attention has as many keys as queries, unless a cache holds some before them or the model
+        # has pooled some (SegFormer) or added some (perceivers): then nothing says which key is where a query is.
+        behind = isinstance(attention_mask, LazyMask) and attention_mask.last_queries
+        cross = role == "cross" or (role == "encoder" and query.shape[2] != key.shape[2] and not behind)
         mask, bias = as_mask(attention_mask, query, key, causal=causal, cross=cross)
     if bias is not None:
         position_bias = bias if position_bias is None else position_bias + bias

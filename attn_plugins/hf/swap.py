@@ -17,6 +17,7 @@ from attn_plugins.hf import (
     grids,
     live,
     packing,
+    prefixes,
     recording,
     sequence_parallel,
     sources,
@@ -276,6 +277,7 @@ def _attach(plan: _Plan) -> None:
         module = modules[target.path]
         held = configs.configs_of(model, target.path, module)
         arguments.unwatch(module)
+        prefixes.unwatch(module)
         if hasattr(module, SLOT):
             delattr(module, SLOT)
         if not any(id(config) in ours for config in held):
@@ -292,6 +294,8 @@ def _attach(plan: _Plan) -> None:
         if target.path in plan.slots:
             setattr(module, SLOT, plan.slots[target.path])
             arguments.watch(module)
+            if target.role == "encoder":
+                prefixes.watch(module)
     for target in plan.targets:
         for config in configs.configs_of(model, target.path, modules[target.path]):
             if id(config) in ours:
@@ -319,6 +323,7 @@ def _restore(model: PreTrainedModel) -> None:
     for path, module in discovery.attention_modules(model):
         leave(discovery.owner(model, path), [module])
         arguments.unwatch(module)
+        prefixes.unwatch(module)
         adapters.take_off(module)
         for attribute in (SLOT, BASE, ROLE):
             if hasattr(module, attribute):

@@ -170,12 +170,13 @@ def _far(
     """Sums over the keys outside the window: of phi(q).phi(k) v, (B, H, Q, V), and without v, (B, H, Q, 1)."""
     padding_BK, segments_BK = real_keys(mask), contiguous_segments(mask)
     tokens = (prepared.q_BHQD, prepared.k_BGKD, v_BGKV)
-    options = (prepared.options, mask.q_offset - mask.kv_offset, window_size, chunk_size)
-    far, total = _lagging(*tokens, padding_BK, segments_BK, *options, sums)
+    before, sizes = mask.q_offset - mask.kv_offset, (window_size, chunk_size)
+    far, total = _lagging(*tokens, padding_BK, segments_BK, prepared.options, before, *sizes, sums)
     if not mask.causal:
         q, k, v = (x.flip(2) for x in tokens)
         padding_BK, segments_BK = (None if x is None else x.flip(1) for x in (padding_BK, segments_BK))
-        after, total_after = _lagging(q, k, v, padding_BK, segments_BK, *options)
+        behind = mask.kv_length - before - mask.q_length
+        after, total_after = _lagging(q, k, v, padding_BK, segments_BK, prepared.options, behind, *sizes)
         far, total = far + after.flip(2), total + total_after.flip(2)
     return far, total
 

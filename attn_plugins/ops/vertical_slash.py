@@ -48,7 +48,15 @@ def choose(
     Returns:
         (B, H, K) bool, keys that all queries see; (B, H, at most slash_size) distances from query to key, the first of
         them 0, and 0 again where there are fewer.
+
+    Raises:
+        ValueError: there are other queries than keys.
     """
+    if mask.q_length != mask.kv_length:
+        raise ValueError(
+            f"attention 'vertical_slash' takes a sample of all queries, got {mask.q_length} queries and "
+            f"{mask.kv_length} keys; allowed: as many queries as keys"
+        )
     at_BS, there_BS = sample(mask, last_q)
     batch, heads, length = *q_BHQD.shape[:2], mask.kv_length
     q_BHSD = q_BHQD.gather(2, at_BS[:, None, :, None].expand(-1, heads, -1, q_BHQD.shape[3]))

@@ -91,6 +91,23 @@ def test_fast_form_equals_reference_for_any_shape(case, data):
     assert_forms_agree_on_any_shape(case, data)
 
 
+@every_case(causal=False)
+def test_queries_may_be_the_last_of_more_keys(case):
+    """As beside a prefix that a cache holds: the same as with a query for every key, or an error."""
+    given, keys, queries = inputs(2, 23), 23, 18
+    padding = left_padding([23, 15], keys).flip(1)
+    whole = given.run(case.module(), case.mask(2, keys, keys, padding_BK=padding))[:, keys - queries :]
+    module, mask = case.module(), case.mask(2, queries, keys, padding_BK=padding)
+    try:
+        got = module(given.q[:, :, keys - queries :], given.k, given.v, mask=mask, scale=SCALE)[0]
+    except ValueError as error:
+        if f"got {queries} queries and {keys} keys; allowed: as many" not in str(error):
+            raise
+        return
+    real = padding[:, keys - queries :]
+    torch.testing.assert_close(got[real], whole[real], atol=1e-9, rtol=1e-9)
+
+
 @every_class()
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
