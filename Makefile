@@ -2,13 +2,11 @@
 #   VENV=.venv      the environment, made on first use
 #   PYTHON=python3  the interpreter that makes it, 3.10 or newer
 #   TORCH_INDEX=    address of an extra package index, for PyTorch's CPU wheels; also from the environment
-#   CUDA=1          allow the CUDA build of torch, several gigabytes
 #   WORKERS=2       processes that run tests
 
 VENV = .venv
 PYTHON = python3
 TORCH_INDEX ?=
-CUDA =
 WORKERS = 2
 NAME =
 
@@ -37,10 +35,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP_INSTALL) --quiet pip
 	@$(PIP_INSTALL) --quiet --dry-run --no-deps --report $(VENV)/torch.json torch
-	@if [ -z "$(CUDA)" ] && [ "$$(uname -s)" = Linux ] && grep -qE '"(nvidia|cuda|triton)' $(VENV)/torch.json; then \
-		echo "error: pip would install the CUDA build of torch, several gigabytes." >&2; \
-		echo "  For the CPU build:  make setup TORCH_INDEX=<the address of PyTorch's index of CPU wheels>" >&2; \
-		echo "  For the CUDA build: make setup CUDA=1" >&2; exit 1; fi
+	@if grep -qE '"(nvidia|cuda|triton)' $(VENV)/torch.json; then echo "note: pip takes the CUDA build of torch," \
+		"several gigabytes; make setup TORCH_INDEX=<address of PyTorch's index of CPU wheels> takes the CPU build"; fi
 	$(PIP_INSTALL) -e ".[dev]"
 	@$(BIN)/python -m pip check
 	@touch $@

@@ -62,11 +62,16 @@ def pins(file: str) -> dict[str, str]:
 
 
 def needed(name: str, extras: set[str], seen: set[tuple[str, str]]) -> set[str]:
-    """Names of all packages that a requirement brings, followed through what is installed."""
+    """Names of all packages that a requirement brings, followed through what is installed.
+
+    What a package itself takes at one version is left out: torch for CUDA brings its libraries so.
+    """
     brought: set[str] = set()
     for text in metadata.requires(name) or []:
         one = Requirement(text)
         if one.marker and not any(one.marker.evaluate({"extra": extra}) for extra in extras | {""}):
+            continue
+        if any(specifier.operator == "==" for specifier in one.specifier):
             continue
         key = (canonicalize_name(one.name), ",".join(sorted(one.extras)))
         brought.add(key[0])
