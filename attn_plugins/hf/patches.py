@@ -363,8 +363,9 @@ def _initialize_slot(slot: Attention) -> None:
 
 def _set_attn_implementation(original: Any, self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
     if self.config.attn_plugin is not None or any(written(self)):
+        given = ", ".join([*map(repr, args), *(f"{name}={value!r}" for name, value in kwargs.items())])
         raise ValueError(
-            f"set_attn_implementation{args} would bypass this model's attn_plugin; "
+            f"set_attn_implementation({given}) would bypass this model's attn_plugin; "
             "call attn_plugins.restore_attention(model) first, set the implementation, then swap again"
         )
     original(self, *args, **kwargs)

@@ -1,7 +1,6 @@
 """From what a user names (built-in name, folder, model on the hub, PEFT adapter) to a model with its attention."""
 
 import contextlib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from attn_plugins.extras import need
 from attn_plugins.hf.dispatch import SLOT
 from attn_plugins.rules import parse_rules
-from attn_plugins.settings import parse_yaml
+from attn_plugins.settings import read_json, read_yaml_file
 
 DEMO = "smollm2-135m-demo"
 """Built-in model name: SmolLM2-135M-Instruct, fetched and converted by attn_plugins.demo."""
@@ -43,21 +42,24 @@ class Loaded:
     """Names of parameters that the checkpoint did not hold, so that they are at their initial values."""
 
 
-def read_attention(value: Any) -> Any:
+def read_attention(value: Any, *, files: tuple[str, ...] = ()) -> Any:
     """Attention rules as a config or a flag gives them: a name, a rule, a list of rules, null, or a YAML file of these.
 
+    Args:
+        files: those that led here, each naming the next.
+
     Raises:
-        ValueError: the file is not there, or the rules are wrong as far as that shows without a model.
+        ValueError: the file is not there, files name each other in a ring, or the rules are wrong as far as that shows
+            without a model.
     """
     if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+        if value in files:
+            raise ValueError(f"files of attentions name each other in a ring: {', '.join([*files, value])}")
+        read = read_yaml_file(value, "attention ")
         try:
-            text = Path(value).expanduser().read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"cannot read attention {value}: {error.strerror}") from None
-        try:
-            return read_attention(parse_yaml(text))
+            return read_attention(read, files=(*files, value))
         except ValueError as error:
-            raise ValueError(f"{value}: {error}") from None
+            raise error if files else ValueError(f"{value}: {error}") from None
     if value is not None and value != AS_SAVED:
         parse_rules(value)
     return value
@@ -158,15 +160,17 @@ def read_adapter(folder: str) -> dict[str, Any] | None:
     path = Path(folder)
     if not (path / "adapter_config.json").exists():
         return None
-    settings = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    settings = read_json(path / "adapter_config.json")
     base = settings.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{path / 'adapter_config.json'} names no base model (base_model_name_or_path)")
     found: dict[str, Any] = {"base": base, "attention": settings.get("attn_plugin", AS_SAVED) or None, "labels": None}
     if (path / "config.json").exists():  # `attn-plugins finetune` writes the base model's config beside the adapter
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        if "id2label" in config:
-            found["labels"] = [name for _, name in sorted(config["id2label"].items(), key=lambda item: int(item[0]))]
+        names = read_json(path / "config.json").get("id2label", {})
+        if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
+            raise ValueError(f"{path / 'config.json'}: id2label={names!r}; allowed: a name for each number from 0 on")
+        if names:
+            found["labels"] = [names[str(number)] for number in range(len(names))]
     return found
 
 

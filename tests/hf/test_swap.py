@@ -261,10 +261,11 @@ def test_code_that_walks_modules_named_attention_finds_what_serves_them():
 
 def test_set_attn_implementation_does_not_bypass_the_slots():
     model = ap.swap_attention(tiny.build("llama"), "softmax")
-    with pytest.raises(
-        ValueError, match=r"would bypass this model's attn_plugin; call attn_plugins\.restore_attention"
-    ):
+    said = r"would bypass this model's attn_plugin; call attn_plugins\.restore_attention"
+    with pytest.raises(ValueError, match=rf"set_attn_implementation\('eager'\) {said}"):
         model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"\(attn_implementation='eager'\) would bypass"):
+        model.set_attn_implementation(attn_implementation="eager")
     ap.restore_attention(model).set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
 
