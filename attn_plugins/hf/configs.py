@@ -191,13 +191,15 @@ def check_flags(model: PreTrainedModel) -> None:
         ValueError: names the model whose config does.
     """
     check(model)
+    known = {id(config) for _, entries in written(model) for config, _, _ in entries}
     for part in model.modules():
         flag = part.config.attn_plugin if isinstance(part, PreTrainedModel) else None
-        if flag is not None and not any(slot_of(module) for module in part.modules()):
-            raise ValueError(
-                f"the config of this {type(part).__name__} has attn_plugin={flag!r}, of which its modules know "
-                "nothing; call attn_plugins.swap_attention(model, rules)"
-            )
+        if flag is None or id(part.config) in known or any(slot_of(module) for module in part.modules()):
+            continue
+        raise ValueError(
+            f"the config of this {type(part).__name__} has attn_plugin={flag!r}, of which its modules know nothing; "
+            "call attn_plugins.swap_attention(model, rules)"
+        )
 
 
 def before_forward(model: nn.Module, args: tuple[Any, ...]) -> None:

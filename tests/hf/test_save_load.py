@@ -150,6 +150,16 @@ def test_roles_of_an_encoder_decoder_come_back(tmp_path):
     assert [row.plugin for row in ap.describe_attention(back)] == ["local", "local", None, "softmax", None, None]
 
 
+@pytest.mark.parametrize("name", ["bart", "t5", "whisper", "llava"])
+@pytest.mark.parametrize("role", ["encoder", "decoder"])
+def test_half_a_model_is_swapped(tmp_path, name, role):
+    model = ap.swap_attention(tiny.build(name), {"type": "softmax", "roles": role})
+    model.save_pretrained(tmp_path)
+    back = type(model).from_pretrained(tmp_path)
+    assert ap.describe_attention(back) == ap.describe_attention(model)
+    assert {row.role for row in ap.describe_attention(back) if row.plugin} == {role}
+
+
 @pytest.mark.parametrize("name", ["llama", "llava", "t5"])
 def test_a_process_without_the_package_fails_loudly(tmp_path, name):
     ap.swap_attention(tiny.build(name), "softmax").save_pretrained(tmp_path)
