@@ -23,6 +23,7 @@ from attn_plugins.attention import Attention
 from attn_plugins.hf import live, rollback
 from attn_plugins.hf import peft as adapters
 from attn_plugins.hf.caches import RECORDING
+from attn_plugins.hf.card import write_card
 from attn_plugins.hf.configs import check_flags, erase, from_file, is_flagged, mark_saved, written
 from attn_plugins.hf.dispatch import IMPLEMENTATION, SLOT, attention_forward, lazy_mask, slot_of
 from attn_plugins.hf.sharding import load_full_state_dict, refuse_split_heads
@@ -89,6 +90,9 @@ def install() -> None:
     _wrap(PreTrainedModel, "save_pretrained", _save_pretrained)
     _wrap(PreTrainedModel, "load_adapter", _load_adapter)
 
+    # For the hub it writes README.md over what saving wrote there; after that comes only this.
+    _wrap(PreTrainedModel, "_upload_modified_files", _upload_modified_files)
+
     # Weights of a slot that is not there are "unexpected", and dropped in silence where loading is not strict.
     _wrap(PreTrainedModel, "_load_from_state_dict", _load_from_state_dict)
 
@@ -151,7 +155,8 @@ def _install_peft() -> None:
     _wrap(peft.PeftConfig, "save_pretrained", adapters.save_config)
     _wrap(peft.PeftConfig, "from_pretrained", adapters.read_config)
     _wrap(peft.PeftConfig, "from_peft_type", adapters.make_config)
-    _wrap(peft.PeftModel, "save_pretrained", adapters.save_model)
+    _wrap(peft.PeftModel, "save_pretrained", _save_peft)
+    _wrap(peft.PeftModel, "_upload_modified_files", _upload_modified_files)
 
     # There an adapter's config first meets the base model: in a PeftModel, as a prompt, in a model of transformers.
     _wrap(peft.PeftModel, "__init__", adapters.make_model)
@@ -401,11 +406,28 @@ def _has(model: PreTrainedModel, name: str) -> bool:
     return SLOT not in parts or all((place := getattr(place, part, None)) is not None for part in parts)
 
 
-def _save_pretrained(original: Any, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+def _save_pretrained(original: Any, self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     check_flags(self)
-    if getattr(self, "_hf_peft_config_loaded", False):
+    adapter = getattr(self, "_hf_peft_config_loaded", False)
+    if adapter:
         adapters.note_rules(self, self.peft_config)
-    return original(self, *args, **kwargs)
+    saved = original(self, save_directory, *args, **kwargs)
+    if inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments.get("is_main_process", True):
+        write_card(save_directory, self, adapter=adapter)
+    return saved
+
+
+def _save_peft(original: Any, self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    adapters.note_rules(self.get_base_model(), self.peft_config)
+    original(self, save_directory, *args, **kwargs)
+    if inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments.get("is_main_process", True):
+        write_card(save_directory, self.get_base_model(), adapter=True)
+
+
+def _upload_modified_files(original: Any, self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    model = self.get_base_model() if hasattr(self, "get_base_model") else self
+    write_card(working_dir, model, adapter=model is not self or getattr(self, "_hf_peft_config_loaded", False))
+    return original(self, working_dir, *args, **kwargs)
 
 
 def _load_adapter(original: Any, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

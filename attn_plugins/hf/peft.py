@@ -57,12 +57,6 @@ def note_rules(model: nn.Module, configs: dict[str, Any]) -> None:
             setattr(config, FIELD, rules)
 
 
-def save_model(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    """PeftModel.save_pretrained."""
-    note_rules(self.get_base_model(), self.peft_config)
-    return original(self, *args, **kwargs)
-
-
 def save_config(original: Any, self: Any, save_directory: Any, **kwargs: Any) -> None:
     """PeftConfig.save_pretrained: the rules go into the file too."""
     original(self, save_directory, **kwargs)

@@ -4,6 +4,8 @@ from typing import Any
 
 import yaml
 
+from attn_plugins.hf.card import rules_block, served, tags
+
 
 def model_card(metrics: dict[str, Any]) -> str:
     """Markdown with the front matter that the hub reads, from what metrics.json holds."""
@@ -14,9 +16,8 @@ def model_card(metrics: dict[str, Any]) -> str:
         "base_model": metrics["base_model"],
         "library_name": "peft" if lora else "transformers",
         "pipeline_tag": "text-generation" if metrics["task"] == "causal-lm" else "text-classification",
-        "tags": ["attn-plugins", *[f"attention-{name}" for name in names], *(["lora"] if lora else [])],
+        "tags": [*tags(kinds), *(["lora"] if lora else [])],
     }
-    served = ", ".join(f"{kind} in {count}" for kind, count in kinds.items())
     train, parameters = metrics["train"], metrics["parameters"]
     lines = [
         "---",
@@ -29,11 +30,10 @@ def model_card(metrics: dict[str, Any]) -> str:
         "",
         "## Attention",
         "",
-        f"Attention modules of the model: {served}. New parameters in them: {metrics['attention']['new_params']:,}.",
+        f"Attention modules of the model: {served(kinds)}. "
+        f"New parameters in them: {metrics['attention']['new_params']:,}.",
         "",
-        "```yaml",
-        yaml.safe_dump(metrics["rules"], sort_keys=False).strip().removesuffix("...").strip(),
-        "```",
+        *rules_block(metrics["rules"]),
         "",
         "## Results",
         "",
@@ -68,9 +68,9 @@ _TUNED = {
 
 
 _WARNINGS = {
-    False: "Without attn-plugins installed transformers refuses to load this model.",
-    True: "The adapter brings its attention, and gives it to the base model. Without attn-plugins installed PEFT "
-    "refuses to load it.",
+    False: "Without attn-plugins (`pip install attn-plugins`) transformers refuses to load this model.",
+    True: "The adapter brings its attention, and gives it to the base model. Without attn-plugins (`pip install "
+    "attn-plugins`) PEFT refuses to load it.",
 }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from attn_plugins.data import load_data
 from attn_plugins.extras import need
+from attn_plugins.hf.card import kinds_of
 from attn_plugins.hf.swap import describe_attention
 from attn_plugins.output import check_file
 from attn_plugins.tasks import Task, run_task
@@ -72,12 +73,7 @@ def prepare_evaluation(config: EvaluateConfig) -> Evaluation:
 
 def attention_summary(model: nn.Module) -> dict[str, Any]:
     """What serves how many of the model's attention modules, as JSON holds it."""
-    rows = describe_attention(model)
-    kinds: dict[str, int] = {}
-    for row in rows:
-        kind = row.plugin or f"own ({row.implementation})"
-        kinds[kind] = kinds.get(kind, 0) + 1
-    return {"modules": kinds, "new_params": sum(row.new_params for row in rows)}
+    return {"modules": kinds_of(model), "new_params": sum(row.new_params for row in describe_attention(model))}
 
 
 def start_processes() -> None:
