@@ -58,7 +58,8 @@ def structure(allowed_BQK: torch.Tensor, *, causal: bool, cross: bool = False) -
     def fits(is_causal: bool, segments_BK: torch.Tensor | None = None) -> bool:
         seen_BQK = padding_BK.unsqueeze(1) & in_order_QK if is_causal else padding_BK.unsqueeze(1)
         if segments_BK is not None:
-            seen_BQK = seen_BQK & (segments_BK.unsqueeze(2) == segments_BK.unsqueeze(1))
+            own_BQ = segments_BK[:, keys - queries :]
+            seen_BQK = seen_BQK & (own_BQ.unsqueeze(2) == segments_BK.unsqueeze(1))
         return not bool(((seen_BQK != allowed_BQK) & matters_BQ.unsqueeze(2)).any())
 
     kinds = (False,) if cross else (causal, not causal)
@@ -66,11 +67,13 @@ def structure(allowed_BQK: torch.Tensor, *, causal: bool, cross: bool = False) -
     for kind in kinds:
         if fits(kind):
             return {"causal": kind, **padding}
-    if cross or queries != keys:
+    if cross or queries > keys:
         return None
-    # Sequences in a row: each token is of the segment that begins with the first key it sees.
+    # Sequences in a row: each token is of the segment that begins with the first key it sees, and a key without a query
+    # of the last that begins before it.
     first_BQ = torch.where(allowed_BQK.any(dim=2), allowed_BQK.long().argmax(dim=2), 0)
-    segments_BK = first_BQ.cummax(dim=1).values
+    begun_BK = torch.zeros_like(padding_BK, dtype=torch.long).scatter(1, first_BQ, first_BQ)
+    segments_BK = torch.cat([begun_BK[:, : keys - queries], first_BQ], dim=1).cummax(dim=1).values
     for kind in kinds:
         if fits(kind, segments_BK):
             return {"causal": kind, **padding, "segments_BK": segments_BK}

@@ -53,6 +53,40 @@ def test_queries_are_the_last_of_the_keys(queries):
     assert torch.equal(mask.dense(), seen)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("queries", range(1, Q))
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_what_is_plain_is_found_where_a_cache_holds_keys(padding, queries, packed):
+    """Also where texts before the first query's are seen by none: what matters is what queries see."""
+    seen = (CAUSAL & PADDINGS[padding][:, None, None])[:, :, -queries:]
+    seen = seen & SAME[:, :, -queries:] if packed else seen
+    mask, bias = read(seen)
+    assert bias is None
+    assert (mask.plain, mask.causal, mask.q_offset) == (True, True, Q - queries)
+    assert torch.equal(mask.dense().expand_as(seen), seen)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_that_sees_itself_alone_is_a_text_of_its_own(padding):
+    """So that no row of a softmax is empty."""
+    real = PADDINGS[padding]
+    seen = CAUSAL & real[:, None, None] & real[:, None, :, None] | torch.eye(Q, dtype=torch.bool)
+    mask, _ = read(seen)
+    assert (mask.plain, mask.causal) == (True, True)
+    assert torch.equal(mask.dense().expand_as(seen), seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("hidden", ["least", -torch.inf, -1e4])
+def test_additive_masks_hide_in_every_dtype(dtype, hidden):
+    seen = CAUSAL & SAME & LEFT[:, None, None]
+    given = torch.where(seen, 0.0, torch.finfo(dtype).min if hidden == "least" else hidden).to(dtype)
+    mask, bias = read(given)
+    assert bias is None
+    assert (mask.plain, mask.causal) == (True, True)
+    assert torch.equal(mask.dense().expand_as(seen), seen)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_padding_sees_does_not_matter_where_it_sees_nothing(causal):
     """Parakeet's masks leave rows of padding empty, older models' ones too."""
@@ -195,6 +229,41 @@ def test_a_cache_beside_dense_masks_keeps_all_keys():
     first = model(ids[:, :9], attention_mask=seen[:, :, :9, :9], past_key_values=cache).logits
     second = model(ids[:, 9:], attention_mask=seen[:, :, 9:], past_key_values=cache).logits
     torch.testing.assert_close(torch.cat([first, second], dim=1), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in ap.list_attentions() if ap.get_attention(name).causal])
+@torch.no_grad()
+def test_packed_texts_come_in_pieces_with_a_mask_each(name):
+    """A 4-D mask a call, of padding, two texts and what a cache holds of them, gives what the texts give alone."""
+    rule = {"type": name, **ap.get_attention(name).examples[0]}
+    model, ids = ap.swap_attention(tiny.build("llama"), rule), tiny.inputs("llama", batch=1)["input_ids"]
+    texts = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]])
+    positions = torch.tensor([[0, 0, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]])
+    seen = (texts.unsqueeze(2) == texts.unsqueeze(1)).tril().unsqueeze(1) & (texts > 0)[:, None, None]
+    expected = torch.cat([model(ids[:, 2:7]).logits, model(ids[:, 7:]).logits], dim=1)
+    for ends in ((13,), (5, 13), (2, 7, 13), (9, 10, 11, 12, 13)):
+        cache, parts = DynamicCache(config=model.config), []
+        for low, high in zip((0, *ends[:-1]), ends, strict=True):
+            given = {"attention_mask": seen[:, :, low:high, :high], "position_ids": positions[:, low:high]}
+            parts.append(model(ids[:, low:high], past_key_values=cache, **given).logits)
+        torch.testing.assert_close(torch.cat(parts, dim=1)[:, 2:], expected, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_prefix_that_texts_share_is_more_than_plain():
+    """Two continuations of one text in a row, each with the positions after it."""
+    model, ids = ap.swap_attention(tiny.build("llama"), "linear"), tiny.inputs("llama", batch=1)["input_ids"]
+    texts = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2]])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5, 6, 7]])
+    seen = ((texts.unsqueeze(2) == texts.unsqueeze(1)) | (texts == 0).unsqueeze(1)).tril().unsqueeze(1)
+    with pytest.raises(ValueError, match="this call needs a mask beyond causal, padding and segments"):
+        model(ids, attention_mask=seen, position_ids=positions)
+    ap.restore_attention(model)
+    own = model(ids, attention_mask=seen, position_ids=positions).logits
+    ap.swap_attention(model, "local", window_size=64)
+    torch.testing.assert_close(
+        model(ids, attention_mask=seen, position_ids=positions).logits, own, atol=1e-5, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("emptied", [lambda cache: cache.reset(), lambda cache: cache.crop(-13)])
