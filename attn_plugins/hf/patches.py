@@ -136,7 +136,7 @@ def _maybe_distribute_model(original: Any, cls: type, *args: Any, **kwargs: Any)
     model = original(cls, *args, **kwargs)
     for path, module in model.named_modules():
         if (slot := slot_of(module)) is not None:
-            refuse_split_heads(path, module, slot)
+            refuse_split_heads(model, path, module, slot)
     return model
 
 

@@ -10,13 +10,14 @@ from torch import nn
 from attn_plugins.attention import Attention
 
 
-def refuse_split_heads(path: str, module: nn.Module, slot: Attention) -> None:
+def refuse_split_heads(model: nn.Module, path: str, module: nn.Module, slot: Attention) -> None:
     """Refuse an attention that needs all heads of a module where each process has some of them.
 
     Raises:
         ValueError: names the module, its attention and what can be done.
     """
-    if slot.needs_all_heads and any(_split(weight) for weight in module.parameters()):
+    unnamed = (getattr(model, "_tp_size", None) or 1) > 1  # as transformers 5.17 makes the mesh
+    if slot.needs_all_heads and any(_split(weight, unnamed) for weight in module.parameters()):
         why = "tells its heads apart" if not slot.heads_alike else "has weights a head, of which each has all"
         raise ValueError(
             f"{path} is under tensor parallelism, which gives each process some of its heads, and attention "
@@ -25,11 +26,16 @@ def refuse_split_heads(path: str, module: nn.Module, slot: Attention) -> None:
         )
 
 
-def _split(weight: Any) -> bool:
-    """Whether a weight is a DTensor of which the processes of a mesh for tensor parallelism have a part each."""
-    names = getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None) or ()
-    placements = weight.placements if names else ()
-    return any(name == "tp" and where.is_shard() for name, where in zip(names, placements, strict=True))
+def _split(weight: Any, unnamed: bool) -> bool:
+    """Whether a weight is a DTensor of which the processes of a mesh for tensor parallelism have a part each.
+
+    Args:
+        unnamed: whether a mesh whose dimensions have no names is one.
+    """
+    if (mesh := getattr(weight, "device_mesh", None)) is None:
+        return False
+    names = mesh.mesh_dim_names or ("tp" if unnamed else "",) * len(weight.placements)
+    return any(name == "tp" and where.is_shard() for name, where in zip(names, weight.placements, strict=True))
 
 
 def load_full_state_dict(

@@ -42,7 +42,7 @@ def build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> n
             f"{rule.type}({slot.extra_repr()}) needs rotary positions, and {path} ({type(module).__name__}) has none "
             "that attn_plugins can find; leave that option at its default for this model"
         )
-    refuse_split_heads(path, module, slot)
+    refuse_split_heads(model, path, module, slot)
     slot.to(dtype=dtype)
     if device.type != "meta":
         slot.reset_parameters()

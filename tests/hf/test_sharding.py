@@ -145,7 +145,9 @@ dist.destroy_process_group()
 
 @pytest.mark.slow
 def test_tensor_parallelism_gives_what_one_process_gives_or_is_refused_at_load(tmp_path):
-    tiny.build("llama").save_pretrained(tmp_path / "model")
+    model = tiny.build("llama")
+    model.resize_token_embeddings(tiny.VOCABULARY + 1)  # transformers 5.17 splits no odd number of them
+    model.save_pretrained(tmp_path / "model")
     on_two_processes(TENSOR_PARALLEL, tmp_path)
 
 
@@ -154,13 +156,14 @@ class OfAMesh(nn.Parameter):
 
     def __new__(cls, name, where):
         made = super().__new__(cls, torch.zeros(32, 32))
-        made.device_mesh = types.SimpleNamespace(mesh_dim_names=(name,))
+        made.device_mesh = types.SimpleNamespace(mesh_dim_names=name and (name,))
         made.placements = (where,)
         return made
 
 
 def test_split_heads_are_refused_where_an_attention_needs_all():
-    module = tiny.build("llama").model.layers[0].self_attn
+    model = tiny.build("llama")
+    module = model.model.layers[0].self_attn
     options = {"linear": {"feature_map": "hedgehog"}, "shifted_block": {}, "local": {}}
     shape = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
     slots = {name: (c := get_attention(name))(c.Config(**more), shape) for name, more in options.items()}
@@ -168,10 +171,14 @@ def test_split_heads_are_refused_where_an_attention_needs_all():
     def check(mesh, where):
         module.q_proj.weight = OfAMesh(mesh, where)
         for name, slot in slots.items():
-            refuse_split_heads(f"layer of {name}", module, slot)
+            refuse_split_heads(model, f"layer of {name}", module, slot)
 
     check("dp_shard", Shard(0))  # gathered before it is used
     check("tp", Replicate())
+    check(None, Shard(0))  # as fully_shard makes a mesh
+    model._tp_size = 2
+    with pytest.raises(ValueError, match="layer of linear is under tensor parallelism"):
+        check(None, Shard(0))
     with pytest.raises(ValueError, match=r"layer of linear is under tensor parallelism.*'linear' has weights a head.*"):
         check("tp", Shard(0))
     slots.pop("linear")
