@@ -57,8 +57,10 @@ def serve(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = Fa
     leave(model, modules)
     layers = Counter(getattr(module, "layer_idx", None) for module in modules)
     for module in modules:
-        # A stack that is run several times over keeps each pass in a layer of its own (HRM): one state cannot serve it.
-        if ordinary or layers[getattr(module, "layer_idx", None)] > 1:
+        # A stack that is run several times over keeps each pass in a layer of its own (HRM): one state cannot serve it,
+        # nor a module that attends twice in a call (DiffLlama).
+        again = layers[getattr(module, "layer_idx", None)] > 1 or attends_repeatedly(type(module))  # type: ignore[arg-type]
+        if ordinary or again:
             setattr(module, ORDINARY, True)
     for module in modules:
         module.register_forward_pre_hook(before_attention, with_kwargs=True)
@@ -250,9 +252,9 @@ _told: set[tuple[type, str]] = set()
 
 
 def needs_all_keys(module: nn.Module) -> bool:
-    """Whether a module computes with what its cache returns, lends it to others, or attends to it twice (DiffLlama)."""
+    """Whether a module computes with what its cache returns, lends it to others, or attends repeatedly."""
     lends = getattr(module, "store_full_length_kv", False)
-    return lends or biased(module) or attends_repeatedly(type(module)) or hasattr(module, ORDINARY)  # type: ignore[arg-type]
+    return lends or biased(module) or hasattr(module, ORDINARY)
 
 
 def give_up(module: nn.Module, cache: Cache) -> None:

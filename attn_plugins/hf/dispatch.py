@@ -16,6 +16,7 @@ from attn_plugins.hf.dense_masks import additive, read_dense
 from attn_plugins.hf.grids import grid_of
 from attn_plugins.hf.heads import fitted
 from attn_plugins.hf.interface import USUAL, call_of
+from attn_plugins.hf.mask_rules import read_rule
 from attn_plugins.hf.recording import weights_wanted
 from attn_plugins.hf.tensors import stands_for_a_tensor, takes_all
 from attn_plugins.mask import AttentionMask
@@ -220,30 +221,6 @@ def lazy_mask(
         device=device,
         arguments=arguments,
     )
-
-
-def read_rule(rule: Callable) -> tuple[bool, bool, torch.Tensor | None]:
-    """What a mask function of transformers says: (at most causal, plain, segments_BK).
-
-    transformers composes mask functions as closures; the compositions that it makes itself are read back here. Anything
-    else is taken for a rule of which nothing is known: exact where it is evaluated, refused where it can't be.
-    """
-    if rule is masking_utils.causal_mask_function:
-        return True, True, None
-    if rule is masking_utils.bidirectional_mask_function:
-        return False, True, None
-    held = dict(zip(rule.__code__.co_freevars, (cell.cell_contents for cell in rule.__closure__ or ()), strict=True))
-    match rule.__qualname__.split(".")[0], held:
-        case "and_masks", {"mask_functions": parts}:
-            causal, plain, segments = zip(*(read_rule(part) for part in parts), strict=True)
-            known = [s for s in segments if s is not None]
-            return any(causal), all(plain) and len(known) <= 1, known[0] if len(known) == 1 else None
-        case "packed_sequence_mask_function", {"packed_sequence_mask": segments_BK}:
-            return False, True, segments_BK
-        case "remap_positions_for_packed_sequence", {"mask_function": inner}:
-            # Within a segment positions differ from indices by a constant, so order is the same.
-            return read_rule(inner)
-    return False, False, None
 
 
 def attention_forward(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.auto import modeling_auto
@@ -26,6 +26,7 @@ from attn_plugins.hf.caches import RECORDING
 from attn_plugins.hf.card import write_card
 from attn_plugins.hf.configs import check_flags, erase, from_file, is_flagged, mark_saved, written
 from attn_plugins.hf.dispatch import IMPLEMENTATION, SLOT, attention_forward, lazy_mask, slot_of
+from attn_plugins.hf.mask_rules import COMPOSERS
 from attn_plugins.hf.sharding import load_full_state_dict, refuse_split_heads
 from attn_plugins.hf.swap import attach_assigned, attach_from_config
 
@@ -95,6 +96,15 @@ def install() -> None:
 
     # Weights of a slot that is not there are "unexpected", and dropped in silence where loading is not strict.
     _wrap(PreTrainedModel, "_load_from_state_dict", _load_from_state_dict)
+
+    # A mask function is a closure: it says nothing of what it was made from, and torch.compile cannot look into it.
+    for name, around in COMPOSERS.items():
+        if (original := getattr(masking_utils, name, None)) is None:
+            continue  # before 5.18
+        _wrap(masking_utils, name, around)
+        for module in list(sys.modules.values()):  # those that took it from there before
+            if getattr(module, "__dict__", {}).get(name) is original:
+                setattr(module, name, getattr(masking_utils, name))
 
     # Importing PEFT takes most of a second, and few programs need it.
     once_imported("peft", _install_peft)

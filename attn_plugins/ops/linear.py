@@ -14,6 +14,7 @@ from attn_plugins.ops.dense import expand_heads, wide
 from attn_plugins.ops.feature_maps import FEATURE_MAPS, above_level, level_of
 from attn_plugins.ops.sums import Sums, in_pieces
 from attn_plugins.ops.token_features import Prepared
+from attn_plugins.tracing import readable
 
 Projection = torch.Tensor | None
 """(heads, E, D), applied to queries or keys before the feature map: x -> W x; None is the identity."""
@@ -241,18 +242,28 @@ def contiguous_segments(mask: AttentionMask) -> torch.Tensor | None:
         segments_BK, padding_BK = mask.segments_BK, mask.padding_BK
         assert segments_BK is not None
         runs_BK = pad((segments_BK[:, 1:] != segments_BK[:, :-1]).long().cumsum(1), (1, 0))
-        for row in range(segments_BK.shape[0]):
-            real = slice(None) if padding_BK is None else padding_BK[row % padding_BK.shape[0]]
-            segments, runs = segments_BK[row][real].unique(), runs_BK[row][real].unique()
-            if len(segments) != len(runs):
-                raise ValueError(
-                    f"row {row} has {len(segments)} packed sequences in {len(runs)} pieces; "
-                    "allowed: each packed sequence in one piece"
-                )
+        segments_B, runs_B = (_distinct(x, padding_BK) for x in (segments_BK, runs_BK))
+        whole_B = segments_B == runs_B
+        allowed = "allowed: each packed sequence in one piece"
+        if not readable(whole_B):
+            torch._assert_async(whole_B.all(), f"a row has packed sequences in several pieces; {allowed}")
+        elif not bool(whole_B.all()):
+            row = int(whole_B.long().argmin())
+            raise ValueError(
+                f"row {row} has {int(segments_B[row])} packed sequences in {int(runs_B[row])} pieces; {allowed}"
+            )
 
     if mask.segments_BK is not None:
         mask.once("contiguous segments", check)
     return None if mask.segments_BK is None else mask.segments_BK.expand(mask.batch_size, -1)
+
+
+def _distinct(number_BK: torch.Tensor, real_BK: torch.Tensor | None) -> torch.Tensor:
+    """How many different numbers each row has where it is real, (B,)."""
+    none = torch.iinfo(torch.long).max
+    number_BK = number_BK.long() if real_BK is None else torch.where(real_BK, number_BK.long(), none)
+    ordered_BK = pad(number_BK.sort(dim=1).values, (0, 1), value=none)
+    return (ordered_BK[:, 1:] != ordered_BK[:, :-1]).sum(dim=1)
 
 
 def _sum_keys(

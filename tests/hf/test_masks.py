@@ -1,5 +1,7 @@
 """Every mask that transformers makes or users pass reaches the attention exactly."""
 
+import functools
+
 import pytest
 import tiny
 import torch
@@ -7,7 +9,8 @@ from transformers import LlamaConfig, masking_utils
 
 import attn_plugins as ap
 from attn_plugins.attention import HeadShape
-from attn_plugins.hf.dispatch import as_mask, attention_forward, lazy_mask, read_rule
+from attn_plugins.hf.dispatch import as_mask, attention_forward, lazy_mask
+from attn_plugins.hf.mask_rules import read_rule
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
@@ -87,6 +90,36 @@ def test_compositions_of_transformers_are_read_back():
     assert (sliding.causal, sliding.plain) == (True, False)
     assert masking_utils.create_bidirectional_mask(config, embeds, None).plain
     assert read_rule(masking_utils.causal_mask_function) == (True, True, None)
+
+
+def every(number, batch_idx, head_idx, q_idx, kv_idx):
+    return (kv_idx % number == 0) | (kv_idx == q_idx)
+
+
+class Every:
+    def __call__(self, *indices):
+        return every(2, *indices)
+
+
+RULES_OF_USERS = {
+    "partial": functools.partial(every, 2),
+    "callable object": Every(),
+    "method": Every().__call__,
+    "lambda": lambda *indices: every(2, *indices),
+    "compiled": torch.compile(Every(), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("kind", RULES_OF_USERS)
+def test_rules_of_users_are_any_callable(kind):
+    config = LlamaConfig(**tiny.GROUPED, attn_implementation="sdpa")
+    request = (torch.zeros(2, 8, 4), PADDING)
+    rules = {"past_key_values": None, "and_mask_function": RULES_OF_USERS[kind]}
+    want = masking_utils.create_causal_mask(config, *request, **rules)
+    config._attn_implementation = "attn_plugins"
+    mask = masking_utils.create_causal_mask(config, *request, **rules)
+    assert (mask.causal, mask.plain) == (True, False)
+    assert torch.equal(mask.dense(), want)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float", "legacy", "three dimensions"])

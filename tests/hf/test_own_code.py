@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import own_dispatch
 import pytest
 import tiny
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, modeling_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KERNELS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
@@ -101,6 +102,85 @@ class Nested(Helped):
         return self.o_proj(out.flatten(2)), weights
 
 
+class Dotted(Helped):
+    """It knows the interface as an attribute of a module."""
+
+    def attend(self, *args: Any) -> Any:
+        attention = modeling_utils.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain)
+        return attention(self, *args, scaling=self.scaling)
+
+
+class FarDotted(Helped):
+    """It is an attribute of a module in a module, with a name of its own between."""
+
+    def attend(self, *args: Any) -> Any:
+        held = transformers.modeling_utils
+        attention = held.ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, plain)
+        return attention(self, *args, scaling=self.scaling)
+
+
+class Asking(Helped):
+    """It asks for the attribute by its name."""
+
+    def attend(self, *args: Any) -> Any:
+        interface = getattr(modeling_utils, "ALL_ATTENTION_FUNCTIONS")  # noqa: B009
+        attention = interface.get_interface(self.config._attn_implementation, plain)
+        return attention(self, *args, scaling=self.scaling)
+
+
+class Importing(Helped):
+    """It imports the interface when it is called."""
+
+    def attend(self, *args: Any) -> Any:
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as HERE
+
+        attention = HERE.get_interface(self.config._attn_implementation, plain)
+        return attention(self, *args, scaling=self.scaling)
+
+
+class Holding(Helped):
+    """Its class holds the interface."""
+
+    kernels = KERNELS
+
+    def attend(self, *args: Any) -> Any:
+        return self.kernels.get_interface(self.config._attn_implementation, plain)(self, *args, scaling=self.scaling)
+
+
+class Defaulting(Helped):
+    """The interface is the default of an argument."""
+
+    def attend(self, *args: Any, kernels: Any = KERNELS) -> Any:
+        return kernels.get_interface(self.config._attn_implementation, plain)(self, *args, scaling=self.scaling)
+
+
+def enclosed(kernels: Any) -> type[nn.Module]:
+    class Enclosed(Helped):
+        """Its closure holds the interface."""
+
+        def attend(self, *args: Any) -> Any:
+            return kernels.get_interface(self.config._attn_implementation, plain)(self, *args, scaling=self.scaling)
+
+    return Enclosed
+
+
+class Elsewhere(Helped):
+    """A function of another file calls the interface."""
+
+    def attend(self, *args: Any) -> Any:
+        return own_dispatch.dispatch(self, *args, scaling=self.scaling)
+
+
+partly = functools.partial(own_dispatch.dispatch)
+
+
+class Partly(Helped):
+    """A function with some of its arguments calls the interface."""
+
+    def attend(self, *args: Any) -> Any:
+        return partly(self, *args, scaling=self.scaling)
+
+
 class Inline(Helped):
     """It computes attention itself."""
 
@@ -108,7 +188,10 @@ class Inline(Helped):
         return plain(self, *turned(self, hidden_states), attention_mask, scaling=self.scaling)
 
 
-OWN = [Helped, Aliased, Delegating, Inheriting, Decorated, Nested]
+OWN = [
+    *(Helped, Aliased, Delegating, Inheriting, Decorated, Nested),
+    *(Dotted, FarDotted, Asking, Importing, Holding, Defaulting, enclosed(KERNELS), Elsewhere, Partly),
+]
 
 
 def model_with(cls: type[nn.Module], implementation: str = "sdpa") -> Any:

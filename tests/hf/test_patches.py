@@ -163,3 +163,15 @@ def test_accelerate_still_gives_a_model_to_all_processes_by_the_function_that_is
     assert hasattr(changed, patches._MARK)
     assert list(inspect.signature(changed).parameters) == ["accelerator", "model", "full_sd", "cpu_offload"]
     assert "fsdp2_load_full_state_dict" in fsdp_utils.fsdp2_prepare_model.__code__.co_names
+
+
+def test_what_mask_functions_say_is_known_of_those_made_by_names_taken_before():
+    """Some models import these functions by name; the order of imports makes no difference."""
+    code = (
+        "from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function\n"
+        "import torch, attn_plugins\n"
+        "from attn_plugins.hf.mask_rules import read_rule\n"
+        "said = read_rule(and_masks(causal_mask_function, packed_sequence_mask_function(torch.zeros(1, 4))))\n"
+        "assert (said.causal, said.plain, said.segments_BK.shape) == (True, True, (1, 4)), said\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
