@@ -80,7 +80,7 @@ def test_peft_still_has_what_is_changed_in_it():
 
     changed = [
         *(getattr(peft.LoraConfig, name).__func__ for name in ("from_pretrained", "from_peft_type")),
-        *(getattr(peft.PeftModelForCausalLM, name) for name in ("save_pretrained", "add_adapter")),
+        *(getattr(peft.PeftModelForCausalLM, n) for n in ("save_pretrained", "add_adapter", "_upload_modified_files")),
         *(peft.LoraConfig.save_pretrained, peft.PeftModel.__init__, hotswap.hotswap_adapter_from_state_dict),
         *(BaseTuner.inject_adapter, BaseTuner._replace_module),
         *(peft.peft_model.get_peft_model_state_dict, peft.peft_model.set_peft_model_state_dict),
@@ -90,6 +90,14 @@ def test_peft_still_has_what_is_changed_in_it():
     before = {name: vars(peft.PeftModel)[name] for name in ("__init__", "save_pretrained")}
     patches._install_peft()
     assert before == {name: vars(peft.PeftModel)[name] for name in before}
+
+
+def test_saving_and_uploading_still_go_by_what_is_changed():
+    """Fails when transformers uploads folders by another method; README.md would go to the hub without its part."""
+    for name in ("save_pretrained", "_upload_modified_files", "load_adapter", "_load_from_state_dict"):
+        assert hasattr(getattr(tiny.MODELS["llama"]()[0], name), patches._MARK), name
+    for method in (PreTrainedModel.push_to_hub, getattr(PreTrainedModel.save_pretrained, patches._MARK)):
+        assert "_upload_modified_files" in inspect.unwrap(method).__code__.co_names
 
 
 def test_both_interfaces_know_the_name():
