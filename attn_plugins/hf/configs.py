@@ -177,6 +177,11 @@ def check(model: nn.Module) -> None:
                     "the whole flag (model.config.attn_plugin = ...), which swaps them, rather than edit it in place "
                     "or exchange the config"
                 )
+            if rules is not None and not from_file(config):
+                raise ValueError(
+                    f"attn_implementation of the config of this {name} is no longer {IMPLEMENTATION!r}, by which "
+                    "other processes know that they need attn_plugins; leave it, or call restore_attention(model)"
+                )
             if implementation == IMPLEMENTATION != config._attn_implementation:
                 raise ValueError(
                     f"the config of this {name} says {config._attn_implementation!r}, which bypasses its attn_plugin; "

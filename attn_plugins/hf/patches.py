@@ -309,23 +309,32 @@ _INSIDE = "_attn_plugins_inside"
 
 
 def _post_init(original: Any, self: PreTrainedModel) -> None:
-    builder, complete = _builder(self), [self]
-    if builder is None:
+    builder = _builder(self)
+    if builder is not None:
+        if self.config.attn_plugin is not None:
+            vars(builder).setdefault(_INSIDE, []).append(self)
+        original(self)
+        return
+    parts = set(self.modules())
+    aside = [inner for inner in vars(self).pop(_INSIDE, ()) if inner not in parts]
+    try:
         attach_from_config(self)  # before the original, which initialises weights
-        parts = set(self.modules())
-        for inner in vars(self).pop(_INSIDE, ()):
-            if inner not in parts:  # built inside, but held elsewhere than among the modules, as a teacher may be
-                attach_from_config(inner)
-                complete.append(inner)
-    elif self.config.attn_plugin is not None:
-        vars(builder).setdefault(_INSIDE, []).append(self)
+        for inner in aside:  # built inside, but held elsewhere than among the modules, as a teacher may be
+            attach_from_config(inner)
+    finally:
+        for model in (self, *aside):
+            _give_back(model)
     original(self)
-    for model in complete if builder is None else ():
+    for model in (self, *aside):
         live.remember(model)
-        for part in model.modules():
-            for came in vars(part).pop(_CAME, ()):
-                if came is not part.config:
-                    came._attn_implementation_internal = IMPLEMENTATION  # it may be that of another model
+
+
+def _give_back(model: PreTrainedModel) -> None:
+    """Undo what was done to the configs that a model was built from, and does not keep: they may be another model's."""
+    for part in model.modules():
+        for came in vars(part).pop(_CAME, ()):
+            if came is not getattr(part, "config", None) or live.holding(came):
+                came._attn_implementation_internal = IMPLEMENTATION
 
 
 def _setstate(original: Any, self: PreTrainedModel, state: Any) -> None:

@@ -50,10 +50,13 @@ def build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> n
 
 
 def _place(module: nn.Module, model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
-    """Where a module has its weights, and what it computes in: as they do, or as its model where they are quantised."""
+    """Where a module computes, and in what: as its weights do, or as its model where they are quantised."""
     held = (x for part in (module, model) for x in (*part.parameters(), *part.buffers()))
     plain = (p for part in (module, model) for p in _not_quantised(part))
     device, dtype = next((x.device for x in held), torch.device("cpu")), torch.get_default_dtype()
+    if device.type == "meta":  # accelerate may have offloaded the weights, and brings them here for each call
+        hooks = (getattr(part, "_hf_hook", None) for part in module.modules())
+        device = next((torch.device(d) for hook in hooks if (d := getattr(hook, "execution_device", None))), device)
     return device, next((p.dtype for p in plain), dtype)
 
 

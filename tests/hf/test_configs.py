@@ -265,6 +265,32 @@ def test_a_config_that_goes_past_the_slots_is_told_and_refused(tmp_path):
     assert plugins(ap.swap_attention(model, LOCAL)) == ["local"] * 3
 
 
+def test_a_config_without_the_name_that_others_refuse_is_not_saved(tmp_path):
+    model = ap.swap_attention(tiny.build("llama"), LOCAL)
+    model.config.attn_implementation = "sdpa"  # of no effect here, and read from config.json by other processes
+    with pytest.raises(ValueError, match=r"attn_implementation of the config .* is no longer 'attn_plugins'"):
+        model.save_pretrained(tmp_path)
+
+
+def test_a_constructor_that_refuses_a_live_models_config_leaves_it_as_it_was():
+    model, given = ap.swap_attention(tiny.build("llama"), {**LOCAL, "layers": 2}), tiny.inputs("llama")
+
+    class Shorter(LlamaModel):
+        def __init__(self, config):
+            super().__init__(config)
+            del self.layers[1:]
+            self.post_init()
+
+        def post_init(self):
+            if len(self.layers) == 1:
+                super().post_init()
+
+    with pytest.raises(ValueError, match="layers=2 is out of range"):
+        Shorter(model.config)
+    model(**given)
+    assert plugins(model) == [None, None, "local"]
+
+
 def test_parts_that_are_swapped_refuse_another_implementation():
     model = tiny.build("llava")
     model.config.text_config.attn_plugin = "local"

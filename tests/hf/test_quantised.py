@@ -1,5 +1,6 @@
-"""Slots of modules whose weights are quantised: on their device, in the dtype that the model computes in."""
+"""Slots of modules whose weights are quantised or elsewhere: where they compute, in the dtype of the model."""
 
+import accelerate
 import pytest
 import tiny
 import torch
@@ -84,3 +85,13 @@ def test_new_weights_of_a_module_without_any_are_on_the_models_device():
             setattr(layer.self_attn, name, nn.Identity())
     ap.swap_attention(model, FLAG)
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@torch.no_grad()
+def test_new_weights_of_offloaded_modules_are_where_they_compute():
+    """accelerate leaves the meta device in the place of weights that it brings for each call."""
+    offloaded, model, given = tiny.build("llama"), tiny.build("llama"), tiny.inputs("llama")
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    for one in (offloaded, model):
+        ap.swap_attention(one, FLAG)
+    assert torch.equal(tiny.output(offloaded, given), tiny.output(model, given))
