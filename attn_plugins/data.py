@@ -271,13 +271,16 @@ def check_file(path: Path) -> None:
 
 def _folder(path: str, config: DataConfig) -> "dict[str, Dataset]":
     datasets = need("datasets", "train")
-    for file in sorted(Path(path).rglob("*")):
-        if file.is_file():
-            check_file(file)
+    files = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
     saved = (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists()
+    for file in files:
+        if not saved and READERS.get(file.suffix) == "json":
+            check_file(file)
     try:
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config.name)
     except Exception as error:  # as in _files
+        for file in files:  # the loader names none; not before, since it may not read them all
+            check_file(file)
         raise ValueError(f"cannot read the folder {path} as a data set: {' '.join(str(error).split())}") from error
     return dict(loaded) if isinstance(loaded, dict) else {config.train_split: loaded}
 

@@ -20,6 +20,8 @@ PACKAGE = Path(__file__).parent
 
 OWN = ("attn_plugins", "commit")
 
+CHECK = "check"
+
 SHAPE = {"key": str, "status": str, "result": dict, "error": str, "settings": dict, "versions": dict}
 """Fields of a record that others rely on, with their types; the first two are in every record."""
 
@@ -56,6 +58,11 @@ class Results:
             record = _record(line)
             if record is None:
                 raise ValueError(f"{self.path}, line {number} is not a result; repair it, or move the file away")
+            if record.get(CHECK, _check(record)) != _check(record):
+                raise ValueError(
+                    f"{self.path}, line {number} has been changed since it was written; take it out, or move the file "
+                    "away"
+                )
             self.records[record["key"]] = record
         last = _record(rest)  # whole but for its newline, as an editor may leave it
         if last is not None:
@@ -87,7 +94,7 @@ class Results:
     def add(self, record: dict[str, Any]) -> None:
         """Append a record. Other processes may do the same at the same time: each waits until the other's is there."""
         self.records[record["key"]] = record
-        line = json.dumps(record, ensure_ascii=False).encode()
+        line = json.dumps({**record, CHECK: _check(record)}, ensure_ascii=False).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with need("filelock", "compare").FileLock(self._beside("lock")), self.path.open("a+b") as file:
             file.seek(0)
@@ -147,6 +154,11 @@ class Results:
                 "this; run it again to measure them anew"
             )
         return lines
+
+
+def _check(record: dict[str, Any]) -> str:
+    """Tells a record that was damaged from what was written: reports rely on every field of it."""
+    return hash_of({name: value for name, value in record.items() if name != CHECK})
 
 
 def _split(raw: bytes) -> tuple[bytes, bytes]:
@@ -219,8 +231,11 @@ def commit(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *arguments: str) -> str:
+    # Of a hook of another repository, which says where that one is; and a look must not write an index.
+    environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
     try:
-        ran = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=60)
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
         return ""
     return ran.stdout.strip() if ran.returncode == 0 else ""

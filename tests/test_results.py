@@ -130,6 +130,30 @@ def test_whatever_is_no_result_is_one_clear_line(tmp_path, line):
         Results(path)
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(["result", "figures", "loss"], None), (["result", "value"], "2"), (["seconds"], []), (["settings"], {})],
+)
+def test_a_record_that_was_changed_is_one_clear_line(tmp_path, place, value):
+    path = tmp_path / "results.jsonl"
+    record = {"key": "a", "status": "ok", "result": {"value": 2.0, "figures": {"loss": float("inf")}}, "seconds": 0.1}
+    Results(path).add({**record, "settings": {"text": "é"}})
+    written = path.read_bytes()
+    assert Results(path).records["a"]["result"] == record["result"]
+    changed = here = json.loads(written)
+    for name in place[:-1]:
+        here = here[name]
+    here[place[-1]] = value
+    path.write_text(json.dumps(changed) + "\n")
+    with pytest.raises(
+        ValueError, match=r"line 1 has been changed since it was written; take it out, or move the file"
+    ):
+        Results(path)
+    del changed["check"]  # as records of earlier versions: they have none
+    path.write_text(json.dumps(changed) + "\n")
+    assert list(Results(path).records) == ["a"]
+
+
 def test_a_figure_may_be_infinite(tmp_path):
     path = tmp_path / "results.jsonl"
     Results(path).add({"key": "a", "status": "ok", "result": {"perplexity": float("inf")}})
@@ -220,5 +244,8 @@ def test_the_commit_is_the_last_that_changed_the_package(tmp_path, monkeypatch):
     git("commit", "-m", "both")
     assert len(commit(package)) == 12
     assert commit(package) != first
+    here = commit(package)
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
+    assert commit(package) == here
     monkeypatch.setenv("PATH", os.devnull)
     assert commit(package) is None

@@ -139,6 +139,12 @@ def test_files_that_would_be_read_wrong_or_end_the_process_are_named(tmp_path, n
             load_data(DataConfig(source=str(tmp_path)))
 
 
+def test_a_folder_is_not_refused_for_a_file_that_is_not_read(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [{"text": "x"}, {"text": "y"}])
+    (tmp_path / "NOTES.md").write_bytes("café".encode("latin-1"))
+    assert len(load_data(DataConfig(source=str(tmp_path)))[0]) == 1
+
+
 def test_json_that_is_read_rightly_stays(tmp_path):
     pretty = json.dumps([{"text": "é", "tags": [None]}, {"text": "b", "tags": [None]}], indent=1, ensure_ascii=False)
     assert "\n   null\n" in pretty
