@@ -8,11 +8,9 @@
 
 import contextlib
 import dataclasses
-import types
-import typing
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -20,6 +18,7 @@ from torch import nn
 from attn_plugins.mask import AttentionMask
 from attn_plugins.ops.gradients import with_gradients_to
 from attn_plugins.ops.rotary import Rotary
+from attn_plugins.options import AttentionConfig
 from attn_plugins.state import State
 from attn_plugins.tracing import recorded
 
@@ -38,31 +37,6 @@ class HeadShape:
     """Size of one value, V."""
     grid_size: tuple[int, int] | None = None
     """Rows and columns of an image's patches, where the model's config tells them; an image may have others."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Base of every attention's ``Config``: types are checked here, ranges in the subclass's ``__post_init__``.
-
-    Raises:
-        ValueError: a value is not of the annotated type; the message names the option, the value and what is allowed.
-    """
-
-    _attn_implementation: ClassVar[str] = "attn_plugins"
-    """What attention modules of transformers dispatch to, as configs tell code that walks modules named so."""
-
-    def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not _fits(value, hints[field.name]):
-                kind = "" if typing.get_origin(hints[field.name]) is Literal else f" is of type {type(value).__name__}"
-                raise ValueError(f"{field.name}={value!r}{kind}; allowed: {_spell(hints[field.name])}")
-
-    def require(self, condition: bool, option: str, allowed: str) -> None:
-        """Raise a ValueError that names ``option``, its value and ``allowed`` unless ``condition`` holds."""
-        if not condition:
-            raise ValueError(f"{option}={getattr(self, option)!r}; allowed: {allowed}")
 
 
 class Attention(nn.Module):
@@ -212,6 +186,7 @@ class Attention(nn.Module):
             if value is not None:
                 extras[extra] = value
         self._refuse(q_BHQD, k_BGKD, mask, extras)
+        _check_numbers(scale, dropout, softcap)
         if dropout > 0 and not type(self).dropout and not torch.compiler.is_compiling():
             warn_of_dropout(type(self), dropout)
         if state is not None:
@@ -377,6 +352,14 @@ def capabilities(attention: type[Attention]) -> list[str]:
     return [name for name in CAPABILITIES if getattr(attention, name)]
 
 
+def _check_numbers(scale: Any, dropout: Any, softcap: Any) -> None:
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if isinstance(value, (int, float)) and not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value!r}; allowed: a finite number above 0")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r}; allowed: a probability from 0 to below 1")
+
+
 def warn_of_dropout(attention: type[Attention], dropout: float) -> None:
     """Warn that a model's dropout is left out. By default a process shows each such warning once."""
     warnings.warn(
@@ -384,30 +367,3 @@ def warn_of_dropout(attention: type[Attention], dropout: float) -> None:
         "modules (attentions that have it are those with dropout in `attn-plugins list`)",
         stacklevel=1,  # always the same place, so that it is the same warning at the swap and in training
     )
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin is tuple:
-        element = typing.get_args(hint)[0]
-        return isinstance(value, tuple) and all(_fits(item, element) for item in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _spell(hint: Any) -> str:
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_spell(option) for option in typing.get_args(hint))
-    if origin is Literal:
-        return ", ".join(repr(option) for option in typing.get_args(hint))
-    if hint is type(None):
-        return "None"
-    return getattr(hint, "__name__", str(hint))

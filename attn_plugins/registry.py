@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import TypeVar
 
 from attn_plugins.attention import Attention
+from attn_plugins.options import shown
 
 A = TypeVar("A", bound=type[Attention])
 
@@ -63,14 +64,14 @@ def get_attention(name: str) -> type[Attention]:
     _load()
     if not isinstance(name, str) or name not in _attentions:
         raise ValueError(
-            f"unknown attention {name!r}{did_you_mean(name, _attentions)}; known: {', '.join(sorted(_attentions))}"
+            f"unknown attention {shown(name)}{did_you_mean(name, _attentions)}; known: {', '.join(sorted(_attentions))}"
         )
     return _attentions[name]
 
 
 def did_you_mean(got: object, known: Iterable[str]) -> str:
     """' (did you mean X?)' for the nearest known name, or '' where none is near."""
-    near = difflib.get_close_matches(str(got), list(known), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(got, list(known), n=1, cutoff=0.5) if isinstance(got, str) else []
     return f" (did you mean {near[0]}?)" if near else ""
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from attn_plugins.attention import Attention, AttentionConfig
+from attn_plugins.options import shown
 from attn_plugins.registry import did_you_mean, get_attention, list_attentions
 
 Flag: TypeAlias = "str | Mapping[str, Any] | Sequence[Mapping[str, Any]]"
@@ -163,10 +164,12 @@ def _parse_rule(entry: Any, name: str) -> Rule:
         entry = {"type": entry}
     if not isinstance(entry, Mapping):
         raise ValueError(
-            f"{name} is {entry!r} of type {type(entry).__name__}; allowed: a name or a mapping with 'type'"
+            f"{name} is {shown(entry)} of type {type(entry).__name__}; allowed: a name or a mapping with 'type'"
         )
     if "type" not in entry:
-        raise ValueError(f"{name} has no 'type', only {sorted(entry)}; it names the attention, such as type='local'")
+        raise ValueError(
+            f"{name} has no 'type', only {shown(list(entry))}; it names the attention, such as type='local'"
+        )
     attention = get_attention(entry["type"])
     known = [f.name for f in dataclasses.fields(attention.Config)]
     options = {key: value for key, value in entry.items() if key not in RULE_KEYS}
@@ -174,7 +177,7 @@ def _parse_rule(entry: Any, name: str) -> Rule:
         if key not in known:
             allowed = [*known, *RULE_KEYS[1:]]
             raise ValueError(
-                f"{name} ({attention.name!r}) has unknown option {key!r}{did_you_mean(key, allowed)}; "
+                f"{name} ({attention.name!r}) has unknown option {shown(key)}{did_you_mean(key, allowed)}; "
                 f"options: {', '.join(known) or 'none'}; rule keys: {', '.join(RULE_KEYS)}"
             )
     try:
@@ -193,7 +196,7 @@ def _parse_rule(entry: Any, name: str) -> Rule:
 
 def _one_of(value: Any, key: str, name: str, allowed: Sequence[str]) -> str:
     if value not in allowed:
-        raise ValueError(f"{name}: {key}={value!r}{did_you_mean(value, allowed)}; allowed: {', '.join(allowed)}")
+        raise ValueError(f"{name}: {key}={shown(value)}{did_you_mean(value, allowed)}; allowed: {', '.join(allowed)}")
     return value
 
 
@@ -202,14 +205,14 @@ def _names(value: Any, key: str, name: str, allowed: Sequence[str] | None) -> tu
         return None
     values = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Sequence) else ()
     if not values or not all(isinstance(item, str) for item in values):
-        raise ValueError(f"{name}: {key}={value!r}; allowed: a name or a list of names")
+        raise ValueError(f"{name}: {key}={shown(value)}; allowed: a name or a list of names")
     if allowed is not None:
         for item in values:
             _one_of(item, key, name, allowed)
     return values
 
 
-_SPAN = r"(-?\d+)(?:-(-?\d+))?"
+_SPAN = r"(-?\d{1,9})(?:-(-?\d{1,9}))?"
 _LAYER_FORMS = '"all", 3, -1, "0-15", "every:4", "every:4+3", or a list of these'
 
 
@@ -218,11 +221,11 @@ def _check_layers(layers: Any, name: str) -> Any:
     for item in items:
         valid = isinstance(item, int) and not isinstance(item, bool)
         if isinstance(item, str):
-            valid = item == "all" or bool(re.fullmatch(rf"{_SPAN}|every:[1-9]\d*(\+\d+)?", item))
+            valid = item == "all" or bool(re.fullmatch(rf"{_SPAN}|every:[1-9]\d{{0,8}}(\+\d{{1,9}})?", item))
         if not valid:
-            raise ValueError(f"{name}: layers={layers!r}; allowed: {_LAYER_FORMS}")
+            raise ValueError(f"{name}: layers={shown(layers)}; allowed: {_LAYER_FORMS}")
     if not items:
-        raise ValueError(f"{name}: layers={layers!r} names no layer; allowed: {_LAYER_FORMS}")
+        raise ValueError(f"{name}: layers={shown(layers)} names no layer; allowed: {_LAYER_FORMS}")
     return layers if isinstance(layers, (int, str)) else items
 
 
@@ -253,12 +256,12 @@ def _choose_layers(rule: Rule, eligible: Sequence[Target], depth: Mapping[str, i
         found = {stack: _layer_numbers(item, depth[stack]) for stack in stacks}
         if all(chosen is None for chosen in found.values()):
             ranges = ", ".join(f"0 to {depth[stack] - 1} in {stack or 'the model'}" for stack in stacks)
-            raise ValueError(f"{name}: layers={item!r} is out of range; there are layers {ranges}")
+            raise ValueError(f"{name}: layers={shown(item)} is out of range; there are layers {ranges}")
         for stack, chosen in found.items():
             numbers[stack].update(chosen or ())
     chosen_targets = [target for target in eligible if target.layer in numbers[target.stack]]
     if not chosen_targets:
-        raise ValueError(f"{name} matches nothing: no module that it may serve is in layers={rule.layers!r}")
+        raise ValueError(f"{name} matches nothing: no module that it may serve is in layers={shown(rule.layers)}")
     return chosen_targets
 
 

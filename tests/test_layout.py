@@ -17,10 +17,11 @@ CORE = {
     "mask": {"tracing"},
     "state": {"mask", "tracing"},
     "ops": {"mask", "ops", "state", "tracing"},
-    "attention": {"mask", "ops", "state", "tracing"},
-    "registry": {"attention", "attentions"},  # the folder, which it walks; no module in it is named
-    "attentions": {"attention", "mask", "ops", "registry", "state", "tracing"},
-    "rules": {"attention", "mask", "ops", "registry"},
+    "options": set(),
+    "attention": {"mask", "ops", "options", "state", "tracing"},
+    "registry": {"attention", "attentions", "options"},  # the folder, which it walks; no module in it is named
+    "attentions": {"attention", "mask", "ops", "options", "registry", "state", "tracing"},
+    "rules": {"attention", "mask", "ops", "options", "registry"},
 }
 """What the modules that know torch alone may import of the package, each its own list."""
 

@@ -1,10 +1,11 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.dense import dense_attention
 from attn_plugins.ops.random_blocks import RandomBlocks
 from attn_plugins.ops.tiled import dense_pattern, tiled_attention
+from attn_plugins.options import LARGEST_SEED
 from attn_plugins.registry import register_attention
 
 
@@ -48,7 +49,7 @@ class BigBirdAttention(Attention):
         """First blocks of a row or packed segment that see, and are seen by, all others."""
         num_sliding_window_blocks: int = 3
         """Blocks of the window, the query's own in the middle; the last of them where the mask is causal."""
-        seed: int = 0
+        seed: int = field(default=0, metadata={"largest": LARGEST_SEED})
         """Which blocks are drawn."""
 
         def __post_init__(self):
@@ -58,7 +59,7 @@ class BigBirdAttention(Attention):
             self.require(self.num_random_blocks >= 0, "num_random_blocks", "an integer from 0 on")
             self.require(self.num_global_blocks >= 0, "num_global_blocks", "an integer from 0 on")
             self.require(window >= 1 and window % 2 == 1, "num_sliding_window_blocks", "an odd integer from 1 on")
-            self.require(0 <= self.seed < 2**63, "seed", "an integer from 0 to 2**63 - 1")
+            self.require(self.seed >= 0, "seed", "an integer from 0 on")
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)

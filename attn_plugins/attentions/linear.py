@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -8,6 +8,7 @@ from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.linear import dense_linear_attention, linear_attention, linear_attention_from
 from attn_plugins.ops.sums import Sums
 from attn_plugins.ops.token_features import LEARNED, orthogonal_features, prepare, reset_weights, weight_shapes, weights
+from attn_plugins.options import LARGEST_SEED
 from attn_plugins.registry import register_attention
 
 
@@ -65,7 +66,7 @@ class LinearAttention(Attention):
         """Dimensions that taylor projects to."""
         num_features: int = 256
         """Random directions of favor."""
-        seed: int = 0
+        seed: int = field(default=0, metadata={"largest": LARGEST_SEED})
         """Of favor's directions, which are also saved."""
         max_length: int = 8192
         """Longest sequence that cosformer will ever see; longer ones are refused."""

@@ -1,10 +1,11 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from attn_plugins.attention import Attention, AttentionConfig
 from attn_plugins.ops.dense import dense_attention
 from attn_plugins.ops.lsh import dense_visible, lsh_attention
+from attn_plugins.options import LARGEST_SEED
 from attn_plugins.registry import register_attention
 
 
@@ -49,7 +50,7 @@ class LSHAttention(Attention):
         """Buckets of a round, half as many random directions."""
         bucket_size: int = 64
         """Keys of its bucket that a query sees in a round, the nearest; to each side where attention is not causal."""
-        seed: int = 0
+        seed: int = field(default=0, metadata={"largest": LARGEST_SEED})
         """Of the random directions."""
 
         def __post_init__(self):

@@ -44,7 +44,7 @@ class NystromAttention(Attention):
         num_landmarks: int = 64
         """Means that stand for the queries and for the keys."""
         num_iterations: int = 6
-        """Steps of the iteration for the inverse; each costs four products of num_landmarks^3."""
+        """Steps of the iteration for the inverse, up to 40; each costs four products of num_landmarks^3, in float64."""
         conv_kernel_size: int | None = None
         """Tokens that the convolution over the values reaches, an odd number; None adds no convolution."""
 
@@ -52,6 +52,8 @@ class NystromAttention(Attention):
             super().__post_init__()
             self.require(self.num_landmarks >= 1, "num_landmarks", "an integer from 1 on")
             self.require(self.num_iterations >= 1, "num_iterations", "an integer from 1 on")
+            # Each step can triple what rounding leaves; after 40, that of float64 would show.
+            self.require(self.num_iterations <= 40, "num_iterations", "an integer from 1 to 40")
             size = self.conv_kernel_size
             self.require(size is None or (size >= 1 and size % 2 == 1), "conv_kernel_size", "None or an odd integer")
 

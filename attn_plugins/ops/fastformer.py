@@ -84,7 +84,7 @@ def fastformer(
         g_BHKD, _ = average(_logits(source, weights.query, scale), source)
         p_BHKD = g_BHKD * k
         global_key, level = average(_logits(p_BHKD, weights.key, scale), p_BHKD)
-        seen = (level > UNSEEN / 2).unsqueeze(3)
+        seen = ~(level <= UNSEEN / 2).unsqueeze(3)  # what is not a number was seen
         if mask.causal:
             global_key, seen = global_key[:, :, k.shape[2] - q.shape[2] :], seen[:, :, k.shape[2] - q.shape[2] :]
         return _finish(q, global_key, v, seen, weights).to(v_BGKV.dtype)
@@ -127,7 +127,7 @@ def fastformer_from(
         before = _Pool(held["key_pool"], held["key_level"])
         c_BHKD, level, key = _go_on(before, logits(p_BHKD, weights.key), p_BHKD, chunk_size)
         state.become(number, query_pool=query.sums, query_level=query.level, key_pool=key.sums, key_level=key.level)
-        seen = (level[:, :, own] > UNSEEN / 2).unsqueeze(3)
+        seen = ~(level[:, :, own] <= UNSEEN / 2).unsqueeze(3)
         return _finish(q.to(dtype), c_BHKD[:, :, own], v_BHQV, seen, weights).to(v.dtype)
 
     return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)

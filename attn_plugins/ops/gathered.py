@@ -319,7 +319,12 @@ class _Call:
             self.generator = torch.Generator(q_BHQD.device).manual_seed(self.seed)
 
     def blocks(self, part: Part) -> list[torch.Tensor]:
-        return [x.index_select(0, part.keys_XC.flatten()).view(*part.keys_XC.shape, -1) for x in (self.k, self.v)]
+        found = [x.index_select(0, part.keys_XC.flatten()).view(*part.keys_XC.shape, -1) for x in (self.k, self.v)]
+        if part.real_XC is None:
+            return found
+        # Padding may hold anything, and what stands for no key is another row's: a weight of 0 would not hide a NaN.
+        unreal = ~part.real_XC.unsqueeze(-1)
+        return [x.masked_fill_(unreal, 0.0) for x in found]
 
     def tiles(self, part: Part, k_XCD: torch.Tensor, v_XCV: torch.Tensor) -> Iterator[_Tiles]:
         step = max(1, SCORES_AT_ONCE // (part.rows_TR.shape[1] * part.keys_XC.shape[1]))

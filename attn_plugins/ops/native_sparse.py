@@ -65,6 +65,8 @@ class Compression:
 def compression_of(mask: AttentionMask, kernel_size: int, kernel_stride: int, block_size: int) -> Compression:
     """Compressed blocks at multiples of the stride from where a row or segment starts; made once a forward pass."""
 
+    block_size = min(block_size, mask.kv_length)
+
     def build() -> Compression:
         blocks, device, length = blocks_of(mask, block_size), mask.device, mask.kv_length
         starts_BK = mask.starts_BK().expand(mask.batch_size, -1)
@@ -357,7 +359,8 @@ def choose_few(
     # Blocks and compressed blocks count from the same start: which of them share keys is the same in every row.
     block = torch.arange(number, device=own_BQ1.device)
     low_N1 = block.unsqueeze(1) * size
-    reach = (size + kernel_size - 2) // kernel_stride + 1
+    seen = state.length if state.fixed_length is None else state.fixed_length
+    reach = (min(size, seen) + kernel_size - 2) // kernel_stride + 1
     first_N1 = (torch.div(low_N1 - kernel_size, kernel_stride, rounding_mode="floor") + 1).clamp(min=0)
     over_NW = first_N1 + torch.arange(reach, device=block.device)
     begin_NW = over_NW * kernel_stride

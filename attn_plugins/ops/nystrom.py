@@ -91,8 +91,8 @@ def dense_nystrom_attention(
     held, real = (landmarks.count_BM > 0)[:, None, None], landmarks.real_BK[:, None, None]
     near = masked_softmax(q @ k_BHMD.mT * scale, held)
     far = masked_softmax(q_BHMD @ k.mT * scale, real & held.mT)
-    core = masked_softmax(q_BHMD @ k_BHMD.mT * scale, held & held.mT)
-    weights_BHQK = near @ iterative_inverse(core, num_iterations) @ far
+    inverse = inverse_of_core(q_BHMD, k_BHMD, held, scale, num_iterations)
+    weights_BHQK = ((near.to(inverse.dtype) @ inverse) @ far.to(inverse.dtype)).to(dtype)
     if conv_HC is not None:
         index = torch.arange(length, device=q.device)
         tap = index - index.unsqueeze(1) + conv_HC.shape[1] // 2
@@ -171,5 +171,15 @@ class _LandmarkValues(torch.autograd.Function):
 
 
 def _landmark_values(q_BHMD, k_BHMD, far_BHMV, held, scale, num_iterations):
-    core = masked_softmax(q_BHMD @ k_BHMD.mT * scale, held & held.mT)
-    return iterative_inverse(core, num_iterations) @ far_BHMV
+    inverse = inverse_of_core(q_BHMD, k_BHMD, held, scale, num_iterations)
+    return (inverse @ far_BHMV.to(inverse.dtype)).to(far_BHMV.dtype)
+
+
+def inverse_of_core(q_BHMD, k_BHMD, held, scale, num_iterations):
+    """The inverse of the landmarks' own weights, in float64: each step can triple what rounding has left.
+
+    Float32 would have nothing right after some 20 steps; this has what float32 can hold after 40.
+    """
+    precise = q_BHMD.dtype if q_BHMD.device.type == "mps" else torch.float64  # which MPS does not have
+    scores = q_BHMD.to(precise) @ k_BHMD.to(precise).mT * scale
+    return iterative_inverse(masked_softmax(scores, held & held.mT), num_iterations)

@@ -70,7 +70,14 @@ class RandomBlocks:
         return seen
 
     def tiles(self, mask: AttentionMask) -> Iterator[Tile]:
-        yield from self._scattered_tiles(mask) if mask.row_starts else self._aligned_tiles(mask)
+        most = mask.kv_length  # no row has more blocks than keys, nor a longer one
+        fitting = dataclasses.replace(
+            self,
+            block_size=min(self.block_size, most),
+            num_global=min(self.num_global, most),
+            num_window=min(self.num_window, 2 * most + 1),
+        )
+        yield from fitting._scattered_tiles(mask) if mask.row_starts else fitting._aligned_tiles(mask)
 
     def _aligned_tiles(self, mask: AttentionMask) -> Iterator[Tile]:
         """Where every row starts at key 0, blocks are slices."""

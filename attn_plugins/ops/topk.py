@@ -66,6 +66,8 @@ def least_chosen(s_BHQK: torch.Tensor, topk: int) -> torch.Tensor:
 
 def highest(s_BHQK: torch.Tensor, least_BHQ1: torch.Tensor, topk: int) -> torch.Tensor:
     """(B, H, Q, K) bool: scores from :func:`least_chosen` on up, ``topk`` at most, of equal ones the first."""
+    # What is not a number comes first, as topk has it, so that it is read and not left out.
+    s_BHQK, least_BHQ1 = (x.masked_fill(x.isnan(), torch.inf) for x in (s_BHQK, least_BHQ1))
     chosen = (s_BHQK >= least_BHQ1) & (s_BHQK > -torch.inf)
     if recorded(chosen) or bool((chosen.sum(dim=-1) > topk).any()):
         above = s_BHQK > least_BHQ1

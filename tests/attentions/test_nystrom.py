@@ -139,3 +139,20 @@ def test_options_out_of_range_are_refused():
             NystromAttention.Config(conv_kernel_size=size)
     with pytest.raises(ValueError, match="conv_kernel_size has weights a head and needs the sizes of the heads"):
         NystromAttention(NystromAttention.Config(conv_kernel_size=3))
+
+
+@pytest.mark.parametrize("form", ["torch", "reference"])
+def test_many_steps_lose_no_precision(form):
+    """Each step can triple what rounding leaves: in float32 nothing was right after 30 of them."""
+    given = inputs(1, 64, num_heads=2, num_key_value_heads=1)
+    given.q = 6 * given.q
+    case = Case(NystromAttention, {"num_landmarks": 64, "num_iterations": 40}, False)
+    sizes = {"num_heads": 2, "num_key_value_heads": 1}
+    want = given.run(case.module(**sizes), case.mask(1, 64, 64))
+    got = given.to(torch.float32).run(case.module(**sizes, dtype=torch.float32, backend=form), case.mask(1, 64, 64))
+    assert_same({"out": got}, {"out": want}, 1e-4)
+
+
+def test_more_steps_than_float64_can_take_are_refused():
+    with pytest.raises(ValueError, match="num_iterations=41; allowed: an integer from 1 to 40"):
+        NystromAttention.Config(num_iterations=41)
