@@ -95,6 +95,12 @@ class Attention(nn.Module):
     The one thing that is not refused where it is lacking, since a method may have nothing to drop: it is left out, and
     a warning says so."""
 
+    unwritten_keys: ClassVar[bool] = False
+    """One query is served beside keys that a static cache has not written yet, hidden as padding behind its own.
+
+    Such an attention keeps all keys and values, and the compiled step of one token holds for any number of them. Others
+    that keep all get the keys that are written, of another number in each step."""
+
     convex: ClassVar[bool] = True
     """The output is ``weights @ v`` for the effective weights, which are not negative and sum to 1.
 

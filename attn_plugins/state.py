@@ -23,8 +23,9 @@ class Moment(NamedTuple):
 class State:
     """Base of the states. A subclass adds what its attention reads and writes in ``tensors``.
 
-    ``length`` counts the tokens that ``tensors`` stand for. Tokens that came back from a rollback wait as keys and
-    values, and are taken in with the next ones.
+    ``length`` counts the tokens that ``tensors`` stand for; ``position`` is the same, for what is computed with it, and
+    a tensor where shapes are fixed, so that the step of one token is compiled once for all of them. Tokens that came
+    back from a rollback wait as keys and values, and are taken in with the next ones.
 
     Args:
         fixed_length: the most tokens that will ever come, where buffers have to keep their shapes and addresses from
@@ -38,7 +39,8 @@ class State:
 
     def __init__(self, fixed_length: int | None = None):
         self.fixed_length = fixed_length
-        self.length = 0
+        self._length: int | None = 0
+        self._counter = None if fixed_length is None else torch.zeros((), dtype=torch.long)
         self.tensors: dict[str, torch.Tensor] = {}
         """By name, all with the batch as their first dimension."""
         self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -48,9 +50,41 @@ class State:
         self.history: list[Moment] = []
 
     @property
+    def length(self) -> int:
+        """Tokens that ``tensors`` stand for. Not to be asked in a compiled step, which holds for any number of them."""
+        if self._length is None:
+            assert self._counter is not None
+            self._length = int(self._counter)
+        return self._length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._length = length
+        if self._counter is not None:
+            self._counter.fill_(length)
+
+    @property
+    def position(self) -> Any:
+        """Where the next token goes: ``length``, as a tensor that changes in place where there is ``fixed_length``."""
+        return self.length if self._counter is None else self._counter
+
+    def advance(self, number: int) -> None:
+        """Count tokens that were taken in."""
+        if self._counter is None or not torch.compiler.is_compiling():
+            self.length += number
+        else:
+            self._counter.add_(number)
+            self._length = None
+
+    @property
     def seen(self) -> int:
         """Tokens seen, taken in or waiting."""
-        return self.length + (0 if self.waiting is None else self.waiting[0].shape[2])
+        return self.length + self.number_waiting
+
+    @property
+    def number_waiting(self) -> int:
+        """Tokens not yet taken in."""
+        return 0 if self.waiting is None else self.waiting[0].shape[2]
 
     @property
     def num_bytes(self) -> int:
@@ -69,6 +103,7 @@ class State:
             before = copy.copy(self)
             before.tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
             before.waiting, before.history = None, []
+            before._counter = None if self._counter is None else self._counter.clone()
             self.history.append(Moment(before, k_BGKD, v_BGKV))
         self.waiting = None
         return k_BGKD, v_BGKV
@@ -127,6 +162,8 @@ class State:
         device = torch.device(device)
         if any(tensor.device != device for tensor in self._held()):
             self.apply(lambda tensor: tensor.to(device))
+        if self._counter is not None and self._counter.device != device:
+            self._counter = self._counter.to(device)
         return self
 
     def reset(self) -> None:
@@ -145,19 +182,24 @@ class State:
         else:
             held.index_copy_(axis, index, x)
 
-    def find_starts(self, start_B: torch.Tensor, mask: AttentionMask, seen: int) -> bool:
+    def find_starts(self, start_B: torch.Tensor, mask: AttentionMask, number: int) -> bool:
         """Fill in where rows begin, the first real position of those whose start is still -1.
 
+        Args:
+            number: of tokens that came.
+
         Returns:
-            whether every row has begun.
+            whether every row has begun, as far as that may be known in a compiled step.
         """
         if mask.padding_BK is None:
             found_B = torch.zeros_like(start_B)
         else:
-            padding_BK = mask.padding_BK[:, :seen].expand(len(start_B), -1)
+            padding_BK = mask.padding_BK.expand(len(start_B), -1)
+            here = torch.arange(padding_BK.shape[1], device=padding_BK.device) < self.position + number
+            padding_BK = padding_BK & here
             found_B = torch.where(padding_BK.any(dim=1), padding_BK.long().argmax(dim=1), -1)
         start_B.copy_(torch.where(start_B < 0, found_B, start_B))
-        return mask.padding_BK is None or bool((start_B >= 0).all())
+        return mask.padding_BK is None or (not torch.compiler.is_compiling() and bool((start_B >= 0).all()))
 
     def check(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         """Raise a ValueError unless these tokens can follow those that were seen, before anything has changed."""
@@ -177,8 +219,14 @@ class State:
             raise ValueError("packed sequences cannot be continued from a cache; give each its own row")
 
     def check_room(self, number: int) -> None:
-        """Raise a ValueError where there is no room for as many tokens."""
-        if self.fixed_length is not None and self.seen + number > self.fixed_length:
+        """Raise a ValueError where there is no room for as many tokens; in a compiled step, an error of torch."""
+        if self.fixed_length is not None and torch.compiler.is_compiling():
+            assert self._counter is not None
+            room = self._counter + self.number_waiting + number <= self.fixed_length
+            torch._assert_async(
+                room, "the static cache has no room for more tokens; make it with a larger max_cache_len"
+            )
+        elif self.fixed_length is not None and self.seen + number > self.fixed_length:
             raise ValueError(
                 f"the static cache has room for {self.fixed_length} tokens, {self.seen} are in it "
                 f"and {number} more came; make it with a larger max_cache_len"

@@ -24,6 +24,7 @@ class SoftmaxAttention(Attention):
     paper = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762, eq. 1"
     when = "As the baseline of a comparison, and in a hybrid for the layers that have to stay exact."
     causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = dropout = True
+    unwritten_keys = True
     symbolic_length = True
     subquadratic = False
     limit: ClassVar = {}

@@ -32,6 +32,7 @@ class SoftmaxPlusOneAttention(Attention):
         "the model's own at the start."
     )
     causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = dropout = True
+    unwritten_keys = True
     symbolic_length = True
     convex = False
     subquadratic = False

@@ -25,6 +25,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from attn_plugins.attention import Attention
 from attn_plugins.hf import rollback
 from attn_plugins.hf.discovery import biased
 from attn_plugins.hf.dispatch import LazyMask, rotary_of, slot_of
@@ -57,10 +58,8 @@ def serve(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = Fa
     leave(model, modules)
     layers = Counter(getattr(module, "layer_idx", None) for module in modules)
     for module in modules:
-        # A stack that is run several times over keeps each pass in a layer of its own (HRM): one state cannot serve it,
-        # nor a module that attends twice in a call (DiffLlama).
-        again = layers[getattr(module, "layer_idx", None)] > 1 or attends_repeatedly(type(module))  # type: ignore[arg-type]
-        if ordinary or again:
+        # A stack that is run several times over keeps each pass in a layer of its own (HRM): one state cannot serve it.
+        if ordinary or layers[getattr(module, "layer_idx", None)] > 1 or needs_all_keys(module):
             setattr(module, ORDINARY, True)
     for module in modules:
         module.register_forward_pre_hook(before_attention, with_kwargs=True)
@@ -165,9 +164,15 @@ def before_attention(
     if cache is not None and (mask is None or not mask.causal or packed):
         give_up(module, cache)  # what a later token sees of the image, prefix or text before it, no state knows
         layer = None
-    if mask is None or slot is None or (layer is None and not slot.wants_rotary):
+    room = None if layer is not None or slot is None else static_room(module, cache)
+    refuse = None if room is None or slot is None else functools.partial(refuse_static, module, slot)
+    if refuse is not None and mask is None:
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim == 4)
+        if slot is None or not slot.unwritten_keys or not any(x.shape[-1] == room for x in tensors):
+            refuse()  # a mask of the model's own, which this attention cannot follow, or none at all
+    if mask is None or slot is None or (layer is None and refuse is None and not slot.wants_rotary):
         return None
-    sent = mask
+    sent = mask if refuse is None or slot.unwritten_keys else mask.sent(release=refuse)
     if layer is not None:
         sent = sent.with_state(layer.state).sent(release=functools.partial(give_up, module, cache))
         layer.expected = True
@@ -212,28 +217,40 @@ def layer_of(module: nn.Module, cache: Cache, weighed: bool = False) -> StateLay
     if weighed or recorded():
         return None  # a state is updated by code that is no part of a graph
     if type(layer) not in EXCHANGED:
-        _tell(type(layer), slot.name, None if needs_all_keys(module) else slot.new_state())
+        _tell(type(layer), slot.name, None if hasattr(module, ORDINARY) else slot.new_state())
         return None
-    max_length = -1
+    if hasattr(module, ORDINARY):
+        return None
+    max_length, room = -1, None
     if isinstance(layer, StaticLayer):
         # A model's own sliding layer has room for its window and no limit.
         max_length = -1 if layer.is_sliding else layer.max_cache_len
         room = sys.maxsize if layer.is_sliding else layer.max_cache_len
-        state = None if needs_all_keys(module) else slot.new_state(room)
-        if state is None or not state.serves_fixed_length or int(layer.get_seq_length()):
-            raise ValueError(
-                f"attention {slot.name!r} cannot be served from this static cache: what it keeps grows with the text, "
-                "or the cache was filled before the swap; use the default cache"
-            )
-    elif layer.get_seq_length():
+    state = slot.new_state(room)
+    if state is None or (room is not None and not state.serves_fixed_length):
         return None
-    else:
-        state = None if needs_all_keys(module) else slot.new_state()
-    if state is None:
+    if layer.is_initialized and int(layer.get_seq_length()):
         return None
     state.recording = getattr(cache, RECORDING, False)
     cache.layers[index] = StateLayer(state, slot, max_length, layer)
     return cache.layers[index]
+
+
+def static_room(module: nn.Module, cache: Cache | None) -> int | None:
+    """How many keys the static layer has that holds a module's; None where it is of another kind."""
+    held: Any = getattr(cache, "self_attention_cache", cache)
+    index = getattr(module, "layer_idx", None)
+    if held is None or not isinstance(index, int) or not isinstance(layer := held.layers[index], StaticLayer):
+        return None
+    return layer.max_cache_len
+
+
+def refuse_static(module: nn.Module, slot: Attention) -> None:
+    """Raise the ValueError of a module whose mask does not tell which keys of a static layer are written."""
+    raise ValueError(
+        f"{type(module).__name__} attends with a mask of its own over all keys that a static cache has room for, and "
+        f"attention {slot.name!r} cannot tell from it where the text ends; use the default cache"
+    )
 
 
 def _tell(kind: type, name: str, state: Any) -> None:
@@ -252,9 +269,9 @@ _told: set[tuple[type, str]] = set()
 
 
 def needs_all_keys(module: nn.Module) -> bool:
-    """Whether a module computes with what its cache returns, lends it to others, or attends repeatedly."""
+    """Whether a module computes with what its cache returns, lends it to others, or attends to it twice (DiffLlama)."""
     lends = getattr(module, "store_full_length_kv", False)
-    return lends or biased(module) or hasattr(module, ORDINARY)
+    return lends or biased(module) or attends_repeatedly(type(module))  # type: ignore[arg-type]
 
 
 def give_up(module: nn.Module, cache: Cache) -> None:

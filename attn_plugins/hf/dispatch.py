@@ -107,31 +107,54 @@ class LazyMask(AttentionMask):
     def with_state(self, state: State) -> "LazyMask":
         """For the module whose state this is: the mask of its queries and of all tokens so far, whatever is cached.
 
-        Layers of one model share what is computed from it.
+        Layers of one model share what is computed from it. That of one token of a static cache is as long as the cache:
+        no shape and no number changes from token to token.
         """
-        seen = state.seen
-
-        def build() -> LazyMask:
-            queries, padding_BK = self.q_length, self.arguments["attention_mask"]
-            if state.fixed_length is not None and queries == 1:
-                padding_BK = self.padding_BK  # as long as the cache: no shape changes from token to token
-            elif padding_BK is not None:
-                padding_BK = nn.functional.pad(padding_BK, (0, max(0, seen + queries - padding_BK.shape[1])))
-                padding_BK = padding_BK[:, : seen + queries]
-                padding_BK = None if readable(padding_BK) and bool(padding_BK.all()) else padding_BK
-            sizes = {"kv_length": seen + queries, "kv_offset": 0, "q_offset": seen}
-            return self._copy(**sizes, padding_BK=padding_BK, first_B=None, fixed_length=False)
-
-        if self.kv_offset or self.fixed_length or self.q_offset != seen:
-            if not self.fixed_length and self.q_offset != seen:
+        one = self.fixed_length and self.q_length == 1
+        if not torch.compiler.is_compiling():
+            seen, before = state.seen, self.once("q_offset", lambda: int(self.q_offset))
+            if seen != before:
                 raise ValueError(
-                    f"the cache has seen {self.q_offset} tokens, and {seen} in the layer of this attention; it is of "
+                    f"the cache has seen {before} tokens, and {seen} in the layer of this attention; it is of "
                     "another model, or broken by an error in an earlier call"
                 )
-            whole = self.once(("whole", seen), build)
-        else:
-            whole = self
+        whole: LazyMask = self
+        if one:
+            whole = self.once(("one", state.fixed_length), lambda: self._for_one(state))
+        elif self.kv_offset or self.fixed_length:
+            whole = self.once("whole", lambda: self._for_all(state.seen))
         return whole.sent(state=state)
+
+    def _for_one(self, state: State) -> "LazyMask":
+        sizes: dict[str, Any] = {"kv_length": state.fixed_length, "kv_offset": 0}
+        return self._copy(**sizes, padding_BK=self.arguments["attention_mask"], first_B=None, fixed_length=False)
+
+    def _for_all(self, seen: int) -> "LazyMask":
+        number, padding_BK = seen + self.q_length, self.arguments["attention_mask"]
+        if padding_BK is not None:
+            padding_BK = nn.functional.pad(padding_BK, (0, max(0, number - padding_BK.shape[1])))[:, :number]
+            padding_BK = None if readable(padding_BK) and bool(padding_BK.all()) else padding_BK
+        sizes: dict[str, Any] = {"kv_length": number, "kv_offset": 0, "q_offset": seen}
+        return self._copy(**sizes, padding_BK=padding_BK, first_B=None, fixed_length=False)
+
+    def written(self) -> "LazyMask":
+        """The mask of the keys that a static cache holds so far: none of those after the last query's is written."""
+
+        def build() -> LazyMask:
+            q_offset = int(self.q_offset)
+            number = min(self.kv_length, q_offset + self.q_length - self.kv_offset)
+            padding_BK = None if self.padding_BK is None else self.padding_BK[:, :number]
+            sizes: dict[str, Any] = {"kv_length": number, "q_offset": q_offset}
+            return self._copy(**sizes, padding_BK=padding_BK, fixed_length=False)
+
+        return self.once("written", build)
+
+    def hiding_unwritten(self) -> "LazyMask":
+        """The mask of all keys of a static cache, in which those that are not written are padding."""
+        position = torch.arange(self.kv_length, device=self.device) + self.kv_offset
+        written_BK = (position < self.q_offset + self.q_length).unsqueeze(0)
+        padding_BK = written_BK if self.padding_BK is None else self.padding_BK & written_BK
+        return self._copy(padding_BK=padding_BK, fixed_length=False)
 
     def sent(self, **along: Any) -> "LazyMask":
         """The same mask, for one module, with what goes along; all share what is computed from it."""
@@ -176,6 +199,8 @@ def lazy_mask(
         return attention_mask  # prepared before the forward, as generate() does for static caches
     if isinstance(q_offset, torch.Tensor):
         q_offset = q_offset.clone()  # a static layer's own counter, which it moves on in this very forward
+        if attention_mask is not None and q_length == 1:
+            attention_mask = steady(attention_mask, q_offset, kv_length)
     arguments = {
         "batch_size": batch_size,
         "q_length": q_length,
@@ -221,6 +246,20 @@ def lazy_mask(
         device=device,
         arguments=arguments,
     )
+
+
+def steady(attention_mask: torch.Tensor, q_offset: torch.Tensor, kv_length: int) -> torch.Tensor | None:
+    """A mask of tokens that grows with each of them, in a shape that stays, so that one compiled step serves them all.
+
+    None where all tokens so far are real: what it says, or that it says nothing, is then the same for each.
+    """
+    number = attention_mask.shape[1]
+    if readable(attention_mask):
+        to_come = torch.arange(number, device=attention_mask.device) > q_offset.to(attention_mask.device)
+        if bool((attention_mask | to_come).all()):
+            return None
+    room = kv_length if kv_length >= number else 1 << (number - 1).bit_length()  # a sliding layer's, which has no end
+    return nn.functional.pad(attention_mask, (0, room - number))
 
 
 def attention_forward(
@@ -282,6 +321,16 @@ def attention_forward(
         # has pooled some (SegFormer) or added some (perceivers): then nothing says which key is where a query is.
         behind = isinstance(attention_mask, LazyMask) and attention_mask.last_queries
         cross = role == "cross" or (role == "encoder" and query.shape[2] != key.shape[2] and not behind)
+        static = isinstance(attention_mask, LazyMask) and attention_mask.fixed_length and not cross
+        if static and key.shape[2] == attention_mask.kv_length:
+            one = torch.compiler.is_compiling() and query.shape[2] == 1
+            if one and getattr(slot_of(module), "unwritten_keys", False):
+                attention_mask = attention_mask.hiding_unwritten()
+            else:
+                attention_mask = attention_mask.written()
+                number = attention_mask.kv_length
+                key, value = key[:, :, :number], value[:, :, :number]
+                position_bias = position_bias if position_bias is None else position_bias[..., :number]
         mask, bias = as_mask(attention_mask, query, key, causal=causal, cross=cross)
     if bias is not None:
         position_bias = bias if position_bias is None else position_bias + bias
@@ -352,8 +401,6 @@ def as_mask(
     """
     batch_size, q_length, kv_length, device = query.shape[0], query.shape[2], key.shape[2], query.device
     if isinstance(given, AttentionMask):
-        if getattr(given, "fixed_length", False) and not cross:
-            raise ValueError("this attention cannot be served from a static cache; use the default cache")
         if given.q_length == 1 and q_length > 1 and given.plain and not given.causal and given.segments_BK is None:
             given = given.for_queries(q_length)  # one row for all queries: padding, as in a tensor below (BridgeTower)
         if (given.q_length, given.kv_length) != (q_length, kv_length):

@@ -95,6 +95,8 @@ def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         by, texts_BN, anew = outer.by, outer.texts_BN, outer.anew
     elif text is None or named.get("cache") is not None or all(told is None for told in given[4:]):
         by, texts_BN, anew = "", None, False  # of paged caches, lengths tell the pages
+    elif torch.compiler.is_compiling() and text.shape[1] == 1:
+        by, texts_BN, anew = "", None, False  # no text begins within one token: nothing to compute in each step
     else:
         by, texts_BN, anew = read(*given)
     _running.telling = Telling(model, given, by, texts_BN, anew, outer)

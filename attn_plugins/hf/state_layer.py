@@ -43,6 +43,8 @@ class StateLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:
+        if self.state.fixed_length is not None:
+            return bool(self.state.tensors)  # known without the count, which a compiled step does not know
         return self.state.seen > 0
 
     @is_initialized.setter
@@ -108,8 +110,11 @@ class StateLayer(CacheLayerMixin):
             return self.instead.get_mask_sizes(query_length)
         return (self.state.seen + query_length if self.max_length < 0 else self.max_length), 0
 
-    def get_seq_length(self) -> int:
-        return self.state.seen
+    def get_seq_length(self) -> Any:
+        """As a static layer's: a tensor, which a compiled step takes for any number; a copy, which stays as it is."""
+        if self.state.fixed_length is None or not self.is_initialized:
+            return self.state.seen
+        return self.state.position + self.state.number_waiting
 
     def get_max_length(self) -> int:
         return self.max_length

@@ -74,16 +74,16 @@ class KeyBlocks(State):
         Args:
             weights: (G, kernel_size) of the keys and of the values in a compressed block.
         """
-        before, new = self.length, k_BGKD.shape[2]
+        new = k_BGKD.shape[2]
         self.padded = self.padded or mask.padding_BK is not None
-        self._make_room(k_BGKD, v_BGKV, before + new)
+        self._make_room(k_BGKD, v_BGKV, new)
         if not self.started:
             start_B = self.tensors["start"]
-            self.started = self.find_starts(start_B, mask, before + new)
+            self.started = self.find_starts(start_B, mask, new)
             if self.started and self.fixed_length is None:
                 first = int(start_B[0])
                 self.shared_start = first if bool((start_B == first).all()) else None
-        position = torch.arange(new, device=k_BGKD.device) + before
+        position = torch.arange(new, device=k_BGKD.device) + self.position
         self.put("k", 2, position, k_BGKD)
         self.put("v", 2, position, v_BGKV)
         if mask.padding_BK is None:
@@ -91,8 +91,8 @@ class KeyBlocks(State):
         else:
             real_BK = mask.padding_BK.index_select(1, position).expand(mask.batch_size, -1)
         self.put("real", 1, position, real_BK)
-        self.length += new
-        self._summarise(before, weights)
+        self.advance(new)
+        self._summarise(new, weights)
 
     def blocks_seen(self, stride: int, allocated: int) -> int:
         """Blocks at multiples of ``stride`` that may have begun; as many as ever will where shapes have to stay."""
@@ -101,7 +101,7 @@ class KeyBlocks(State):
     def last(self, number: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys, values and positions of the last tokens; positions are negative where a static cache has fewer."""
         if self.fixed_length is not None:
-            position = torch.arange(number, device=self.tensors["k"].device) + (self.length - number)
+            position = torch.arange(number, device=self.tensors["k"].device) + (self.position - number)
             k, v = (self.tensors[name].index_select(2, position.clamp(min=0)) for name in "kv")
             return k, v, position
         low = max(0, self.length - number)
@@ -112,9 +112,9 @@ class KeyBlocks(State):
         """(B,), 0 for rows that have had no real token."""
         return self.tensors["start"].clamp(min=0)
 
-    def _summarise(self, before: int, weights: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    def _summarise(self, new: int, weights: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         size = self.block_size
-        for index_BN, position_BNC in self._completed(size, size, before):
+        for index_BN, position_BNC in self._completed(size, size, new):
             real_BNC = _at(self.tensors["real"].unsqueeze(1).unsqueeze(3), position_BNC).squeeze(4)
             self._put_rows("filled", index_BN, real_BNC.any(dim=3))
             if self.kernel is None:
@@ -125,7 +125,7 @@ class KeyBlocks(State):
         if self.kernel is None:
             return
         assert weights is not None
-        for index_BM, position_BMC in self._completed(*self.kernel, before):
+        for index_BM, position_BMC in self._completed(*self.kernel, new):
             real_BMC = _at(self.tensors["real"].unsqueeze(1).unsqueeze(3), position_BMC).squeeze(4)
             self._put_rows("whole", index_BM, real_BMC.all(dim=3))
             for name, weight_GC in zip("kv", weights, strict=True):
@@ -134,9 +134,9 @@ class KeyBlocks(State):
                 summed = torch.einsum("bgmcd,gc->bgmd", x, weight_GC.to(held.dtype))
                 self._put_rows(f"{name}_compressed", index_BM, summed)
 
-    def _completed(self, size: int, stride: int, before: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(B, N) numbers and (B, N, size) keys of the blocks whose last key may have come since ``before``."""
-        number = (self.length - before - 1) // stride + 1
+    def _completed(self, size: int, stride: int, new: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(B, N) numbers and (B, N, size) keys of the blocks whose last key may be one of the ``new`` last ones."""
+        number, before = (new - 1) // stride + 1, self.position - new
         if self.fixed_length is None and self.shared_start is not None:
             reach = self.shared_start + size - 1
             number = (self.length - 1 - reach) // stride - max(0, -((reach - before) // stride)) + 1
@@ -151,8 +151,11 @@ class KeyBlocks(State):
             position_BNC = begin_BN1 + torch.arange(size, device=begin_BN1.device)
             yield index_BN, position_BNC.clamp(max=self.tensors["k"].shape[2] - 1)
 
-    def _make_room(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, tokens: int) -> None:
+    def _make_room(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, new: int) -> None:
         held = self.tensors["k"].shape[2] if self.tensors else 0
+        if held and self.fixed_length is not None:
+            return
+        tokens = self.length + new
         if tokens <= held:
             return
         room = max(ROOM, 2 * held, tokens) if self.fixed_length is None else self.fixed_length
@@ -335,7 +338,7 @@ def attention_from_blocks(
     queries = q_BHQD.shape[2]
     state.take(k_BGKD, v_BGKV, mask, weights)
     if queries <= FEW:
-        position_Q = torch.arange(queries, device=q_BHQD.device) + (state.length - queries)
+        position_Q = torch.arange(queries, device=q_BHQD.device) + (state.position - queries)
         return attend_few(q_BHQD, position_Q, state, **options).to(v_BGKV.dtype)
     if state.length > k_BGKD.shape[2]:
         k_BGKD, v_BGKV = (state.tensors[name][:, :, : state.length] for name in "kv")

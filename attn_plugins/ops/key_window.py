@@ -59,12 +59,14 @@ class KeyWindow(State):
     def full(self) -> bool:
         """Whether every place is taken by another token, for sure: where there was padding nothing is."""
         places = self.tensors["k"].shape[2]
-        return not self.padded and places == self.num_first + self.size and self.length >= places
+        if self.fixed_length is not None or self.padded or places != self.num_first + self.size:
+            return False
+        return self.length >= places
 
-    def ring(self, tokens: int) -> int:
-        """Places of the ring once ``tokens`` have come."""
+    def ring(self, number: int) -> int:
+        """Places of the ring once ``number`` more tokens have come."""
         held = self.tensors["k"].shape[2] - self.num_first if self.tensors else 0
-        if self.fixed_length is not None or tokens >= self.size:
+        if self.fixed_length is not None or (tokens := self.length + number) >= self.size:
             return self.size
         return held if tokens <= held else min(self.size, max(GROWTH, 2 * held, tokens))
 
@@ -73,22 +75,22 @@ class KeyWindow(State):
         new = k_BGKD.shape[2]
         self.meet(k_BGKD, v_BGKV, mask)
         size = self.tensors["k"].shape[2] - self.num_first
-        position = torch.arange(new, device=k_BGKD.device) + self.length
+        position = torch.arange(new, device=k_BGKD.device) + self.position
         real_BK = self._real(mask, position)
         last = slice(max(0, new - size), None)
         index = position[last] % size + self.num_first
         self.put("k", 2, index, k_BGKD[:, :, last])
         self.put("v", 2, index, v_BGKV[:, :, last])
         self.put("real", 1, index, real_BK[:, last])
-        self.length += new
+        self.advance(new)
 
     def meet(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         """Take out of the next tokens what are first ones, and make room for the others. Does no harm twice."""
         new = k_BGKD.shape[2]
         self.padded = self.padded or mask.padding_BK is not None
-        self._make_room(k_BGKD, v_BGKV, self.ring(self.length + new))
+        self._make_room(k_BGKD, v_BGKV, self.ring(new))
         if not self.started:
-            self.started = self.find_starts(self.tensors["start"], mask, self.length + new)
+            self.started = self.find_starts(self.tensors["start"], mask, new)
         if self.num_first and not self.complete:
             self._take_first(k_BGKD, v_BGKV, mask)
 
@@ -102,7 +104,7 @@ class KeyWindow(State):
         To be called after the tokens of these queries were met and before they are taken in.
         """
         start_B, queries, last = self.tensors["start"], q_BHQD.shape[2], self.num_first + self.size - 1
-        index = (start_B + last - (mask.kv_length - queries)).view(-1, 1, 1)
+        index = (start_B + last - mask.q_offset).view(-1, 1, 1)
         here = (index >= 0) & (index < queries) & (start_B >= 0).view(-1, 1, 1)
         for name, table in (("cos", rotary.cos_BQR), ("sin", rotary.sin_BQR)):
             table = table.expand(len(start_B), -1, -1)
@@ -116,9 +118,9 @@ class KeyWindow(State):
         """The mask of the keys in ``tensors``, in their order."""
         size = self.tensors["k"].shape[2] - self.num_first
         place = torch.arange(size, device=mask.device)
-        last = self.length - 1
+        last = self.position - 1
         position = last - (last - place) % size
-        return self._mask(mask, position, self.tensors["real"][:, self.num_first :], max(0, self.length - size))
+        return self._mask(mask, position, self.tensors["real"][:, self.num_first :], self.position - size)
 
     def followed_by(
         self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask
@@ -140,7 +142,7 @@ class KeyWindow(State):
         )
         return torch.cat([k, k_BGKD], dim=2), torch.cat([v, v_BGKV], dim=2), both
 
-    def _mask(self, mask: AttentionMask, position: torch.Tensor, real_BK: torch.Tensor, oldest: int) -> AttentionMask:
+    def _mask(self, mask: AttentionMask, position: torch.Tensor, real_BK: torch.Tensor, oldest: Any) -> AttentionMask:
         """Of the first keys, as far as they are older than ``oldest``, and of those at ``position``."""
         start_B, rows = self.tensors["start"], slice(None) if self.padded else slice(1)
         first = start_B[rows].unsqueeze(1) + torch.arange(self.num_first, device=start_B.device)
@@ -173,8 +175,8 @@ class KeyWindow(State):
 
     def _take_first(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         start_B, new = self.tensors["start"], k_BGKD.shape[2]
-        real_BK = self._real(mask, torch.arange(new, device=k_BGKD.device) + self.length)
-        index = start_B.unsqueeze(1) + torch.arange(self.num_first, device=start_B.device) - self.length
+        real_BK = self._real(mask, torch.arange(new, device=k_BGKD.device) + self.position)
+        index = start_B.unsqueeze(1) + torch.arange(self.num_first, device=start_B.device) - self.position
         here = (index >= 0) & (index < new) & (start_B >= 0).unsqueeze(1)
         index = index.clamp(0, new - 1)
         for name, x in (("k", k_BGKD), ("v", v_BGKV)):
@@ -183,7 +185,8 @@ class KeyWindow(State):
             self.put(name, 2, torch.arange(self.num_first, device=x.device), first)
         real = torch.where(here, real_BK.gather(1, index), self.tensors["real"][:, : self.num_first])
         self.put("real", 1, torch.arange(self.num_first, device=real.device), real)
-        self.complete = self.started and bool((start_B + self.num_first <= self.length + new).all())
+        if self.started and not torch.compiler.is_compiling():
+            self.complete = bool((start_B + self.num_first <= self.length + new).all())
 
     def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return (self.tensors["k"], self.tensors["v"]) if self.tensors else super().like()

@@ -135,7 +135,7 @@ def linear_attention_from(
     """
 
     def piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        prepared, real_BK = prepare(q, k, mask, scale, state.length), state.real(mask, k.shape[2])
+        prepared, real_BK = prepare(q, k, mask, scale, state.position), state.real(mask, k.shape[2])
         held = state.start(k, v, **sums_shapes(prepared, v))
         (q, k, options), (w_q, w_k), before = prepared, projections(prepared), (held["sums"], held.get("level"))
         feature_map, eps = options["feature_map"], options["eps"]

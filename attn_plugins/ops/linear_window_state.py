@@ -110,7 +110,7 @@ def _places(mask: AttentionMask, state: Sums) -> tuple[torch.Tensor, torch.Tenso
     """Where the next token goes, (1,), and, each for B or 1 rows, which places then hold a key that is no padding,
     and whether the one there before was one, (., 1)."""
     window = state.window
-    now = torch.arange(1, device=mask.device) + state.length
+    now = torch.arange(1, device=mask.device) + state.position
     place = torch.arange(window, device=mask.device)
     position = torch.cat([now - (now - place) % window, now - window])
     real = (position >= 0).unsqueeze(0)

@@ -62,13 +62,13 @@ class Sums(State):
                 self.tensors[name] = x
             else:
                 held.copy_(x)
-        self.length += number
+        self.advance(number)
 
     def real(self, mask: AttentionMask, number: int) -> torch.Tensor | None:
         """Which of the next ``number`` tokens are no padding, (B, number); None if all are."""
         if mask.padding_BK is None:
             return None
-        position = torch.arange(number, device=mask.padding_BK.device) + self.length
+        position = torch.arange(number, device=mask.padding_BK.device) + self.position
         return mask.padding_BK.index_select(1, position).expand(mask.batch_size, -1)
 
     def reset(self) -> None:
@@ -78,8 +78,13 @@ class Sums(State):
 
     def check(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         super().check(q_BHQD, k_BGKD, v_BGKV, mask)
-        if self.max_length is not None and mask.kv_length > self.max_length:
-            check_length(int(row_positions(mask, mask.kv_length - 1, 1).max()) + 1, self.max_length)
+        if self.max_length is None or mask.kv_length <= self.max_length:
+            return
+        last = row_positions(mask, self.position + self.number_waiting + k_BGKD.shape[2] - 1, 1).max()
+        if torch.compiler.is_compiling():
+            torch._assert_async(last < self.max_length, "feature_map='cosformer' got more tokens than its max_length")
+        else:
+            check_length(int(last) + 1, self.max_length)
 
     def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         return (self.tensors["k"], self.tensors["v"]) if self.tensors else super().like()

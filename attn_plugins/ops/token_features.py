@@ -7,7 +7,7 @@ entry where something is to be added to what is projected: a 1 for a bias.
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -153,7 +153,7 @@ def check_length(longest: int, max_length: int) -> None:
         )
 
 
-def row_positions(mask: AttentionMask, since: int, number: int) -> torch.Tensor:
+def row_positions(mask: AttentionMask, since: Any, number: int) -> torch.Tensor:
     """How far ``number`` tokens, from the one at ``since`` on, are from their row's first real one, (B or 1, number).
 
     For rows without segments, whose mask may tell of tokens to come.

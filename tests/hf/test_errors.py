@@ -145,12 +145,6 @@ def test_a_reference_model_of_a_swapped_ones_name_is_told_what_to_be_given(tmp_p
     assert torch.equal(tiny.output(reference, tiny.inputs("llama")), tiny.output(policy, tiny.inputs("llama")))
 
 
-def test_static_caches_are_refused_by_attentions_that_keep_all_keys():
-    model = ap.swap_attention(tiny.build("llama"), "softmax", layers=0)
-    with pytest.raises(ValueError, match=r"'softmax' cannot be served from this static cache.*use the default cache"):
-        model.generate(**tiny.inputs("llama"), max_new_tokens=4, cache_implementation="static")
-
-
 def test_a_mask_of_another_size():
     model = ap.swap_attention(tiny.build("llama"), "softmax")
     layer, hidden = model.model.layers[0].self_attn, torch.randn(1, 5, 32)

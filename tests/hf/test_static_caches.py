@@ -4,8 +4,16 @@ import pytest
 import tiny
 import torch
 from test_caches import BOUNDED, LOCAL, prompt, uncached
-from test_generation import GREEDY, flag, serves, swapped
-from transformers import CompileConfig, DynamicCache, EncoderDecoderCache, StaticCache
+from test_generation import CAUSAL, GREEDY, flag, serves, swapped
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    CompileConfig,
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+)
+from transformers.cache_utils import StaticLayer
 
 import attn_plugins as ap
 from attn_plugins.hf.dispatch import slot_of
@@ -16,16 +24,21 @@ STATIC = [
     for name in BOUNDED
     if slot_of(swapped(name, "llama").model.layers[0].self_attn).new_state(99).serves_fixed_length
 ]
-SOME = {("local", 1), ("linear", "all")}
+SOME = {("local", 1), ("linear", "all"), ("softmax", "all")}
 """What is compiled in the default run: a hybrid, and a state; the others are slow."""
 
 
-@pytest.mark.parametrize("model_name", ["llama", "gpt2", "gemma3", "bart"])
-@pytest.mark.parametrize("name", STATIC)
+SERVED = [
+    (name, model_name)
+    for name in CAUSAL
+    for model_name in (["llama", "gpt2", "gemma3", "bart"] if name in STATIC else ["llama", "gemma3"])
+    if serves(name, model_name)
+]
+
+
+@pytest.mark.parametrize(("name", "model_name"), SERVED)
 @torch.no_grad()
 def test_static_caches(name, model_name):
-    if not serves(name, model_name):
-        pytest.skip(f"{name} does not serve {model_name}")
     model, given = swapped(name, model_name), tiny.inputs(model_name)
     given.pop("decoder_input_ids", None)
     for how in ({}, {"num_beams": 3}):
@@ -34,7 +47,56 @@ def test_static_caches(name, model_name):
         cache = made.past_key_values
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         assert isinstance(cache, StaticCache)
-        assert all(isinstance(layer, StateLayer) for layer in cache.layers)
+        assert all(isinstance(layer, StateLayer if name in STATIC else StaticLayer) for layer in cache.layers)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_pieces_through_static_caches(name):
+    for layers in ("all", [1]):
+        model, given = ap.swap_attention(tiny.build("llama"), {**flag(name), "layers": layers}), prompt(length=17)
+        want = model(given["input_ids"], use_cache=False).logits
+        for sizes in ((17,), (1, 16), (5, 4, 1, 1, 6)):
+            cache = StaticCache(config=model.config, max_cache_len=24)
+            parts = [model(part, past_key_values=cache).logits for part in given["input_ids"].split(sizes, dim=1)]
+            torch.testing.assert_close(torch.cat(parts, dim=1), want, atol=1e-4, rtol=1e-4)
+            assert int(cache.get_seq_length()) == 17
+
+
+@pytest.mark.parametrize("name", ["local", "strided", "softmax", "sigmoid"])
+@torch.no_grad()
+def test_biases_that_grow_with_the_text_and_static_caches(name):
+    config = BloomConfig(vocab_size=tiny.VOCABULARY, hidden_size=32, n_layer=2, n_head=4, **tiny.SPECIAL)
+    torch.manual_seed(0)
+    model, given = ap.swap_attention(BloomForCausalLM(config).eval(), flag(name)), prompt(batch=2)
+    assert torch.equal(model.generate(**given, **GREEDY, cache_implementation="static"), uncached(model, given))
+
+
+@torch.no_grad()
+def test_static_caches_of_models_that_bring_their_own_mask():
+    given = tiny.inputs("t5")
+    given.pop("decoder_input_ids")
+    model = swapped("softmax", "t5")
+    assert torch.equal(model.generate(**given, **GREEDY, cache_implementation="static"), uncached(model, given))
+    with pytest.raises(ValueError, match=r"T5Attention attends with a mask of its own .* use the default cache"):
+        swapped("local", "t5").generate(**given, **GREEDY, cache_implementation="static")
+    model, given = ap.swap_attention(tiny.build("llama"), {"type": "strided", "layers": [1]}), prompt()
+    touch = lambda module, args, kwargs: (args, {**kwargs, "attention_mask": kwargs["attention_mask"] & True})  # noqa: E731
+    model.model.layers[1].self_attn.register_forward_pre_hook(touch, with_kwargs=True)
+    with pytest.raises(
+        ValueError, match=r"LlamaAttention attends with a mask of its own .* attention 'strided' cannot"
+    ):
+        model.generate(**given, **GREEDY, cache_implementation="static")
+
+
+@torch.no_grad()
+def test_a_cache_filled_before_the_swap_goes_on_static_too():
+    model, given = tiny.build("llama"), prompt()
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    model(**given, past_key_values=cache)
+    ap.swap_attention(model, "local", window_size=64)
+    want = model(torch.cat([given["input_ids"], torch.tensor([[5]])], dim=1), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(model(torch.tensor([[5]]), past_key_values=cache).logits, want, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -90,28 +152,87 @@ def compiled(backend):
     return how
 
 
+ONE_GRAPH = [*STATIC, *(name for name in CAUSAL if ap.get_attention(name).unwritten_keys)]
 COMPILED = [
     pytest.param(name, layers, marks=() if (name, layers) in SOME else pytest.mark.slow)
-    for name in STATIC
+    for name in ONE_GRAPH
     for layers in ("all", 1)
 ]
 
 
+def graphs_of(model, given, backend="eager", **how):
+    """What a model generates from a static cache, compiled, and the number of graphs that took."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    made = model.generate(**given, **GREEDY, **how, cache_implementation="static", compile_config=compiled(backend))
+    return made, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 @pytest.mark.parametrize(("name", "layers"), COMPILED)
 @torch.no_grad()
-def test_a_compiled_decode_step_gives_the_tokens_of_an_eager_one_without_a_graph_break(name, layers):
+def test_one_graph_without_a_break_serves_every_decode_step(name, layers):
+    model = ap.swap_attention(tiny.build("llama"), {**flag(name), "layers": layers})
+    for padded in (True, False):
+        given = tiny.inputs("llama", length=8, padded=padded)
+        made, graphs = graphs_of(model, given)
+        assert torch.equal(made, uncached(model, given))
+        assert graphs == 1
+
+
+@torch.no_grad()
+def test_a_decode_step_is_compiled_before_the_first_keys_of_all_rows_are_there():
+    model = ap.swap_attention(tiny.build("llama"), {"type": "local", "window_size": 2, "num_sink_tokens": 6})
+    given = tiny.inputs("llama", length=3, padded=False)
+    given["attention_mask"][0, :2] = 0
+    made, graphs = graphs_of(model, given)
+    assert torch.equal(made, uncached(model, given))
+    assert graphs == 1
+
+
+@torch.no_grad()
+def test_a_forward_that_a_user_compiles_takes_one_graph_and_no_token_too_many():
     torch.compiler.reset()
-    model, given = ap.swap_attention(tiny.build("llama"), {**flag(name), "layers": layers}), prompt(batch=2)
-    how = {"cache_implementation": "static", "compile_config": compiled("eager")}
-    assert torch.equal(model.generate(**given, **GREEDY, **how), uncached(model, given))
+    torch._dynamo.utils.counters.clear()
+    for rules in (LOCAL, "softmax"):
+        model, ids = ap.swap_attention(tiny.build("llama"), rules), prompt(length=17)["input_ids"]
+        cache, want = StaticCache(config=model.config, max_cache_len=17), model(ids, use_cache=False).logits
+        model(ids[:, :10], past_key_values=cache)
+        step = torch.compile(model, backend="eager", fullgraph=True)
+        for at in range(10, 17):
+            positions = torch.tensor([[at]])
+            got = step(ids[:, at : at + 1], position_ids=positions, past_key_values=cache).logits
+            torch.testing.assert_close(got, want[:, at : at + 1], atol=1e-4, rtol=1e-4)
+        with pytest.raises((RuntimeError, IndexError), match=r"has no room for more tokens|out of bounds"):
+            step(ids[:, -1:], position_ids=torch.tensor([[17]]), past_key_values=cache)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@torch.no_grad()
+def test_attentions_that_need_the_written_keys_alone_are_right_in_a_compiled_step():
+    model, given, how = ap.swap_attention(tiny.build("llama"), "strided"), prompt(), compiled("eager")
+    how.fullgraph = False
+    torch.compiler.reset()
+    made = model.generate(**given, **GREEDY, cache_implementation="static", compile_config=how)
+    assert torch.equal(made, uncached(model, given))
+
+
+@torch.no_grad()
+def test_a_step_goes_on_eagerly_after_compiled_ones():
+    model, given = ap.swap_attention(tiny.build("llama"), LOCAL), prompt()
+    cache = StaticCache(config=model.config, max_cache_len=30)
+    first = model.generate(**given, **GREEDY, past_key_values=cache, compile_config=compiled("eager"))
+    assert [int(layer.state.length) for layer in cache.layers] == [18] * 3
+    asked = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
+    again = {"input_ids": asked, "attention_mask": torch.ones_like(asked)}
+    assert torch.equal(model.generate(**again, **GREEDY, past_key_values=cache), uncached(model, again))
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, by parts of torch that inductor imports
-@pytest.mark.parametrize("name", STATIC)
+@pytest.mark.parametrize("name", ONE_GRAPH)
 @torch.no_grad()
 def test_a_decode_step_compiled_by_inductor(name):
-    torch.compiler.reset()
     model, given = swapped(name, "llama"), prompt(batch=2)
-    how = {"cache_implementation": "static", "compile_config": compiled("inductor")}
-    assert torch.equal(model.generate(**given, **GREEDY, **how), uncached(model, given))
+    made, graphs = graphs_of(model, given, "inductor")
+    assert torch.equal(made, uncached(model, given))
+    assert graphs == 1
