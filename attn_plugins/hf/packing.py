@@ -258,7 +258,10 @@ def _text_positions(positions: Any, length: int) -> torch.Tensor | None:
 
 
 def _fallen(positions_BN: torch.Tensor, real_BN: torch.Tensor | None) -> torch.Tensor:
-    """True at real tokens whose position is less than that of the real one before, or again the row's least."""
+    """True at real tokens whose position is less than that of the real one before, or again the row's least.
+
+    One position for all tokens of a batch is what models give that have no positions (Decision Transformer's GPT-2).
+    """
     real_BN = torch.ones_like(positions_BN, dtype=torch.bool) if real_BN is None else real_BN
     positions_BN, real_BN = torch.broadcast_tensors(positions_BN, real_BN)
     index_BN = torch.arange(positions_BN.shape[1], device=positions_BN.device).expand_as(positions_BN)
@@ -266,7 +269,8 @@ def _fallen(positions_BN: torch.Tensor, real_BN: torch.Tensor | None) -> torch.T
     last_BN = nn.functional.pad(last_BN[:, :-1], (1, 0), value=-1)
     before_BN = positions_BN.gather(1, last_BN.clamp(min=0))
     least_B1 = positions_BN.masked_fill(~real_BN, torch.iinfo(positions_BN.dtype).max).amin(dim=1, keepdim=True)
-    return real_BN & (last_BN >= 0) & ((positions_BN < before_BN) | (positions_BN == least_B1))
+    told = (real_BN & (positions_BN != least_B1)).any()
+    return told & real_BN & (last_BN >= 0) & ((positions_BN < before_BN) | (positions_BN == least_B1))
 
 
 def _starts_of_lengths(queries: Any, keys: Any, rows: int, length: int) -> torch.Tensor | None:

@@ -307,6 +307,15 @@ def test_a_models_own_chunks_are_counted_from_each_text():
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_one_position_for_all_tokens_tells_nothing():
+    """Decision Transformer gives its GPT-2 zeros, since it has no positions."""
+    model, given = tiny.build("gpt2"), tiny.inputs("gpt2")
+    given["position_ids"] = torch.zeros_like(given["input_ids"])
+    own = tiny.output(model, given)
+    torch.testing.assert_close(tiny.output(ap.swap_attention(model, "softmax"), given), own, **CLOSE)
+
+
 def test_images_positions_are_no_texts():
     """Models of images and text pass three positions a token, four where they tell of texts too."""
     row = pack()
