@@ -39,13 +39,17 @@ _calls: dict[type[nn.Module], Call | None] = {}
 
 def _call_of(cls: type[nn.Module]) -> Call | None:
     functions = functions_of(cls)
-    used = [held for function in functions for held in _held(cls, function)]
-    interface = next((held for held in used if isinstance(held, AttentionInterface)), None)
-    if interface is None:
+    used = {function: _held(cls, function) for function in functions}
+    asking = [f for f in functions if any(isinstance(held, AttentionInterface) for held in used[f])]
+    if not asking:
         return None
-    usual = next((f.__globals__[USUAL] for f in functions if USUAL in f.__globals__), None)
-    others = (held for held in used if inspect.isfunction(held) and _attends(held))
-    return Call(interface, usual or next(others, None))
+    interface = next(held for held in used[asking[0]] if isinstance(held, AttentionInterface))
+    for near in (asking, functions):  # a function of another file that it calls has another eager attention beside it
+        usual = next((f.__globals__[USUAL] for f in near if USUAL in f.__globals__), None)
+        others = (held for f in near for held in used[f] if inspect.isfunction(held) and _attends(held))
+        if (eager := usual or next(others, None)) is not None:
+            return Call(interface, eager)
+    return Call(interface, None)
 
 
 def functions_of(cls: Any) -> list[types.FunctionType]:

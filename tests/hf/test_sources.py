@@ -97,7 +97,7 @@ def test_attending_twice_from_one_state_is_refused_where_the_code_did_not_tell(m
         return dispatch.attention_forward(module, *args, **kwargs)
 
     model, given = ap.swap_attention(tiny.build("llama"), "local"), tiny.inputs("llama")
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, dispatch.IMPLEMENTATION, attend_twice)
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *_: attend_twice)
     model(**given, use_cache=False)
     with pytest.raises(ValueError, match=r"LlamaAttention calls its attention more than once .*; allowed: once"):
         model(**given, use_cache=True)
