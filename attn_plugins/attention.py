@@ -109,6 +109,10 @@ class Attention(nn.Module):
     """Without weights, a head does the same whichever and among however many it is, as under tensor parallelism."""
     subquadratic: ClassVar[bool] = True
     """``attend`` never holds a tensor of Q x K elements."""
+    clean_padding: ClassVar[bool] = False
+    """In its fast form infinities and NaN at padded positions stay there.
+
+    Elsewhere, as in torch's own attention and in every reference form, they meet a weight of 0, which gives NaN."""
     any_length: ClassVar[bool] = True
     """Serves sequences of every length; else it raises a ValueError for those that it cannot, such as a part of a grid.
 

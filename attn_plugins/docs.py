@@ -136,6 +136,11 @@ def page(measured: Path) -> str:
         "training. Methods that define none run without it, and a warning says so where the model asks for it, once,",
         "when it is swapped.",
         "",
+        "Infinities and NaN at padded positions stay there in the fast forms of "
+        + ", ".join(sorted(f"`{a.name}`" for a in own if a.clean_padding))
+        + ". Elsewhere they",
+        "reach real tokens, as in torch's own attention: a weight of 0 times NaN is NaN. Models put numbers there.",
+        "",
         "`pays from` is the length in tokens from which every round was faster than torch's own attention, which is",
         "`scaled_dot_product_attention`:",
         f"forward and backward together, the attention alone: {'; '.join(measured_on(results))}.",

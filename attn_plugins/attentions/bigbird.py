@@ -59,7 +59,7 @@ class BigBirdAttention(Attention):
             self.require(self.num_random_blocks >= 0, "num_random_blocks", "an integer from 0 on")
             self.require(self.num_global_blocks >= 0, "num_global_blocks", "an integer from 0 on")
             self.require(window >= 1 and window % 2 == 1, "num_sliding_window_blocks", "an odd integer from 1 on")
-            self.require(self.seed >= 0, "seed", "an integer from 0 on")
+            self.require(self.seed >= 0, "seed", "an integer from 0 to 2**63 - 1")
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)

@@ -30,6 +30,7 @@ class BlockTopkAttention(Attention):
     paper = "Lu et al. 2025, MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv:2502.13189"
     when = "For decoders with long contexts: every query finds its own far blocks, without new weights."
     causal = bidirectional = segments = dropout = True
+    clean_padding = True
     limit: ClassVar = {"block_size": 10, "topk": 5}
     examples = ({"block_size": 4, "topk": 2}, {"block_size": 3, "topk": 4}, {"block_size": 5, "topk": 1})
 

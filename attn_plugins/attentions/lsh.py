@@ -34,6 +34,7 @@ class LSHAttention(Attention):
     paper = "Kitaev et al. 2020, Reformer: The Efficient Transformer, arXiv:2001.04451, section 2"
     when = "Where similar keys lie far apart and anywhere, and enough rounds of hashing can be paid for."
     causal = bidirectional = segments = dropout = True
+    clean_padding = True
     symbolic_length = True
     examples = (
         {"num_buckets": 4, "num_hashes": 2, "bucket_size": 3},

@@ -33,6 +33,7 @@ class VerticalSlashAttention(Attention):
     paper = "Jiang et al. 2024, MInference 1.0, arXiv:2407.02490, algorithm 2"
     when = "For encoders whose weights gather on a few keys and a few distances."
     bidirectional = dropout = True
+    clean_padding = True
     limit: ClassVar = {"vertical_size": 50}
     examples = (
         {"vertical_size": 3, "slash_size": 4, "last_q": 7},

@@ -110,7 +110,8 @@ def choose_blocks(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, blocks: Blocks, to
         ]
         .view(batch, groups, number, -1, k_BGKD.shape[-1])
     )
-    means_BGND = torch.einsum("bgncd,bnc->bgnd", keys, blocks.real_BNC.to(dtype)) / count.clamp(min=1).unsqueeze(-1)
+    keys = keys.masked_fill_(~blocks.real_BNC[:, None, ..., None], 0.0)  # padding may hold anything
+    means_BGND = keys.sum(dim=3) / count.clamp(min=1).unsqueeze(-1)
     # A few queries at a time: the comparison of all queries with all blocks is the one thing here that is quadratic.
     step = max(1, SCORES_AT_ONCE // (batch * heads * number))
     for low in range(0, queries, step):
