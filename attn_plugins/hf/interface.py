@@ -108,7 +108,7 @@ def _own(cls: type) -> tuple[type, ...]:
 
 def _general(function: types.FunctionType) -> bool:
     """Whether a function is of a library that knows no single model."""
-    top, _, rest = function.__module__.partition(".")
+    top, _, rest = (function.__module__ or "").partition(".")  # exec may give none
     return top in GENERAL or (top == "transformers" and not rest.startswith("models."))
 
 

@@ -181,6 +181,18 @@ class Partly(Helped):
         return partly(self, *args, scaling=self.scaling)
 
 
+nowhere: dict[str, Any] = {"dispatch": dispatch}
+exec("def somewhere(module, *args, **kwargs):\n    return dispatch(module, *args, **kwargs)", nowhere)
+somewhere = nowhere["somewhere"]
+
+
+class Nowhere(Helped):
+    """A function that is of no module calls the interface."""
+
+    def attend(self, *args: Any) -> Any:
+        return somewhere(self, *args, scaling=self.scaling)
+
+
 class Inline(Helped):
     """It computes attention itself."""
 
@@ -190,7 +202,7 @@ class Inline(Helped):
 
 OWN = [
     *(Helped, Aliased, Delegating, Inheriting, Decorated, Nested),
-    *(Dotted, FarDotted, Asking, Importing, Holding, Defaulting, enclosed(KERNELS), Elsewhere, Partly),
+    *(Dotted, FarDotted, Asking, Importing, Holding, Defaulting, enclosed(KERNELS), Elsewhere, Partly, Nowhere),
 ]
 
 
