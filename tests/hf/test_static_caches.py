@@ -78,15 +78,15 @@ def test_static_caches_of_models_that_bring_their_own_mask():
     given.pop("decoder_input_ids")
     model = swapped("softmax", "t5")
     assert torch.equal(model.generate(**given, **GREEDY, cache_implementation="static"), uncached(model, given))
-    with pytest.raises(ValueError, match=r"T5Attention attends with a mask of its own .* use the default cache"):
-        swapped("local", "t5").generate(**given, **GREEDY, cache_implementation="static")
-    model, given = ap.swap_attention(tiny.build("llama"), {"type": "strided", "layers": [1]}), prompt()
-    touch = lambda module, args, kwargs: (args, {**kwargs, "attention_mask": kwargs["attention_mask"] & True})  # noqa: E731
-    model.model.layers[1].self_attn.register_forward_pre_hook(touch, with_kwargs=True)
-    with pytest.raises(
-        ValueError, match=r"LlamaAttention attends with a mask of its own .* attention 'strided' cannot"
-    ):
-        model.generate(**given, **GREEDY, cache_implementation="static")
+    touched = lambda module, args, kwargs: (args, {**kwargs, "attention_mask": kwargs["attention_mask"] & True})  # noqa: E731
+    for prepend in (True, False):  # made before the bridge sees a mask, and of the bridge's mask
+        model, given = ap.swap_attention(tiny.build("llama"), {"type": "strided", "layers": [1]}), prompt()
+        module = model.model.layers[1].self_attn
+        module.register_forward_pre_hook(touched, with_kwargs=True, prepend=prepend)
+        with pytest.raises(
+            ValueError, match=r"LlamaAttention attends with a mask of its own .* attention 'strided' cannot"
+        ):
+            model.generate(**given, **GREEDY, cache_implementation="static")
 
 
 @torch.no_grad()
