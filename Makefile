@@ -3,12 +3,15 @@
 #   PYTHON=python3  the interpreter that makes it, 3.10 or newer
 #   TORCH_INDEX=    address of an extra package index, for PyTorch's CPU wheels; also from the environment
 #   WORKERS=2       processes that run tests
+#   ROUNDS=200      inputs that each fuzz test tries; SEED= chooses them, and is printed
 
 VENV = .venv
 PYTHON = python3
 TORCH_INDEX ?=
 WORKERS = 2
 NAME =
+ROUNDS = 200
+SEED := $(shell date +%s)
 
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin
@@ -21,7 +24,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-peers test-oldest test-architectures architectures demo bench bench-decode gpu-check docs try wheel clean
+.PHONY: help setup fix check test test-slow test-real test-peers test-oldest test-architectures fuzz architectures demo bench bench-decode gpu-check docs try wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -66,6 +69,10 @@ test-peers: setup ## numbers beside published implementations; installs them int
 
 test-architectures: setup ## the flag on every model type of transformers: minutes
 	$(PYTEST) -m architectures
+
+fuzz: setup ## random flags, shapes, schedules of caches and damaged files; ROUNDS=200 and SEED= choose how many and which
+	@echo "seed $(SEED): make fuzz ROUNDS=$(ROUNDS) SEED=$(SEED) runs the same again"
+	ATTN_PLUGINS_FUZZ_ROUNDS=$(ROUNDS) $(PYTEST) -m fuzz --hypothesis-seed=$(SEED) tests/fuzz
 
 test-oldest: $(OLDEST)/.installed ## tests of the bridge on the oldest transformers that is supported
 	$(call PYTEST_IN,$(OLDEST)) tests/hf tests/architectures
