@@ -203,7 +203,19 @@ class AttentionMask:
         def build() -> torch.Tensor:
             q_index = torch.arange(self.q_length, device=self.device).view(1, -1, 1)
             k_index = torch.arange(self.kv_length, device=self.device).view(1, 1, -1)
-            return self.visible(q_index, k_index).unsqueeze(1)
+            if self.dense_BQK is not None or not self.plain:
+                return self.visible(q_index, k_index).unsqueeze(1)
+            # All pairs: tables broadcast as they are. Gathers by index cost more, and a compiler checks their bounds.
+            seen = torch.ones(1, self.q_length, self.kv_length, dtype=torch.bool, device=self.device)
+            if self.causal:
+                keys = k_index + self.kv_offset if self.positions_BK is None else self.positions_BK.unsqueeze(1)
+                seen = seen & (keys <= q_index + self.q_offset)
+            if self.segments_BK is not None:
+                own_BQ = self.segments_BK[:, self.kv_length - self.q_length :]
+                seen = seen & (own_BQ.unsqueeze(2) == self.segments_BK.unsqueeze(1))
+            if self.padding_BK is not None:
+                seen = seen & self.padding_BK.unsqueeze(1)
+            return seen.unsqueeze(1)
 
         return self.once("dense", build)
 
