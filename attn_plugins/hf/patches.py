@@ -15,7 +15,6 @@ import transformers
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
-from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 
 from attn_plugins.after_import import once_imported
@@ -51,9 +50,7 @@ def install() -> None:
     # classes may build from a part of the config that has taken it. attn_implementation= has its own way past both.
     _wrap(PreTrainedModel, "from_pretrained", _from_pretrained)
     _wrap(PreTrainedModel, "_from_config", _from_config)
-    for auto in _auto_classes(modeling_auto._BaseAutoModelClass):  # each has copies of the two methods
-        _wrap(auto, "from_pretrained", _auto_from_pretrained)
-        _wrap(auto, "from_config", _auto_from_config)
+    once_imported("transformers.models.auto.modeling_auto", _install_auto)
 
     # Some models choose their attention classes in their constructor, by names of implementations that they know. They
     # are therefore built with their own default, also from a config.json that names ours.
@@ -111,6 +108,14 @@ def install() -> None:
 
     # It gives a model to all processes entry by entry, and has no hook for those that are not sharded.
     once_imported("accelerate.utils.fsdp_utils", _install_accelerate)
+
+
+def _install_auto() -> None:
+    from transformers.models.auto import modeling_auto
+
+    for auto in _auto_classes(modeling_auto._BaseAutoModelClass):  # each has copies of the two methods
+        _wrap(auto, "from_pretrained", _auto_from_pretrained)
+        _wrap(auto, "from_config", _auto_from_config)
 
 
 def _install_accelerate() -> None:
