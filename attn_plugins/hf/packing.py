@@ -8,7 +8,7 @@ forward pass, where a model is given it, and stands in every mask that the model
 import inspect
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class Telling:
     """That of the model around it."""
     used: bool = False
     """Whether a mask was made from it."""
+    exported: bool = field(default_factory=torch.compiler.is_exporting)
+    """Whether a graph is being exported: torch calls no hook there after an error, and the telling would outlive it."""
 
 
 _running = threading.local()
@@ -113,7 +115,10 @@ def end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 def running() -> Telling | None:
     """What the innermost model whose forward is running was told."""
-    return getattr(_running, "telling", None)  # Dynamo reads no default of a thread-local class
+    telling = getattr(_running, "telling", None)  # Dynamo reads no default of a thread-local class
+    while telling is not None and telling.exported and not torch.compiler.is_exporting():
+        telling = telling.outer
+    return telling
 
 
 def read(

@@ -253,6 +253,18 @@ def test_what_contradicts_itself_is_refused(given, message):
     assert packing.running() is None
 
 
+def test_an_export_that_fails_leaves_nothing_told():
+    model = ap.swap_attention(small(), "local")
+
+    def fail(*_):
+        raise KeyError("a layer that fails")
+
+    model.model.layers[0].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="a layer that fails"):
+        torch.export.export(model, (torch.cat(texts(), dim=1),), {"use_cache": False}, strict=False)
+    assert packing.running() is None
+
+
 def test_a_text_across_rows_is_refused():
     model, lengths = ap.swap_attention(small(), "local"), torch.tensor([0, 12, 28])
     with pytest.raises(ValueError, match=r"cu_seq_lens=\[0, 12, 28\] has a text across rows of 14 tokens"):
