@@ -28,7 +28,7 @@ def with_dropout(name, p):
     for part in (config, *(getattr(config, key) for key in config.sub_configs)):
         for field in vars(part):
             if re.search("drop", field) and isinstance(getattr(part, field), (int, float)):
-                setattr(part, field, p)
+                setattr(part, field, 0.0 if "layer" in field else p)  # layers that are left out get no dropout
     return kind._from_config(config)
 
 
