@@ -6,6 +6,7 @@ Every source ends as two ``datasets.Dataset`` (train, held-out) with the columns
 
 import glob
 import hashlib
+import textwrap
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -238,7 +239,7 @@ def _files(paths: list[str], source: str | list[str]) -> "Dataset":
     try:
         return datasets.load_dataset(reader, data_files={"train": paths}, split="train", **options)
     except Exception as error:  # the loaders raise many kinds; each means that a file is not what its suffix says
-        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        reason = textwrap.shorten(str(error.__cause__ or error), 400, placeholder=" ...") or type(error).__name__
         raise ValueError(f"cannot read {_spelled(source)} as {suffixes[0]}: {reason}") from error
 
 
@@ -305,7 +306,7 @@ def _columns(data: "Dataset", config: DataConfig, source: str | list[str], label
         wanted["label"] = config.label_column
     for role, column in wanted.items():
         if column not in data.column_names:
-            known = ", ".join(data.column_names)
+            known = textwrap.shorten(", ".join(data.column_names), 400, placeholder=" ...")
             raise ValueError(f"{_spelled(source)} has no column {column!r} ({role}_column); it has: {known}")
     data = data.select_columns(list(wanted.values()))
     for role, column in wanted.items():
