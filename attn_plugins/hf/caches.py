@@ -240,9 +240,10 @@ def static_room(module: nn.Module, cache: Cache | None) -> int | None:
     """How many keys the static layer has that holds a module's; None where it is of another kind."""
     held: Any = getattr(cache, "self_attention_cache", cache)
     index = getattr(module, "layer_idx", None)
-    if held is None or not isinstance(index, int) or not isinstance(layer := held.layers[index], StaticLayer):
-        return None
-    return layer.max_cache_len
+    if held is None or not isinstance(index, int) or index >= len(held.layers):
+        return None  # a module that is lent its keys may have no layer (Gemma 3n on transformers 5.17)
+    layer = held.layers[index]
+    return layer.max_cache_len if isinstance(layer, StaticLayer) else None
 
 
 def refuse_static(module: nn.Module, slot: Attention) -> None:

@@ -16,9 +16,12 @@ def fitted(
         ValueError: they do not fit; the message begins with ``caller``.
     """
     given = {"queries": query, "keys": key, "values": value}
-    spelled = ", ".join(f"{name} {tuple(held.shape)}" for name, held in given.items())
+
+    def spelled() -> str:
+        return ", ".join([f"{name} {tuple(held.shape)}" for name, held in given.items()])
+
     if any(held.ndim != 4 for held in given.values()):
-        raise ValueError(f"{caller} gives its attention {spelled}; allowed: (rows, heads, length, size) each")
+        raise ValueError(f"{caller} gives its attention {spelled()}; allowed: (rows, heads, length, size) each")
     if query.shape[0] == 1 and key.shape[0] > 1:  # learned queries, the same for every row (granite_speech)
         query = query.expand(key.shape[0], -1, -1, -1)
     heads, shared = query.shape[1], (key.shape[1], value.shape[1])
@@ -33,7 +36,7 @@ def fitted(
     }
     for allowed, holds in needs.items():
         if not holds:
-            raise ValueError(f"{caller} gives its attention {spelled}; allowed: {allowed}")
+            raise ValueError(f"{caller} gives its attention {spelled()}; allowed: {allowed}")
     if len({held.device for held in given.values()}) > 1:
         devices = ", ".join(f"{name} on {held.device}" for name, held in given.items())
         raise ValueError(f"{caller} gives its attention {devices}; allowed: one device")
