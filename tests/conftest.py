@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -57,6 +58,14 @@ def tokenizer(*, encoder=False):
             single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=ends
         )
     return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+@pytest.fixture(autouse=True)
+def _compile_from_scratch():
+    """What one test compiled, and for which shapes, is nothing to the next."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @pytest.fixture
