@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import os
 import random
 import shutil
@@ -66,6 +67,17 @@ def _compile_from_scratch():
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def transformers_log(caplog):
+    """caplog, hearing transformers' loggers too, each message once: they propagate to the root only where CI is set."""
+    logger = logging.getLogger("transformers")
+    before, logger.propagate = logger.propagate, False
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.propagate = before
 
 
 @pytest.fixture

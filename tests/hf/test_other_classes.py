@@ -1,8 +1,6 @@
 """A swapped checkpoint in another class: rules match by the paths that they were written for, or are left out aloud."""
 
-import contextlib
 import json
-import logging
 
 import pytest
 import tiny
@@ -28,17 +26,6 @@ LOCAL = {"type": "local", "window_size": 3}
 
 def plugins(model):
     return [row.plugin for row in ap.describe_attention(model)]
-
-
-@contextlib.contextmanager
-def said(caplog):
-    """What transformers' loggers say."""
-    logger = logging.getLogger("transformers")
-    logger.addHandler(caplog.handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(caplog.handler)
 
 
 def fill(model):
@@ -86,7 +73,7 @@ def test_rules_of_a_base_model_match_in_a_head(tmp_path, modules):
 
 @pytest.mark.parametrize("implementation", [None, "eager"])
 @torch.no_grad()
-def test_rules_for_a_part_that_is_missing_are_left_out_aloud(tmp_path, caplog, implementation):
+def test_rules_for_a_part_that_is_missing_are_left_out_aloud(tmp_path, transformers_log, implementation):
     beside = {} if implementation is None else {"attn_implementation": implementation}
     rules = [{"type": "softmax", "roles": "decoder"}, {**LOCAL, "roles": "encoder", "layers": 0}]
     plain = tiny.build("t5")
@@ -95,11 +82,10 @@ def test_rules_for_a_part_that_is_missing_are_left_out_aloud(tmp_path, caplog, i
     given = {k: v for k, v in tiny.inputs("t5").items() if not k.startswith("decoder")}
     for chosen, expected in ((rules[:1], [None, None]), (rules, ["local", None])):
         ap.swap_attention(plain, chosen).save_pretrained(tmp_path / "t5")
-        caplog.clear()
-        with said(caplog):
-            back = T5EncoderModel.from_pretrained(tmp_path / "t5", **beside)
+        transformers_log.clear()
+        back = T5EncoderModel.from_pretrained(tmp_path / "t5", **beside)
         message = "T5EncoderModel leaves out a rule of the saved model: rule 0 ('softmax') matches nothing: no module"
-        assert caplog.text.count(message) == 1
+        assert transformers_log.text.count(message) == 1
         assert plugins(back) == expected
         assert {row.implementation for row in ap.describe_attention(back)} - {"auto", "torch"} == {
             beside.get("attn_implementation", "sdpa")
@@ -108,10 +94,9 @@ def test_rules_for_a_part_that_is_missing_are_left_out_aloud(tmp_path, caplog, i
             assert torch.equal(tiny.output(back, given), tiny.output(stock, given)) or implementation
             assert back.config.attn_plugin is None
         back.save_pretrained(tmp_path / "encoder")
-        caplog.clear()
-        with said(caplog):
-            again = T5EncoderModel.from_pretrained(tmp_path / "encoder")
-        assert "leaves out" not in caplog.text
+        transformers_log.clear()
+        again = T5EncoderModel.from_pretrained(tmp_path / "encoder")
+        assert "leaves out" not in transformers_log.text
         assert plugins(again) == expected
         saved = json.loads((tmp_path / "encoder/config.json").read_text())
         assert ("attn_implementation" in saved) == (expected != [None, None])
