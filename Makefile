@@ -60,7 +60,7 @@ test-slow: setup ## tests that take minutes
 	$(PYTEST) -m slow
 
 test-real: setup ## tests on real weights; fetches the demo's model
-	$(BIN)/python -m attn_plugins.demo
+	$(BIN)/python -m attn_plugins.data.demo_model
 	$(PYTEST) -m real
 
 test-peers: setup ## numbers beside published implementations; installs them into the environment
@@ -89,7 +89,7 @@ $(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
 	@touch $@
 
 demo: setup ## fetch a small pretrained model and compare attentions on it: table, plots, report
-	$(BIN)/python -m attn_plugins.demo
+	$(BIN)/python -m attn_plugins.data.demo_model
 	$(BIN)/attn-plugins compare --config configs/compare/demo.yaml
 
 bench: setup ## time and memory of every attention alone, by length: about an hour; goes on where it was
@@ -107,7 +107,7 @@ gpu-check: ## the contract tests and the benchmark on a CUDA GPU; PYTHON=python3
 	HF_HUB_OFFLINE=1 PYTHONPATH=. $(PYTHON) -m attn_plugins bench --config configs/bench/gpu.yaml
 
 docs: setup ## write docs/attentions.md from the docstrings
-	$(BIN)/python -m attn_plugins.docs docs/attentions.md
+	$(BIN)/python -m attn_plugins.benchmark.attention_page docs/attentions.md
 
 architectures: setup ## the flag on every model type: docs/architectures.md and .json; goes on where it was
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/architectures/matrix.py --workers $(WORKERS)

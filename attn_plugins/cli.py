@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
-from attn_plugins.extras import need
-from attn_plugins.registry import did_you_mean, get_attention, list_attentions
-from attn_plugins.settings import build, override, parse_yaml, read_yaml
+from attn_plugins.config.extras import need
+from attn_plugins.config.yaml import build, override, parse_yaml, read_yaml
+from attn_plugins.core.registry import did_you_mean, get_attention, list_attentions
 
 # Only what every verb needs is imported above: `list` must be quick, and works without the extras.
 
@@ -81,7 +81,7 @@ def run(
 
 
 def _run(program: list[str]) -> None:
-    from attn_plugins.run import prepare_program
+    from attn_plugins.launcher.run import prepare_program
 
     try:
         start = prepare_program(program)
@@ -271,12 +271,12 @@ def compare(
 
     console = Console()
     with one_line_errors():
-        from attn_plugins.compare import CompareConfig, prepare_compare, run_compare
+        from attn_plugins.benchmark.compare import CompareConfig, prepare_compare, run_compare
 
         parsed = build(CompareConfig, settings(config, {"output_dir": output_dir}, assignments))
         results = prepare_compare(parsed)
         running = results.alone()
-    from attn_plugins.report import write_report
+    from attn_plugins.benchmark.compare_report import write_report
 
     with running:
         run_compare(parsed, results, fresh=fresh)
@@ -320,14 +320,14 @@ def bench(
         if attn:
             tree["attentions"] = {text: parse_yaml(text) for text in attn}
         if decode:
-            from attn_plugins.bench_decode import DecodeConfig, prepare_decode
+            from attn_plugins.benchmark.decode import DecodeConfig, prepare_decode
 
             if attn:
                 tree["attentions"] = {"dense": None, **tree["attentions"]}
             generation = build(DecodeConfig, tree)
             results = prepare_decode(generation)
         else:
-            from attn_plugins.bench import BenchConfig, prepare_bench
+            from attn_plugins.benchmark.kernels import BenchConfig, prepare_bench
 
             alone = build(BenchConfig, tree)
             results = prepare_bench(alone)
@@ -335,15 +335,15 @@ def bench(
         running = results.alone()
     with running:
         if decode:
-            from attn_plugins.bench_decode import run_decode
-            from attn_plugins.bench_decode_report import Decoded, write_decode_report
+            from attn_plugins.benchmark.decode import run_decode
+            from attn_plugins.benchmark.decode_report import Decoded, write_decode_report
 
             run_decode(generation, results, fresh=fresh)
             found = Decoded(generation, results)
             tables, files = write_decode_report(found, results.path.parent)
         else:
-            from attn_plugins.bench import run_bench
-            from attn_plugins.bench_report import Measured, write_bench_report
+            from attn_plugins.benchmark.kernels import run_bench
+            from attn_plugins.benchmark.kernels_report import Measured, write_bench_report
 
             run_bench(alone, results, fresh=fresh)
             found = Measured(alone, results)
@@ -368,8 +368,8 @@ def _spread() -> None:
 
 def facts(attention: Any) -> dict[str, Any]:
     """What there is to know of an attention, as JSON holds it."""
-    from attn_plugins.attention import capabilities
-    from attn_plugins.docs import options
+    from attn_plugins.benchmark.attention_page import options
+    from attn_plugins.core.attention import capabilities
 
     file, line = inspect.getsourcefile(attention), inspect.getsourcelines(attention)[1]
     doc = inspect.getdoc(attention) or ""

@@ -14,8 +14,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from attn_plugins.results import Results, hash_of, versions
-from attn_plugins.settings import parse_yaml
+from attn_plugins.benchmark.store import Results, hash_of
+from attn_plugins.config.versions import versions
+from attn_plugins.config.yaml import parse_yaml
 from attn_plugins.tasks import get_task, run_task
 from attn_plugins.training.evaluate import place
 from attn_plugins.training.models import DEMO, load, read_attention, skeleton

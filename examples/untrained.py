@@ -28,13 +28,14 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from attn_plugins import describe_attention, swap_attention
-from attn_plugins.attention import Attention
-from attn_plugins.extras import need
-from attn_plugins.measuring import Part, compared, interleaved, parts
-from attn_plugins.results import Results, hash_of, versions
-from attn_plugins.rules import ROLES, parse_rules
-from attn_plugins.settings import parse_yaml
-from attn_plugins.tables import Table, brief_number
+from attn_plugins.benchmark.store import Results, hash_of
+from attn_plugins.benchmark.tables import Table, brief_number
+from attn_plugins.benchmark.timing import Part, compared, interleaved, parts
+from attn_plugins.config.extras import need
+from attn_plugins.config.versions import versions
+from attn_plugins.config.yaml import parse_yaml
+from attn_plugins.core.attention import Attention
+from attn_plugins.core.rules import ROLES, parse_rules
 from attn_plugins.tasks import get_task, run_task
 from attn_plugins.training.models import resolve
 

@@ -12,29 +12,28 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "attn_plugins"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-CORE = {
-    "tracing": set(),
-    "mask": {"tracing"},
-    "state": {"mask", "tracing"},
-    "ops": {"mask", "ops", "state", "tracing"},
-    "options": set(),
-    "attention": {"mask", "ops", "options", "state", "tracing"},
-    "registry": {"attention", "attentions", "options"},  # the folder, which it walks; no module in it is named
-    "attentions": {"attention", "mask", "ops", "options", "registry", "state", "tracing"},
-    "rules": {"attention", "mask", "ops", "options", "registry"},
+ROOMS = {
+    "core": {"core", "attentions"},  # the registry walks the folder of attentions; no module in it is named
+    "ops": {"core", "ops"},
+    "attentions": {"core", "ops"},
+    "config": {"config", "core"},
+    "data": {"config", "data"},
+    "hf": {"config", "core", "hf", "ops"},
+    "tasks": {"config", "core", "data", "hf", "tasks"},
+    "training": {"config", "core", "data", "hf", "tasks", "training"},
+    "benchmark": {"benchmark", "config", "core", "data", "hf", "tasks", "training"},
+    "launcher": set(),
+    "cli": {"benchmark", "config", "core", "data", "hf", "launcher", "tasks", "training"},
+    "__main__": {"cli"},
+    "__init__": {"core", "hf"},
 }
-"""What the modules that know torch alone may import of the package, each its own list."""
+"""What the files of a room, or a file at the root, may import of the package."""
 
-ABOVE = [
-    {"extras", "settings", "data", "output", "results", "after_import", "children", "run"},
-    {"hf", "tasks", "demo"},
-    {
-        *{"training", "measuring", "bench", "bench_report", "bench_decode", "bench_decode_report", "peers"},
-        *{"compare", "report", "tables", "inspect", "docs"},
-    },
-    {"cli", "__main__", "__init__"},
-]
-"""The others, lowest first: each may import its own row, the rows before it, and the core without attentions."""
+KERNELS = {"core", "ops", "attentions"}
+"""Rooms that know torch and the standard library alone."""
+
+WITHOUT_TRANSFORMERS = {"config", "launcher", "__init__"}
+"""Rooms above them that don't know transformers either: hf is the bridge."""
 
 REQUIRED = {"torch", "transformers", "yaml", "typer", "rich"}
 """What `pip install attn-plugins` brings. Anything else belongs to an extra and is imported where it is used."""
@@ -84,28 +83,30 @@ def wrong(one: Import) -> str | None:
     importer, top = part(one.importer), part(one.imported)
     if top in sys.stdlib_module_names:
         return None
+    if importer not in ROOMS:
+        return f"{importer} is no room yet: give it a place in ROOMS"
     if top == "attn_plugins":
-        inside = one.imported.split(".")[1:]
-        if not inside:
-            return None if importer in ("__main__",) else "imports the whole package: name the module"
-        target = inside[0]
-        known = {*CORE, *set().union(*ABOVE)}
-        if importer not in known or target not in known:
-            return f"{importer if importer not in known else target} has no place in CORE or ABOVE yet: give it one"
-        if target == "attentions" and len(inside) > 1 and inside[1] != "__path__":
+        target, *inside = one.imported.split(".")[1:] or [""]
+        if not target:
+            return "imports the whole package: name the module"
+        if target == "attentions" and inside and inside[0] != "__path__":
             return "names an attention: the registry is the only list"
-        if importer in CORE:
-            return None if target in CORE[importer] else f"{importer} may import {sorted(CORE[importer])} only"
-        rank = next(rank for rank, row in enumerate(ABOVE) if importer in row)
-        allowed = set().union(*ABOVE[: rank + 1], CORE) - {"attentions"}
-        return None if target in allowed else f"{importer} is below {target}"
-    if importer in CORE and top != "torch":
+        return None if target in ROOMS[importer] else f"{importer} may import of the package: {sorted(ROOMS[importer])}"
+    if importer in KERNELS and top != "torch":
         return f"{importer} may import torch and the standard library only"
-    if top == "transformers" and importer in ABOVE[0] | {"docs", "__init__"}:
+    if top == "transformers" and importer in WITHOUT_TRANSFORMERS:
         return f"{importer} may not know transformers: hf is the bridge"
     if one.eager and top not in REQUIRED:
         return f"{top} comes with an extra: import it where it is used"
     return None
+
+
+def test_the_root_has_rooms_and_no_files_beside_the_command_line():
+    assert {path.name for path in PACKAGE.iterdir() if path.is_file()} == {
+        *{"__init__.py", "__main__.py", "cli.py", "py.typed"}
+    }
+    rooms = {path.name for path in PACKAGE.iterdir() if path.is_dir() and any(path.rglob("*.py"))}
+    assert rooms == {room for room in ROOMS if (PACKAGE / room).is_dir()}
 
 
 def test_imports_point_one_way():
@@ -120,16 +121,18 @@ def test_imports_point_one_way():
         ("attentions/local.py", "from attn_plugins.hf import swap", "attentions may import"),
         ("attentions/local.py", "from attn_plugins.attentions.softmax import SoftmaxAttention", "names an attention"),
         ("attentions/local.py", "import transformers", "may import torch and the standard library only"),
-        ("ops/dense.py", "def f():\n    import numpy", "may import torch and the standard library only"),
-        ("ops/dense.py", "from attn_plugins.attention import Attention", "ops may import"),
-        ("rules.py", "from attn_plugins.hf.swap import swap_attention", "rules may import"),
-        ("hf/swap.py", "from attn_plugins.training import finetune", "hf is below training"),
+        ("ops/softmax/tiles.py", "def f():\n    import numpy", "may import torch and the standard library only"),
+        ("ops/reference.py", "from attn_plugins.attentions import local", "names an attention"),
+        ("ops/reference.py", "from attn_plugins.hf.swap import swap_attention", "ops may import"),
+        ("core/mask.py", "from attn_plugins.ops.reference import scores", "core may import"),
+        ("core/rules.py", "from attn_plugins.hf.swap import swap_attention", "core may import"),
+        ("hf/swap.py", "from attn_plugins.training import finetune", "hf may import"),
         ("hf/swap.py", "from attn_plugins.attentions.local import LocalAttention", "names an attention"),
         ("hf/swap.py", "import attn_plugins", "imports the whole package"),
-        ("data.py", "from transformers import AutoTokenizer", "may not know transformers"),
-        ("data.py", "import datasets", "datasets comes with an extra"),
-        ("data.py", "def f():\n    need('transformers', 'train')", "may not know transformers"),
-        ("new_room.py", "from attn_plugins.mask import AttentionMask", "new_room has no place"),
+        ("config/yaml.py", "from transformers import AutoTokenizer", "may not know transformers"),
+        ("data/text.py", "import datasets", "datasets comes with an extra"),
+        ("config/yaml.py", "def f():\n    need('transformers', 'train')", "may not know transformers"),
+        ("new_room.py", "from attn_plugins.core.mask import AttentionMask", "new_room is no room yet"),
     ],
 )
 def test_a_wrong_import_is_found(file, line, message):
@@ -139,7 +142,7 @@ def test_a_wrong_import_is_found(file, line, message):
 
 @pytest.mark.parametrize("line", ["def f():\n    import datasets", "if TYPE_CHECKING:\n    import datasets"])
 def test_an_extra_may_be_imported_late(line):
-    (one,) = imports(PACKAGE / "data.py", line)
+    (one,) = imports(PACKAGE / "data/text.py", line)
     assert wrong(one) is None
 
 

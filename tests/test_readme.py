@@ -8,8 +8,9 @@ import torch
 from conftest import tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attn_plugins import docs, registry
+from attn_plugins.benchmark import attention_page as docs
 from attn_plugins.cli import app
+from attn_plugins.core import registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")

@@ -4,9 +4,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.additive import additive_attention, dense_additive_attention
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.additive.additive import additive_attention, dense_additive_attention
 
 
 @register_attention("additive")

@@ -1,12 +1,12 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.dense import dense_attention
-from attn_plugins.ops.random_blocks import RandomBlocks
-from attn_plugins.ops.tiled import dense_pattern, tiled_attention
-from attn_plugins.options import LARGEST_SEED
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.options import LARGEST_SEED
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.patterns.random_blocks import RandomBlocks
+from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
 @register_attention("bigbird")

@@ -1,11 +1,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.dense import dense_attention
-from attn_plugins.ops.gathered import block_attention, blocks_of, choose_blocks, chosen_keys
-from attn_plugins.ops.key_blocks import KeyBlocks, attention_from_blocks, choose_by_means, chosen_attention
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.blocks.gather import block_attention, blocks_of, choose_blocks, chosen_keys
+from attn_plugins.ops.decode.block_cache import KeyBlocks, attention_from_blocks, choose_by_means, chosen_attention
+from attn_plugins.ops.reference import dense_attention
 
 
 @register_attention("block_topk")

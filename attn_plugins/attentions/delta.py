@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.recurrence import Tokens, dense_recurrent_attention, recurrent_attention, unit
-from attn_plugins.ops.recurrent_state import recurrent_attention_from
-from attn_plugins.ops.sums import Sums
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.decode.running_sums import Sums
+from attn_plugins.ops.recurrent.chunked import Tokens, dense_recurrent_attention, recurrent_attention, unit
+from attn_plugins.ops.recurrent.step import recurrent_attention_from
 
 
 @register_attention("delta")

@@ -3,10 +3,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.fastformer import Weights, dense_fastformer, fastformer, fastformer_from
-from attn_plugins.ops.sums import Sums
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.additive.fastformer import Weights, dense_fastformer, fastformer, fastformer_from
+from attn_plugins.ops.decode.running_sums import Sums
 
 
 @register_attention("fastformer")

@@ -4,12 +4,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.linear import dense_linear_attention, linear_attention, linear_attention_from
-from attn_plugins.ops.sums import Sums
-from attn_plugins.ops.token_features import LEARNED, orthogonal_features, prepare, reset_weights, weight_shapes, weights
-from attn_plugins.options import LARGEST_SEED
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.options import LARGEST_SEED
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.decode.running_sums import Sums
+from attn_plugins.ops.linear import features
+from attn_plugins.ops.linear.attention import dense_linear_attention, linear_attention, linear_attention_from
 
 
 @register_attention("linear")
@@ -81,24 +81,24 @@ class LinearAttention(Attention):
     def __init__(self, config, heads=None, **options):
         super().__init__(config, heads, **options)
         self.symbolic_length = (feature_map := config.feature_map) != "cosformer"  # which has a longest sequence
-        if feature_map not in (*LEARNED, "favor"):
+        if feature_map not in (*features.LEARNED, "favor"):
             return
         if heads is None:
             raise ValueError(
                 f"feature_map={feature_map!r} has weights a head and needs the sizes of the heads, got None"
             )
         sizes = (heads.num_heads, heads.num_key_value_heads, heads.head_dim, config.feature_dim)
-        for name, shape in weight_shapes(feature_map, *sizes).items():
+        for name, shape in features.weight_shapes(feature_map, *sizes).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         if feature_map == "favor":
             self.register_buffer("projection", torch.empty(config.num_features, heads.head_dim))
         self.reset_parameters()
 
     def reset_parameters(self):
-        reset_weights(self.config.feature_map, dict(self.named_parameters()))
+        features.reset_weights(self.config.feature_map, dict(self.named_parameters()))
         if self.config.feature_map == "favor":
             projection = self.get_buffer("projection")
-            projection.copy_(orthogonal_features(projection.shape[0], projection.shape[1], self.config.seed))
+            projection.copy_(features.orthogonal_features(projection.shape[0], projection.shape[1], self.config.seed))
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         q_BHQD, k_BGKD, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
@@ -117,4 +117,4 @@ class LinearAttention(Attention):
 
     def _prepare(self, q_BHQD, k_BGKD, mask, scale, since=None):
         options = {"scale": scale, "eps": self.config.eps, "max_length": self.config.max_length, "since": since}
-        return prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights(self), **options)
+        return features.prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, features.weights(self), **options)

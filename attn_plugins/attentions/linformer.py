@@ -4,9 +4,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.linformer import dense_linformer_attention, linformer_attention
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.low_rank.linformer import dense_linformer_attention, linformer_attention
 
 
 @register_attention("linformer")

@@ -3,13 +3,13 @@ from typing import ClassVar, Literal
 
 import torch
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.dense import dense_attention
-from attn_plugins.ops.key_window import KeyWindow, window_attention
-from attn_plugins.ops.patterns import Band, in_row
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.decode.ring_buffer import KeyWindow, window_attention
+from attn_plugins.ops.reference import dense_attention
 from attn_plugins.ops.rotary import apart, pivot_within, turned
-from attn_plugins.ops.tiled import dense_pattern, tiled_attention
-from attn_plugins.registry import register_attention
+from attn_plugins.ops.softmax.patterns.band import Band, in_row
+from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
 @register_attention("local")

@@ -2,11 +2,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.dense import dense_attention
-from attn_plugins.ops.lsh import dense_visible, lsh_attention
-from attn_plugins.options import LARGEST_SEED
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.options import LARGEST_SEED
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.blocks.lsh import dense_visible, lsh_attention
+from attn_plugins.ops.reference import dense_attention
 
 
 @register_attention("lsh")

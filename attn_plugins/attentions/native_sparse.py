@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.key_blocks import KeyBlocks
-from attn_plugins.ops.native_sparse import (
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.blocks.native_sparse import (
     Weights,
     dense_native_sparse_attention,
     native_sparse_attention,
     native_sparse_from,
 )
-from attn_plugins.registry import register_attention
+from attn_plugins.ops.decode.block_cache import KeyBlocks
 
 
 @register_attention("native_sparse")

@@ -2,12 +2,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.dense import dense_attention
-from attn_plugins.ops.neighborhood import Neighborhood
-from attn_plugins.ops.tiled import dense_pattern, tiled_attention
-from attn_plugins.registry import register_attention
-from attn_plugins.tracing import recorded
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.core.tracing import recorded
+from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.patterns.neighborhood import Neighborhood
+from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
 @register_attention("neighborhood_2d")

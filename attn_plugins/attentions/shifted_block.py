@@ -2,11 +2,11 @@ from dataclasses import dataclass
 
 import torch
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.dense import dense_attention, expand_heads
-from attn_plugins.ops.patterns import Blocks
-from attn_plugins.ops.tiled import dense_pattern, tiled_attention
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.reference import dense_attention, expand_heads
+from attn_plugins.ops.softmax.patterns.band import Blocks
+from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
 @register_attention("shifted_block")

@@ -1,8 +1,8 @@
 from dataclasses import dataclass
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.sigmoid import dense_sigmoid_attention, sigmoid_attention
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.softmax.sigmoid import dense_sigmoid_attention, sigmoid_attention
 
 
 @register_attention("sigmoid")

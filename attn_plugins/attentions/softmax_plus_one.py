@@ -1,9 +1,9 @@
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from attn_plugins.attention import Attention
-from attn_plugins.ops.dense import dense_attention, expand_heads
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.reference import dense_attention, expand_heads
 
 
 @register_attention("softmax_plus_one")

@@ -3,10 +3,10 @@ from typing import ClassVar
 
 import torch
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.dense import dense_attention
-from attn_plugins.ops.topk import even_scores, highest, least_chosen, topk_attention
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.topk import even_scores, highest, least_chosen, topk_attention
 
 
 @register_attention("topk")

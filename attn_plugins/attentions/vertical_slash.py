@@ -2,10 +2,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attn_plugins.attention import Attention, AttentionConfig
-from attn_plugins.ops.dense import dense_attention
-from attn_plugins.ops.vertical_slash import choose, dense_visible, vertical_slash_attention
-from attn_plugins.registry import register_attention
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.blocks.vertical_slash import choose, dense_visible, vertical_slash_attention
+from attn_plugins.ops.reference import dense_attention
 
 
 @register_attention("vertical_slash")

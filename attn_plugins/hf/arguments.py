@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from attn_plugins.hf.interface import call_of
-from attn_plugins.hf.sources import told
+from attn_plugins.hf.discovery.by_code import told
+from attn_plugins.hf.discovery.interface import call_of
 
 KNOWN = {
     *("query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "output_attentions"),

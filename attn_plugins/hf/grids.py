@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.attention import Attention
+from attn_plugins.core.attention import Attention
 
 Grid = tuple[int, int]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from attn_plugins.ops.dense import expand_heads
+from attn_plugins.ops.reference import expand_heads
 
 
 def fitted(

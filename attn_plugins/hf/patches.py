@@ -17,16 +17,18 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 from transformers.utils import logging
 
-from attn_plugins.after_import import once_imported
-from attn_plugins.attention import Attention
-from attn_plugins.hf import live, rollback
-from attn_plugins.hf import peft as adapters
-from attn_plugins.hf.caches import RECORDING
-from attn_plugins.hf.card import write_card
-from attn_plugins.hf.configs import check_flags, erase, from_file, is_flagged, mark_saved, written
-from attn_plugins.hf.dispatch import IMPLEMENTATION, SLOT, attention_forward, lazy_mask, slot_of
-from attn_plugins.hf.mask_rules import COMPOSERS
-from attn_plugins.hf.sharding import load_full_state_dict, refuse_split_heads
+from attn_plugins.config.after_import import once_imported
+from attn_plugins.core.attention import Attention
+from attn_plugins.hf.attention_function import attention_forward
+from attn_plugins.hf.caches.cache_layers import RECORDING, rollback
+from attn_plugins.hf.checkpoints import live
+from attn_plugins.hf.checkpoints import peft as adapters
+from attn_plugins.hf.checkpoints.card import write_card
+from attn_plugins.hf.checkpoints.configs import check_flags, erase, from_file, is_flagged, mark_saved, written
+from attn_plugins.hf.masks.mask_function import lazy_mask
+from attn_plugins.hf.masks.rules import COMPOSERS
+from attn_plugins.hf.names import IMPLEMENTATION, SLOT, slot_of
+from attn_plugins.hf.parallel.sharding import load_full_state_dict, refuse_split_heads
 from attn_plugins.hf.swap import attach_assigned, attach_from_config
 
 _MARK = "_attn_plugins_original"
@@ -161,7 +163,7 @@ def _validate_output_attentions(original: Any, self: PreTrainedConfig) -> None:
 
 
 def _install_peft() -> None:
-    """The changes to PEFT, which has no hook for what an adapter needs of its base model: see hf/peft.py."""
+    """The changes to PEFT, without hooks for what adapters need of base models: see hf/checkpoints/peft.py."""
     import peft
     import peft.utils.hotswap
     from peft.tuners.tuners_utils import BaseTuner

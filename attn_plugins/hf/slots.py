@@ -6,10 +6,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.hf import adapters, discovery
-from attn_plugins.hf.dispatch import SLOT, slot_of, turns
-from attn_plugins.hf.sharding import refuse_split_heads
-from attn_plugins.rules import Rule
+from attn_plugins.core.rules import Rule
+from attn_plugins.hf import adapters
+from attn_plugins.hf.discovery import modules as discovery
+from attn_plugins.hf.discovery.rotary import turns
+from attn_plugins.hf.names import SLOT, slot_of
+from attn_plugins.hf.parallel.sharding import refuse_split_heads
 
 
 def build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> nn.Module:

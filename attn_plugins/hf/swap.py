@@ -9,23 +9,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from attn_plugins.hf import (
-    adapters,
-    arguments,
-    configs,
-    discovery,
-    grids,
-    live,
-    packing,
-    prefixes,
-    recording,
-    sequence_parallel,
-    sources,
-)
-from attn_plugins.hf.caches import leave, make_tensor, serve
-from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of
+from attn_plugins.core.rules import Flag, Rule, Target, assign, by_own_paths, parse_rules
+from attn_plugins.hf import adapters, arguments, grids, recording
+from attn_plugins.hf.caches import prefixes
+from attn_plugins.hf.caches.cache_layers import leave, make_tensor, serve
+from attn_plugins.hf.checkpoints import configs, live
+from attn_plugins.hf.discovery import by_code as sources
+from attn_plugins.hf.discovery import modules as discovery
+from attn_plugins.hf.masks import packing
+from attn_plugins.hf.names import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of
+from attn_plugins.hf.parallel import sequence_parallel
 from attn_plugins.hf.slots import build
-from attn_plugins.rules import Flag, Rule, Target, assign, by_own_paths, parse_rules
 
 logger = logging.get_logger("transformers.attn_plugins")  # among what transformers says of loading
 

@@ -1,23 +1,13 @@
 """Rotary positions: turning queries that carry them to another position."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops.dense import wide
-from attn_plugins.ops.patterns import first_query, in_row, query_in_row
-
-
-class Rotary(NamedTuple):
-    """What a model turned its queries by, and how it does that: which entries go together is its own affair."""
-
-    cos_BQR: torch.Tensor
-    """Of the queries' positions, (B or 1, Q, R)."""
-    sin_BQR: torch.Tensor
-    apply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-    """(x_BHQD, cos_BQR, sin_BQR) -> x turned."""
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.rotary import Rotary
+from attn_plugins.ops.reference import wide
+from attn_plugins.ops.softmax.patterns.band import first_query, in_row, query_in_row
 
 
 class Pivot(NamedTuple):

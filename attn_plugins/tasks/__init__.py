@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import torch
 from torch import nn
 
-from attn_plugins.attention import Attention
-from attn_plugins.registry import did_you_mean
+from attn_plugins.core.attention import Attention
+from attn_plugins.core.registry import did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy
 
-from attn_plugins.data import labelled_examples
+from attn_plugins.data.text import labelled_examples
 from attn_plugins.tasks import Task, TaskConfig, register_task
 
 

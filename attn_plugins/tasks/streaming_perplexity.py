@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
-from attn_plugins.hf.caches import cache_bytes
+from attn_plugins.hf.caches.cache_layers import cache_bytes
 from attn_plugins.tasks import Task, TaskConfig, register_task
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from attn_plugins.hf.card import rules_block, served, tags
+from attn_plugins.hf.checkpoints.card import rules_block, served, tags
 
 
 def model_card(metrics: dict[str, Any]) -> str:

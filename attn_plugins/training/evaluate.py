@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from attn_plugins.data import load_data
-from attn_plugins.extras import need
-from attn_plugins.hf.card import kinds_of
+from attn_plugins.config.extras import need
+from attn_plugins.config.output import check_file
+from attn_plugins.data.text import load_data
+from attn_plugins.hf.checkpoints.card import kinds_of
 from attn_plugins.hf.swap import describe_attention
-from attn_plugins.output import check_file
 from attn_plugins.tasks import Task, run_task
 from attn_plugins.training.config import EvaluateConfig, evaluation_task
 from attn_plugins.training.launch import SIZES

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from attn_plugins.data import check_classes, label_names, labelled_examples, load_data, token_blocks
-from attn_plugins.extras import need
+from attn_plugins.config.extras import need
+from attn_plugins.config.output import check_folder
+from attn_plugins.config.versions import versions
+from attn_plugins.data.text import check_classes, label_names, labelled_examples, load_data, token_blocks
 from attn_plugins.hf.swap import describe_attention
-from attn_plugins.output import check_folder
-from attn_plugins.results import versions
 from attn_plugins.tasks import Task, run_task
 from attn_plugins.training.card import model_card
 from attn_plugins.training.config import FinetuneConfig, evaluation_task

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from attn_plugins.extras import need
-from attn_plugins.settings import read_yaml
+from attn_plugins.config.extras import need
+from attn_plugins.config.yaml import read_yaml
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Variables of a process that torchrun or an mpirun has started with others."""

@@ -10,13 +10,13 @@ import torch
 import transformers
 from torch import nn
 
-from attn_plugins.extras import need
-from attn_plugins.hf.dispatch import SLOT
-from attn_plugins.rules import parse_rules
-from attn_plugins.settings import read_json, read_yaml_file
+from attn_plugins.config.extras import need
+from attn_plugins.config.yaml import read_json, read_yaml_file
+from attn_plugins.core.rules import parse_rules
+from attn_plugins.hf.names import SLOT
 
 DEMO = "smollm2-135m-demo"
-"""Built-in model name: SmolLM2-135M-Instruct, fetched and converted by attn_plugins.demo."""
+"""Built-in model name: SmolLM2-135M-Instruct, fetched and converted by attn_plugins.data.demo_model."""
 
 AS_SAVED = "as-saved"
 """The value of ``attention`` that leaves a checkpoint as it is: swapped if it was saved swapped."""
@@ -72,7 +72,7 @@ def resolve(source: str) -> str:
         ValueError: it names a folder that is not there, or the built-in model cannot be had.
     """
     if source == DEMO:
-        from attn_plugins.demo import demo_model
+        from attn_plugins.data.demo_model import demo_model
 
         try:
             return str(demo_model())

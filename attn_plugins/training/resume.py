@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.results import versions
+from attn_plugins.config.versions import versions
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.evaluate import write_json
 

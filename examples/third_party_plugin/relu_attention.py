@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from attn_plugins import Attention, register_attention
-from attn_plugins.attention import AttentionConfig
-from attn_plugins.ops.dense import expand_heads, scores
+from attn_plugins.core.attention import AttentionConfig
+from attn_plugins.ops.reference import expand_heads, scores
 
 
 @register_attention("relu")

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import attn_plugins as ap
-from attn_plugins.hf import discovery
+from attn_plugins.hf.discovery import modules as discovery
 
 LONGEST = 6
 """Tokens of a text that is packed."""

@@ -14,7 +14,7 @@ from corrections import MEDIA
 from torch import nn
 from transformers import PreTrainedConfig
 
-from attn_plugins.hf import discovery
+from attn_plugins.hf.discovery import modules as discovery
 
 BATCH = 2
 GRID = 4

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 
 import attn_plugins as ap
-from attn_plugins.attention import HeadShape
-from attn_plugins.hf import discovery
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.hf.discovery import modules as discovery
 
 TOLERANCE = 1e-4
 ROLES = ("encoder", "decoder", "cross")

@@ -9,7 +9,7 @@ import pytest
 import tiny_model
 
 import attn_plugins as ap
-from attn_plugins.attention import HeadShape
+from attn_plugins.core.attention import HeadShape
 
 DOCS = Path(__file__).parents[2] / "docs"
 SPREAD = (
@@ -76,11 +76,11 @@ def test_checks_tell_what_is_broken(monkeypatch):
         patch.setattr(softmax, "forward", lambda self, *qkv, scale, **by: forward(self, *qkv, scale=2 * scale, **by))
         assert failing() == ["limit"]
     with monkeypatch.context() as patch:
-        patch.setattr("attn_plugins.hf.discovery.role_of", lambda *given: "encoder")
+        patch.setattr("attn_plugins.hf.discovery.modules.role_of", lambda *given: "encoder")
         assert "roles" in failing()
     with monkeypatch.context() as patch:
         found = HeadShape(num_heads=4, num_key_value_heads=4, head_dim=8, value_dim=8)
-        patch.setattr("attn_plugins.hf.discovery.head_shape", lambda *given: found)
+        patch.setattr("attn_plugins.hf.discovery.modules.head_shape", lambda *given: found)
         assert failing() == ["shapes", "linear", "additive", "save"]
     with monkeypatch.context() as patch:
         patch.setattr(ap.get_attention("additive"), "attend", lambda self, q, k, v, **by: v.repeat_interleave(2, dim=1))
@@ -92,5 +92,5 @@ def test_checks_tell_what_is_broken(monkeypatch):
         patch.setattr(ap, "restore_attention", lambda model: model.model.layers[0].mlp.down_proj.weight.data.mul_(1.01))
         assert "restore" in failing()
     with monkeypatch.context() as patch:
-        patch.setattr("attn_plugins.state.State.seen", 3)
+        patch.setattr("attn_plugins.core.decode_state.State.seen", 3)
         assert "generate" in failing()

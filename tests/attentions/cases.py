@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from attn_plugins.attention import Attention, HeadShape
-from attn_plugins.mask import AttentionMask
-from attn_plugins.registry import get_attention, list_attentions
+from attn_plugins.core.attention import Attention, HeadShape
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.registry import get_attention, list_attentions
 
 SCALE = 0.4
 

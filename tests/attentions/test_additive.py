@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from attn_plugins.attention import HeadShape
 from attn_plugins.attentions.additive import AdditiveAttention
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops import additive as ops
-from attn_plugins.ops.dense import dense_attention
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.additive import additive as ops
+from attn_plugins.ops.reference import dense_attention
 
 
 def attention(num_heads=4, num_key_value_heads=2, value_dim=8, *, trained=True, dtype=torch.float64, **options):

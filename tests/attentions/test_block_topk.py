@@ -5,8 +5,8 @@ import torch
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, kept_for_backward, left_padding
 
 from attn_plugins.attentions.block_topk import BlockTopkAttention
-from attn_plugins.ops import gathered
-from attn_plugins.ops.gathered import blocks_of, choose_blocks
+from attn_plugins.ops.blocks import gather as gathered
+from attn_plugins.ops.blocks.gather import blocks_of, choose_blocks
 
 
 def block_topk(causal=True, **options):

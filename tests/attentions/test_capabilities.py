@@ -4,8 +4,8 @@ import pytest
 import torch
 from cases import CASES, assert_forms_agree, every_case, every_class, inputs, left_padding, seeded
 
-from attn_plugins.attention import CAPABILITIES, Attention
-from attn_plugins.mask import AttentionMask
+from attn_plugins.core.attention import CAPABILITIES, Attention
+from attn_plugins.core.mask import AttentionMask
 
 NEEDS = {
     "causal": ({}, {"causal": True}, "causal attention"),

@@ -23,10 +23,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attn_plugins.attention import HeadShape
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops.dense import dense_attention
-from attn_plugins.rules import parse_rules
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.rules import parse_rules
+from attn_plugins.ops.reference import dense_attention
 
 
 @every_case()

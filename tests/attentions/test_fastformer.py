@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from attn_plugins.attention import HeadShape
 from attn_plugins.attentions.fastformer import FastformerAttention
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops.fastformer import UNSEEN, pool, pool_prefixes
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.additive.fastformer import UNSEEN, pool, pool_prefixes
 
 
 def attention(num_heads=4, num_key_value_heads=2, value_dim=8, *, trained=True, dtype=torch.float64, **options):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.nn.functional import elu
 
-from attn_plugins.attention import HeadShape
 from attn_plugins.attentions.linear import LinearAttention
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops import causal_linear as kernel
-from attn_plugins.ops.feature_maps import FEATURE_MAPS
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.linear import chunked as kernel
+from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS
 
 MAPS = ("elu", "hedgehog", "favor", "taylor")
 

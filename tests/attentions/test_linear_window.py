@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import elu
 
-from attn_plugins.attention import HeadShape
 from attn_plugins.attentions.linear_window import LinearWindowAttention
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops import linear_window as ops
-from attn_plugins.ops.dense import dense_attention
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.linear import window as ops
+from attn_plugins.ops.reference import dense_attention
 
 SCALE = 0.4
 

@@ -10,10 +10,10 @@ import test_every_weight
 import torch
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
 
-from attn_plugins.attention import HeadShape
 from attn_plugins.attentions.linformer import LinformerAttention
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops.dense import dense_attention
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.reference import dense_attention
 
 
 def linformer(**options):

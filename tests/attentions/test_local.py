@@ -5,7 +5,7 @@ import torch
 from cases import SCALE, Case, assert_same, inputs, kept_for_backward, left_padding, outcome
 
 from attn_plugins.attentions.local import LocalAttention
-from attn_plugins.mask import AttentionMask
+from attn_plugins.core.mask import AttentionMask
 
 
 def local(causal=True, **options):

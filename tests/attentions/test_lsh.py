@@ -4,10 +4,10 @@ import pytest
 import torch
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
 
-from attn_plugins.attention import HeadShape
 from attn_plugins.attentions.lsh import LSHAttention
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops import lsh as ops
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.blocks import lsh as ops
 
 
 def lsh(causal=True, **options):

@@ -5,9 +5,9 @@ import torch
 from cases import SCALE, Case, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.native_sparse import NativeSparseAttention
-from attn_plugins.measuring import Part, peak_bytes
-from attn_plugins.ops import native_sparse as ops
-from attn_plugins.ops.dense import dense_attention
+from attn_plugins.benchmark.timing import Part, peak_bytes
+from attn_plugins.ops.blocks import native_sparse as ops
+from attn_plugins.ops.reference import dense_attention
 
 SMALL = {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "topk": 4, "local_blocks": 1, "window_size": 5}
 

@@ -13,11 +13,11 @@ from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from attn_plugins.attention import HeadShape
 from attn_plugins.attentions.neighborhood_2d import Neighborhood2dAttention
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops.dense import dense_attention
-from attn_plugins.ops.neighborhood import Neighborhood
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.patterns.neighborhood import Neighborhood
 
 
 def neighborhood_2d(**options):

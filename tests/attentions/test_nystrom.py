@@ -7,9 +7,9 @@ from transformers import NystromformerConfig
 from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
 from attn_plugins.attentions.nystrom import NystromAttention
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops.dense import expand_heads
-from attn_plugins.ops.nystrom import iterative_inverse, landmarks_of, run_means
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.low_rank.nystrom import iterative_inverse, landmarks_of, run_means
+from attn_plugins.ops.reference import expand_heads
 
 
 def nystrom(**options):

@@ -7,8 +7,8 @@ import torch
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, kept_for_backward, left_padding
 
 from attn_plugins.attentions.sigmoid import SigmoidAttention
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops import sigmoid as ops
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.softmax import sigmoid as ops
 
 MASKS = {
     "causal": {"causal": True},

@@ -7,7 +7,7 @@ import torch
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.softmax_plus_one import SoftmaxPlusOneAttention
-from attn_plugins.mask import AttentionMask
+from attn_plugins.core.mask import AttentionMask
 
 CASE = Case(SoftmaxPlusOneAttention, {}, True)
 

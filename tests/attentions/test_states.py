@@ -8,8 +8,8 @@ import pytest
 import torch
 from cases import CASES, EXACT, SCALE, Inputs, every_class, inputs, left_padding
 
-from attn_plugins.attention import Attention
-from attn_plugins.mask import AttentionMask
+from attn_plugins.core.attention import Attention
+from attn_plugins.core.mask import AttentionMask
 
 LENGTH = 41
 LENGTHS = (41, 23, 4)

@@ -5,8 +5,8 @@ import torch
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.topk import TopkAttention
-from attn_plugins.measuring import Part, peak_bytes
-from attn_plugins.ops import topk as ops
+from attn_plugins.benchmark.timing import Part, peak_bytes
+from attn_plugins.ops.softmax import topk as ops
 
 
 def topk(causal=True, **options):

@@ -4,8 +4,8 @@ import pytest
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.vertical_slash import VerticalSlashAttention
-from attn_plugins.mask import AttentionMask
-from attn_plugins.ops import vertical_slash as ops
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.blocks import vertical_slash as ops
 
 
 def vertical_slash(**options):

@@ -12,8 +12,9 @@ from rounds import a_round, junk_in_files, one_clear_line
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import attn_plugins as ap
-from attn_plugins import results, settings
-from attn_plugins.data import DataConfig, load_data
+from attn_plugins.benchmark import store as results
+from attn_plugins.config import yaml as settings
+from attn_plugins.data.text import DataConfig, load_data
 
 pytestmark = pytest.mark.fuzz
 

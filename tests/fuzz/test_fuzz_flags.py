@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rounds import a_round, junk, one_clear_line, scalars
 
 import attn_plugins as ap
-from attn_plugins.rules import BACKENDS, RULE_KEYS, parse_rules
+from attn_plugins.core.rules import BACKENDS, RULE_KEYS, parse_rules
 
 pytestmark = pytest.mark.fuzz
 

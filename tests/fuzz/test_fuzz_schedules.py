@@ -12,7 +12,7 @@ from test_generation import CAUSAL, flag
 from transformers import DynamicCache, StaticCache
 
 import attn_plugins as ap
-from attn_plugins.hf.caches import cache_bytes
+from attn_plugins.hf.caches.cache_layers import cache_bytes
 
 pytestmark = pytest.mark.fuzz
 

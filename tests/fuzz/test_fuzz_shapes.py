@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from rounds import a_round, one_clear_line
 
 import attn_plugins as ap
-from attn_plugins.attention import HeadShape
-from attn_plugins.mask import AttentionMask
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.mask import AttentionMask
 
 pytestmark = pytest.mark.fuzz
 

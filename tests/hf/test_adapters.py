@@ -15,7 +15,8 @@ from adapter_cases import CASES, deberta, states
 from torch import nn
 
 import attn_plugins as ap
-from attn_plugins.hf import adapters, discovery
+from attn_plugins.hf import adapters
+from attn_plugins.hf.discovery import modules as discovery
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script.*:DeprecationWarning"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import attn_plugins as ap
-from attn_plugins.hf import sources
+from attn_plugins.hf.discovery import by_code as sources
 
 CODE = """
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

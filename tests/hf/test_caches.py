@@ -21,8 +21,8 @@ from transformers.cache_utils import DynamicLayer, QuantizedLayer
 from transformers.generation.streamers import BaseStreamer
 
 import attn_plugins as ap
-from attn_plugins.hf.caches import cache_bytes
-from attn_plugins.hf.state_layer import StateLayer
+from attn_plugins.hf.caches.cache_layers import cache_bytes
+from attn_plugins.hf.caches.state_layer import StateLayer
 
 BOUNDED = [name for name in CAUSAL if (cls := ap.get_attention(name)) and cls.new_state is not ap.Attention.new_state]
 LOCAL = {"type": "local", "window_size": 4, "num_sink_tokens": 2}

@@ -6,8 +6,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import attn_plugins as ap
-from attn_plugins.attention import HeadShape
-from attn_plugins.mask import AttentionMask
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.mask import AttentionMask
 
 WHOLE = ["softmax", {"type": "linear", "feature_map": "hedgehog"}, "additive"]
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("softmax_plus_one", "fastformer")]

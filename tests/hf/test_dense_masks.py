@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache
 
 import attn_plugins as ap
-from attn_plugins.hf import dense_masks
-from attn_plugins.hf.dispatch import as_mask
+from attn_plugins.hf.attention_function import as_mask
+from attn_plugins.hf.masks import dense_masks
 
 Q = 8
 CAUSAL = torch.ones(1, 1, Q, Q, dtype=torch.bool).tril()

@@ -8,7 +8,7 @@ import tiny
 import torch
 
 import attn_plugins as ap
-from attn_plugins.hf.dispatch import SLOT
+from attn_plugins.hf.names import SLOT
 
 MESSAGE = "drops no weights: the model's attention dropout of {} is left out"
 

@@ -8,9 +8,10 @@ import torch
 from transformers import LlamaConfig, masking_utils
 
 import attn_plugins as ap
-from attn_plugins.attention import HeadShape
-from attn_plugins.hf.dispatch import as_mask, attention_forward, lazy_mask
-from attn_plugins.hf.mask_rules import read_rule
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.hf.attention_function import as_mask, attention_forward
+from attn_plugins.hf.masks.mask_function import lazy_mask
+from attn_plugins.hf.masks.rules import read_rule
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])

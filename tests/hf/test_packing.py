@@ -11,7 +11,7 @@ import transformers as tf
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache
 
 import attn_plugins as ap
-from attn_plugins.hf import packing
+from attn_plugins.hf.masks import packing
 
 LENGTHS = (9, 1, 12, 6)
 NAMES = ap.list_attentions()

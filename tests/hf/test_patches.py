@@ -13,8 +13,10 @@ from transformers import Cache, LlamaConfig, PreTrainedConfig, PreTrainedModel, 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import attn_plugins as ap
-from attn_plugins.hf import live, patches
-from attn_plugins.hf.dispatch import attention_forward, lazy_mask
+from attn_plugins.hf import patches
+from attn_plugins.hf.attention_function import attention_forward
+from attn_plugins.hf.checkpoints import live
+from attn_plugins.hf.masks.mask_function import lazy_mask
 
 WITHOUT_FLAG = """
 import sys, torch
@@ -73,7 +75,7 @@ def test_installing_twice_changes_nothing():
 
 
 def test_peft_still_has_what_is_changed_in_it():
-    """Fails when PEFT reads, makes, saves or merges adapters by other functions; hf/peft.py has to find others then."""
+    """Fails when PEFT reads, makes, saves or merges adapters by others: hf/checkpoints/peft.py has to follow."""
     import peft
     from peft.tuners.tuners_utils import BaseTuner
     from peft.utils import hotswap
@@ -143,7 +145,7 @@ def test_post_init_still_runs_before_weights_load_and_inner_models_first():
 
 
 def test_crop_of_a_cache_still_does_no_more_than_crop_each_of_its_layers():
-    """Fails when transformers does more in it: hf/rollback.py crops layers that hold states by itself."""
+    """Fails when transformers does more in it: hf/caches/rollback.py crops layers that hold states by itself."""
     assert set(Cache.crop.__wrapped__.__code__.co_names) == {"range", "len", "layers", "crop"}
 
 
@@ -164,7 +166,7 @@ def test_new_weights_of_a_model_on_the_meta_device_stay_there():
 
 
 def test_accelerate_still_gives_a_model_to_all_processes_by_the_function_that_is_changed():
-    """Fails when accelerate's FSDP2 loads in another way; hf/sharding.py has to follow."""
+    """Fails when accelerate's FSDP2 loads in another way; hf/parallel/sharding.py has to follow."""
     from accelerate.utils import fsdp_utils
 
     changed = fsdp_utils.fsdp2_load_full_state_dict
@@ -178,7 +180,7 @@ def test_what_mask_functions_say_is_known_of_those_made_by_names_taken_before():
     code = (
         "from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function\n"
         "import torch, attn_plugins\n"
-        "from attn_plugins.hf.mask_rules import read_rule\n"
+        "from attn_plugins.hf.masks.rules import read_rule\n"
         "said = read_rule(and_masks(causal_mask_function, packed_sequence_mask_function(torch.zeros(1, 4))))\n"
         "assert (said.causal, said.plain, said.segments_BK.shape) == (True, True, (1, 4)), said\n"
     )

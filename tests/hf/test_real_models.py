@@ -13,8 +13,8 @@ import torch
 import transformers as tf
 
 import attn_plugins as ap
-from attn_plugins import demo
-from attn_plugins.data import python_docs
+from attn_plugins.data import demo_model as demo
+from attn_plugins.data.text import python_docs
 
 pytestmark = pytest.mark.real
 

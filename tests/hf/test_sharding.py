@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
 
-from attn_plugins.attention import Attention, AttentionConfig, HeadShape
-from attn_plugins.hf.sharding import load_full_state_dict, refuse_split_heads
-from attn_plugins.registry import get_attention
+from attn_plugins.core.attention import Attention, AttentionConfig, HeadShape
+from attn_plugins.core.registry import get_attention
+from attn_plugins.hf.parallel.sharding import load_full_state_dict, refuse_split_heads
 
 FSDP = """
 import sys, types

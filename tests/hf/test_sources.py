@@ -7,7 +7,10 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import attn_plugins as ap
-from attn_plugins.hf import arguments, discovery, dispatch, sources
+from attn_plugins.hf import arguments
+from attn_plugins.hf import attention_function as dispatch
+from attn_plugins.hf.discovery import by_code as sources
+from attn_plugins.hf.discovery import modules as discovery
 
 
 class Once(nn.Module):

@@ -16,8 +16,8 @@ from transformers import (
 from transformers.cache_utils import StaticLayer
 
 import attn_plugins as ap
-from attn_plugins.hf.dispatch import slot_of
-from attn_plugins.hf.state_layer import StateLayer
+from attn_plugins.hf.caches.state_layer import StateLayer
+from attn_plugins.hf.names import slot_of
 
 STATIC = [
     name

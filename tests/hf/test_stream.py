@@ -11,9 +11,9 @@ import transformers as tf
 from torch.nn.functional import cross_entropy
 
 import attn_plugins as ap
-from attn_plugins import demo
-from attn_plugins.data import python_docs
-from attn_plugins.hf.caches import cache_bytes
+from attn_plugins.data import demo_model as demo
+from attn_plugins.data.text import python_docs
+from attn_plugins.hf.caches.cache_layers import cache_bytes
 
 WORDS = 32
 PERIOD = 12
@@ -118,7 +118,7 @@ def test_a_million_tokens_in_constant_memory_are_foretold_as_well_as_the_first(r
 def test_a_real_models_logits_through_the_cache_are_those_of_one_pass():
     folder = demo._root() / "models" / demo.NAME
     if not (folder / "config.json").exists():
-        pytest.skip(f"no model in {folder}; python -m attn_plugins.demo fetches it")
+        pytest.skip(f"no model in {folder}; python -m attn_plugins.data.demo_model fetches it")
     rule = {"type": "local", "window_size": 512, "num_sink_tokens": 4}
     model = tf.AutoModelForCausalLM.from_pretrained(folder, attn_plugin=rule)
     text = "\n".join(python_docs()["train"]["text"][:40])

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import attn_plugins as ap
-from attn_plugins.hf import discovery
+from attn_plugins.hf.discovery import modules as discovery
 
 
 def plugins(model):

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import masking_utils
 
 import attn_plugins as ap
-from attn_plugins.hf.caches import make_tensor
-from attn_plugins.hf.dispatch import LazyMask, lazy_mask
+from attn_plugins.hf.caches.cache_layers import make_tensor
+from attn_plugins.hf.masks.mask_function import LazyMask, lazy_mask
 
 TEXT = {**tiny.GROUPED, "layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 6}
 SPEECH = {

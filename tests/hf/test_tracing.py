@@ -9,7 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache
 
 import attn_plugins as ap
-from attn_plugins.mask import AttentionMask
+from attn_plugins.core.mask import AttentionMask
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),

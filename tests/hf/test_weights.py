@@ -9,7 +9,7 @@ import transformers as tf
 from torch import nn
 
 import attn_plugins as ap
-from attn_plugins.hf import dispatch
+from attn_plugins.hf import attention_function as dispatch
 
 EVERY = ["encoder", "decoder", "cross"]
 LENGTH = {"llava": 20}

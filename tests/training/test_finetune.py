@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import attn_plugins as ap
-from attn_plugins.settings import build
+from attn_plugins.config.yaml import build
 from attn_plugins.training.config import EvaluateConfig, FinetuneConfig
 from attn_plugins.training.evaluate import prepare_evaluation
 from attn_plugins.training.finetune import prepare_finetune

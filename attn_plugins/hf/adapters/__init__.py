@@ -26,7 +26,8 @@ from torch import nn
 from transformers import EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from attn_plugins.hf.dispatch import BASE, IMPLEMENTATION, SLOT, LazyMask
+from attn_plugins.hf.masks.mask_function import LazyMask
+from attn_plugins.hf.names import BASE, IMPLEMENTATION, SLOT
 
 
 @functools.cache

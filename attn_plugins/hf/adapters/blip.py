@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.blip import modeling_blip, modeling_blip_text
 
 from attn_plugins.hf.adapters import cached, slotted
-from attn_plugins.hf.dispatch import IMPLEMENTATION
+from attn_plugins.hf.names import IMPLEMENTATION
 
 
 class BlipAttention(modeling_blip.BlipAttention):

@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bloom import modeling_bloom
 
 from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.dispatch import IMPLEMENTATION
+from attn_plugins.hf.names import IMPLEMENTATION
 
 
 class BloomAttention(modeling_bloom.BloomAttention):

@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.codegen import modeling_codegen
 
 from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.dispatch import IMPLEMENTATION
+from attn_plugins.hf.names import IMPLEMENTATION
 
 
 class CodeGenAttention(modeling_codegen.CodeGenAttention):

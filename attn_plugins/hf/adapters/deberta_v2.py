@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deberta_v2 import modeling_deberta_v2
 
 from attn_plugins.hf.adapters import padding_of, slotted
-from attn_plugins.hf.dispatch import IMPLEMENTATION
+from attn_plugins.hf.names import IMPLEMENTATION
 
 
 class DisentangledSelfAttention(modeling_deberta_v2.DisentangledSelfAttention):

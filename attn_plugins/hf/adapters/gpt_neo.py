@@ -9,7 +9,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo import modeling_gpt_neo
 
 from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.dispatch import IMPLEMENTATION, LazyMask
+from attn_plugins.hf.masks.mask_function import LazyMask
+from attn_plugins.hf.names import IMPLEMENTATION
 
 
 class GPTNeoSelfAttention(modeling_gpt_neo.GPTNeoSelfAttention):

@@ -7,7 +7,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mpnet import modeling_mpnet
 
 from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.dispatch import IMPLEMENTATION
+from attn_plugins.hf.names import IMPLEMENTATION
 
 
 class MPNetSelfAttention(modeling_mpnet.MPNetSelfAttention):

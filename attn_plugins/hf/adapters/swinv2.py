@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.swinv2 import modeling_swinv2
 
 from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.dispatch import IMPLEMENTATION
+from attn_plugins.hf.names import IMPLEMENTATION
 
 
 class Swinv2SelfAttention(modeling_swinv2.Swinv2SelfAttention):

@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.xlm import modeling_xlm
 
 from attn_plugins.hf.adapters import cached, slotted
-from attn_plugins.hf.dispatch import IMPLEMENTATION
+from attn_plugins.hf.names import IMPLEMENTATION
 
 
 class MultiHeadAttention(modeling_xlm.MultiHeadAttention):

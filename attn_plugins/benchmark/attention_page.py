@@ -1,0 +1,185 @@
+"""docs/attentions.md, written from the classes in the registry and what a benchmark has measured of them.
+
+python -m attn_plugins.benchmark.attention_page FILE writes the page; its figures are those of
+benchmarks/cpu/results.jsonl beside it.
+"""
+
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from attn_plugins.benchmark.kernels_report import says_pays_from
+from attn_plugins.benchmark.store import Results
+from attn_plugins.benchmark.tables import brief_number
+from attn_plugins.config.versions import spelled_own
+from attn_plugins.core.attention import CAPABILITIES, Attention, capabilities
+from attn_plugins.core.registry import get_attention, list_attentions
+
+OWN = "attn_plugins.attentions."
+"""Where the package's own attentions live: an installed plug-in has its own documentation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of an attention, as its ``Config`` declares it."""
+
+    name: str
+    type: str
+    """As annotated, such as ``int | None``."""
+    default: str
+    """As Python writes it; empty where the option is required."""
+    doc: str
+    """The docstring under the field."""
+
+
+def options(attention: type[Attention]) -> list[Option]:
+    """The options of an attention with their types, defaults and docstrings, in the order of the fields."""
+    found = []
+    written = _written_fields(attention.Config)
+    for field in dataclasses.fields(attention.Config):
+        annotation, doc = written[field.name]
+        default = "" if field.default is dataclasses.MISSING else repr(field.default)
+        if field.default_factory is not dataclasses.MISSING:
+            default = repr(field.default_factory())
+        found.append(Option(name=field.name, type=annotation, default=default, doc=doc))
+    return found
+
+
+def _written_fields(config: type) -> dict[str, tuple[str, str]]:
+    """field -> (annotation, docstring) from the source, since Python keeps no docstrings of fields."""
+    written: dict[str, tuple[str, str]] = {}
+    for cls in reversed(config.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(tree, ast.ClassDef)
+        for statement, following in zip(tree.body, [*tree.body[1:], None], strict=True):
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+                continue
+            doc = ""
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                doc = " ".join(str(following.value.value).split())
+            written[statement.target.id] = (ast.unparse(statement.annotation), doc)
+    return written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timed:
+    """How fast an attention was with some options, forward and backward together."""
+
+    label: str
+    causal: bool
+    ratios: dict[int, float]
+    """Length -> times as fast as torch's own attention, median of the rounds."""
+    lowest: dict[int, float]
+    """Length -> the same in the slowest round."""
+
+
+def timed(results: Results) -> dict[str, list[Timed]]:
+    """What a benchmark measured, by the attention's name, in the order in which it was measured."""
+    found: dict[tuple[str, str], Timed] = {}
+    for record in results.records.values():
+        settings = record["settings"]
+        name = settings["source"].get("type")
+        if name is None or settings["which"] != "forward_backward" or record["status"] != "ok":
+            continue
+        new = Timed(label=record["label"], causal=settings["causal"], ratios={}, lowest={})
+        one = found.setdefault((name, record["label"]), new)
+        one.ratios[settings["length"]] = record["result"]["times_as_fast"]
+        one.lowest[settings["length"]] = record["result"]["lowest"]
+    by_name: dict[str, list[Timed]] = {}
+    for (name, _), one in found.items():
+        by_name.setdefault(name, []).append(one)
+    return by_name
+
+
+def measured_on(results: Results) -> list[str]:
+    """Shapes, machines and versions that figures are from."""
+    found = []
+    for record in results.records.values():
+        shape, made = record["settings"], record["versions"]
+        found.append(
+            f"{spelled_own(made)}, batch {shape['batch_size']}, {shape['num_heads']} heads of {shape['head_dim']}, "
+            f"{shape['dtype']}, on {made['device']}, {made['threads']} threads, torch {made['torch']}"
+        )
+    return list(dict.fromkeys(found)) or ["not measured yet"]
+
+
+def page(measured: Path) -> str:
+    """The text of docs/attentions.md, with the figures of a benchmark's results.jsonl."""
+    attentions = [get_attention(name) for name in list_attentions()]
+    own = sorted((a for a in attentions if a.__module__.startswith(OWN)), key=lambda a: (a.family, a.name))
+    results = Results(measured)
+    figures = timed(results)
+    lines = [
+        "# Attentions",
+        "",
+        "Written by `make docs` from the classes in the registry: change a docstring there, not this file.",
+        "",
+        "| name | family | cost of a head | pays from | "
+        + " | ".join(name.replace("_", " ") for name in CAPABILITIES)
+        + " |",
+        "|---" * (4 + len(CAPABILITIES)) + "|",
+    ]
+    for attention in own:
+        honoured = ["yes" if name in capabilities(attention) else "" for name in CAPABILITIES]
+        pays = "; ".join(dict.fromkeys(says_pays_from(one.lowest) for one in figures.get(attention.name, ())))
+        first = [f"[{attention.name}](#{attention.name})", attention.family, attention.cost, pays]
+        lines.append(f"| {' | '.join([*first, *honoured])} |")
+    lines += [
+        "",
+        "A column says what an attention can honour. What it cannot, it refuses with an error and never leaves out in",
+        "silence. N is the length, D the size of a head. `any mask` means masks beyond causal, padding and packed",
+        "segments: a model's own sliding window, prefixes, image blocks. `dropout` is that of attention weights in",
+        "training. Methods that define none run without it, and a warning says so where the model asks for it, once,",
+        "when it is swapped.",
+        "",
+        "Infinities and NaN at padded positions stay there in the fast forms of "
+        + ", ".join(sorted(f"`{a.name}`" for a in own if a.clean_padding))
+        + ". Elsewhere they",
+        "reach real tokens, as in torch's own attention: a weight of 0 times NaN is NaN. Models put numbers there.",
+        "",
+        "`pays from` is the length in tokens from which every round was faster than torch's own attention, which is",
+        "`scaled_dot_product_attention`:",
+        f"forward and backward together, the attention alone: {'; '.join(measured_on(results))}.",
+        "Several values are for several options. All lengths, spread, memory and other packages are in",
+        "[benchmarks/cpu](benchmarks/cpu/report.md). On another machine it is another length: `attn-plugins bench`.",
+    ]
+    for attention in own:
+        lines += ["", *_section(attention, figures.get(attention.name, []))]
+    return "\n".join(lines) + "\n"
+
+
+def _section(attention: type[Attention], figures: list[Timed]) -> list[str]:
+    source = attention.__module__.replace(".", "/") + ".py"
+    lines = [f"## {attention.name}", "", inspect.getdoc(attention) or "", ""]
+    lines += [f"- When to use it: {attention.when}"] if attention.when else []
+    lines += [f"- Cost: {attention.cost}", f"- Paper: {attention.paper}"]
+    lines += [f"- Keeps, when text is generated, a key/value head: {attention.keeps}"] if attention.causal else []
+    if not figures:
+        lines += [f"- Not measured yet: `attn-plugins bench --attn {attention.name}` does"]
+    for one in figures:
+        ratios = ", ".join(f"{brief_number(ratio)}x at {length}" for length, ratio in sorted(one.ratios.items()))
+        beside = "causal attention" if one.causal else "attention over the whole sequence"
+        lines.append(f"- Measured, `{one.label}`, beside torch's {beside}: {ratios}")
+    lines += [f"- Honours: {', '.join(capabilities(attention))}", f"- Source: [{source}](../{source})"]
+    tested = ", ".join(f"`{example}`" if example else "the defaults" for example in attention.examples)
+    lines += [f"- Tested on a few dozen tokens with: {tested}"]
+    declared = options(attention)
+    if declared:
+        lines += ["", "Options:", ""]
+        lines += [f"- `{o.name}: {o.type}{f' = {o.default}' if o.default else ''}` {o.doc}".rstrip() for o in declared]
+    else:
+        lines += ["- Options: none"]
+    return lines
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m attn_plugins.benchmark.attention_page FILE")
+    target = Path(sys.argv[1])
+    target.write_text(page(target.parent / "benchmarks" / "cpu" / "results.jsonl"), encoding="utf8")

@@ -1,0 +1,420 @@
+"""Models x attentions x measurements: each cell runs once, is written down as it ends, and is not run again."""
+
+import dataclasses
+import gc
+import os
+import re
+import shutil
+import time
+import traceback
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from attn_plugins.benchmark import timing as measuring
+from attn_plugins.benchmark.store import Results, hash_of
+from attn_plugins.benchmark.timing import Pass, Scope
+from attn_plugins.config.extras import need
+from attn_plugins.config.output import check_folder
+from attn_plugins.config.versions import versions
+from attn_plugins.config.yaml import build
+from attn_plugins.core.rules import parse_rules
+from attn_plugins.data.text import DataConfig, load_data
+from attn_plugins.tasks import Task, run_task
+from attn_plugins.training.config import FinetuneConfig, evaluation_task
+from attn_plugins.training.evaluate import attention_summary, place
+from attn_plugins.training.finetune import prepare_finetune
+from attn_plugins.training.models import AS_SAVED, Dtype, Loaded, in_slot, load, read_attention, skeleton
+from attn_plugins.training.resume import finished, same_versions
+
+FORMAT = 1
+"""Part of every cell's key: raise it when a measurement changes its meaning, so that old results are not reused."""
+
+NOT_IN_FINETUNE = ("model", "attention", "data", "evaluation", "output_dir", "seed", "dtype")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassConfig:
+    """At which lengths the passes of models are measured, against the baseline's."""
+
+    lengths: dict[str, list[int]]
+    """Scope -> lengths in tokens: "model" is the whole model, "attention" its attention layers alone."""
+    passes: list[Pass] | dict[str, list[Pass]] = field(default_factory=lambda: list(typing.get_args(Pass)))
+    """forward: without autograd. forward_backward: as in a fine-tune with adapters. A list, or one for each scope."""
+    batch_size: int = 1
+    """Rows in a pass."""
+
+    def __post_init__(self) -> None:
+        wrong = sorted(set(self.lengths) - {"model", "attention"})
+        if wrong or not self.lengths:
+            raise ValueError(f"lengths has the scopes {wrong or 'of none'}; allowed: model, attention")
+        if isinstance(self.passes, dict) and set(self.passes) != set(self.lengths):
+            raise ValueError(
+                f"passes has the scopes {sorted(self.passes)}; allowed: those of lengths, {sorted(self.lengths)}"
+            )
+        if not all(self.passes_of(scope) and self.lengths[scope] for scope in self.lengths):
+            raise ValueError("passes and lengths must name at least one for each scope")
+        if self.batch_size < 1 or any(length < 1 for lengths in self.lengths.values() for length in lengths):
+            raise ValueError("batch_size and lengths must be at least 1")
+
+    def passes_of(self, scope: str) -> list[Pass]:
+        """The passes that are measured in a scope."""
+        return self.passes[scope] if isinstance(self.passes, dict) else self.passes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedConfig(PassConfig):
+    """Passes timed side by side with the baseline's."""
+
+    rounds: int = 5
+    """Rounds of timing; each runs the attention and the baseline once."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds}; allowed: at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Which models with which attentions, and what is measured of them."""
+
+    models: dict[str, str]
+    """Label -> a folder, a name on the hub, or "smollm2-135m-demo"."""
+    attentions: dict[str, Any]
+    """Label -> rules, a YAML file of rules, or null for the model's own attention."""
+    output_dir: str
+    """Where results.jsonl, report.md and the plots go."""
+    baseline: str = "dense"
+    """Label of the attention that speed and memory are compared with."""
+    bar: str | None = None
+    """Label of the attention whose untrained row every trained one has to beat, such as a window with sink tokens."""
+    data: DataConfig | None = None
+    """Text for evaluation and fine-tuning."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """Task and options, as for ``attn-plugins evaluate``."""
+    untrained: bool = True
+    """Evaluate each attention as it is swapped in, before any training; needs data."""
+    finetune: dict[str, Any] | None = None
+    """Settings of a fine-tune, as for ``attn-plugins finetune``; each attention is evaluated after it. Null: none."""
+    speed: SpeedConfig | None = None
+    """Null to leave speed out."""
+    memory: PassConfig | None = None
+    """Null to leave peak memory out."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Evaluation and fine-tune run once for each; speed and memory with the first."""
+    dtype: Dtype = "float32"
+    """What weights are loaded in."""
+
+    def __post_init__(self) -> None:
+        for what in ("models", "attentions", "seeds"):
+            if not getattr(self, what):
+                raise ValueError(f"{what} is empty; at least one is needed")
+        for what, label in (("baseline", self.baseline), ("bar", self.bar)):
+            if label is not None and label not in self.attentions:
+                raise ValueError(f"{what}={label!r} is none of the attentions; allowed: {', '.join(self.attentions)}")
+        if self.finetune is not None and self.data is None:
+            raise ValueError("finetune needs data")
+        if self.data is None and self.speed is None and self.memory is None:
+            raise ValueError("nothing is measured; allowed: any of data (with untrained or finetune), speed, memory")
+        stems = [file_stem(label) for label in self.models]
+        if len(set(stems)) < len(stems):
+            raise ValueError(
+                f"models: the labels {', '.join(self.models)} give files of the same name; allowed: labels that "
+                "differ in letters, digits, dots or dashes, within the first 80"
+            )
+        rules: dict[str, Any] = {}
+        for label, value in self.attentions.items():
+            try:
+                read = read_attention(value)
+            except ValueError as error:
+                raise ValueError(f"attentions.{label}: {error}") from None
+            # Every option spelled out, so that a default that changes some day changes the cell's key.
+            rules[label] = read if read in (None, AS_SAVED) else [rule.to_dict() for rule in parse_rules(read)]
+        object.__setattr__(self, "attentions", rules)
+        kind = None
+        if self.finetune is not None:
+            taken = sorted(set(self.finetune) & set(NOT_IN_FINETUNE))
+            if taken:
+                raise ValueError(f"finetune.{taken[0]} is set for the whole comparison; take it out of finetune")
+            kind = finetune_config(self, next(iter(self.models.values())), None, self.seeds[0], "runs").task
+        evaluation_task(self.evaluation, kind)
+
+    @property
+    def task(self) -> Task:
+        """The evaluation's task."""
+        kind = None if self.finetune is None else self.finetune.get("task", "causal-lm")
+        return evaluation_task(self.evaluation, kind)
+
+
+Measure = Literal["evaluate", "finetune", "speed", "memory"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One figure, or one set of them, that is measured at a time."""
+
+    model: str
+    attention: str
+    """Labels, for people."""
+    measure: Measure
+    seed: int
+    settings: dict[str, Any]
+    """All that the result depends on: sources, rules, options. The labels are not in it."""
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the result depends on."""
+        whole = {"format": FORMAT, "measure": self.measure, "seed": self.seed, **self.settings}
+        return hash_of(whole)
+
+    def __str__(self) -> str:
+        place = [str(self.settings[name]) for name in ("scope", "length") if name in self.settings]
+        return " · ".join([self.model, self.attention, self.measure, *place, f"seed {self.seed}"])
+
+
+def cells(config: CompareConfig) -> list[Cell]:
+    """All cells of a comparison, attention by attention; fine-tunes last, since they take longest."""
+    found: list[Cell] = []
+    for label, source in config.models.items():
+        for attention in config.attentions:
+            found += _cells_of(config, label, source, attention)
+    return sorted(found, key=lambda cell: cell.measure == "finetune")
+
+
+def _cells_of(config: CompareConfig, model: str, source: str, attention: str) -> Iterator[Cell]:
+    base = {"model": source, "rules": config.attentions[attention], "dtype": config.dtype}
+    data = None if config.data is None else dataclasses.asdict(config.data)
+    names = {"model": model, "attention": attention}
+    for seed in config.seeds:
+        quality = {**base, "data": data, "evaluation": config.evaluation}
+        if config.untrained and config.data is not None:
+            yield Cell(**names, measure="evaluate", seed=seed, settings=quality)
+        if config.finetune is not None:
+            yield Cell(**names, measure="finetune", seed=seed, settings={**quality, "finetune": config.finetune})
+    for measure, passes in (("speed", config.speed), ("memory", config.memory)):
+        if passes is None:
+            continue
+        options = {name: getattr(passes, name) for name in ("batch_size", "rounds") if hasattr(passes, name)}
+        if measure == "speed":
+            options["baseline"] = config.attentions[config.baseline]
+        for scope, lengths in passes.lengths.items():
+            for length in lengths:
+                where = {"scope": scope, "length": length, "passes": passes.passes_of(scope)}
+                yield Cell(**names, measure=measure, seed=config.seeds[0], settings={**base, **options, **where})  # type: ignore[arg-type]
+
+
+def finetune_config(config: CompareConfig, source: str, rules: Any, seed: int, output_dir: str) -> FinetuneConfig:
+    """The fine-tune of one cell."""
+    assert config.finetune is not None
+    fixed = {"model": source, "attention": rules, "seed": seed, "output_dir": output_dir, "dtype": config.dtype}
+    data = dataclasses.asdict(config.data) if config.data is not None else None
+    tree = {**config.finetune, **fixed, "data": data, "evaluation": config.evaluation}
+    return build(FinetuneConfig, tree, "finetune")
+
+
+def file_stem(label: str) -> str:
+    """A label as the beginning of a file's name."""
+    return re.sub(r"[^\w.-]+", "-", label)[:80]
+
+
+def prepare_compare(config: CompareConfig) -> Results:
+    """What an earlier run of the same comparison has left, once it is clear that this one can start.
+
+    Raises:
+        ValueError: a model is not there, results.jsonl is not one, a package is missing, or several processes run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "compare measures time, so it runs in one process; accelerate launch is for finetune and evaluate"
+        )
+    need("matplotlib", "compare")
+    need("peft", "train")
+    results = Results(check_folder(config.output_dir) / "results.jsonl")
+    for source in config.models.values():
+        skeleton(source)
+    return results
+
+
+def run_compare(
+    config: CompareConfig, results: Results, *, fresh: bool = False, say: Callable[[str], None] = print
+) -> None:
+    """Run all cells that have no result of these versions yet, and add theirs to ``results``.
+
+    A cell that fails is recorded with its error, and the others go on.
+
+    Args:
+        fresh: run all cells, whatever has been written before.
+        say: gets a line of progress at a time.
+
+    Raises:
+        ValueError: another run is measuring into the same file.
+    """
+    with results.alone():
+        _run_cells(config, results, fresh, say)
+
+
+def _run_cells(config: CompareConfig, results: Results, fresh: bool, say: Callable[[str], None]) -> None:
+    todo = cells(config)
+    for line in [] if fresh else results.told(cell.key for cell in todo):
+        say(line)
+    _quiet_loading()
+    held = _Held(config, fresh)
+    for number, cell in enumerate(todo, 1):
+        if results.done(cell.key) and not fresh:
+            continue
+        started = time.perf_counter()
+        say(f"[{number}/{len(todo)}] {cell}")
+        outcome: dict[str, Any]
+        try:
+            outcome = {"status": "ok", "result": _MEASURES[cell.measure](config, cell, held)}
+            note = _short(cell, outcome["result"])
+        except (
+            Exception
+        ) as error:  # one attention that fails must not take the comparison down; its error is the result
+            note = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            outcome = {"status": "error", "error": note, "traceback": traceback.format_exc()}
+            held.drop()
+        seconds = time.perf_counter() - started
+        results.add(
+            {
+                "key": cell.key,
+                **{name: getattr(cell, name) for name in ("model", "attention", "measure", "seed")},
+                **outcome,
+                "seconds": round(seconds, 2),
+                "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                "settings": cell.settings,
+                "versions": versions(),
+            }
+        )
+        say(f"      {note} ({seconds:.0f} s)")
+
+
+def _quiet_loading() -> None:
+    """No bars or reports for loading weights and cutting text, which every cell repeats; what takes long has a bar."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    need("datasets", "train").disable_progress_bars()
+
+
+class _Held:
+    """What a run holds: the models in memory, which are the baseline and the one that was asked for last."""
+
+    def __init__(self, config: CompareConfig, fresh: bool):
+        self.config, self.fresh = config, fresh
+        self.loaded: dict[tuple[str, str, int], Loaded] = {}
+
+    def get(self, source: str, attention: str, seed: int) -> Loaded:
+        key = (source, attention, seed)
+        if key not in self.loaded:
+            for other in list(self.loaded):
+                if other != (source, self.config.baseline, self.config.seeds[0]):
+                    del self.loaded[other]
+            gc.collect()
+            rules = self.config.attentions[attention]
+            kind, dtype = self.config.task.model, self.config.dtype
+            self.loaded[key] = place(load(source, attention=rules, kind=kind, dtype=dtype, seed=seed))
+        return self.loaded[key]
+
+    def drop(self) -> None:
+        self.loaded.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _evaluate(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
+    assert config.data is not None
+    task = config.task
+    loaded = held.get(cell.settings["model"], cell.attention, cell.seed)
+    untrained = [name for name in loaded.fresh if not in_slot(name)]
+    if untrained:
+        raise ValueError(
+            f"the model holds no weights for {', '.join(untrained[:3])}, so {task.name} would say nothing of it"
+        )
+    _, held_out = load_data(config.data, labelled=task.labelled)
+    batches = task.prepare(held_out, loaded.tokenizer, loaded.model)
+    figures = run_task(task, loaded.model, batches, progress=f"{cell.attention}: {task.name}")
+    return {**_headline(task, figures), "figures": figures, "attention": attention_summary(loaded.model)}
+
+
+def _finetune(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
+    held.drop()
+    name = f"{file_stem(cell.model)}-{file_stem(cell.attention)}-seed{cell.seed}-{cell.key[:6]}"
+    folder = Path(config.output_dir).expanduser() / "finetuned" / name
+    if folder.exists() and (held.fresh or not same_versions(folder)):
+        shutil.rmtree(folder)  # its checkpoints are of a run that does not count any more
+    settings = finetune_config(config, cell.settings["model"], cell.settings["rules"], cell.seed, str(folder))
+    metrics = finished(settings)
+    if metrics is None:
+        metrics = prepare_finetune(settings, resume=True).run(progress=f"{cell.attention}: {config.task.name}")
+    figures = metrics["evaluation"]["after"]
+    kept = {name: metrics[name] for name in ("attention", "parameters", "train")}
+    return {**_headline(config.task, figures), "figures": figures, **kept, "folder": str(folder)}
+
+
+def _speed(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
+    base = held.get(cell.settings["model"], config.baseline, config.seeds[0])
+    own, input_ids, device = _model_and_tokens(cell, held)
+    scope: Scope = cell.settings["scope"]
+    found = {}
+    for which in cell.settings["passes"]:
+        contenders = {
+            "baseline": measuring.parts(base.model, input_ids, scope, which),
+            "own": measuring.parts(own.model, input_ids, scope, which),
+        }
+        seconds = measuring.interleaved(contenders, cell.settings["rounds"], device)
+        found[which] = measuring.compared(seconds["own"], seconds["baseline"])
+    return {"passes": found}
+
+
+def _memory(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
+    own, input_ids, device = _model_and_tokens(cell, held)
+    found = {}
+    for which in cell.settings["passes"]:
+        found[which] = {
+            "bytes": measuring.peak_bytes(measuring.parts(own.model, input_ids, cell.settings["scope"], which), device)
+        }
+    return {"passes": found}
+
+
+def _model_and_tokens(cell: Cell, held: _Held) -> tuple[Loaded, torch.Tensor, torch.device]:
+    """The cell's model, random tokens for it, and where it is."""
+    own = held.get(cell.settings["model"], cell.attention, cell.seed)
+    text: Any = own.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    length, limit = cell.settings["length"], getattr(text, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"length {length}; allowed: at most {limit}, the model's max_position_embeddings")
+    generator = torch.Generator().manual_seed(cell.seed)
+    input_ids = torch.randint(text.vocab_size, (cell.settings["batch_size"], length), generator=generator)
+    device = next(own.model.parameters()).device
+    return own, input_ids.to(device), device
+
+
+_MEASURES: dict[str, Callable[[CompareConfig, Cell, _Held], dict[str, Any]]] = {
+    "evaluate": _evaluate,
+    "finetune": _finetune,
+    "speed": _speed,
+    "memory": _memory,
+}
+
+
+def _headline(task: Task, figures: dict[str, Any]) -> dict[str, Any]:
+    return {"metric": task.metric, "better": task.better, "value": figures[task.metric]}
+
+
+def _short(cell: Cell, result: dict[str, Any]) -> str:
+    if cell.measure == "speed":
+        return ", ".join(
+            f"{which} {found['times_as_fast']:.2f}x the baseline" for which, found in result["passes"].items()
+        )
+    if cell.measure == "memory":
+        return ", ".join(f"{which} {found['bytes'] / 2**20:.1f} MiB" for which, found in result["passes"].items())
+    return f"{result['metric']} {result['value']:.4g}"

@@ -1,0 +1,354 @@
+"""What a comparison found: tables for the terminal and report.md, and plots. Everything comes from results.jsonl."""
+
+import dataclasses
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from attn_plugins.benchmark.compare import Cell, CompareConfig, cells, file_stem
+from attn_plugins.benchmark.store import Results
+from attn_plugins.benchmark.tables import Table, brief_number, duration, frame
+from attn_plugins.config.extras import need
+
+STAGES = {"evaluate": "untrained", "finetune": "fine-tuned"}
+PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
+SCOPES = {"model": "whole model", "attention": "attention layer"}
+
+
+class Found:
+    """The records of a comparison's cells, as tables and plots ask for them."""
+
+    def __init__(self, config: CompareConfig, results: Results):
+        self.config = config
+        self.results = results
+        self.cells = cells(config)
+        self.record = {cell.key: results.records[cell.key] for cell in self.cells if cell.key in results.records}
+
+    def of(self, model: str, attention: str, measure: str, **settings: Any) -> list[dict[str, Any]]:
+        """Records of the cells that match, one for each seed that ran, failed ones too."""
+        return [
+            self.record[cell.key]
+            for cell in self._matching(model, attention, measure, settings)
+            if cell.key in self.record
+        ]
+
+    def _matching(self, model: str, attention: str, measure: str, settings: dict[str, Any]) -> Iterable[Cell]:
+        for cell in self.cells:
+            if (cell.model, cell.attention, cell.measure) == (model, attention, measure) and all(
+                cell.settings[name] == value for name, value in settings.items()
+            ):
+                yield cell
+
+    def values(self, model: str, attention: str, measure: str) -> list[float]:
+        """The task's figure for each seed that succeeded."""
+        return [record["result"]["value"] for record in _ok(self.of(model, attention, measure))]
+
+    def pass_value(
+        self, model: str, attention: str, measure: str, place: tuple[str, int, str], name: str
+    ) -> float | None:
+        """One figure of a speed or memory cell, or None where there is none. ``place`` is (scope, length, pass)."""
+        scope, length, which = place
+        records = _ok(self.of(model, attention, measure, scope=scope, length=length))
+        return records[0]["result"]["passes"][which][name] if records else None
+
+    @property
+    def errors(self) -> list[tuple[Cell, str]]:
+        """The cells that failed, with their messages."""
+        found = [(cell, self.record[cell.key]) for cell in self.cells if cell.key in self.record]
+        return [(cell, record["error"]) for cell, record in found if record["status"] == "error"]
+
+    @property
+    def unfinished(self) -> int:
+        """Number of cells that have neither a result nor an error."""
+        return len(self.cells) - len(self.record)
+
+
+def write_report(config: CompareConfig, results: Results) -> tuple[list[Table], list[Path]]:
+    """Tables, and report.md and the plots beside results.jsonl.
+
+    Returns:
+        (the tables, the files that were written)
+
+    Raises:
+        ValueError: matplotlib is not installed.
+    """
+    found = Found(config, results)
+    out = results.path.parent
+    out.mkdir(parents=True, exist_ok=True)
+    shown = tables(found)
+    plots = draw(found, out)
+    lines = ["# Comparison", "", *_facts(found), ""]
+    for table in shown:
+        lines += [table.markdown(), ""]
+    lines += [f"![{plot.stem.replace('_', ' ')}]({plot.name})\n" for plot in plots]
+    report = out / "report.md"
+    report.write_text("\n".join(lines), encoding="utf-8")
+    return shown, [report, *plots]
+
+
+def tables(found: Found) -> list[Table]:
+    """Quality, speed, memory and errors, of those that were measured."""
+    config, shown = found.config, []
+    if any(cell.measure in STAGES for cell in found.cells):
+        shown.append(_quality(found))
+    for measure, title in (("speed", "Speed"), ("memory", "Peak memory")):
+        passes = getattr(config, measure)
+        for scope in passes.lengths if passes else ():
+            shown.append(_pass_table(found, measure, title, scope))
+    if found.errors:
+        table = Table("Errors", "These cells failed; the next run tries them again.", ["cells", "error"])
+        alike: dict[tuple[str, str, str], list[Cell]] = {}
+        for cell, error in found.errors:
+            alike.setdefault((cell.model, cell.attention, error), []).append(cell)
+        for (_, _, error), failed in alike.items():
+            others = f" and {len(failed) - 1} more of {failed[0].attention}" if len(failed) > 1 else ""
+            table.rows.append([f"{failed[0]}{others}", error])
+        shown.append(table)
+    return shown
+
+
+def _quality(found: Found) -> Table:
+    config, task = found.config, found.config.task
+    seeds = len(config.seeds)
+    better = "lower" if task.better == "lower" else "higher"
+    note = f"{task.metric}: {better} is better" + (f"; mean ± standard deviation of {seeds} seeds" if seeds > 1 else "")
+    if config.bar is not None:
+        note += f". The bar to beat is {config.bar}, untrained: it costs no training at all"
+    header = ["attention", "stage", task.metric]
+    parts = _positions(found)
+    header += [f"at {part['from']}-{part['to']}" for part in parts]
+    header += ["times the bar's"] if config.bar is not None else []
+    branches = any(
+        _branches(_ok([record])) for record in found.record.values() if "figures" in record.get("result", {})
+    )
+    header += ["branches alone"] if branches else []
+    header += ["new parameters", "training seconds"]
+    middle = [f"at {part['from']}-{part['to']}" for part in parts[1:-1]]
+    aside = (*middle, "new parameters", "training seconds")
+    table = Table("Quality", note + ".", _with_model(config, header), aside=aside)
+    for model in config.models:
+        bar = found.values(model, config.bar, "evaluate") if config.bar is not None else []
+        for attention in config.attentions:
+            for measure, stage in STAGES.items():
+                if not any(found._matching(model, attention, measure, {})):
+                    continue
+                records = found.of(model, attention, measure)
+                ok = _ok(records)
+                shown = stage + (", the bar" if (attention, measure) == (config.bar, "evaluate") else "")
+                row = [attention, shown, _spread([r["result"]["value"] for r in ok]) if ok else _why(records)]
+                for number in range(len(parts)):
+                    row.append(_spread([r["result"]["figures"]["by_position"][number]["perplexity"] for r in ok]))
+                if config.bar is not None:
+                    mean = (
+                        [statistics.mean(r["result"]["value"] for r in ok) / statistics.mean(bar)] if ok and bar else []
+                    )
+                    row.append(_spread(mean))
+                if branches:
+                    row.append(_branches(ok))
+                row.append(f"{ok[0]['result']['attention']['new_params']:,}" if ok else "")
+                row.append(_spread([r["result"]["train"]["seconds"] for r in ok if "train" in r["result"]]))
+                table.rows.append([model, *row] if len(config.models) > 1 else row)
+    return table
+
+
+def _branches(records: list[dict[str, Any]]) -> str:
+    """The task's figure with each branch of an attention alone, mean over seeds."""
+    parts = [record["result"]["figures"].get("branches", {}) for record in records]
+    return ", ".join(f"{branch} {_spread([part[branch] for part in parts])}" for branch in (parts[0] if parts else ()))
+
+
+def _positions(found: Found) -> list[dict[str, Any]]:
+    for record in found.record.values():
+        if record["status"] == "ok" and "figures" in record["result"]:
+            return record["result"]["figures"].get("by_position", [])
+    return []
+
+
+def _pass_table(found: Found, measure: str, title: str, scope: str) -> Table:
+    config = found.config
+    passes = getattr(config, measure)
+    places = [(scope, length, which) for which in passes.passes_of(scope) for length in passes.lengths[scope]]
+    base = config.baseline
+    if measure == "speed":
+        note = f"Times as fast as {base} in the same rounds, median. {base} beside itself shows the noise."
+        detail = f"In brackets the lowest and highest of {passes.rounds} rounds, and the median time of a pass."
+    else:
+        note = "MiB that a pass allocates at its peak, weights and inputs not counted."
+        detail = f"In brackets the share of {base}'s."
+    note += f" Batch {passes.batch_size}."
+    header = ["attention", *(f"{PASSES[which]} {length}" for _, length, which in places)]
+    table = Table(f"{title}, {SCOPES[scope]}", note, _with_model(config, header), detail=detail)
+    for model in config.models:
+        for attention in config.attentions:
+            row = [attention, *(_pass_cell(found, measure, model, attention, place) for place in places)]
+            table.rows.append([model, *row] if len(config.models) > 1 else row)
+    return table
+
+
+def _pass_cell(found: Found, measure: str, model: str, attention: str, place: tuple[str, int, str]) -> str:
+    records = found.of(model, attention, measure, scope=place[0], length=place[1])
+    if not _ok(records):
+        return _why(records)
+    if measure == "speed":
+        figures = _ok(records)[0]["result"]["passes"][place[2]]
+        ratio, lowest, highest = figures["times_as_fast"], figures["lowest"], figures["highest"]
+        return f"{ratio:.2f}x ({lowest:.2f} to {highest:.2f}; {duration(figures['seconds'])})"
+    own = found.pass_value(model, attention, measure, place, "bytes")
+    base = found.pass_value(model, found.config.baseline, measure, place, "bytes")
+    assert own is not None
+    return brief_number(own / 2**20) + (f" ({own / base:.2f})" if base else "")
+
+
+def draw(found: Found, out: Path) -> list[Path]:
+    """The plots that what was measured allows, a PNG each: quality against time, memory and speed against length."""
+    need("matplotlib", "compare")
+    drawn = []
+    for model in found.config.models:
+        stem = file_stem(model)
+        for name, figure in (
+            ("quality_vs_time", _quality_plot(found, model)),
+            ("memory_vs_length", _length_plot(found, model, "memory")),
+            ("speed_vs_length", _length_plot(found, model, "speed")),
+        ):
+            if figure is not None:
+                path = out / f"{stem}_{name}.png"
+                figure.savefig(path, dpi=130, bbox_inches="tight")
+                drawn.append(path)
+    return drawn
+
+
+def _quality_plot(found: Found, model: str) -> Any:
+    """One point an attention and stage: what it costs, as a multiple of the baseline's time, and how good it is."""
+    config, task = found.config, found.config.task
+    place = _longest(config)
+    points = []
+    for number, attention in enumerate(config.attentions):
+        ratio = 1.0 if attention == config.baseline else None
+        if place is not None and ratio is None:
+            ratio = found.pass_value(model, attention, "speed", place, "times_as_fast")
+        for measure in STAGES:
+            values = found.values(model, attention, measure)
+            if ratio and values:
+                points.append((number, attention, measure, 1 / ratio, values))
+    if place is None or not points:
+        return None
+    figure, axes = frame(1)
+    for number, attention, measure, cost, values in points:
+        face = f"C{number}" if measure == "finetune" else "none"
+        mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+        label = (
+            attention
+            if not any(p[1] == attention and p[2] == "evaluate" for p in points) or measure == "evaluate"
+            else None
+        )
+        axes[0].errorbar(
+            cost, mean, yerr=spread, color=f"C{number}", marker="o", markersize=8, mfc=face, ls="none", label=label
+        )
+    for number, attention in enumerate(config.attentions):  # an arrow's worth: from untrained to fine-tuned
+        ends = [(p[3], statistics.mean(p[4])) for p in points if p[1] == attention]
+        axes[0].plot(*zip(*ends, strict=True), color=f"C{number}", lw=1, alpha=0.5) if len(ends) == 2 else None
+    means = [statistics.mean(p[4]) for p in points]
+    if task.better == "lower" and max(means) > 5 * min(means):
+        axes[0].set_yscale("log")
+    scope, length, which = place
+    axes[0].set_xlabel(f"time over {config.baseline}'s: {SCOPES[scope]}, {PASSES[which]}, {length} tokens")
+    axes[0].set_ylabel(f"{task.metric} ({task.better} is better)")
+    axes[0].set_title(f"{model}: quality against time (hollow: untrained, filled: fine-tuned)")
+    axes[0].legend(fontsize="small")
+    return figure
+
+
+def _length_plot(found: Found, model: str, measure: str) -> Any:
+    """A panel for each pass: memory, or times as fast as the baseline, at each length."""
+    config = found.config
+    passes = getattr(config, measure)
+    if passes is None:
+        return None
+    scope = max(passes.lengths, key=lambda name: len(passes.lengths[name]))
+    figure, axes = frame(len(passes.passes_of(scope)))
+    drawn = False
+    for axis, which in zip(axes, passes.passes_of(scope), strict=True):
+        for number, attention in enumerate(config.attentions):
+            name = "bytes" if measure == "memory" else "times_as_fast"
+            lengths = passes.lengths[scope]
+            points = [(n, found.pass_value(model, attention, measure, (scope, n, which), name)) for n in lengths]
+            line = [(n, value / 2**20 if measure == "memory" else value) for n, value in points if value is not None]
+            if line:
+                marker = "osD^vPX*"[number % 8]  # lines that lie on each other stay visible
+                axis.plot(*zip(*line, strict=True), color=f"C{number}", marker=marker, mfc="none", label=attention)
+                drawn = True
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(passes.lengths[scope], [str(n) for n in passes.lengths[scope]])
+        axis.minorticks_off()
+        axis.set_xlabel("length in tokens")
+        axis.set_title(f"{model}, {SCOPES[scope]}, {PASSES[which]}", fontsize="medium")
+        if measure == "memory":
+            axis.set_yscale("log")
+        else:
+            axis.axhline(1.0, color="black", lw=0.8, ls=":")
+    axes[0].set_ylabel("peak memory, MiB" if measure == "memory" else f"times as fast as {config.baseline}")
+    axes[0].legend(fontsize="small")
+    return figure if drawn else None
+
+
+def _longest(config: CompareConfig) -> tuple[str, int, str] | None:
+    """Where the plot of quality reads time: the whole model if it was timed, the greatest length, forward if timed."""
+    if config.speed is None:
+        return None
+    scope = "model" if config.speed.lengths.get("model") else "attention"
+    passes = config.speed.passes_of(scope)
+    which = "forward" if "forward" in passes else passes[0]
+    return scope, max(config.speed.lengths[scope]), which
+
+
+def _facts(found: Found) -> list[str]:
+    config = found.config
+    lines = [f"- Model {label}: {source}" for label, source in config.models.items()]
+    lines += [f"- Attention {label}: {_rules(rules)}" for label, rules in config.attentions.items()]
+    if config.data is not None:
+        set_fields = {k: v for k, v in dataclasses.asdict(config.data).items() if v is not None}
+        lines.append(f"- Data: {_inline(set_fields)}")
+        lines.append(f"- Evaluation: {_inline({'task': config.task.name, **dataclasses.asdict(config.task.config)})}")
+    if config.finetune is not None:
+        lines.append(f"- Fine-tune: {_inline(config.finetune)}")
+    lines.append(f"- Seeds: {', '.join(map(str, config.seeds))}; weights in {config.dtype}")
+    lines += found.results.made_with(found.record)
+    lines.append(f"- Time of all cells: {sum(record['seconds'] for record in found.record.values()) / 60:.1f} minutes")
+    if found.unfinished:
+        lines.append(f"- {found.unfinished} of {len(found.cells)} cells have not been run")
+    return lines
+
+
+def _rules(rules: Any) -> str:
+    if rules is None or isinstance(rules, str):
+        return "the model's own" if rules is None else rules
+    return "; ".join(_inline(rule) for rule in rules)
+
+
+def _inline(tree: Any) -> str:
+    if isinstance(tree, dict):
+        return ", ".join(f"{key} {_inline(value)}" for key, value in tree.items())
+    return " ".join(map(_inline, tree)) if isinstance(tree, list) else str(tree)
+
+
+def _ok(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [record for record in records if record["status"] == "ok"]
+
+
+def _why(records: list[dict[str, Any]]) -> str:
+    return "error" if records else "not run"
+
+
+def _spread(values: list[float]) -> str:
+    """Mean, and where there are several, the standard deviation."""
+    if not values:
+        return ""
+    mean = statistics.mean(values)
+    return (
+        brief_number(mean) if len(values) == 1 else f"{brief_number(mean)} ± {brief_number(statistics.stdev(values))}"
+    )
+
+
+def _with_model(config: CompareConfig, header: list[str]) -> list[str]:
+    return ["model", *header] if len(config.models) > 1 else header

@@ -1,0 +1,362 @@
+"""Attentions by themselves, without a model: time and peak memory by length, against torch's own attention.
+
+What is timed is one attention of one layer, mask included, on random queries, keys and values laid out as transformers
+lays them out. Contenders take turns with ``scaled_dot_product_attention`` in the same rounds, so that a machine that
+slows down slows all of them, and what counts is the ratio within a round.
+"""
+
+import time
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from attn_plugins.benchmark import timing as measuring
+from attn_plugins.benchmark.peers import PEERS, Attend
+from attn_plugins.benchmark.store import Results, hash_of
+from attn_plugins.benchmark.timing import Part, Pass
+from attn_plugins.config.output import check_folder
+from attn_plugins.config.versions import versions
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.registry import get_attention, list_attentions
+from attn_plugins.core.rules import Rule, parse_rules
+
+FORMAT = 1
+"""Part of every cell's key: raise it when a measurement changes its meaning."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def check_place(dtype: str, device: str) -> None:
+    """Raise a ValueError unless tensors of ``dtype`` can be made on ``device``."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}; allowed: {', '.join(DTYPES)}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """Which attentions at which lengths, and the shape of what they get."""
+
+    output_dir: str = "runs/bench"
+    """Where results.jsonl, report.md and the plots go."""
+    attentions: dict[str, Any] | None = None
+    """Label -> a name, or a mapping with type, options and backend. Null: every attention with its defaults."""
+    lengths: list[int] = field(default_factory=lambda: [1024, 4096, 8192, 16384])
+    """Lengths in tokens."""
+    passes: list[Pass] = field(default_factory=lambda: list(typing.get_args(Pass)))
+    """forward: without autograd. forward_backward: with gradients to queries, keys, values and the own weights."""
+    batch_size: int = 1
+    num_heads: int = 8
+    """Query heads."""
+    num_key_value_heads: int = 8
+    """Key/value heads; num_heads is a multiple of it."""
+    head_dim: int = 64
+    dtype: str = "float32"
+    """float32, bfloat16 or float16."""
+    device: str = "cpu"
+    """cpu, cuda, or another that torch knows."""
+    rounds: int = 5
+    """Rounds of timing; each runs every contender once. 0 measures memory alone."""
+    together: int = 4
+    """Contenders that share rounds with one run of torch's own attention."""
+    patience: float = 30.0
+    """Seconds. A length at which a pass may take longer, judged by the length before, is left out for a contender."""
+    memory: bool = True
+    """Measure peak memory too; on CPU only."""
+    peers: bool = True
+    """Measure the attentions of other installed packages too."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_heads", "num_key_value_heads", "head_dim", "together"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; allowed: at least 1")
+        if self.rounds < 0 or (self.rounds == 0 and not self.memory):
+            raise ValueError(f"rounds={self.rounds}; allowed: at least 1, or 0 with memory=true")
+        if self.num_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads}; allowed: a multiple of num_key_value_heads={self.num_key_value_heads}"
+            )
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"lengths={self.lengths}; allowed: at least one, each at least 1")
+        if not self.passes:
+            raise ValueError(f"passes={self.passes}; allowed: at least one of {', '.join(typing.get_args(Pass))}")
+        if self.patience <= 0:
+            raise ValueError(f"patience={self.patience}; allowed: seconds above 0")
+        check_place(self.dtype, self.device)
+        if self.memory and torch.device(self.device).type != "cpu":
+            raise ValueError(f"memory=true with device={self.device!r}; allowed: memory is measured on cpu only")
+        contenders(self)
+
+    @property
+    def heads(self) -> HeadShape:
+        """The heads that every attention serves."""
+        return HeadShape(
+            num_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            value_dim=self.head_dim,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """Something that is measured against torch's own attention, causal or not as it is itself."""
+
+    label: str
+    family: str
+    causal: bool
+    source: dict[str, Any]
+    """The rule of an attention, or the peer."""
+    build: Callable[[int], Attend]
+    """(longest length) -> what runs; raises a ValueError where it cannot serve the shape."""
+
+
+def contenders(config: BenchConfig) -> list[Contender]:
+    """Ours by family and name, then the installed peers."""
+    chosen = {name: name for name in list_attentions()} if config.attentions is None else config.attentions
+    found = [_ours(config, label, value) for label, value in chosen.items()]
+    found.sort(key=lambda contender: contender.family)
+    for peer in PEERS if config.peers and config.num_heads == config.num_key_value_heads else ():
+        if peer.installed:
+            source = {"peer": peer.name, "ours": peer.ours, "note": peer.note}
+            found.append(
+                Contender(
+                    label=peer.name,
+                    family="other packages",
+                    causal=peer.causal,
+                    source=source,
+                    build=partial(peer.build, config.num_heads, config.head_dim),
+                )
+            )
+    return found
+
+
+def _ours(config: BenchConfig, label: str, value: Any) -> Contender:
+    try:
+        rules = parse_rules(value)
+    except ValueError as error:
+        raise ValueError(f"attentions.{label}: {error}") from None
+    if len(rules) != 1 or {*rules[0].to_dict()} & {"layers", "roles", "modules"}:
+        raise ValueError(
+            f"attentions.{label}={value!r}; allowed: one attention with its options and backend, there is no model here"
+        )
+    (rule,) = rules
+    attention = get_attention(rule.type)
+    return Contender(
+        label=label,
+        family=attention.family,
+        causal=attention.causal,
+        source=rule.to_dict(),
+        build=lambda length: _attend(config, rule, causal=attention.causal),
+    )
+
+
+def _attend(config: BenchConfig, rule: Rule, *, causal: bool) -> Attend:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = rule.attention(rule.config, config.heads, backend=rule.backend)
+    module.to(config.device, DTYPES[config.dtype])
+    scale = config.head_dim**-0.5
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        mask = AttentionMask(q.shape[0], q.shape[2], k.shape[2], causal=causal, device=q.device)
+        module.zero_grad(set_to_none=True)
+        return module(q, k, v, mask=mask, scale=scale)[0]
+
+    return attend
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One contender at one length in one pass."""
+
+    contender: Contender
+    length: int
+    which: Pass
+    settings: dict[str, Any]
+    """All that the result depends on; the label is not in it."""
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the result depends on."""
+        return hash_of({"format": FORMAT, "measure": "bench", **self.settings})
+
+
+def cells(config: BenchConfig) -> Iterator[list[Cell]]:
+    """The cells of a benchmark in groups that share rounds: of one length, one pass, causal or not."""
+    shape = {name: getattr(config, name) for name in ("batch_size", "num_heads", "num_key_value_heads", "head_dim")}
+    how = {name: getattr(config, name) for name in ("dtype", "device", "rounds", "memory")}
+    for length in sorted(config.lengths):
+        for which in config.passes:
+            for causal in (True, False):
+                same = [contender for contender in contenders(config) if contender.causal == causal]
+                for start in range(0, len(same), config.together):
+                    yield [
+                        Cell(
+                            contender=contender,
+                            length=length,
+                            which=which,
+                            settings={
+                                **{"source": contender.source, "causal": causal, "length": length, "which": which},
+                                **{**shape, **how},
+                            },
+                        )
+                        for contender in same[start : start + config.together]
+                    ]
+
+
+def run_bench(
+    config: BenchConfig, results: Results, *, fresh: bool = False, say: Callable[[str], None] = print
+) -> None:
+    """Measure all cells that have no result of these versions yet, and add theirs to ``results``, group by group.
+
+    A contender that fails is recorded with its error, and the others go on.
+
+    Args:
+        fresh: measure all cells, whatever has been written before.
+        say: gets a line of progress at a time.
+
+    Raises:
+        ValueError: another run is measuring into the same file.
+    """
+    with results.alone():
+        _run_groups(config, results, fresh, say)
+
+
+def _run_groups(config: BenchConfig, results: Results, fresh: bool, say: Callable[[str], None]) -> None:
+    groups = list(cells(config))
+    total, number = sum(map(len, groups)), 0
+    for line in [] if fresh else results.told(cell.key for group in groups for cell in group):
+        say(line)
+    seconds: dict[tuple[str, Pass], tuple[int, float]] = {}
+    numbers: dict[str, int] = {}
+    for group in groups:
+        todo = []
+        for cell in group:
+            number += 1
+            place = (cell.contender.label, cell.which)
+            if results.done(cell.key) and not fresh:
+                seconds[place] = (cell.length, results.records[cell.key]["result"]["seconds"])
+                continue
+            before, spent = seconds.get(place, (cell.length, 0.0))
+            if spent * (cell.length / before) ** 2 > config.patience:
+                say(
+                    f"[{number}/{total}] {cell.contender.label} · {cell.which} · {cell.length}: left out, a pass took "
+                    f"{spent:.0f} s at {before} tokens (patience={config.patience:g} s)"
+                )
+                continue
+            todo.append(cell)
+            numbers[cell.key] = number
+        for cell, record in _measure(config, todo) if todo else ():
+            results.add(record)
+            done = record["status"] == "ok"
+            if done:
+                seconds[cell.contender.label, cell.which] = (cell.length, record["result"]["seconds"])
+            note = _short(record["result"]) if done else record["error"]
+            say(f"[{numbers[cell.key]}/{total}] {cell.contender.label} · {cell.which} · {cell.length}: {note}")
+
+
+def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    """The records of cells that share rounds, timed all together."""
+    device, length, which = torch.device(config.device), group[0].length, group[0].which
+    tensors = _tensors(config, length, gradients=which == "forward_backward")
+    causal = group[0].contender.causal
+    size = sum(x.numel() * x.element_size() for x in tensors) + tensors[0].numel() * tensors[0].element_size()
+
+    def own(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        grouped = config.num_heads != config.num_key_value_heads
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
+
+    baseline = [_part(own, tensors, which)]
+    ready: dict[str, list[Part]] = {}
+    errors: dict[str, str] = {}
+    first: dict[str, float] = {}
+    for cell in group:
+        label = cell.contender.label
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                part = _part(cell.contender.build(max(config.lengths)), tensors, which)
+            started = time.perf_counter()
+            part.run()
+            first[label] = time.perf_counter() - started
+            ready[label] = [part]
+        except Exception as error:  # what one attention cannot do must not end the others' measurement
+            errors[label] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    bytes_of = {}
+    if config.memory:
+        bytes_of = {label: measuring.peak_bytes(parts, device) for label, parts in ready.items()}
+        bytes_of[""] = measuring.peak_bytes(baseline, device)
+    seconds = measuring.interleaved({"": baseline, **ready}, config.rounds, device) if ready and config.rounds else {}
+    for cell in group:
+        label = cell.contender.label
+        record: dict[str, Any] = {"key": cell.key, "measure": "bench", "label": label, "family": cell.contender.family}
+        if label in errors:
+            record |= {"status": "error", "error": errors[label]}
+        else:
+            result: dict[str, Any] = {"seconds": first[label]}
+            if config.rounds:
+                result = dict(measuring.compared(seconds[label], seconds[""]))
+            if config.memory:
+                result |= {"bytes": bytes_of[label], "baseline_bytes": bytes_of[""], "tensor_bytes": size}
+            record |= {"status": "ok", "result": result}
+        record |= {
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "settings": cell.settings,
+            "versions": versions(),
+        }
+        yield cell, record
+
+
+def _tensors(config: BenchConfig, length: int, *, gradients: bool) -> list[torch.Tensor]:
+    """Queries, keys and values as transformers hands them over: (B, N, H, D), transposed."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for heads in (config.num_heads, config.num_key_value_heads, config.num_key_value_heads):
+        x = torch.randn(config.batch_size, length, heads, config.head_dim, generator=generator)
+        made.append(x.to(config.device, DTYPES[config.dtype]).transpose(1, 2).requires_grad_(gradients))
+    return made
+
+
+def _part(attend: Attend, tensors: list[torch.Tensor], which: Pass) -> Part:
+    q, k, v = tensors
+
+    def forward() -> None:
+        with torch.no_grad():
+            attend(q, k, v)
+
+    def forward_backward() -> None:
+        out = attend(q, k, v)
+        out.backward(torch.ones_like(out))
+        for x in tensors:
+            x.grad = None
+
+    return Part(run=forward if which == "forward" else forward_backward, count=1)
+
+
+def _short(result: dict[str, Any]) -> str:
+    said = []
+    if "times_as_fast" in result:
+        said.append(f"{result['times_as_fast']:.2f}x ({result['lowest']:.2f} to {result['highest']:.2f})")
+    if "bytes" in result:
+        said.append(f"{result['bytes'] / result['tensor_bytes']:.1f} x the tensors' bytes")
+    return ", ".join(said)
+
+
+def prepare_bench(config: BenchConfig) -> Results:
+    """What an earlier run of the same benchmark has left.
+
+    Raises:
+        ValueError: output_dir cannot be written, or results.jsonl is not one.
+    """
+    return Results(check_folder(config.output_dir) / "results.jsonl")

@@ -1,0 +1,379 @@
+"""The contract of one attention, and the legend of dimension letters that shape suffixes use.
+
+    B batch   H query heads   G key/value heads (H is a multiple of G)   Q queries   K keys
+    D head dimension   V value dimension   F features of a feature map   N blocks or chunks   C block or chunk length
+
+``q_BHQD`` is a tensor of shape (B, H, Q, D). Queries are the last Q of the K positions when there is a cache.
+"""
+
+import contextlib
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from attn_plugins.core.decode_state import State
+from attn_plugins.core.gradients import with_gradients_to
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.options import AttentionConfig
+from attn_plugins.core.rotary import Rotary
+from attn_plugins.core.tracing import recorded
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadShape:
+    """Sizes of the heads that an attention serves. Attentions without weights of their own may ignore it."""
+
+    num_heads: int
+    """Query heads, H."""
+    num_key_value_heads: int
+    """Key/value heads, G; H is a multiple of it."""
+    head_dim: int
+    """Size of one query or key, D."""
+    value_dim: int
+    """Size of one value, V."""
+    grid_size: tuple[int, int] | None = None
+    """Rows and columns of an image's patches, where the model's config tells them; an image may have others."""
+
+
+class Attention(nn.Module):
+    """One attention, in the slot ``attn_plugin`` of a transformers attention module.
+
+    A subclass has a nested ``Config`` (frozen keyword-only dataclass on :class:`AttentionConfig`), declares with class
+    attributes what it can honour, and implements
+
+    - ``reference``: the dense form, the definition of correctness, which also yields the effective weights;
+    - ``attend``: the form whose cost is what the method promises, equal to ``reference`` in outputs and gradients;
+    - ``reset_parameters``: where it has weights or buffers, initialise all of them, in place. What a checkpoint brings
+      is kept, however they are written.
+
+    Both forms take ``(q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout)`` and, of ``position_bias``, ``softcap`` and
+    ``sinks``, those that the class declares and the call brings. ``reference`` returns ``(out_BHQV, weights_BHQK)``,
+    ``attend`` returns ``out_BHQV``. A query that sees nothing gives zeros. Weights that a call has no use for get a
+    gradient of zero.
+
+    When text is generated, keys and values of all tokens are kept, and the queries are the last of them. A causal
+    attention that needs less than that can say so: ``new_state`` makes what it keeps instead, and ``attend_from``
+    attends from there.
+    """
+
+    name: ClassVar[str]
+    """Set by :func:`attn_plugins.register_attention`."""
+    family: ClassVar[str] = "other"
+    """Where it is listed: dense, local, sparse, linear, low_rank, additive, or a family of its own."""
+    cost: ClassVar[str]
+    """Time of one head in N (length) and the options, such as ``O(N window_size D)``."""
+    keeps: ClassVar[str] = "all keys and values"
+    """What a cache holds for a key/value head when text is generated: what ``new_state`` makes, if it makes one."""
+    paper: ClassVar[str]
+    """Who described it, with year and a reference that can be found."""
+    when: ClassVar[str] = ""
+    """When to pick it, in a sentence or two, for the documentation."""
+
+    causal: ClassVar[bool] = False
+    """Serves modules whose queries don't see what follows them."""
+    bidirectional: ClassVar[bool] = False
+    """Serves modules whose queries see the whole sequence."""
+    cross: ClassVar[bool] = False
+    """Serves queries and keys that come from different sequences."""
+    any_mask: ClassVar[bool] = False
+    """Serves masks beyond causal, padding and segments: a model's own sliding window, prefixes, image blocks."""
+    segments: ClassVar[bool] = False
+    """Serves packed sequences."""
+    position_bias: ClassVar[bool] = False
+    """Serves scores with an added bias_BHQK (T5)."""
+    softcap: ClassVar[bool] = False
+    """Serves scores limited by softcap * tanh(score / softcap) (Gemma 2)."""
+    sinks: ClassVar[bool] = False
+    """Serves learned sink logits, one a head, in the softmax's denominator (gpt-oss)."""
+    dropout: ClassVar[bool] = False
+    """Drops weights in training with the probability that the model asks for.
+
+    The one thing that is not refused where it is lacking, since a method may have nothing to drop: it is left out, and
+    a warning says so."""
+
+    unwritten_keys: ClassVar[bool] = False
+    """One query is served beside keys that a static cache has not written yet, hidden as padding behind its own.
+
+    Such an attention keeps all keys and values, and the compiled step of one token holds for any number of them. Others
+    that keep all get the keys that are written, of another number in each step."""
+
+    convex: ClassVar[bool] = True
+    """The output is ``weights @ v`` for the effective weights, which are not negative and sum to 1.
+
+    Less than 1 with learned sinks, and where a query finds nothing that it is similar to."""
+    heads_alike: ClassVar[bool] = True
+    """Without weights, a head does the same whichever and among however many it is, as under tensor parallelism."""
+    subquadratic: ClassVar[bool] = True
+    """``attend`` never holds a tensor of Q x K elements."""
+    clean_padding: ClassVar[bool] = False
+    """In its fast form infinities and NaN at padded positions stay there.
+
+    Elsewhere, as in torch's own attention and in every reference form, they meet a weight of 0, which gives NaN."""
+    any_length: ClassVar[bool] = True
+    """Serves sequences of every length; else it raises a ValueError for those that it cannot, such as a part of a grid.
+
+    The contract tests leave it out, its own tests call them at lengths that it serves."""
+    symbolic_length: bool = False
+    """With its options, ``reference`` computes with lengths as it does with tensors: a recorded graph serves them all.
+
+    Else a graph serves the lengths that it was recorded with."""
+    limit: ClassVar[dict[str, Any] | None] = None
+    """Options under which it equals softmax attention on 50 tokens, or None where it never does."""
+    branches: ClassVar[tuple[str, ...]] = ()
+    """Parts that can be measured alone: one of them in the attribute ``branch`` of a module leaves out the others.
+
+    What ``branch`` holds before is all of them."""
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    """Options that matter on a few dozen tokens: the contract tests run each, the docs list them."""
+
+    wants_rotary: bool = False
+    """Whether, with its options, it needs to know the rotary positions that queries and keys have in them."""
+
+    wants_grid: bool = False
+    """Whether, with its options, it needs to know rows and columns of the image's patches: ``attend`` and ``reference``
+    get ``grid_size``, None where no more is known of them than ``HeadShape.grid_size``."""
+
+    Config: ClassVar[type[AttentionConfig]] = AttentionConfig
+    config: Any
+    branch: str
+
+    def __init__(
+        self,
+        config: AttentionConfig,
+        heads: HeadShape | None = None,
+        *,
+        backend: str = "auto",
+    ):
+        super().__init__()
+        self.config, self.heads, self.backend = config, heads, backend
+
+    def forward(
+        self,
+        q_BHQD: torch.Tensor,
+        k_BGKD: torch.Tensor,
+        v_BGKV: torch.Tensor,
+        *,
+        mask: AttentionMask,
+        scale: float,
+        dropout: float = 0.0,
+        position_bias: torch.Tensor | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        rotary: Rotary | None = None,
+        grid_size: tuple[int, int] | None = None,
+        state: State | None = None,
+        need_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend.
+
+        Args:
+            q_BHQD, k_BGKD, v_BGKV: queries, keys and values; keys and values arrive with their own number of heads.
+            mask: what each query may see.
+            scale: factor on the scores, usually D ** -0.5.
+            dropout: probability with which a weight is dropped; 0 outside training. Left out, with a warning, where
+                :attr:`dropout` is False.
+            position_bias: added to the scores, broadcastable to (B, H, Q, K).
+            softcap: limit of the scores.
+            sinks: (H,) logits that take part in the softmax without a value.
+            rotary: the rotary positions of the queries, where :attr:`wants_rotary`.
+            grid_size: rows and columns of the patches of these images, where :attr:`wants_grid` and they are known.
+            state: of :meth:`new_state`, standing for all tokens before these queries and keys, which are then as many;
+                ``mask`` is that of all tokens. It takes these in.
+            need_weights: also return the effective weights, through the dense form.
+
+        Returns:
+            (out_BQHV, weights_BHQK or None), transposed as transformers' attention functions return it.
+
+        Raises:
+            ValueError: the call needs something that this attention cannot honour.
+        """
+        extras: dict[str, Any] = {}
+        for extra, value in (("position_bias", position_bias), ("softcap", softcap), ("sinks", sinks)):
+            if value is not None:
+                extras[extra] = value
+        self._refuse(q_BHQD, k_BGKD, mask, extras)
+        _check_numbers(scale, dropout, softcap)
+        if dropout > 0 and not type(self).dropout and not torch.compiler.is_compiling():
+            warn_of_dropout(type(self), dropout)
+        if state is not None:
+            if need_weights:
+                raise ValueError(
+                    "the weights of tokens that a cache no longer holds cannot be returned; ask for them from the "
+                    "first token on, with output_attentions=True in every call, or call the model without a cache "
+                    "(use_cache=False)"
+                )
+            state.check(q_BHQD, k_BGKD, v_BGKV, mask)
+        backend = self.chosen(q_BHQD, k_BGKD, v_BGKV, state=state)
+        options = {"mask": mask, "scale": scale, "dropout": dropout, **extras}
+        if self.wants_rotary:
+            if rotary is None:
+                raise ValueError(
+                    f"{self.name}({self.extra_repr()}) needs the rotary positions of the queries, got none"
+                )
+            options["rotary"] = rotary
+        if self.wants_grid:
+            options["grid_size"] = grid_size
+        device = q_BHQD.device.type
+        autocast = torch.is_autocast_enabled(device)
+        if autocast:
+            # As torch's own attention does: inputs are cast (rotary positions may leave q and k in float32 beside v in
+            # bfloat16), while sums keep the precision that they are written in.
+            lower = torch.get_autocast_dtype(device)
+            q_BHQD, k_BGKD, v_BGKV = (x if x.dtype == torch.float64 else x.to(lower) for x in (q_BHQD, k_BGKD, v_BGKV))
+        weights_BHQK = None
+        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
+            if state is not None:
+                state.to(k_BGKD.device)  # it may have been offloaded
+                k_BGKD, v_BGKV = state.begin(k_BGKD, v_BGKV)
+                out_BHQV = self.attend_from(q_BHQD, k_BGKD, v_BGKV, state=state, **options)
+            elif need_weights or backend == "reference":
+                q_BHQD, k_BGKD, v_BGKV = (self._fixed(x) for x in (q_BHQD, k_BGKD, v_BGKV))
+                out_BHQV, weights_BHQK = self.reference(q_BHQD, k_BGKD, v_BGKV, **options)
+            else:
+                out_BHQV = self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
+        out_BQHV = out_BHQV.transpose(1, 2).contiguous()
+        return with_gradients_to(out_BQHV, self.parameters()), weights_BHQK
+
+    def chosen(self, *tensors: torch.Tensor, state: State | None = None) -> str:
+        """The backend that computes with these tensors: what ``auto`` is here, and else what was asked for.
+
+        Raises:
+            ValueError: operations are being recorded, and it is one that looks at lengths or values.
+        """
+        if not recorded(*tensors):
+            return "torch" if self.backend == "auto" else self.backend
+        if state is not None:
+            raise ValueError(
+                f"what attention {self.name!r} keeps in a cache cannot be part of a recorded graph (torch.export, "
+                "torch.jit.trace, make_fx, functorch); call the model without a cache (use_cache=False)"
+            )
+        if self.backend == "torch":
+            raise ValueError(
+                f"backend='torch' of attention {self.name!r} cannot be part of a recorded graph (torch.export, "
+                "torch.jit.trace, make_fx, functorch): it looks at lengths and values; allowed there: 'reference', and "
+                "'auto', which then is the same"
+            )
+        return "reference"
+
+    def reference(
+        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The dense form: (out_BHQV, weights_BHQK)."""
+        raise NotImplementedError(f"{type(self).__name__} has no reference form")
+
+    def attend(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any) -> torch.Tensor:
+        """The form whose cost the method promises: out_BHQV."""
+        raise NotImplementedError(f"{type(self).__name__} has no form of its own cost")
+
+    def new_state(self, fixed_length: int | None = None) -> State | None:
+        """What to keep of tokens seen, at its beginning; None where that is all keys and values, in an ordinary cache.
+
+        Args:
+            fixed_length: the most tokens that will come, where shapes have to stay the same from the first call on.
+        """
+        return None
+
+    def attend_from(
+        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, *, state: Any, **options: Any
+    ) -> torch.Tensor:
+        """As ``attend``, equal to it over all tokens so far, given only the new ones and the state before them.
+
+        The queries are the last Q of K new tokens, Q <= K, and ``mask`` is that of Q queries and all tokens so far. The
+        state takes all K in.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has a state and nothing that attends from it")
+
+    def reset_parameters(self) -> None:
+        """Initialise the weights and buffers, all of them, in place."""
+        if next(self.parameters(), None) is not None or next(self.buffers(), None) is not None:
+            raise NotImplementedError(f"{type(self).__name__} has weights or buffers but no reset_parameters")
+
+    def _fixed(self, x_BHND: torch.Tensor) -> torch.Tensor:
+        """The same; a graph that is being recorded takes no other length, if ``reference`` would be wrong there."""
+        length = x_BHND.shape[2]
+        if self.symbolic_length or type(length) is int:
+            return x_BHND
+        if isinstance(length, torch.SymInt):
+            raise ValueError(
+                f"attention {self.name!r} cannot be exported with a dynamic length: what it computes follows from the "
+                "length; allowed: a fixed one"
+            )
+        return x_BHND.expand(-1, -1, int(length), -1)  # torch.jit.trace, where lengths are tensors
+
+    def extra_repr(self) -> str:
+        options = ", ".join(
+            f"{field.name}={getattr(self.config, field.name)!r}" for field in dataclasses.fields(self.config)
+        )
+        return options if self.backend == "auto" else f"{options}, backend={self.backend!r}".lstrip(", ")
+
+    @property
+    def needs_all_heads(self) -> bool:
+        """Whether it serves only as many heads as it was built for: it has weights a head, or tells heads apart."""
+        return not self.heads_alike or next(self.parameters(), None) is not None
+
+    def _refuse(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, extras: dict[str, Any]) -> None:
+        needs = {
+            "position_bias": "a position bias added to the scores" if "position_bias" in extras else None,
+            "softcap": "a softcap on the scores" if "softcap" in extras else None,
+            "sinks": "learned sink logits" if "sinks" in extras else None,
+            "segments": "packed sequences" if mask.segments_BK is not None else None,
+            "any_mask": None if mask.plain else "a mask beyond causal, padding and segments",
+            "cross": "keys of another sequence" if mask.cross else None,
+        }
+        if not mask.cross and mask.plain:
+            needs["causal" if mask.causal else "bidirectional"] = (
+                "causal attention" if mask.causal else "bidirectional attention"
+            )
+        for capability, need in needs.items():
+            if need is not None and not getattr(type(self), capability):
+                raise ValueError(
+                    f"this call needs {need}, which attention {self.name!r} cannot honour; "
+                    f"it can honour: {', '.join(capabilities(type(self)))}"
+                )
+        got = (q_BHQD.shape[1], k_BGKD.shape[1], q_BHQD.shape[3])
+        if self.heads is not None and self.needs_all_heads:
+            want = (self.heads.num_heads, self.heads.num_key_value_heads, self.heads.head_dim)
+            if got != want:
+                raise ValueError(
+                    f"attention {self.name!r} was built for "
+                    f"(query heads, key/value heads, head dimension) = {want}, got {got}"
+                )
+
+
+CAPABILITIES = (
+    "causal",
+    "bidirectional",
+    "cross",
+    "any_mask",
+    "segments",
+    "position_bias",
+    "softcap",
+    "sinks",
+    "dropout",
+)
+
+
+def capabilities(attention: type[Attention]) -> list[str]:
+    """Names of what a class of attention can honour, in the order of :data:`CAPABILITIES`."""
+    return [name for name in CAPABILITIES if getattr(attention, name)]
+
+
+def _check_numbers(scale: Any, dropout: Any, softcap: Any) -> None:
+    for name, value in (("scale", scale), ("softcap", softcap)):
+        if isinstance(value, (int, float)) and not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value!r}; allowed: a finite number above 0")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r}; allowed: a probability from 0 to below 1")
+
+
+def warn_of_dropout(attention: type[Attention], dropout: float) -> None:
+    """Warn that a model's dropout is left out. By default a process shows each such warning once."""
+    warnings.warn(
+        f"attention {attention.name!r} drops no weights: the model's attention dropout of {dropout} is left out in its "
+        "modules (attentions that have it are those with dropout in `attn-plugins list`)",
+        stacklevel=1,  # always the same place, so that it is the same warning at the swap and in training
+    )

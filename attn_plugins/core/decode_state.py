@@ -1,0 +1,249 @@
+"""State: what an attention keeps of the tokens that it has seen, where that is less than all of their keys and values.
+
+A state is tensors and a count, and knows no weights: it can be copied, saved, reordered and cut like any cache.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from attn_plugins.core.mask import AttentionMask
+
+
+class Moment(NamedTuple):
+    """A state as it was before a call, and what the call brought."""
+
+    before: "State"
+    k_BGKD: torch.Tensor
+    v_BGKV: torch.Tensor
+
+
+class State:
+    """Base of the states. A subclass adds what its attention reads and writes in ``tensors``.
+
+    ``length`` counts the tokens that ``tensors`` stand for; ``position`` is the same, for what is computed with it, and
+    a tensor where shapes are fixed, so that the step of one token is compiled once for all of them. Tokens that came
+    back from a rollback wait as keys and values, and are taken in with the next ones.
+
+    Args:
+        fixed_length: the most tokens that will ever come, where buffers have to keep their shapes and addresses from
+            the first call on (a static cache); None where not.
+    """
+
+    serves_fixed_length = False
+    """Whether ``fixed_length`` is honoured: shapes don't depend on the number of tokens seen."""
+    grows = False
+    """Whether it takes more memory the more tokens it has seen, without end, unless ``fixed_length`` is set."""
+
+    def __init__(self, fixed_length: int | None = None):
+        self.fixed_length = fixed_length
+        self._length: int | None = 0
+        self._counter = None if fixed_length is None else torch.zeros((), dtype=torch.long)
+        self.tensors: dict[str, torch.Tensor] = {}
+        """By name, all with the batch as their first dimension."""
+        self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Keys and values not yet taken in."""
+        self.recording = False
+        """Whether to keep what :meth:`crop` needs, until it is called: a copy of the tensors for every call."""
+        self.history: list[Moment] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens that ``tensors`` stand for. Not to be asked in a compiled step, which holds for any number of them."""
+        if self._length is None:
+            assert self._counter is not None
+            self._length = int(self._counter)
+        return self._length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._length = length
+        if self._counter is not None:
+            self._counter.fill_(length)
+
+    @property
+    def position(self) -> Any:
+        """Where the next token goes: ``length``, as a tensor that changes in place where there is ``fixed_length``."""
+        return self.length if self._counter is None else self._counter
+
+    def advance(self, number: int) -> None:
+        """Count tokens that were taken in."""
+        if self._counter is None or not torch.compiler.is_compiling():
+            self.length += number
+        else:
+            self._counter.add_(number)
+            self._length = None
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen, taken in or waiting."""
+        return self.length + self.number_waiting
+
+    @property
+    def number_waiting(self) -> int:
+        """Tokens not yet taken in."""
+        return 0 if self.waiting is None else self.waiting[0].shape[2]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of everything that is held."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self._held())
+
+    def begin(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Called before each call's attention.
+
+        Returns:
+            the keys and values to take in: what waits, and the new ones.
+        """
+        if self.waiting is not None:
+            k_BGKD, v_BGKV = (torch.cat(both, dim=2) for both in zip(self.waiting, (k_BGKD, v_BGKV), strict=True))
+        if self.recording:
+            before = copy.copy(self)
+            before.tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+            before.waiting, before.history = None, []
+            before._counter = None if self._counter is None else self._counter.clone()
+            self.history.append(Moment(before, k_BGKD, v_BGKV))
+        self.waiting = None
+        return k_BGKD, v_BGKV
+
+    def check_crop(self, number: int) -> None:
+        """Raise a ValueError unless :meth:`crop` can do this; nothing changes."""
+        target = self.seen - number
+        if not 0 <= number <= self.seen:
+            raise ValueError(f"cannot remove {number} tokens of {self.seen}; allowed: 0 to {self.seen}")
+        if not number or not target or (self.waiting is not None and target >= self.length) or self._reaches(target):
+            return
+        if not any(moment.before.length <= target for moment in self.history):
+            raise ValueError(
+                f"the cache cannot go back {number} tokens: its state holds no single tokens to remove; call "
+                "cache.activate_past_recording() before the tokens that may have to be removed"
+            )
+
+    def crop(self, number: int) -> None:
+        """Forget the last ``number`` tokens; with it, what was recorded so far.
+
+        Raises:
+            ValueError: what came before them is no longer known. Nothing has changed then.
+        """
+        self.check_crop(number)
+        target = self.seen - number
+        if number and not target:
+            self.reset()
+        elif number and self.waiting is not None and target >= self.length:
+            kept = target - self.length
+            self.waiting = (self.waiting[0][:, :, :kept], self.waiting[1][:, :, :kept]) if kept else None
+        elif number and self._reaches(target):
+            self._rewind(target)
+            self.waiting = None
+        elif number:
+            moment = [moment for moment in self.history if moment.before.length <= target][-1]
+            kept = target - moment.before.length
+            vars(self).update(vars(moment.before))
+            self.waiting = (moment.k_BGKD[:, :, :kept], moment.v_BGKV[:, :, :kept]) if kept else None
+        self.history = []
+
+    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace every tensor held by ``change`` of it: another order of rows, another device."""
+        self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
+        if self.waiting is not None:
+            self.waiting = (change(self.waiting[0]), change(self.waiting[1]))
+        for moment in self.history:
+            moment.before.apply(change)
+        self.history = [Moment(m.before, change(m.k_BGKD), change(m.v_BGKV)) for m in self.history]
+
+    def to(self, device: torch.device | str | int, *args: Any, **kwargs: Any) -> "State":
+        """Move what is held to a device, if it is not there.
+
+        Returns:
+            itself, as hooks that move the arguments of a module hand on what they get from here (accelerate's).
+        """
+        device = torch.device(device)
+        if any(tensor.device != device for tensor in self._held()):
+            self.apply(lambda tensor: tensor.to(device))
+        if self._counter is not None and self._counter.device != device:
+            self._counter = self._counter.to(device)
+        return self
+
+    def reset(self) -> None:
+        """Empty it, as it was before the first token."""
+        self.length, self.waiting, self.history = 0, None, []
+        if self.fixed_length is None:
+            self.tensors = {}
+        for tensor in self.tensors.values():
+            tensor.zero_()
+
+    def put(self, name: str, axis: int, index: torch.Tensor, x: torch.Tensor) -> None:
+        """Write ``x`` into a tensor at these places, the tensor itself unless a gradient needs it as it was."""
+        held = self.tensors[name]
+        if x.requires_grad or held.requires_grad:
+            self.tensors[name] = held.index_copy(axis, index, x)
+        else:
+            held.index_copy_(axis, index, x)
+
+    def find_starts(self, start_B: torch.Tensor, mask: AttentionMask, number: int) -> bool:
+        """Fill in where rows begin, the first real position of those whose start is still -1.
+
+        Args:
+            number: of tokens that came.
+
+        Returns:
+            whether every row has begun, as far as that may be known in a compiled step.
+        """
+        if mask.padding_BK is None:
+            found_B = torch.zeros_like(start_B)
+        else:
+            padding_BK = mask.padding_BK.expand(len(start_B), -1)
+            here = torch.arange(padding_BK.shape[1], device=padding_BK.device) < self.position + number
+            padding_BK = padding_BK & here
+            found_B = torch.where(padding_BK.any(dim=1), padding_BK.long().argmax(dim=1), -1)
+        start_B.copy_(torch.where(start_B < 0, found_B, start_B))
+        return mask.padding_BK is None or (not torch.compiler.is_compiling() and bool((start_B >= 0).all()))
+
+    def check(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+        """Raise a ValueError unless these tokens can follow those that were seen, before anything has changed."""
+        known = self.like()
+        if known is not None:
+            got = [(*x.shape[:2], x.shape[3]) for x in (k_BGKD, v_BGKV)]
+            want = [(*x.shape[:2], x.shape[3]) for x in known]
+            if got != want:
+                raise ValueError(
+                    f"the cache holds keys and values of (rows, heads, size) = {want[0]} and {want[1]}, "
+                    f"got {got[0]} and {got[1]}; it belongs to another model or batch"
+                )
+        self.check_room(q_BHQD.shape[2])
+        if not mask.causal:
+            raise ValueError(f"a cache needs a causal mask, got {mask}")
+        if mask.segments_BK is not None:
+            raise ValueError("packed sequences cannot be continued from a cache; give each its own row")
+
+    def check_room(self, number: int) -> None:
+        """Raise a ValueError where there is no room for as many tokens; in a compiled step, an error of torch."""
+        if self.fixed_length is not None and torch.compiler.is_compiling():
+            assert self._counter is not None
+            room = self._counter + self.number_waiting + number <= self.fixed_length
+            torch._assert_async(
+                room, "the static cache has no room for more tokens; make it with a larger max_cache_len"
+            )
+        elif self.fixed_length is not None and self.seen + number > self.fixed_length:
+            raise ValueError(
+                f"the static cache has room for {self.fixed_length} tokens, {self.seen} are in it "
+                f"and {number} more came; make it with a larger max_cache_len"
+            )
+
+    def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A key and a value tensor of the shapes that have to come, None if any may; the length does not matter."""
+        return self.waiting
+
+    def _reaches(self, target: int) -> bool:
+        """Whether it can go back to ``target`` tokens, one at least, without what was recorded."""
+        return False
+
+    def _rewind(self, target: int) -> None:
+        """Go back to ``target`` tokens, which it reaches."""
+        raise NotImplementedError(f"{type(self).__name__} reaches tokens and has nothing that goes back to them")
+
+    def _held(self) -> list[torch.Tensor]:
+        moments = [t for m in self.history for t in (*m.before.tensors.values(), m.k_BGKD, m.v_BGKV)]
+        return [*self.tensors.values(), *(self.waiting or ()), *moments]

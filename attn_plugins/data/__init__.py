@@ -1,0 +1,1 @@
+"""Texts from hubs and files, and the demo's model."""

@@ -1,0 +1,1 @@
+"""States of attentions as layers of transformers' caches."""

@@ -1,0 +1,318 @@
+"""Layers of transformers' caches that hold the state of an attention in place of all keys and values.
+
+A stock cache is made before the model is called, from a config that does not know which module has which attention. So
+layers are put into it when the model is called: at the beginning of the forward of the model that holds the swapped
+modules, each of these exchanges its layer, if that is still empty, for one with its attention's state. Where the cache
+is made inside the model, the modules themselves do it.
+"""
+
+import functools
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache, EncoderDecoderCache
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from attn_plugins.core.attention import Attention
+from attn_plugins.core.tracing import recorded
+from attn_plugins.hf.caches import rollback
+from attn_plugins.hf.caches.state_layer import StateLayer, rule_of, spell
+from attn_plugins.hf.discovery.by_code import attends_repeatedly
+from attn_plugins.hf.discovery.modules import biased
+from attn_plugins.hf.discovery.rotary import rotary_of
+from attn_plugins.hf.masks.mask_function import LazyMask
+from attn_plugins.hf.masks.packing import PACKED
+from attn_plugins.hf.names import slot_of
+from attn_plugins.hf.recording import weights_wanted, weights_wanted_of
+
+GENERATING = "_attn_plugin_generating"
+"""Attribute of a model that holds swapped modules: those of them that a cache may serve, by their paths."""
+
+ORDINARY = "_attn_plugin_ordinary"
+"""Attribute of a module whose keys and values have to stay in an ordinary layer of the cache."""
+
+RECORDING = "_attn_plugin_recording"
+"""Attribute of a cache: whether it was told to record the past."""
+
+EXCHANGED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
+"""Kinds of layers in whose place a state can be: keys and values are all that they hold."""
+
+
+def serve(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = False) -> None:
+    """Have caches hold the states of these modules of ``model``, which are all of its swapped causal ones.
+
+    Args:
+        ordinary: whether their keys and values have to stay in ordinary layers, because others read them.
+    """
+    modules = list(modules)
+    leave(model, modules)
+    layers = Counter(getattr(module, "layer_idx", None) for module in modules)
+    for module in modules:
+        # A stack that is run several times over keeps each pass in a layer of its own (HRM): one state cannot serve it.
+        if ordinary or layers[getattr(module, "layer_idx", None)] > 1 or needs_all_keys(module):
+            setattr(module, ORDINARY, True)
+    for module in modules:
+        module.register_forward_pre_hook(before_attention, with_kwargs=True)
+    if modules:
+        setattr(model, GENERATING, _paths(model, modules))
+        model.register_forward_pre_hook(before_model, with_kwargs=True)
+        model.register_forward_hook(after_model, with_kwargs=True, always_call=True)
+
+
+def leave(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Undo :func:`serve`."""
+    vars(model).pop(GENERATING, None)
+    for module in (model, *modules):
+        vars(module).pop(ORDINARY, None)
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook in (before_model, before_attention, make_tensor):
+                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    for key, hook in list(model._forward_hooks.items()):
+        if hook is after_model:
+            del (
+                model._forward_hooks[key],
+                model._forward_hooks_with_kwargs[key],
+                model._forward_hooks_always_called[key],
+            )
+
+
+def served(model: nn.Module) -> Collection[nn.Module]:
+    """The swapped modules of a model that caches serve: those that are still in it, where layers were cut off since."""
+    held: dict[str, nn.Module] = getattr(model, GENERATING)
+    try:
+        if torch.compiler.is_compiling() or all(model.get_submodule(path) is held[path] for path in held):
+            return held.values()
+    except AttributeError:
+        pass  # a path that is no more
+    held = _paths(model, held.values())
+    setattr(model, GENERATING, held)
+    return held.values()
+
+
+def _paths(model: nn.Module, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
+    """Those of the modules that are in the model, by their paths."""
+    wanted = {id(module) for module in modules}
+    return {path: module for path, module in model.named_modules() if id(module) in wanted}
+
+
+def before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Put states into the cache's empty layers, before masks are made and before any layer has changed.
+
+    Raises:
+        ValueError: the cache cannot serve the model, or has no room for its tokens.
+    """
+    cache = _find(Cache, args, kwargs)
+    if cache is None:
+        return
+    rollback.begin(cache)
+    weighed = weights_wanted_of(model, kwargs)
+    layers = [layer_of(module, cache, weighed) for module in served(model)]
+    number = _number(args, kwargs)
+    for layer in layers:
+        if layer is not None and number is not None and not torch.compiler.is_compiling():
+            layer.state.check_room(number)
+
+
+def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Called without an output where the model has raised an error: the cache is to be as it was before the call."""
+    cache = _find(Cache, args, kwargs)
+    if cache is not None:
+        rollback.end(cache, failed=output is None)
+
+
+def _number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """How many tokens a model is given, where it is given them in the usual way."""
+    ids, embeddings = kwargs.get("input_ids", next(iter(args), None)), kwargs.get("inputs_embeds")
+    if isinstance(embeddings, torch.Tensor) and embeddings.ndim == 3:
+        return embeddings.shape[1]
+    return ids.shape[1] if isinstance(ids, torch.Tensor) and ids.ndim == 2 else None
+
+
+def make_tensor(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Hand a mask on as the tensor that a module asks for: of no other object would it know that it is a mask."""
+    mask = _find(LazyMask, args, kwargs)
+    if mask is None:
+        return None
+    # Of the hidden states, not of the weights, which may be of 8 bits.
+    given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
+    made = mask.as_additive(next(given).dtype)
+    args = tuple(made if x is mask else x for x in args)
+    return args, {name: made if x is mask else x for name, x in kwargs.items()}
+
+
+def before_attention(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Send the state, and what else the attention wants to know, along with the mask: it is given nothing of it."""
+    cache, mask, slot = _find(Cache, args, kwargs), _find(LazyMask, args, kwargs), slot_of(module)
+    layer = None if cache is None or mask is None else layer_of(module, cache, weights_wanted(module, kwargs))
+    packed = cache is not None and mask is not None and mask.segments_BK is not None
+    if packed:
+        setattr(cache, PACKED, True)
+    if cache is not None and (mask is None or not mask.causal or packed):
+        give_up(module, cache)  # what a later token sees of the image, prefix or text before it, no state knows
+        layer = None
+    room = None if layer is not None or slot is None else static_room(module, cache)
+    refuse = None if room is None or slot is None else functools.partial(refuse_static, module, slot)
+    if refuse is not None and mask is None:
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim == 4)
+        if slot is None or not slot.unwritten_keys or not any(x.shape[-1] == room for x in tensors):
+            refuse()  # a mask of the model's own, which this attention cannot follow, or none at all
+    if mask is None or slot is None or (layer is None and refuse is None and not slot.wants_rotary):
+        return None
+    sent = mask if refuse is None or slot.unwritten_keys else mask.sent(release=refuse)
+    if layer is not None:
+        sent = sent.with_state(layer.state).sent(release=functools.partial(give_up, module, cache))
+        layer.expected = True
+    if slot.wants_rotary:
+        sent = sent.sent(rotary=rotary_of(module, kwargs))
+    args = tuple(sent if x is mask else x for x in args)
+    return args, {name: sent if x is mask else x for name, x in kwargs.items()}
+
+
+def layer_of(module: nn.Module, cache: Cache, weighed: bool = False) -> StateLayer | None:
+    """The layer with the state of a module's attention, which takes the place of an empty ordinary layer.
+
+    Args:
+        weighed: whether attention weights are wanted, which are those of all keys.
+
+    Returns:
+        None where keys and values are kept in an ordinary way: the attention needs all of them, other modules read
+        them, the model computes with their number (T5's position bias), the layer was filled before the swap or by
+        calls that wanted weights, or a graph is being recorded.
+
+    Raises:
+        ValueError: the cache cannot serve the module.
+    """
+    slot, index = slot_of(module), getattr(module, "layer_idx", None)
+    if slot is None or index is None or getattr(module, "is_kv_shared_layer", False):
+        return None  # the last reads what another module lends it (Gemma 3n)
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if index >= len(cache.layers):
+        raise ValueError(
+            f"the cache has {len(cache.layers)} layers and layer {index} needs one; it was made for another model"
+        )
+    layer = cache.layers[index]
+    if isinstance(layer, StateLayer):
+        if layer.attention != rule_of(slot):
+            raise ValueError(
+                f"layer {index} of the cache holds the state of {layer.owner}, not of {spell(slot)}; use a new cache"
+            )
+        return layer
+    if weighed or recorded():
+        return None  # a state is updated by code that is no part of a graph
+    if type(layer) not in EXCHANGED:
+        _tell(type(layer), slot.name, None if hasattr(module, ORDINARY) else slot.new_state())
+        return None
+    if hasattr(module, ORDINARY):
+        return None
+    max_length, room = -1, None
+    if isinstance(layer, StaticLayer):
+        # A model's own sliding layer has room for its window and no limit.
+        max_length = -1 if layer.is_sliding else layer.max_cache_len
+        room = sys.maxsize if layer.is_sliding else layer.max_cache_len
+    state = slot.new_state(room)
+    if state is None or (room is not None and not state.serves_fixed_length):
+        return None
+    if layer.is_initialized and int(layer.get_seq_length()):
+        return None
+    state.recording = getattr(cache, RECORDING, False)
+    cache.layers[index] = StateLayer(state, slot, max_length, layer)
+    return cache.layers[index]
+
+
+def static_room(module: nn.Module, cache: Cache | None) -> int | None:
+    """How many keys the static layer has that holds a module's; None where it is of another kind."""
+    held: Any = getattr(cache, "self_attention_cache", cache)
+    index = getattr(module, "layer_idx", None)
+    if held is None or not isinstance(index, int) or index >= len(held.layers):
+        return None  # a module that is lent its keys may have no layer (Gemma 3n on transformers 5.17)
+    layer = held.layers[index]
+    return layer.max_cache_len if isinstance(layer, StaticLayer) else None
+
+
+def refuse_static(module: nn.Module, slot: Attention) -> None:
+    """Raise the ValueError of a module whose mask does not tell which keys of a static layer are written."""
+    raise ValueError(
+        f"{type(module).__name__} attends with a mask of its own over all keys that a static cache has room for, and "
+        f"attention {slot.name!r} cannot tell from it where the text ends; use the default cache"
+    )
+
+
+def _tell(kind: type, name: str, state: Any) -> None:
+    """Say once that layers which a user chose hold more than the attention needs; a model's own have their reasons."""
+    chosen = kind not in (*DYNAMIC_LAYER_TYPE_MAPPING.values(), *STATIC_LAYER_TYPE_MAPPING.values())
+    if chosen and state is not None and (kind, name) not in _told and not torch.compiler.is_compiling():
+        _told.add((kind, name))
+        warnings.warn(
+            f"{kind.__name__} keeps the keys and values of all tokens, in its own way, and attention {name!r} attends "
+            "to them there; use the default cache to keep only what it needs",
+            stacklevel=2,
+        )
+
+
+_told: set[tuple[type, str]] = set()
+
+
+def needs_all_keys(module: nn.Module) -> bool:
+    """Whether a module computes with what its cache returns, lends it to others, or attends to it twice (DiffLlama)."""
+    lends = getattr(module, "store_full_length_kv", False)
+    return lends or biased(module) or attends_repeatedly(type(module))  # type: ignore[arg-type]
+
+
+def give_up(module: nn.Module, cache: Cache) -> None:
+    """Put the ordinary layer back for a module that computes with its mask, over the keys of all tokens.
+
+    Raises:
+        ValueError: the state has taken tokens in, or the cache is static.
+    """
+    held: Any = getattr(cache, "self_attention_cache", cache)
+    index = getattr(module, "layer_idx", None)
+    layer = held.layers[index] if isinstance(index, int) and index < len(held.layers) else None
+    if not isinstance(layer, StateLayer):
+        return
+    given = [reference() for reference in layer.given or ()]
+    taken = layer.is_initialized or any(tensor is None for tensor in given)
+    if taken or layer.instead is None or isinstance(layer.instead, StaticLayer):
+        raise ValueError(
+            f"layer {index} of the cache holds the state of {layer.owner}, and {type(module).__name__} computes with "
+            "its mask over the keys of all tokens; use a new cache, of the default kind"
+        )
+    held.layers[index] = layer.instead
+    if given:
+        held.layers[index].update(*given)
+
+
+def _find(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return next((x for x in (*kwargs.values(), *args) if isinstance(x, kind)), None)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Memory of the tensors that a cache holds, of whatever kind its layers are, in bytes."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache_bytes(cache.self_attention_cache) + cache_bytes(cache.cross_attention_cache)
+    total = 0
+    for layer in cache.layers:
+        if isinstance(layer, StateLayer):
+            total += layer.num_bytes
+        else:
+            held = {id(t): t for t in vars(layer).values() if isinstance(t, torch.Tensor) and t.ndim > 0}
+            total += sum(t.numel() * t.element_size() for t in held.values())
+    return total

@@ -1,0 +1,160 @@
+"""The layer of a cache that holds the state of an attention in place of all keys and values."""
+
+import weakref
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+from attn_plugins.core.attention import Attention
+from attn_plugins.core.decode_state import State
+
+
+class StateLayer(CacheLayerMixin):
+    """One layer of a cache, with the state of the attention that it was made for."""
+
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, state: State, slot: Attention, max_length: int = -1, instead: CacheLayerMixin | None = None):
+        super().__init__()
+        self.state, self.max_length, self.instead = state, max_length, instead
+        self.given: tuple[weakref.ref, weakref.ref] | None = None
+        """The first keys and values, for as long as the module that brought them holds them."""
+        self.attention = rule_of(slot)
+        """What has to be the same in every call."""
+        self.owner = spell(slot)
+        """The same for people."""
+        self.expected = False
+        """Whether the module about to update the layer is one that has this attention."""
+        self.is_compileable = state.fixed_length is not None
+        self.is_sliding = getattr(instead, "is_sliding", False)
+        """As the layer in whose place it is: models size their masks by the first layer of a kind, for all of them."""
+
+    def __repr__(self) -> str:
+        return f"StateLayer({self.owner}, {self.state.seen} tokens, {self.num_bytes} bytes)"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "given": None}
+
+    @property
+    def num_bytes(self) -> int:
+        return self.state.num_bytes
+
+    @property
+    def is_initialized(self) -> bool:
+        if self.state.fixed_length is not None:
+            return bool(self.state.tensors)  # known without the count, which a compiled step does not know
+        return self.state.seen > 0
+
+    @is_initialized.setter
+    def is_initialized(self, value: bool) -> None:
+        """The base class sets it; a state knows by itself."""
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """No keys, in the shapes that they would have: some models take caches apart row by row (Whisper)."""
+        like = self.state.like()
+        return None if like is None else like[0][:, :, :0]
+
+    @keys.setter
+    def keys(self, value: Any) -> None:
+        """The base class sets it; a state has its own tensors."""
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """As ``keys``."""
+        like = self.state.like()
+        return None if like is None else like[1][:, :, :0]
+
+    @values.setter
+    def values(self, value: Any) -> None:
+        """As for ``keys``."""
+
+    @property
+    def record_past(self) -> bool:
+        return self.state.recording
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.state.recording = value
+        if not value:
+            self.state.history = []
+
+    def activate_past_recording(self) -> None:
+        self.state.recording = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to do: the state makes its tensors when the first tokens come."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new keys and values as they are; the attention takes them in."""
+        if not self.expected:
+            raise ValueError(
+                f"this layer of the cache holds the state of {self.owner}, which the module that is to use it does not "
+                "have; use a new cache"
+            )
+        self.expected = False
+        if not (self.is_initialized or isinstance(self.instead, StaticLayer) or torch.compiler.is_compiling()):
+            self.given = weakref.ref(key_states), weakref.ref(value_states)
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the layer in whose place it is: other modules' keys lie in layers of its kind."""
+        if self.is_sliding and self.instead is not None:
+            for counter in ("cumulative_length", "cumulative_length_int"):
+                if isinstance(getattr(self.instead, counter, None), int):
+                    setattr(self.instead, counter, self.state.seen)
+            return self.instead.get_mask_sizes(query_length)
+        return (self.state.seen + query_length if self.max_length < 0 else self.max_length), 0
+
+    def get_seq_length(self) -> Any:
+        """As a static layer's: a tensor, which a compiled step takes for any number; a copy, which stays as it is."""
+        if self.state.fixed_length is None or not self.is_initialized:
+            return self.state.seen
+        return self.state.position + self.state.number_waiting
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def offload(self) -> None:
+        """Move what is held to the CPU; it comes back with the next tokens."""
+        self.state.apply(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Nothing to do: the state comes back when it is used."""
+
+    def reset(self) -> None:
+        self.state.reset()
+        self.given = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.state.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.state.apply(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.state.apply(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise a ValueError unless :meth:`crop` can do this; nothing changes."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}); allowed: a negative number, of tokens to remove")
+        self.state.check_crop(-int(tokens_to_remove))  # transformers 5.17 counts the tokens of a draft in a tensor
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.check_crop(tokens_to_remove)
+        self.state.crop(-int(tokens_to_remove))
+        self.given = None
+
+
+def rule_of(slot: Attention) -> tuple[Any, ...]:
+    """What tells one attention's state from another's; compared at every token."""
+    return slot.name, slot.config, slot.backend
+
+
+def spell(slot: Attention) -> str:
+    return f"{slot.name}({slot.extra_repr()})"

@@ -1,0 +1,1 @@
+"""Which modules attend, and what each is: read from what transformers declares, from attributes and code."""

@@ -1,0 +1,143 @@
+"""What the code of a model's classes tells of its attention: which masks it makes, and what it calls attention with.
+
+Attributes have many names for the same thing, or none; what a class calls is the same in every family. Where a class
+has no source, what is not read here is met when it is called: a state that is attended from twice is refused, and so is
+an argument that the module makes (``hf/arguments.py``).
+"""
+
+import ast
+import functools
+import inspect
+import re
+import types
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from attn_plugins.hf.discovery.interface import functions_of
+
+OUTSIDE = ("torch.", "builtins", "transformers.modeling_utils", "transformers.utils", "transformers.generation")
+"""Where code is that tells nothing of a single model."""
+
+LOOPS = (ast.For, ast.While, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+
+
+@functools.cache
+def names_of(cls: type) -> frozenset[str]:
+    """Global names and attributes that the methods of a class use, and those of its model-specific bases."""
+    found: set[str] = set()
+    for held in cls.__mro__:
+        if not held.__module__.startswith(OUTSIDE):
+            for member in vars(held).values():
+                code = getattr(inspect.unwrap(member) if callable(member) else None, "__code__", None)
+                found.update(code.co_names if code is not None else ())
+    return frozenset(found)
+
+
+def makes_masks(classes: Iterable[type]) -> set[str]:
+    """Which masks these classes make: any of "causal" and "bidirectional"."""
+    names = set().union(*map(names_of, classes))
+    kinds = {"causal": r"causal\w*mask", "bidirectional": "bidirectional"}
+    return {kind for kind, pattern in kinds.items() if any(re.search(pattern, name) for name in names)}
+
+
+@functools.cache
+def told(cls: type) -> frozenset[str]:
+    """Keywords that a class of attention modules gives to the attention function by name."""
+    return frozenset(keyword.arg for call in _calls(cls) for keyword in call.keywords if keyword.arg)
+
+
+@functools.cache
+def dropout_names(cls: type) -> frozenset[str]:
+    """Attributes of a module, such as "attention_dropout" or "dropout.p", that its class gives on as ``dropout=``."""
+    given = [keyword.value for call in _calls(cls) for keyword in call.keywords if keyword.arg == "dropout"]
+    read = {ast.unparse(node) for value in given for node in ast.walk(value) if isinstance(node, ast.Attribute)}
+    return frozenset(name.removeprefix("self.") for name in read if name.startswith("self."))
+
+
+@functools.cache
+def attends_repeatedly(cls: type) -> bool:
+    """Whether a forward pass of a class may call the attention function more than once: in a row, or in a loop."""
+    defined = [node for function in _functions(cls) for node in ast.walk(function) if isinstance(node, ast.FunctionDef)]
+
+    def calls_in(part: Any, within: list[ast.FunctionDef]) -> int:
+        if isinstance(part, list):
+            return sum(calls_in(node, within) for node in part)
+        if isinstance(part, (ast.FunctionDef, ast.Lambda)):
+            return 0  # counts where it is called
+        if isinstance(part, (ast.If, ast.IfExp)):
+            return max(calls_in(part.body, within), calls_in(part.orelse, within))
+        name = _own_name(part)
+        inner = [f for f in defined if f.name == name and f not in within]
+        total = _attends(part) + max((calls_in(f.body, [*within, f]) for f in inner), default=0)
+        total += calls_in(list(ast.iter_child_nodes(part)), within)
+        return 2 * total if isinstance(part, LOOPS) else total
+
+    return any(calls_in(function.body, [function]) > 1 for function in defined)
+
+
+@functools.cache
+def reads_caches(cls: type) -> bool:
+    """Whether a class reads keys that other modules have put into a cache, and puts none there (DiffusionGemma)."""
+    names = names_of(cls)
+    return {"layers", "keys"} <= names and "update" not in names
+
+
+@functools.cache
+def wants_tensor(cls: type) -> bool:
+    """Whether the forward of a class asks if its mask is a tensor, to go on with it as one (DeepSeek V4).
+
+    Where the source cannot be had, asking that of anything counts: a dense mask is right in any case.
+    """
+    if any({"isinstance", "Tensor"} <= set(function.__code__.co_names) for function in _unreadable(cls)):
+        return True
+    asked = [
+        [ast.unparse(argument) for argument in node.args]
+        for function in _functions(cls)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance"
+    ]
+    return any("mask" in what and kind == "torch.Tensor" for what, kind in asked)
+
+
+def _own_name(node: ast.AST) -> str | None:
+    """What is called, where that may be of the class or its file: name(...), self.name(...), super().name(...)."""
+    called = node.func if isinstance(node, ast.Call) else None
+    if isinstance(called, ast.Attribute):
+        return called.attr if ast.unparse(called.value) in ("self", "super()") else None
+    return called.id if isinstance(called, ast.Name) else None
+
+
+def _calls(cls: type) -> Iterator[ast.Call]:
+    for function in _functions(cls):
+        yield from (node for node in ast.walk(function) if isinstance(node, ast.Call) and _attends(node))
+
+
+def _attends(node: Any) -> bool:
+    """Whether this is the call of an attention function: of a local name, with the module first and a scale."""
+    return (
+        isinstance(node, ast.Call)
+        and bool(node.args)
+        and isinstance(node.args[0], ast.Name)
+        and node.args[0].id == "self"
+        and any(keyword.arg in ("scaling", "dropout") for keyword in node.keywords)
+    )
+
+
+def _functions(cls: Any) -> Iterator[ast.FunctionDef]:
+    """The syntax of the forward of a class and of what it calls; nothing of those whose source cannot be had."""
+    yield from filter(None, map(_syntax, functions_of(cls)))
+
+
+def _unreadable(cls: Any) -> Iterator[types.FunctionType]:
+    """The others: made by exec, or installed without their files."""
+    return (function for function in functions_of(cls) if _syntax(function) is None)
+
+
+def _syntax(function: types.FunctionType) -> ast.FunctionDef | None:
+    try:
+        source = inspect.getsource(function)
+        # A method is parsed as the body of something: a string in it may begin at the margin, which stops dedent.
+        tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+    except (OSError, SyntaxError):
+        return None
+    return next((node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)), None)

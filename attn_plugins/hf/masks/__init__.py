@@ -1,0 +1,1 @@
+"""Masks that transformers asks for or makes, as an AttentionMask."""

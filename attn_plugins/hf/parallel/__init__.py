@@ -1,0 +1,1 @@
+"""Heads, sequences and weights that are spread over processes."""

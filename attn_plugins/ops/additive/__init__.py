@@ -1,0 +1,1 @@
+"""Additive attention: scores of tanh, and a global query."""

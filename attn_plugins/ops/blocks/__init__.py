@@ -1,0 +1,1 @@
+"""Keys chosen by the scores, block by block or line by line."""

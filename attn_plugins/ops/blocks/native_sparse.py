@@ -1,0 +1,429 @@
+"""Native sparse attention: compressed blocks of keys, the choice that they make, and the sum of its three branches.
+
+Letter beside the legend's: M compressed blocks.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.tracing import recorded
+from attn_plugins.ops.blocks.gather import Blocks, block_attention, blocks_of, chosen_keys
+from attn_plugins.ops.decode.block_cache import (
+    KeyBlocks,
+    attention_from_blocks,
+    chosen_attention,
+    few_attention,
+    own_blocks,
+)
+from attn_plugins.ops.reference import dense_attention, expand_heads, masked_softmax, outside_autocast, scores, wide
+from attn_plugins.ops.softmax.patterns.band import Band
+from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
+from attn_plugins.ops.softmax.topk import Tile, attention_by_tiles, few_sizes, pieces
+
+SCORES_AT_ONCE = 2**19
+"""Scores with compressed blocks that are worked on at a time."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is learned, a query head or a key/value head."""
+
+    gate_weight_H3D: torch.Tensor
+    gate_bias_H3: torch.Tensor
+    """Gates of the compressed, the selected and the window branch are sigmoids of weight . q + bias."""
+    key_weight_GC: torch.Tensor
+    value_weight_GC: torch.Tensor
+    """How keys and values of a compressed block are summed."""
+
+    def gates(self, q_BHQD: torch.Tensor) -> torch.Tensor:
+        """(B, H, Q, 3)"""
+        dtype = wide(q_BHQD, self.gate_weight_H3D)
+        return torch.sigmoid(
+            q_BHQD.to(dtype) @ self.gate_weight_H3D.to(dtype).mT + self.gate_bias_H3[:, None].to(dtype)
+        )
+
+
+@dataclass(frozen=True)
+class Compression:
+    """Where the compressed blocks of a mask's keys lie: all of real keys of one row or segment, in order."""
+
+    keys_BMC: torch.Tensor
+    """(B, M, kernel_size): the keys of each, 0 where a row has fewer blocks."""
+    real_BM: torch.Tensor
+    """(B, M): whether there is such a block."""
+    last_BM: torch.Tensor
+    """(B, M): its last key."""
+    start_BM: torch.Tensor
+    """(B, M): the first real key of its row or segment."""
+    over_BNW: torch.Tensor
+    """(B, N, W): which of them share keys with a block of the selection, 0 where there are fewer than W."""
+    share_BNW: torch.Tensor
+    """(B, N, W): which share of its keys."""
+    blocks: Blocks
+    """The blocks of the selection."""
+
+
+def compression_of(mask: AttentionMask, kernel_size: int, kernel_stride: int, block_size: int) -> Compression:
+    """Compressed blocks at multiples of the stride from where a row or segment starts; made once a forward pass."""
+
+    block_size = min(block_size, mask.kv_length)
+
+    def build() -> Compression:
+        blocks, device, length = blocks_of(mask, block_size), mask.device, mask.kv_length
+        starts_BK = mask.starts_BK().expand(mask.batch_size, -1)
+        index = torch.arange(length, device=device)
+        real_BK = torch.ones_like(starts_BK, dtype=torch.bool)
+        if mask.padding_BK is not None:
+            real_BK = mask.padding_BK.expand(mask.batch_size, -1)
+        until_BK = torch.nn.functional.pad(real_BK.long().cumsum(dim=1), (1, 0))
+        end = (index + kernel_size).clamp(max=length)
+        whole_BK = until_BK[:, end] - until_BK[:, :-1] == kernel_size
+        whole_BK = whole_BK & (starts_BK[:, end - 1] == starts_BK) & ((index - starts_BK) % kernel_stride == 0)
+        # The first keys of whole blocks, in order; rows with fewer end with keys that begin none.
+        most = length if recorded(whole_BK) else max(1, int(whole_BK.sum(dim=1).max()))
+        first_BM = torch.where(whole_BK, index, length).sort(dim=1).values[:, :most]
+        real_BM = first_BM < length
+        first_BM = first_BM.masked_fill(~real_BM, 0)
+        keys_BMC = (first_BM.unsqueeze(-1) + torch.arange(kernel_size, device=device)) * real_BM.unsqueeze(-1)
+        # Of blocks that share keys with [low, low + block_size), the first begins after low - kernel_size.
+        low_BN = blocks.keys_BNC[..., 0]
+        reach = (block_size + kernel_size - 2) // kernel_stride + 1
+        from_BN = torch.searchsorted(torch.where(real_BM, first_BM, length), low_BN - kernel_size + 1)
+        over_BNW = from_BN.unsqueeze(-1) + torch.arange(reach, device=device)
+        there = over_BNW < first_BM.shape[1]
+        over_BNW = over_BNW.masked_fill(~there, 0)
+        begin_BNW = first_BM.gather(1, over_BNW.flatten(1)).view(over_BNW.shape)
+        there &= real_BM.gather(1, over_BNW.flatten(1)).view(over_BNW.shape)
+        low = low_BN.unsqueeze(-1)
+        shared = torch.minimum(begin_BNW + kernel_size, low + block_size) - torch.maximum(begin_BNW, low)
+        share_BNW = shared.clamp(min=0).masked_fill(~there, 0) / kernel_size
+        start_BM = starts_BK.gather(1, first_BM)
+        return Compression(
+            keys_BMC, real_BM, first_BM + kernel_size - 1, start_BM, over_BNW, share_BNW.to(torch.float64), blocks
+        )
+
+    return mask.once(("compression", kernel_size, kernel_stride, block_size), build)
+
+
+@torch.compiler.disable(reason="its loop over the positions of a block would be unrolled")
+def compress(x_BGKD: torch.Tensor, weight_GC: torch.Tensor, keys_BMC: torch.Tensor) -> torch.Tensor:
+    """(B, G, M, D): sums of the keys or values of each compressed block by ``weight_GC``, in at least float32."""
+    return _Compress.apply(x_BGKD, weight_GC, keys_BMC)
+
+
+class _Compress(torch.autograd.Function):
+    """One position of the blocks after the other: as blocks overlap, their keys would be more than all keys."""
+
+    @staticmethod
+    def forward(ctx, x_BGKD, weight_GC, keys_BMC):
+        ctx.save_for_backward(x_BGKD, weight_GC, keys_BMC)
+        groups, size = x_BGKD.shape[1], x_BGKD.shape[3]
+        out_BMGD = torch.zeros(*keys_BMC.shape[:2], groups, size, dtype=wide(x_BGKD), device=x_BGKD.device)
+        for picked_BMGD, weight_G1, _ in _positions(x_BGKD, weight_GC.to(out_BMGD.dtype), keys_BMC):
+            out_BMGD.addcmul_(picked_BMGD, weight_G1)
+        return out_BMGD.transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    @outside_autocast
+    def backward(ctx, grad_BGMD):
+        x_BGKD, weight_GC, keys_BMC = ctx.saved_tensors
+        grad_BMGD = grad_BGMD.transpose(1, 2).contiguous()
+        batch, groups, length, size = x_BGKD.shape
+        dx = torch.zeros(batch * length, groups, size, dtype=grad_BMGD.dtype, device=x_BGKD.device)
+        d_weight = []
+        for picked_BMGD, weight_G1, index in _positions(x_BGKD, weight_GC.to(grad_BMGD.dtype), keys_BMC):
+            dx.index_add_(0, index, (grad_BMGD * weight_G1).flatten(0, 1))
+            d_weight.append((picked_BMGD * grad_BMGD).sum(dim=(0, 1, 3)))
+        # autograd casts each gradient to the dtype of its input.
+        return dx.view(batch, length, groups, size).transpose(1, 2), torch.stack(d_weight, dim=1), None
+
+
+def _positions(x_BGKD, weight_GC, keys_BMC):
+    """For each position of a block, what of x is there, its weight, and its index by row and key."""
+    batch, groups, length, size = x_BGKD.shape
+    by_token = x_BGKD.transpose(1, 2).reshape(batch * length, groups, size)
+    first = torch.arange(batch, device=x_BGKD.device).unsqueeze(1) * length
+    for position in range(keys_BMC.shape[2]):
+        index = (keys_BMC[..., position] + first).flatten()
+        picked = by_token.index_select(0, index).to(weight_GC.dtype)
+        yield picked.view(batch, -1, groups, size), weight_GC[:, [position]], index
+
+
+def visible_blocks(at: slice, number: int, compression: Compression) -> torch.Tensor:
+    """(B, T, M): which of the first M compressed blocks queries see, causal ones those that end before or with them."""
+    blocks, seen = compression.blocks, slice(number)
+    position = blocks.position_Q[at]
+    start_BT = blocks.start_BN.gather(1, blocks.block_BK[:, position])
+    visible = compression.real_BM[:, None, seen] & (compression.start_BM[:, None, seen] == start_BT.unsqueeze(2))
+    if blocks.causal:
+        visible = visible & (compression.last_BM[:, None, seen] <= position.view(1, -1, 1))
+    return visible
+
+
+@torch.no_grad()
+def choose_by_weights(
+    p_BHTM: torch.Tensor,
+    groups: int,
+    at: slice,
+    compression: Compression,
+    *,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> torch.Tensor:
+    """The blocks that queries of one key/value head see: (B, G, T, topk), own first, -1 where there are fewer.
+
+    A block's score is what the compressed blocks' weights, summed over the heads, leave to its keys. The first
+    ``init_blocks`` of a row or segment and those less than ``local_blocks`` away are chosen in any case.
+    """
+    blocks, (batch, _, queries, number) = compression.blocks, p_BHTM.shape
+    own = blocks.block_BK[:, blocks.position_Q[at]].unsqueeze(2)
+    start = blocks.start_BN.gather(1, own.squeeze(2)).unsqueeze(2)
+    chosen = own.new_full((batch, groups, queries, min(topk, blocks.start_BN.shape[1])), -1)
+    chosen[..., 0] = own.squeeze(2).unsqueeze(1)
+    last = int(own.max()) if blocks.causal and not recorded(own) else blocks.start_BN.shape[1]
+    block = torch.arange(last, device=own.device)
+    if not len(block) or chosen.shape[-1] == 1:
+        return chosen
+    p_BGTM = p_BHTM.unflatten(1, (groups, -1)).sum(dim=2)
+    over, share = compression.over_BNW[:, block], compression.share_BNW[:, block].to(p_BGTM.dtype)
+    share = share.masked_fill(over >= number, 0.0)  # what no query of these sees
+    index = over.clamp(max=number - 1).flatten(1)[:, None, None].expand(*p_BGTM.shape[:3], -1)
+    score = (p_BGTM.gather(-1, index).unflatten(-1, over.shape[1:]) * share[:, None, None]).sum(dim=-1)
+    there = blocks.real_BNC[:, block].any(dim=-1).unsqueeze(1) & (blocks.start_BN[:, None, block] == start)
+    there &= (block < own) if blocks.causal else (block != own)
+    near = (own - block).abs() < local_blocks
+    near |= (blocks.keys_BNC[:, None, block, 0] - start) < init_blocks * blocks.keys_BNC.shape[-1]
+    score = score.masked_fill(near.unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
+    best = score.topk(min(chosen.shape[-1] - 1, len(block)), dim=-1)
+    chosen[..., 1 : 1 + best.indices.shape[-1]] = best.indices.masked_fill(best.values == 0, -1)
+    return chosen
+
+
+@torch.compiler.disable(reason="its loop over tiles would be unrolled into a graph of thousands of operations")
+def compressed_attention(
+    q_BHQD: torch.Tensor,
+    k_BGMD: torch.Tensor,
+    v_BGMV: torch.Tensor,
+    compression: Compression,
+    *,
+    scale: float,
+    dropout: float,
+    **choice: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention over compressed blocks, a tile of queries at a time, and the choice by its weights.
+
+    Returns:
+        (out_BHQV in the dtype of the compressed values, chosen_BGQT of :func:`choose_by_weights`).
+    """
+    batch, heads, queries = q_BHQD.shape[:3]
+    groups, number = k_BGMD.shape[1:3]
+    blocks, tiles = compression.blocks, []
+    for at in pieces(queries, max(1, SCORES_AT_ONCE // (batch * heads * number))):
+        seen = number
+        if blocks.causal:
+            past = compression.real_BM & (compression.last_BM <= blocks.position_Q[at][-1])
+            seen = few_sizes(int(past.sum(dim=1).max()), number)
+        tiles.append(Tile(slice(0, batch), slice(0, groups), at, seen))
+    chosen_BGQT = torch.empty(
+        (batch, groups, queries, min(choice["topk"], blocks.start_BN.shape[1])), dtype=torch.long, device=q_BHQD.device
+    )
+
+    def choose(tile: Tile, p_BHTM: torch.Tensor) -> None:
+        chosen_BGQT[:, :, tile.queries] = choose_by_weights(p_BHTM, groups, tile.queries, compression, **choice)
+
+    out_BHQV = attention_by_tiles(
+        q_BHQD,
+        k_BGMD,
+        v_BGMV,
+        tiles,
+        lambda tile: visible_blocks(tile.queries, tile.keys, compression).unsqueeze(1),
+        look=choose,
+        scale=scale,
+        dropout=dropout,
+    )
+    return out_BHQV, chosen_BGQT
+
+
+def native_sparse_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    weights: Weights,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    window_size: int,
+    scale: float,
+    dropout: float,
+    **choice: int,
+) -> torch.Tensor:
+    """The gated sum of the three branches, for masks of causality, padding and segments only.
+
+    Args:
+        choice: topk, init_blocks and local_blocks.
+
+    Returns:
+        out_BHQV in the dtype of v. Sums are taken in at least float32.
+    """
+    compression = compression_of(mask, kernel_size, kernel_stride, block_size)
+    k_BGMD = compress(k_BGKD, weights.key_weight_GC, compression.keys_BMC)
+    v_BGMV = compress(v_BGKV, weights.value_weight_GC, compression.keys_BMC)
+    options = {"scale": scale, "dropout": dropout}
+    compressed, chosen_BGQT = compressed_attention(q_BHQD, k_BGMD, v_BGMV, compression, **choice, **options)
+    chosen = expand_heads(chosen_BGQT, q_BHQD.shape[1])
+    selected = block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=block_size, **options)
+    window = tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, Band(window_size, window_size - 1), **options)
+    gates = weights.gates(q_BHQD)
+    out = sum(gates[..., [b]] * branch.to(gates.dtype) for b, branch in enumerate((compressed, selected, window)))
+    return torch.as_tensor(out).to(v_BGKV.dtype)
+
+
+def native_sparse_from(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    state: KeyBlocks,
+    weights: Weights,
+    **options: Any,
+) -> torch.Tensor:
+    """The same for the last Q of K new tokens and all before them, which ``state`` keeps; it takes the new ones in."""
+    attend = functools.partial(native_sparse_attention, weights=weights)
+    attend_few = functools.partial(few_native_sparse_attention, weights=weights)
+    kernels = (weights.key_weight_GC, weights.value_weight_GC)
+    return attention_from_blocks(q_BHQD, k_BGKD, v_BGKV, mask, state, attend, attend_few, kernels, **options)
+
+
+def few_native_sparse_attention(
+    q_BHQD: torch.Tensor,
+    position_Q: torch.Tensor,
+    state: KeyBlocks,
+    weights: Weights,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    window_size: int,
+    scale: float,
+    dropout: float,
+    **choice: int,
+) -> torch.Tensor:
+    """The same for a few causal queries, the last tokens of ``state``, from what that keeps.
+
+    It touches all compressed blocks and the keys of chosen blocks and of the window.
+
+    Returns:
+        out_BHQV in at least float32.
+    """
+    held, at_Q1 = state.tensors, position_Q.unsqueeze(1)
+    number = state.blocks_seen(kernel_stride, held["whole"].shape[1])
+    k_BGMD, v_BGMV = (held[name][:, :, :number] for name in ("k_compressed", "v_compressed"))
+    last_M = torch.arange(number, device=at_Q1.device) * kernel_stride + kernel_size - 1
+    visible_BQM = held["whole"][:, None, :number] & (last_M + state.starts().view(-1, 1, 1) <= at_Q1)
+    options = {"scale": scale, "dropout": dropout}
+    compressed, p_BHQM = few_attention(q_BHQD, k_BGMD, v_BGMV, visible_BQM[:, None, None], **options)
+    chosen_BGQT = choose_few(p_BHQM, position_Q, state, kernel_size, kernel_stride, **choice)
+    selected = chosen_attention(q_BHQD, position_Q, state, chosen_BGQT, **options)
+    k, v, near_K = state.last(window_size + len(position_Q) - 1)
+    visible = (near_K <= at_Q1) & (near_K > at_Q1 - window_size) & (near_K >= 0)
+    if state.padded:
+        visible = visible & held["real"].index_select(1, near_K.clamp(min=0))[:, None, None, None]
+    window, _ = few_attention(q_BHQD, k, v, visible, **options)
+    gates = weights.gates(q_BHQD)
+    return gates[..., [0]] * compressed + gates[..., [1]] * selected + gates[..., [2]] * window
+
+
+@torch.no_grad()
+def choose_few(
+    p_BHQM: torch.Tensor,
+    position_Q: torch.Tensor,
+    state: KeyBlocks,
+    kernel_size: int,
+    kernel_stride: int,
+    *,
+    topk: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> torch.Tensor:
+    """(B, G, Q, at most topk) blocks, as :func:`choose_by_weights` chooses them."""
+    groups, size, compressed = state.tensors["k"].shape[1], state.block_size, p_BHQM.shape[3]
+    own_BQ1 = own_blocks(position_Q, state).unsqueeze(2)
+    own_BGQ1 = own_BQ1.unsqueeze(1).expand(-1, groups, -1, -1)
+    number = state.blocks_seen(size, state.tensors["filled"].shape[1])
+    width = min(topk - 1, number)
+    if not width:
+        return own_BGQ1
+    # Blocks and compressed blocks count from the same start: which of them share keys is the same in every row.
+    block = torch.arange(number, device=own_BQ1.device)
+    low_N1 = block.unsqueeze(1) * size
+    seen = state.length if state.fixed_length is None else state.fixed_length
+    reach = (min(size, seen) + kernel_size - 2) // kernel_stride + 1
+    first_N1 = (torch.div(low_N1 - kernel_size, kernel_stride, rounding_mode="floor") + 1).clamp(min=0)
+    over_NW = first_N1 + torch.arange(reach, device=block.device)
+    begin_NW = over_NW * kernel_stride
+    shared = torch.minimum(begin_NW + kernel_size, low_N1 + size) - torch.maximum(begin_NW, low_N1)
+    share_NW = shared.clamp(min=0).to(p_BHQM.dtype) / kernel_size
+    p_BGQM = p_BHQM.unflatten(1, (groups, -1)).sum(dim=2)
+    # What begins behind the last compressed block shares keys only with blocks that no query chooses.
+    # As a matrix: index_select of its columns is ten times as fast as that of a last dimension.
+    given = p_BGQM.flatten(0, 2).index_select(1, over_NW.clamp(max=compressed - 1).flatten())
+    score = (given.view(*p_BGQM.shape[:3], *over_NW.shape) * share_NW).sum(dim=4)
+    there = state.tensors["filled"][:, None, :number] & (block < own_BQ1)
+    near = (own_BQ1 - block < local_blocks) | (block < init_blocks)
+    score = score.masked_fill(near.unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
+    best = score.topk(width, dim=-1)
+    return torch.cat([own_BGQ1, best.indices.masked_fill(best.values == 0, -1)], dim=3)
+
+
+def dense_native_sparse_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    weights: Weights,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    window_size: int,
+    scale: float,
+    dropout: float,
+    **choice: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, through the whole matrix: (out_BHQV in the dtype of v, weights_BHQK in at least float32)."""
+    compression, everywhere = compression_of(mask, kernel_size, kernel_stride, block_size), slice(None)
+    heads, groups = q_BHQD.shape[1], k_BGKD.shape[1]
+    options: dict[str, Any] = {"scale": scale, "dropout": dropout}
+    dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+    keys = compression.keys_BMC.unsqueeze(1).expand(-1, groups, -1, -1)
+
+    def spread(weight_GC: torch.Tensor) -> torch.Tensor:
+        """(B, G, M, K): the weight of each key in each compressed block."""
+        weight_BGMC = weight_GC.to(dtype)[:, None] * compression.real_BM[:, None, :, None]
+        zeros = weight_BGMC.new_zeros(*weight_BGMC.shape[:3], k_BGKD.shape[2])
+        return zeros.scatter_add(3, keys, weight_BGMC)
+
+    k_BGMD = spread(weights.key_weight_GC) @ k_BGKD.to(dtype)
+    visible = visible_blocks(everywhere, k_BGMD.shape[2], compression).unsqueeze(1)
+    p_BHQM = masked_softmax(scores(q_BHQD, k_BGMD, scale=scale), visible)
+    chosen_BGQT = choose_by_weights(p_BHQM, groups, everywhere, compression, **choice)
+    # What a compressed block gets goes to its keys as its values are summed.
+    spread_BGMK = spread(weights.value_weight_GC)
+    compressed = torch.dropout(p_BHQM, dropout, train=dropout > 0) @ expand_heads(spread_BGMK, heads)
+    chosen = chosen_keys(expand_heads(chosen_BGQT, heads), compression.blocks)
+    selected = dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen, **options)[1]
+    near = dense_pattern(mask, Band(window_size, window_size - 1))
+    window = dense_attention(q_BHQD, k_BGKD, v_BGKV, near, **options)[1]
+    gates = weights.gates(q_BHQD)
+    weights_BHQK = gates[..., [0]] * compressed + gates[..., [1]] * selected + gates[..., [2]] * window
+    out_BHQV = weights_BHQK @ expand_heads(v_BGKV, heads).to(weights_BHQK.dtype)
+    return out_BHQV.to(v_BGKV.dtype), weights_BHQK

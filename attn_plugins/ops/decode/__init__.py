@@ -1,0 +1,1 @@
+"""Decoding states: keys in a ring, keys by block, running sums."""

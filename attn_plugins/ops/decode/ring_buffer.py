@@ -1,0 +1,322 @@
+"""Softmax attention from a bounded cache: the first keys of each row and the last ones, whatever the pattern in them.
+
+The last keys lie in a ring, each in the place of the one that no query to come can see. Rows of a batch may start at
+different positions (left padding), so the first keys are a row's own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from attn_plugins.core.decode_state import State
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.rotary import Rotary
+from attn_plugins.ops.reference import masked_softmax, wide
+from attn_plugins.ops.rotary import Pivot, apart, turned
+from attn_plugins.ops.softmax.patterns.band import ROWS, Band, in_row
+from attn_plugins.ops.softmax.tiles import Pattern, Tile, make_tile, tiled_attention
+
+GROWTH = 64
+"""Fewest keys that a ring has room for before it is complete."""
+
+
+class KeyWindow(State):
+    """Keys and values of the first ``num_first`` real tokens of each row, and of the last ``num_before`` + 1 tokens.
+
+    ``tensors``: k (B, G, num_first + ring, D), v likewise, real (B, num_first + ring), False where there is no key or
+    padding, and start (B,), each row's first real position. The ring has room for ``num_before`` + 1 keys, less while
+    fewer have come; the key of position p is in its place p modulo its size.
+    """
+
+    serves_fixed_length = True
+
+    def __init__(self, num_first: int, num_before: int, fixed_length: int | None = None):
+        super().__init__(fixed_length)
+        self.num_first, self.size = num_first, num_before + 1
+        if fixed_length is not None:
+            self.size = min(self.size, fixed_length)
+        self.started = False
+        """Whether every row has had a real token."""
+        self.complete = False
+        """Whether the first keys of all rows are in."""
+        self.padded = False
+        """Whether there ever was padding."""
+        self.pivot: dict[str, torch.Tensor] = {}
+        """cos and sin, (B, 1, R), of the last position in a row before anything is dropped, where they are wanted.
+
+        Copies share it, so that a rollback leaves it: it tells of a position, not of a token."""
+
+    def reset(self) -> None:
+        super().reset()
+        if self.tensors:
+            self.tensors["start"].fill_(-1)
+        self.pivot = {}
+        self.started = self.complete = self.padded = False
+
+    @property
+    def full(self) -> bool:
+        """Whether every place is taken by another token, for sure: where there was padding nothing is."""
+        places = self.tensors["k"].shape[2]
+        if self.fixed_length is not None or self.padded or places != self.num_first + self.size:
+            return False
+        return self.length >= places
+
+    def ring(self, number: int) -> int:
+        """Places of the ring once ``number`` more tokens have come."""
+        held = self.tensors["k"].shape[2] - self.num_first if self.tensors else 0
+        if self.fixed_length is not None or (tokens := self.length + number) >= self.size:
+            return self.size
+        return held if tokens <= held else min(self.size, max(GROWTH, 2 * held, tokens))
+
+    def take(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+        """Take in the next tokens, the last of ``mask``'s."""
+        new = k_BGKD.shape[2]
+        self.meet(k_BGKD, v_BGKV, mask)
+        size = self.tensors["k"].shape[2] - self.num_first
+        position = torch.arange(new, device=k_BGKD.device) + self.position
+        real_BK = self._real(mask, position)
+        last = slice(max(0, new - size), None)
+        index = position[last] % size + self.num_first
+        self.put("k", 2, index, k_BGKD[:, :, last])
+        self.put("v", 2, index, v_BGKV[:, :, last])
+        self.put("real", 1, index, real_BK[:, last])
+        self.advance(new)
+
+    def meet(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+        """Take out of the next tokens what are first ones, and make room for the others. Does no harm twice."""
+        new = k_BGKD.shape[2]
+        self.padded = self.padded or mask.padding_BK is not None
+        self._make_room(k_BGKD, v_BGKV, self.ring(new))
+        if not self.started:
+            self.started = self.find_starts(self.tensors["start"], mask, new)
+        if self.num_first and not self.complete:
+            self._take_first(k_BGKD, v_BGKV, mask)
+
+    def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().apply(change)
+        self.pivot = {name: change(tensor) for name, tensor in self.pivot.items()}
+
+    def turn(self, q_BHQD: torch.Tensor, mask: AttentionMask, rotary: Rotary) -> torch.Tensor:
+        """Queries as if they stood at the last position of their row before anything is dropped, if beyond it.
+
+        To be called after the tokens of these queries were met and before they are taken in.
+        """
+        start_B, queries, last = self.tensors["start"], q_BHQD.shape[2], self.num_first + self.size - 1
+        index = (start_B + last - mask.q_offset).view(-1, 1, 1)
+        here = (index >= 0) & (index < queries) & (start_B >= 0).view(-1, 1, 1)
+        for name, table in (("cos", rotary.cos_BQR), ("sin", rotary.sin_BQR)):
+            table = table.expand(len(start_B), -1, -1)
+            found = table.gather(1, index.clamp(0, queries - 1).expand(-1, -1, table.shape[2]))
+            held = self.pivot.setdefault(name, torch.ones_like(found))
+            held.copy_(torch.where(here, found, held))
+        rows = mask.at(start_B.unsqueeze(1), start_B.unsqueeze(1) >= 0, start_B)
+        return turned(q_BHQD, rows, rotary, Pivot(self.pivot["cos"], self.pivot["sin"]), last)
+
+    def held(self, mask: AttentionMask) -> AttentionMask:
+        """The mask of the keys in ``tensors``, in their order."""
+        size = self.tensors["k"].shape[2] - self.num_first
+        place = torch.arange(size, device=mask.device)
+        last = self.position - 1
+        position = last - (last - place) % size
+        return self._mask(mask, position, self.tensors["real"][:, self.num_first :], self.position - size)
+
+    def followed_by(
+        self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask
+    ) -> tuple[torch.Tensor, torch.Tensor, AttentionMask]:
+        """The first keys, the ring's in order, the new ones; their values; their mask.
+
+        First keys may be among the others too.
+        """
+        self.meet(k_BGKD, v_BGKV, mask)
+        size = self.tensors["k"].shape[2] - self.num_first
+        oldest = max(0, self.length - size)
+        position = torch.arange(oldest, self.length + k_BGKD.shape[2], device=k_BGKD.device)
+        places = position[: self.length - oldest] % size + self.num_first
+        index = torch.cat([torch.arange(self.num_first, device=places.device), places])
+        k, v, real = (self.tensors[name].index_select(axis, index) for name, axis in (("k", 2), ("v", 2), ("real", 1)))
+        new_real = self._real(mask, position[self.length - oldest :])
+        both = self._mask(
+            mask, position, torch.cat([real[:, self.num_first :], new_real], dim=1), len(position) + oldest
+        )
+        return torch.cat([k, k_BGKD], dim=2), torch.cat([v, v_BGKV], dim=2), both
+
+    def _mask(self, mask: AttentionMask, position: torch.Tensor, real_BK: torch.Tensor, oldest: Any) -> AttentionMask:
+        """Of the first keys, as far as they are older than ``oldest``, and of those at ``position``."""
+        start_B, rows = self.tensors["start"], slice(None) if self.padded else slice(1)
+        first = start_B[rows].unsqueeze(1) + torch.arange(self.num_first, device=start_B.device)
+        real_first = self.tensors["real"][rows, : self.num_first] & (first < oldest)
+        position_BK = torch.cat([first, position.expand(len(first), -1)], dim=1)
+        real = torch.cat([real_first, real_BK[rows] & (position >= 0)], dim=1)
+        return mask.at(position_BK, real, start_B[rows])
+
+    def _real(self, mask: AttentionMask, position: torch.Tensor) -> torch.Tensor:
+        """Which tokens at these positions are no padding, (B, as many)."""
+        if mask.padding_BK is None:
+            return position.new_ones(1, 1, dtype=torch.bool).expand(mask.batch_size, len(position))
+        return mask.padding_BK.index_select(1, position).expand(mask.batch_size, -1)
+
+    def _make_room(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, size: int) -> None:
+        batch, places = k_BGKD.shape[0], self.num_first + size
+        if not self.tensors:
+            self.tensors = {
+                "k": k_BGKD.new_zeros(*k_BGKD.shape[:2], places, k_BGKD.shape[3]),
+                "v": v_BGKV.new_zeros(*v_BGKV.shape[:2], places, v_BGKV.shape[3]),
+                "real": k_BGKD.new_zeros(batch, places, dtype=torch.bool),
+                "start": torch.full((batch,), -1, device=k_BGKD.device),
+            }
+        elif (more := places - self.tensors["k"].shape[2]) > 0:
+            # So far nothing has come round in the ring: positions keep their places.
+            for name, axis in (("k", 2), ("v", 2), ("real", 1)):
+                held = self.tensors[name]
+                shape = (*held.shape[:axis], more, *held.shape[axis + 1 :])
+                self.tensors[name] = torch.cat([held, held.new_zeros(shape)], dim=axis)
+
+    def _take_first(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+        start_B, new = self.tensors["start"], k_BGKD.shape[2]
+        real_BK = self._real(mask, torch.arange(new, device=k_BGKD.device) + self.position)
+        index = start_B.unsqueeze(1) + torch.arange(self.num_first, device=start_B.device) - self.position
+        here = (index >= 0) & (index < new) & (start_B >= 0).unsqueeze(1)
+        index = index.clamp(0, new - 1)
+        for name, x in (("k", k_BGKD), ("v", v_BGKV)):
+            at = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+            first = torch.where(here[:, None, :, None], x.gather(2, at), self.tensors[name][:, :, : self.num_first])
+            self.put(name, 2, torch.arange(self.num_first, device=x.device), first)
+        real = torch.where(here, real_BK.gather(1, index), self.tensors["real"][:, : self.num_first])
+        self.put("real", 1, torch.arange(self.num_first, device=real.device), real)
+        if self.started and not torch.compiler.is_compiling():
+            self.complete = bool((start_B + self.num_first <= self.length + new).all())
+
+    def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (self.tensors["k"], self.tensors["v"]) if self.tensors else super().like()
+
+    def _reaches(self, target: int) -> bool:
+        # What has come round in the ring has taken the places of keys that would be seen again.
+        return self.length <= self.tensors["k"].shape[2] - self.num_first
+
+    def _rewind(self, target: int) -> None:
+        self.length, self.complete = target, False
+        start_B = self.tensors["start"]
+        start_B.masked_fill_(start_B >= target, -1)
+        self.started = bool((start_B >= 0).all())
+
+
+@dataclass(frozen=True)
+class Following:
+    """A pattern over keys of which the first ``num_first`` stand apart and the others follow one another.
+
+    A first key stands for itself where it lies before those that a tile takes of the others.
+    """
+
+    pattern: Pattern
+    num_first: int
+    num_before: int
+    merged: ClassVar[bool] = False
+
+    def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
+        return self.pattern.sees(mask, q_index, k_index)
+
+    def tiles(self, mask: AttentionMask) -> Iterator[Tile]:
+        own = mask.kv_length - mask.q_length
+        first = torch.arange(self.num_first, device=mask.device).unsqueeze(0) if self.num_first else None
+        for low in range(0, mask.q_length, ROWS):
+            queries = slice(low, min(low + ROWS, mask.q_length))
+            keys = slice(max(self.num_first, own + low - self.num_before), own + queries.stop)
+            since = mask.key_positions(torch.tensor([[keys.start]], device=mask.device)).view(-1, 1, 1)
+
+            def sees(mask, q_index, k_index, since=since):
+                apart = (k_index >= self.num_first) | (mask.key_positions(k_index) < since)
+                return self.pattern.sees(mask, q_index, k_index) & apart
+
+            yield make_tile(mask, sees, queries, (keys,), first)
+
+
+def window_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    pattern: Pattern,
+    state: KeyWindow,
+    *,
+    rotary: Rotary | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Softmax attention of the last Q of K new tokens to what the pattern shows of them and of what came before.
+
+    Args:
+        mask: of the queries and all tokens so far, the new ones the last of them.
+        pattern: shows nothing beyond what ``state`` keeps.
+        state: takes the new tokens in.
+        rotary: of the queries; to be turned by towards the first keys, where given.
+        options: scale, dropout, softcap and sinks, as in :meth:`attn_plugins.core.attention.Attention.forward`.
+
+    Returns:
+        out_BHQV in the dtype of v.
+    """
+    new = k_BGKD.shape[2]
+    key = (pattern, state.num_first, state.size)
+    turned_BHQD = None
+    if rotary is not None:
+        state.meet(k_BGKD, v_BGKV, mask)
+        turned_BHQD = state.turn(q_BHQD, mask, rotary)
+
+    def place(q: torch.Tensor, k: torch.Tensor, keys: AttentionMask) -> tuple[torch.Tensor, torch.Tensor]:
+        if turned_BHQD is None:
+            return q, k
+        index = torch.arange(keys.kv_length, device=keys.device).unsqueeze(0)
+        return apart(q, turned_BHQD, k, in_row(keys, index) < state.num_first)
+
+    if new == 1:
+        state.take(k_BGKD, v_BGKV, mask)
+        held, visible = mask.once(("held", *key), lambda: _held(mask, pattern, state))
+        q, k = place(q_BHQD, state.tensors["k"], held)
+        return one_query(q, k, state.tensors["v"], visible, **options)
+    if state.length:
+        k, v, both = state.followed_by(k_BGKD, v_BGKV, mask)
+        both = mask.once(("following", *key), lambda: both)
+        q, k = place(q_BHQD, k, both)
+        out_BHQV = tiled_attention(q, k, v, both, Following(pattern, state.num_first, state.size - 1), **options)
+    else:
+        q, k = place(q_BHQD, k_BGKD, mask)
+        out_BHQV = tiled_attention(q, k, v_BGKV, mask, pattern, **options)
+    state.take(k_BGKD, v_BGKV, mask)
+    return out_BHQV
+
+
+def _held(mask: AttentionMask, pattern: Pattern, state: KeyWindow) -> tuple[AttentionMask, torch.Tensor | None]:
+    """The mask of what the state holds, and what of it the one query sees, (B or 1, 1, 1, K); None if that is all."""
+    held = state.held(mask)
+    if state.full and mask.plain and isinstance(pattern, Band) and pattern.dilation == 1:
+        return held, None
+    q_index = torch.zeros(1, 1, 1, dtype=torch.long, device=mask.device)
+    k_index = torch.arange(held.kv_length, device=mask.device).view(1, 1, -1)
+    return held, (held.visible(q_index, k_index) & pattern.sees(held, q_index, k_index)).unsqueeze(1)
+
+
+def one_query(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    visible: torch.Tensor | None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Dense attention of one query, Q = 1, to keys as they are: the heads that share them are its queries."""
+    batch, heads, _, size = q_BHQD.shape
+    q = q_BHQD.reshape(batch, k_BGKD.shape[1], -1, size)
+    if softcap is None and sinks is None:
+        out = scaled_dot_product_attention(q, k_BGKD, v_BGKV, attn_mask=visible, dropout_p=dropout, scale=scale)
+        return out.reshape(batch, heads, 1, -1)
+    dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+    s_BHQK = (q.to(dtype) * scale @ k_BGKD.to(dtype).mT).view(batch, heads, 1, -1)
+    if softcap is not None:
+        s_BHQK = softcap * torch.tanh(s_BHQK / softcap)
+    visible = s_BHQK.new_ones((), dtype=torch.bool) if visible is None else visible
+    weights = torch.dropout(masked_softmax(s_BHQK, visible, sinks), dropout, train=dropout > 0)
+    return (weights.view(*q.shape[:3], -1) @ v_BGKV.to(dtype)).view(batch, heads, 1, -1).to(v_BGKV.dtype)

@@ -1,0 +1,106 @@
+"""Sums: the state of attentions that add up all tokens seen, as large after a million of them as after the first."""
+
+from collections.abc import Callable
+
+import torch
+
+from attn_plugins.core.decode_state import State
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.linear.feature_maps import NO_KEYS
+from attn_plugins.ops.linear.features import check_length, row_positions
+from attn_plugins.ops.reference import wide
+
+PIECE = 4096
+"""Tokens that are taken in at once: what is made of each of them is held for as many."""
+
+Piece = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(q_BHQD, k_BGKD, v_BGKV), the queries the last of the keys' tokens -> out_BHQV; takes the tokens in."""
+
+
+class Sums(State):
+    """Sums over all tokens but the last ``window_size``, and the keys and values of these.
+
+    ``tensors``: k (B, G, window, D) and v (B, G, window, V), in which position p is in place p modulo ``window``; they
+    are empty where there is no window, and say all the same which tokens may follow. The others are the attention's
+    own, in float32, or float64 for tokens in float64.
+
+    Args:
+        window_size: of tokens that are not summed up yet.
+        max_length: most tokens that a row may have, where the attention's options set a limit (cosformer).
+    """
+
+    serves_fixed_length = True
+
+    def __init__(self, fixed_length: int | None = None, *, window_size: int = 0, max_length: int | None = None):
+        super().__init__(fixed_length)
+        self.window = window_size if fixed_length is None else min(window_size, fixed_length)
+        self.max_length = max_length
+
+    def start(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """The tensors, made if they are not there: besides k and v, (B, *shape) under each name.
+
+        They begin with zeros, those whose name ends in "level" with NO_KEYS.
+        """
+        if not self.tensors:
+            (batch, groups), dtype = k_BGKD.shape[:2], wide(k_BGKD, v_BGKV)
+            self.tensors = {
+                "k": k_BGKD.new_zeros(batch, groups, self.window, k_BGKD.shape[3]),
+                "v": v_BGKV.new_zeros(batch, groups, self.window, v_BGKV.shape[3]),
+            }
+            for name, shape in shapes.items():
+                self.tensors[name] = k_BGKD.new_full((batch, *shape), _empty(name), dtype=dtype)
+        return self.tensors
+
+    def become(self, number: int, **sums: torch.Tensor | None) -> None:
+        """Take in ``number`` tokens: the sums with them."""
+        for name, x in sums.items():
+            if x is None:
+                continue
+            held = self.tensors[name]
+            # Else what earlier calls have read is still as it was, for their gradients.
+            if self.fixed_length is None or x.requires_grad or held.requires_grad:
+                self.tensors[name] = x
+            else:
+                held.copy_(x)
+        self.advance(number)
+
+    def real(self, mask: AttentionMask, number: int) -> torch.Tensor | None:
+        """Which of the next ``number`` tokens are no padding, (B, number); None if all are."""
+        if mask.padding_BK is None:
+            return None
+        position = torch.arange(number, device=mask.padding_BK.device) + self.position
+        return mask.padding_BK.index_select(1, position).expand(mask.batch_size, -1)
+
+    def reset(self) -> None:
+        super().reset()
+        for name, tensor in self.tensors.items():
+            tensor.fill_(_empty(name))
+
+    def check(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+        super().check(q_BHQD, k_BGKD, v_BGKV, mask)
+        if self.max_length is None or mask.kv_length <= self.max_length:
+            return
+        last = row_positions(mask, self.position + self.number_waiting + k_BGKD.shape[2] - 1, 1).max()
+        if torch.compiler.is_compiling():
+            torch._assert_async(last < self.max_length, "feature_map='cosformer' got more tokens than its max_length")
+        else:
+            check_length(int(last) + 1, self.max_length)
+
+    def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return (self.tensors["k"], self.tensors["v"]) if self.tensors else super().like()
+
+
+def _empty(name: str) -> float:
+    return NO_KEYS if name.endswith("level") else 0.0
+
+
+def in_pieces(attend: Piece, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor) -> torch.Tensor:
+    """``attend`` on a few thousand queries after another, the first with all tokens that come without."""
+    queries, before = q_BHQD.shape[2], k_BGKD.shape[2] - q_BHQD.shape[2]
+    if queries <= PIECE:
+        return attend(q_BHQD, k_BGKD, v_BGKV)
+    outs = []
+    for low in range(0, queries, PIECE):
+        own, new = slice(low, low + PIECE), slice(before + low if low else 0, before + low + PIECE)
+        outs.append(attend(q_BHQD[:, :, own], k_BGKD[:, :, new], v_BGKV[:, :, new]).transpose(1, 2))
+    return torch.cat(outs, dim=1).transpose(1, 2)

@@ -1,0 +1,333 @@
+"""Linear attention: out_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps) over the visible keys j.
+
+Sums, states and denominators are float32 whatever the dtype of the inputs (float64 stays), and autocast is kept out.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import pad
+
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.tracing import readable
+from attn_plugins.ops.decode.running_sums import Sums, in_pieces
+from attn_plugins.ops.linear.chunked import causal_linear
+from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS, above_level, level_of
+from attn_plugins.ops.linear.features import Prepared
+from attn_plugins.ops.reference import expand_heads, wide
+
+Projection = torch.Tensor | None
+"""(heads, E, D), applied to queries or keys before the feature map: x -> W x; None is the identity."""
+
+
+def project(x_BHTD: torch.Tensor, projection: Projection) -> torch.Tensor:
+    """W x for each head, in at least float32."""
+    x_BHTD = x_BHTD.to(wide(x_BHTD))
+    return x_BHTD if projection is None else x_BHTD @ projection.to(x_BHTD.dtype).mT
+
+
+def dense_linear_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    visible: torch.Tensor,
+    *,
+    feature_map: str,
+    eps: float,
+    query_projection: Projection = None,
+    key_projection: Projection = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Linear attention through its whole matrix of weights: the definition.
+
+    Args:
+        visible: bool, broadcastable to (B, H, Q, K), the same for all heads.
+
+    Returns:
+        (out_BHQV in the dtype of v, weights_BHQK in at least float32; a row adds up to 1 up to ``eps``).
+    """
+    with torch.autocast(q_BHQD.device.type, enabled=False):
+        phi, heads = FEATURE_MAPS[feature_map], q_BHQD.shape[1]
+        fq_BHQF, fk_BGKF = project(q_BHQD, query_projection), project(k_BGKD, key_projection)
+        if phi.exponential:
+            seen = visible.any(dim=2).unsqueeze(3)
+            level = level_of(fk_BGKF, seen)
+            fk_BGKF = torch.exp(fk_BGKF.masked_fill(~seen, -torch.inf) - level)
+            fq_BHQF, _ = above_level(fq_BHQF, expand_heads(level, heads))
+        else:
+            fq_BHQF, fk_BGKF = phi.features(fq_BHQF), phi.features(fk_BGKF)
+        a_BHQK = fq_BHQF @ expand_heads(fk_BGKF, heads).mT
+        a_BHQK = a_BHQK.masked_fill(~visible, 0.0)
+        weights_BHQK = a_BHQK / (a_BHQK.sum(dim=-1, keepdim=True) + eps)
+        out_BHQV = weights_BHQK @ expand_heads(v_BGKV, heads).to(weights_BHQK.dtype)
+    return out_BHQV.to(v_BGKV.dtype), weights_BHQK
+
+
+def linear_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    *,
+    feature_map: str,
+    chunk_size: int,
+    eps: float,
+    query_projection: Projection = None,
+    key_projection: Projection = None,
+) -> torch.Tensor:
+    """The same in O((Q + K) F (chunk_size + V)) time and linear memory.
+
+    Causal: chunks of ``chunk_size`` with a state carried between them; keys before the first query are summed into the
+    state that the first chunk starts from. Otherwise: one sum over all keys. Few queries, as in decoding, read the keys
+    one by one where that is less work than a state.
+
+    Args:
+        mask: plain. Segments must be contiguous.
+
+    Returns:
+        out_BHQV in the dtype of v.
+
+    Raises:
+        ValueError: a segment goes on after another one began, or queries lie outside the keys.
+    """
+    queries = q_BHQD.shape[2]
+    projections = {"query_projection": query_projection, "key_projection": key_projection}
+    if few_queries(q_BHQD, v_BGKV, feature_map, query_projection):
+        return dense_linear_attention(
+            q_BHQD, k_BGKD, v_BGKV, mask.dense(), feature_map=feature_map, eps=eps, **projections
+        )[0]
+    padding_BK, segments_BK = real_keys(mask), contiguous_segments(mask)
+    with torch.autocast(q_BHQD.device.type, enabled=False):
+        dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+        w_q, w_k = (None if w is None else w.to(dtype) for w in (query_projection, key_projection))
+        if not mask.causal and segments_BK is None:
+            state = _sum_keys(k_BGKD, v_BGKV, w_k, feature_map, padding_BK)
+            return _read(q_BHQD, w_q, feature_map, *state, eps).to(v_BGKV.dtype)
+        options = (feature_map, chunk_size, eps)
+        if not mask.causal:
+            return _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, *options).to(v_BGKV.dtype)
+        before = mask.q_offset - mask.kv_offset
+        if not 0 <= before <= k_BGKD.shape[2] - queries:
+            raise ValueError(f"{queries} queries from key {before} on; allowed: queries within {k_BGKD.shape[2]} keys")
+        # A cache of fixed length holds room for keys to come: nothing after the last query is visible.
+        seen = slice(0, before + queries)
+        padding_BK, segments_BK = (None if x is None else x[:, seen] for x in (padding_BK, segments_BK))
+        k_BGKD, v_BGKV = k_BGKD[:, :, seen], v_BGKV[:, :, seen]
+        return last_queries(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, *options)[0]
+
+
+def linear_attention_from(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    state: Sums,
+    prepare: Callable[[torch.Tensor, torch.Tensor, AttentionMask, float, int], Prepared],
+    *,
+    scale: float,
+    chunk_size: int,
+) -> torch.Tensor:
+    """The same, causal, for the last Q of K new tokens, which the state takes in: out_BHQV in the dtype of v.
+
+    Args:
+        mask: of all tokens, which may end with some that come later.
+        state: ``sums`` over the tokens before, (B, G, F, V + 1), and of exponents their ``level``, (B, G, F).
+        prepare: (queries, keys, mask, scale, which token the keys begin with) -> what linear attention takes of them.
+    """
+
+    def piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        prepared, real_BK = prepare(q, k, mask, scale, state.position), state.real(mask, k.shape[2])
+        held = state.start(k, v, **sums_shapes(prepared, v))
+        (q, k, options), (w_q, w_k), before = prepared, projections(prepared), (held["sums"], held.get("level"))
+        feature_map, eps = options["feature_map"], options["eps"]
+        sums, level = absorb(*before, k, v, w_k, feature_map, real_BK)
+        if q.shape[2] == 1:  # sees all that is in the sums by now
+            out = _read(q, w_q, feature_map, sums, level, eps).to(v.dtype)
+        else:
+            out, _ = last_queries(q, k, v, w_q, w_k, real_BK, None, feature_map, chunk_size, eps, *before)
+        state.become(k.shape[2], sums=sums, level=level)
+        return out
+
+    return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)
+
+
+def projections(prepared: Prepared) -> tuple[Projection, Projection]:
+    """Of queries and of keys, in at least float32."""
+    dtype = wide(prepared.q_BHQD, prepared.k_BGKD)
+    names = ("query_projection", "key_projection")
+    w_q, w_k = (None if name not in prepared.options else prepared.options[name].to(dtype) for name in names)
+    return w_q, w_k
+
+
+def sums_shapes(prepared: Prepared, v_BGKV: torch.Tensor) -> dict[str, tuple[int, ...]]:
+    """Shapes of a row's sums, and of the level of exponents."""
+    _, k_BGKD, options = prepared
+    phi, groups, w_k = FEATURE_MAPS[options["feature_map"]], k_BGKD.shape[1], options.get("key_projection")
+    features = phi.size(k_BGKD.shape[3] if w_k is None else w_k.shape[1])
+    shapes: dict[str, tuple[int, ...]] = {"sums": (groups, features, v_BGKV.shape[3] + 1)}
+    return {**shapes, "level": (groups, features)} if phi.exponential else shapes
+
+
+def absorb(
+    sums_BGFV: torch.Tensor,
+    level_BGF: torch.Tensor | None,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    w_k: Projection,
+    feature_map: str,
+    seen_BK: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(sums, level) with these keys too, those that are seen."""
+    more_BGFV, level_of_more = _sum_keys(k_BGKD, v_BGKV, w_k, feature_map, seen_BK)
+    if level_BGF is None or level_of_more is None:
+        return sums_BGFV + more_BGFV, None
+    risen = torch.maximum(level_BGF, level_of_more)
+    before, here = (torch.exp(level - risen).unsqueeze(3) for level in (level_BGF, level_of_more))
+    return sums_BGFV * before + more_BGFV * here, risen
+
+
+def few_queries(q_BHQD: torch.Tensor, v_BGKV: torch.Tensor, feature_map: str, projection: Projection) -> bool:
+    """Whether to read keys one by one is less work than a state of them."""
+    features = FEATURE_MAPS[feature_map].size(q_BHQD.shape[3] if projection is None else projection.shape[1])
+    return q_BHQD.shape[2] * (features + v_BGKV.shape[3]) <= features * v_BGKV.shape[3]
+
+
+def last_queries(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    w_q: Projection,
+    w_k: Projection,
+    padding_BK: torch.Tensor | None,
+    segments_BK: torch.Tensor | None,
+    feature_map: str,
+    chunk_size: int,
+    eps: float,
+    state_BGFV: torch.Tensor | None = None,
+    level_BGF: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal linear attention of the last Q of K tokens, which may follow those of a state.
+
+    Returns:
+        (out_BHQV, its denominators (B, H, Q)), see :func:`attn_plugins.ops.linear.chunked.causal_linear`.
+    """
+    before = k_BGKD.shape[2] - q_BHQD.shape[2]
+    old, new = slice(0, before), slice(before, None)
+    if before:
+        seen_BK = None if padding_BK is None else padding_BK[:, old]
+        if segments_BK is not None:
+            goes_on = segments_BK[:, old] == segments_BK[:, before : before + 1]
+            seen_BK = goes_on if seen_BK is None else seen_BK & goes_on
+        earlier = (k_BGKD[:, :, old], v_BGKV[:, :, old], w_k, feature_map, seen_BK)
+        if state_BGFV is None:
+            state_BGFV, level_BGF = _sum_keys(*earlier)
+        else:
+            state_BGFV, level_BGF = absorb(state_BGFV, level_BGF, *earlier)
+    padding_BT, segments_BT = (None if x is None else x[:, new] for x in (padding_BK, segments_BK))
+    k_BGTD, v_BGTV, options = k_BGKD[:, :, new], v_BGKV[:, :, new], (feature_map, chunk_size, eps)
+    out_BHTV, den_BHT, _, _ = causal_linear(
+        q_BHQD, k_BGTD, v_BGTV, w_q, w_k, padding_BT, segments_BT, state_BGFV, level_BGF, *options, diagonal=0
+    )
+    return out_BHTV, den_BHT
+
+
+def real_keys(mask: AttentionMask) -> torch.Tensor | None:
+    """The mask's padding, a row for each of the batch."""
+    return None if mask.padding_BK is None else mask.padding_BK.expand(mask.batch_size, -1)
+
+
+def contiguous_segments(mask: AttentionMask) -> torch.Tensor | None:
+    """The mask's segments, checked once a forward pass: a state can only be carried along segments in one piece."""
+
+    def check() -> None:
+        segments_BK, padding_BK = mask.segments_BK, mask.padding_BK
+        assert segments_BK is not None
+        runs_BK = pad((segments_BK[:, 1:] != segments_BK[:, :-1]).long().cumsum(1), (1, 0))
+        segments_B, runs_B = (_distinct(x, padding_BK) for x in (segments_BK, runs_BK))
+        whole_B = segments_B == runs_B
+        allowed = "allowed: each packed sequence in one piece"
+        if not readable(whole_B):
+            torch._assert_async(whole_B.all(), f"a row has packed sequences in several pieces; {allowed}")
+        elif not bool(whole_B.all()):
+            row = int(whole_B.long().argmin())
+            raise ValueError(
+                f"row {row} has {int(segments_B[row])} packed sequences in {int(runs_B[row])} pieces; {allowed}"
+            )
+
+    if mask.segments_BK is not None:
+        mask.once("contiguous segments", check)
+    return None if mask.segments_BK is None else mask.segments_BK.expand(mask.batch_size, -1)
+
+
+def _distinct(number_BK: torch.Tensor, real_BK: torch.Tensor | None) -> torch.Tensor:
+    """How many different numbers each row has where it is real, (B,)."""
+    none = torch.iinfo(torch.long).max
+    number_BK = number_BK.long() if real_BK is None else torch.where(real_BK, number_BK.long(), none)
+    ordered_BK = pad(number_BK.sort(dim=1).values, (0, 1), value=none)
+    return (ordered_BK[:, 1:] != ordered_BK[:, :-1]).sum(dim=1)
+
+
+def _sum_keys(
+    k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, w_k: Projection, feature_map: str, seen_BK: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """State of all keys that are seen, sums of phi(k) [v, 1]^T, (B, G, F, V + 1); level of exponents, (B, G, F)."""
+    phi, level = FEATURE_MAPS[feature_map], None
+    fk_BGKF = project(k_BGKD, w_k)
+    seen = None if seen_BK is None else seen_BK[:, None, :, None]
+    if phi.exponential:
+        level = level_of(fk_BGKF, seen)
+        fk_BGKF = fk_BGKF if seen is None else fk_BGKF.masked_fill(~seen, -torch.inf)
+        fk_BGKF = torch.exp(fk_BGKF - level)
+    else:
+        fk_BGKF = phi.features(fk_BGKF)
+        fk_BGKF = fk_BGKF if seen is None else fk_BGKF * seen
+    v_one = pad(v_BGKV.to(fk_BGKF.dtype), (0, 1), value=1.0)
+    return fk_BGKF.mT @ v_one, None if level is None else level.squeeze(2)
+
+
+def _read(
+    q_BHQD: torch.Tensor,
+    w_q: Projection,
+    feature_map: str,
+    state_BGFV: torch.Tensor,
+    level_BGF: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """What queries read from one state, (B, H, Q, V)."""
+    totals = read_sums(q_BHQD, w_q, feature_map, state_BGFV, level_BGF)
+    return (totals[..., :-1] / (totals[..., -1:] + eps)).view(*q_BHQD.shape[:3], -1)
+
+
+def read_sums(
+    q_BHQD: torch.Tensor,
+    w_q: Projection,
+    feature_map: str,
+    state_BGFV: torch.Tensor,
+    level_BGF: torch.Tensor | None,
+) -> torch.Tensor:
+    """Sums of phi(q).phi(k) [v, 1] for queries, (B, G, query heads that share a key/value head x Q, V + 1)."""
+    q_BHQE, heads = project(q_BHQD, w_q), q_BHQD.shape[1]
+    if level_BGF is None:
+        fq_BHQF = FEATURE_MAPS[feature_map].features(q_BHQE)
+    else:
+        fq_BHQF, _ = above_level(q_BHQE, expand_heads(level_BGF.unsqueeze(2), heads))
+    return fq_BHQF.reshape(len(fq_BHQF), state_BGFV.shape[1], -1, fq_BHQF.shape[3]) @ state_BGFV
+
+
+def _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, feature_map, chunk_size, eps):
+    """Bidirectional attention within segments: what is seen reading forwards, and, without the own key, backwards."""
+    before = k_BGKD.shape[2] - q_BHQD.shape[2]
+    outs, dens = [], []
+    for turned, diagonal in ((False, 0), (True, -1)):
+        q, k, v = pad(q_BHQD, (0, 0, before, 0)), k_BGKD, v_BGKV.to(wide(v_BGKV))
+        rows = [padding_BK, segments_BK]
+        if turned:
+            q, k, v = (x.flip(2) for x in (q, k, v))
+            rows = [None if x is None else x.flip(1) for x in rows]
+        options = (None, None, feature_map, chunk_size, eps, diagonal)
+        out, den, _, _ = causal_linear(q, k, v, w_q, w_k, *rows, *options)
+        outs.append(out.flip(2) if turned else out)
+        dens.append((den.flip(2) if turned else den).unsqueeze(3))
+    if FEATURE_MAPS[feature_map].exponential:
+        return torch.lerp(outs[0], outs[1], torch.sigmoid(dens[1] - dens[0]))[:, :, before:]
+    totals = sum(out * (den + eps) for out, den in zip(outs, dens, strict=True))
+    return (totals / (dens[0] + dens[1] + eps))[:, :, before:]

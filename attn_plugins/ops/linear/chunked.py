@@ -1,0 +1,477 @@
+"""Chunked causal linear attention as one operator: no features and no weights are kept.
+
+The sequence is treated in blocks of chunks, a block being what fits a cache. Within a chunk the weights are formed
+outright; before a chunk all keys are summed up in a state. States of a block's chunks come from one product with a
+triangular matrix whose entries also say across which chunks a packed segment goes on. They are kept, F (V + 1) numbers
+a chunk and key/value head: as much as keys for F = chunk_size. Backward forms the features and the weights again, block
+by block from the end, and carries the states' gradients the other way.
+
+Letters beside the legend's: P (row of the batch, key/value head) pairs of a block, R query heads that share a
+key/value head, L tokens of a block, N its chunks, C tokens of a chunk; a tile is (P N, R C, D).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS, NO_KEYS, FeatureMap, above_level
+from attn_plugins.ops.reference import wide
+
+ROWS_A_BLOCK = {"cpu": 1 << 11}
+"""Tokens times query heads of one block, by type of device: on CPU what the nearer caches hold."""
+ROWS_A_BLOCK_ELSEWHERE = 1 << 18
+
+
+class _Place(NamedTuple):
+    """Where a block lies."""
+
+    batch: slice
+    heads: slice
+    span: int
+    tokens: slice
+    chunks: int
+    first_chunk: int
+
+    @property
+    def chunk_slice(self) -> slice:
+        return slice(self.first_chunk, self.first_chunk + self.chunks)
+
+
+class _Block(NamedTuple):
+    """What a block's forward and backward both need; fk has zeros where keys are padding.
+
+    Of exponents, fk is the exponential of what is left above ``level`` (P, F), and fq that of what is left above
+    ``top``, see :func:`attn_plugins.ops.linear.feature_maps.above_level`; None for other maps.
+    """
+
+    q_in: torch.Tensor
+    k_in: torch.Tensor
+    fq: torch.Tensor
+    fk: torch.Tensor
+    v: torch.Tensor
+    real: torch.Tensor | None
+    link: torch.Tensor
+    same: torch.Tensor | None
+    query_goes_on: torch.Tensor | None
+    key_goes_on: torch.Tensor | None
+    level: torch.Tensor | None
+    top: torch.Tensor | None
+
+
+class _Problem(NamedTuple):
+    """The operator's arguments, with query heads grouped: q (B, G, R, T, D), k (B, G, 1, T, D), v (B, G, 1, T, V)."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    w_q: torch.Tensor | None
+    w_k: torch.Tensor | None
+    padding: torch.Tensor | None
+    segments: torch.Tensor | None
+    feature_map: str
+    chunk_size: int
+    diagonal: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return wide(self.q, self.k, self.v)
+
+    @property
+    def phi(self) -> FeatureMap:
+        return FEATURE_MAPS[self.feature_map]
+
+
+def _span(q: torch.Tensor, group: int, chunk_size: int) -> int:
+    """Tokens of a block: whole chunks."""
+    rows = ROWS_A_BLOCK.get(q.device.type, ROWS_A_BLOCK_ELSEWHERE)
+    return max(1, rows // (group * chunk_size)) * chunk_size
+
+
+def _places(p: _Problem) -> Iterator[list[_Place]]:
+    """For each set of heads, its blocks from first to last."""
+    batch, heads, group, length, _ = p.q.shape
+    span = _span(p.q, group, p.chunk_size)
+    spans = [slice(start, min(start + span, length)) for start in range(0, length, span)]
+    # Where a whole sequence is less than a block, several heads, then several rows, make one.
+    pairs = max(1, span // (-(-min(span, length) // p.chunk_size) * p.chunk_size))
+    head_step = min(heads, pairs)
+    batch_step = max(1, pairs // heads)
+    for b in range(0, batch, batch_step):
+        for h in range(0, heads, head_step):
+            at = slice(b, b + batch_step), slice(h, h + head_step)
+            yield [
+                _Place(*at, i, s, -(-(s.stop - s.start) // p.chunk_size), s.start // p.chunk_size)
+                for i, s in enumerate(spans)
+            ]
+
+
+def _chunks(x: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
+    """(b, g, R, L, D) -> (b, g, N, R, C, D); zeros after the end, where no query sees them."""
+    rest = at.chunks * p.chunk_size - x.shape[3]
+    if rest:
+        x = pad(x, (0, 0, 0, rest))
+    return x.unflatten(3, (at.chunks, p.chunk_size)).transpose(2, 3)
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    """(b, g, N, R, C, D) -> (P N, R C, D)."""
+    return x.flatten(3, 4).flatten(0, 2)
+
+
+def _tile(x: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
+    return _flat(_chunks(x, at, p).to(p.dtype))
+
+
+def _untile(tile: torch.Tensor, like: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
+    """(P N, R C, any) -> (b, g, R, L, any), for a target of the shape of ``like``."""
+    b, g, group, length, _ = like.shape
+    x = tile.view(b, g, at.chunks, group, p.chunk_size, -1).transpose(2, 3)
+    return x.reshape(b, g, group, at.chunks * p.chunk_size, -1)[:, :, :, :length]
+
+
+def _part(x: torch.Tensor, at: _Place) -> torch.Tensor:
+    return x[at.batch, at.heads, :, at.tokens]
+
+
+def _over_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(b, N or 1, ...) -> (P N, ...), the same for each head."""
+    return x.unsqueeze(1).expand(-1, heads, *x.shape[1:]).flatten(0, 2)
+
+
+def _load(p: _Problem, at: _Place, level: torch.Tensor | None) -> _Block:
+    """A block; ``level`` is that of the exponents of all keys before it, (P, F)."""
+    q_in, k_in = _part(p.q, at), _part(p.k, at)
+    q = q_in if p.w_q is None else q_in.to(p.dtype) @ p.w_q[at.heads].mT
+    k = k_in if p.w_k is None else k_in.to(p.dtype) @ p.w_k[at.heads].mT
+    fq, fk, top = _tile(q, at, p), _tile(k, at, p), None
+    v_in = _chunks(_part(p.v, at), at, p)
+    v = v_in.new_empty(*v_in.shape[:-1], v_in.shape[-1] + 1, dtype=p.dtype)
+    v[..., :-1] = v_in
+    v[..., -1] = 1  # sums up the denominator
+    v = _flat(v)
+    b, heads, _, length, _ = k_in.shape
+    rest = at.chunks * p.chunk_size - length
+
+    real = None
+    if p.padding is not None or (rest and level is not None):
+        own = k_in.new_ones(b, length, dtype=torch.bool) if p.padding is None else p.padding[at.batch, at.tokens]
+        real = _over_heads(pad(own, (0, rest)).view(b, at.chunks, p.chunk_size, 1), heads)
+    if level is None:
+        fq, fk = p.phi.fast_features(fq), _only(p.phi.fast_features(fk), real)
+    else:
+        if real is not None:
+            fk = fk.masked_fill(~real, -torch.inf)
+        level = torch.maximum(level, fk.reshape(b * heads, -1, fk.shape[-1]).amax(dim=1))
+        each = level.repeat_interleave(at.chunks, dim=0).unsqueeze(1)
+        fq, top = above_level(fq, each)
+        fk = torch.exp(fk - each)
+
+    link = torch.ones(at.chunks + 1, at.chunks + 1, dtype=p.dtype, device=fk.device).tril_()
+    same = query_goes_on = key_goes_on = None
+    if p.segments is None:
+        link = link.expand(b * heads, -1, -1)
+    else:
+        own = p.segments[at.batch, at.tokens]
+        if at.tokens.start:
+            before = p.segments[at.batch, at.tokens.start - 1 : at.tokens.start]
+        else:
+            before = own[:, :1]
+        own = torch.cat([own, own[:, -1:].expand(-1, rest)], dim=1).view(b, at.chunks, p.chunk_size)
+        last = torch.cat([before, own[:, :, -1]], dim=1)  # the segment that a state, before and after chunks, is of
+        link = link * (last.unsqueeze(2) == last.unsqueeze(1))
+        link = link.unsqueeze(1).expand(-1, heads, -1, -1).flatten(0, 1)
+        same = _over_heads(own.unsqueeze(3) == own.unsqueeze(2), heads).unsqueeze(1)
+        group = q_in.shape[2]
+        query_goes_on = _over_heads((own == last[:, :-1].unsqueeze(2)).repeat(1, 1, group).unsqueeze(3), heads)
+        key_goes_on = _over_heads((own == last[:, 1:].unsqueeze(2)).unsqueeze(3), heads)
+    return _Block(q_in, k_in, fq, fk, v, real, link, same, query_goes_on, key_goes_on, level, top)
+
+
+def _only(x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
+    return x if where is None else x * where
+
+
+def _limit(a: torch.Tensor, block: _Block, p: _Problem) -> torch.Tensor:
+    """Zero, in place, the weights within chunks that go forwards or to another segment."""
+    square = a.view(a.shape[0], -1, p.chunk_size, p.chunk_size).tril_(p.diagonal)
+    if block.same is not None:
+        square.mul_(block.same)
+    return a
+
+
+def _sums(
+    x: torch.Tensor, y: torch.Tensor, brought: torch.Tensor | None, link: torch.Tensor, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is to be added up at each place: x^T y of each chunk, and what was brought from the block before or after.
+
+    Args:
+        x, y: (P N, rows, F) and (P N, rows, V + 1).
+        brought: (P, F, V + 1) or None.
+        link: (P, N + 1, N + 1).
+        end: the place of what was brought, 0 or -1; the other places are the chunks.
+
+    Returns:
+        (columns of ``link``, (P, as many, F (V + 1)) to be multiplied with them).
+    """
+    pairs, places, _ = link.shape
+    chunks = slice(1, None) if end == 0 else slice(0, -1)
+    if brought is None:
+        return link[:, :, chunks], torch.bmm(x.mT, y).view(pairs, places - 1, -1)
+    s = x.new_empty(pairs, places, x.shape[2], y.shape[2])
+    s[:, end] = brought
+    if pairs == 1:
+        torch.bmm(x.mT, y, out=s[0, chunks])
+    else:
+        s[:, chunks] = torch.bmm(x.mT, y).view(pairs, places - 1, *s.shape[2:])
+    return link, s.flatten(2)
+
+
+def _first_level(p: _Problem, at: _Place, level: torch.Tensor | None) -> torch.Tensor | None:
+    """Level of the exponents before the first block, (P, F), or None where phi has none."""
+    if not p.phi.exponential:
+        return None
+    if level is not None:
+        return level[at.batch, at.heads].flatten(0, 1)
+    k = _part(p.k, at)
+    features = p.phi.size(k.shape[-1] if p.w_k is None else p.w_k.shape[-2])
+    return k.new_full((k.shape[0] * k.shape[1], features), NO_KEYS, dtype=p.dtype)
+
+
+def _lower(x: torch.Tensor | None, level: torch.Tensor | None, to: torch.Tensor | None) -> torch.Tensor | None:
+    """What was carried, (P, F, V + 1), put from one level of exponents to a higher one."""
+    return x if x is None or level is None or to is None else x * torch.exp(level - to).unsqueeze(2)
+
+
+def _problem(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w_q: torch.Tensor | None,
+    w_k: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    feature_map: str,
+    chunk_size: int,
+    diagonal: int,
+) -> _Problem:
+    groups = (k.shape[1], -1)
+    w_q = None if w_q is None else w_q.unflatten(0, groups)
+    w_k = None if w_k is None else w_k.unsqueeze(1)
+    # A text shorter than a chunk is one chunk of its own length: it costs what it has, and nothing is made longer.
+    chunk_size = max(1, min(chunk_size, q.shape[2]))
+    tokens = q.unflatten(1, groups), k.unsqueeze(2), v.unsqueeze(2)
+    return _Problem(*tokens, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
+
+
+def _empty_outputs(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: torch.Tensor | None, feature_map: str, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    (batch, heads, length, head_dim), groups, value_dim = q.shape, k.shape[1], v.shape[3]
+    chunks, blocks = (-(-length // size) for size in (chunk_size, _span(q, heads // groups, chunk_size)))
+    phi = FEATURE_MAPS[feature_map]
+    features = phi.size(head_dim if w_q is None else w_q.shape[1])
+    out = v.new_empty(batch, length, heads, value_dim).transpose(1, 2)
+    den = q.new_empty(batch, heads, length, dtype=wide(q, k, v))
+    states = den.new_empty(batch, groups, chunks, features, value_dim + 1)
+    return out, den, states, den.new_empty(batch, groups, blocks if phi.exponential else 0, features)
+
+
+def _empty_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w_q: torch.Tensor | None,
+    w_k: torch.Tensor | None,
+    states: torch.Tensor,
+    learned: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dw_q, dw_k = (torch.zeros_like(w) if w is not None and learned else states.new_empty(0) for w in (w_q, w_k))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dw_q, dw_k, torch.empty_like(states[:, :, 0])
+
+
+@torch.library.custom_op("attn_plugins::causal_linear", mutates_args=())
+def causal_linear(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w_q: torch.Tensor | None,
+    w_k: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    state: torch.Tensor | None,
+    level: torch.Tensor | None,
+    feature_map: str,
+    chunk_size: int,
+    eps: float,
+    diagonal: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Causal linear attention of T queries and T keys that start from a state.
+
+    Exponents are taken as they are above the largest one of each feature among all keys up to the end of the block: a
+    level that rises from block to block, and the state with it. It cancels in the result, and keeps it finite; a key
+    more than 87 (float32) below the level counts as nothing.
+
+    Args:
+        q, k, v: (B, H, T, D), (B, G, T, D), (B, G, T, V).
+        w_q, w_k: (H, E, D) and (G, E, D) that come before the feature map, in float32 or float64, or None.
+        padding, segments: (B, T), of the keys; segments in one piece each.
+        state: (B, G, F, V + 1) sums over earlier keys, of the first token's segment, of phi(k) [v, 1]^T, or None.
+        level: (B, G, F), where phi is exp, that of the state.
+        diagonal: 0 if a query sees its own key, -1 if only those before.
+
+    Returns:
+        out (B, H, T, V) in the dtype of v, laid out as (B, T, H, V); the denominators without ``eps``, (B, H, T), or
+        where phi is exp the logarithm of those with ``eps``; and, for the backward, the state that each chunk starts
+        from, and the level of each block.
+    """
+    p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
+    out, den, states, levels = _empty_outputs(q, k, v, w_q, feature_map, chunk_size)
+    out_BGRTV, den_BGRT1 = out.unflatten(1, (k.shape[1], -1)), den.unflatten(1, (k.shape[1], -1)).unsqueeze(4)
+    with torch.autocast(q.device.type, enabled=False):
+        for places in _places(p):
+            carried = None if state is None else state[places[0].batch, places[0].heads].flatten(0, 1)
+            reached = _first_level(p, places[0], level)
+            for at in places:
+                block = _load(p, at, reached)
+                carried = _lower(carried, reached, block.level)
+                link, sums = _sums(_only(block.fk, block.key_goes_on), block.v, carried, block.link, end=0)
+                before = states[at.batch, at.heads, at.chunk_slice].view(len(sums), at.chunks, -1)
+                torch.bmm(link[:, :-1], sums, out=before)
+                before = before.view(-1, block.fk.shape[2], block.v.shape[2])
+                if at is not places[-1]:
+                    carried = torch.bmm(link[:, -1:], sums).view(len(sums), *before.shape[1:])
+                weights = _limit(torch.bmm(block.fq, block.fk.mT), block, p)
+                totals = torch.bmm(weights, block.v).baddbmm_(_only(block.fq, block.query_goes_on), before)
+                totals = _untile(totals, block.q_in, at, p)
+                num, total = totals[..., :-1], totals[..., -1:]
+                total_eps = total + eps
+                torch.div(num, total_eps, out=_part(out_BGRTV, at))
+                if block.level is not None and block.top is not None:
+                    stored = levels[at.batch, at.heads, at.span]
+                    stored.copy_(block.level.view(stored.shape))
+                    total = total_eps.log_() + _untile(block.top, block.q_in, at, p)
+                _part(den_BGRT1, at).copy_(total)
+                reached = block.level
+    return out, den, states, levels
+
+
+@torch.library.custom_op("attn_plugins::causal_linear_backward", mutates_args=())
+def causal_linear_backward(
+    d_out: torch.Tensor,
+    d_den: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    w_q: torch.Tensor | None,
+    w_k: torch.Tensor | None,
+    padding: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    level: torch.Tensor | None,
+    out: torch.Tensor,
+    den: torch.Tensor,
+    states: torch.Tensor,
+    levels: torch.Tensor,
+    learned: bool,
+    feature_map: str,
+    chunk_size: int,
+    eps: float,
+    diagonal: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, w_q, w_k (empty where there is none, or not ``learned``) and of the state."""
+    p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
+    dq, dk, dv, dw_q, dw_k, d_state = _empty_gradients(q, k, v, w_q, w_k, states, learned)
+    groups = (k.shape[1], -1)
+    dq_BGRTD, dk_BG1TD, dv_BG1TV = dq.unflatten(1, groups), dk.unsqueeze(2), dv.unsqueeze(2)
+    dw_q_GRED = dw_q.unflatten(0, groups) if dw_q.numel() else dw_q
+    d_out, out = d_out.unflatten(1, groups), out.unflatten(1, groups)
+    d_den, den = d_den.unflatten(1, groups).unsqueeze(4), den.unflatten(1, groups).unsqueeze(4)
+    gradient_of = p.phi.gradient
+    with torch.autocast(q.device.type, enabled=False):
+        for places in _places(p):
+            brought = None
+            for at in reversed(places):
+                reached = None
+                if p.phi.exponential:
+                    reached = levels[at.batch, at.heads, at.span].flatten(0, 1)
+                block = _load(p, at, reached)
+                fq, fk, v_one = block.fq, block.fk, block.v
+                fq_on, fk_on = _only(fq, block.query_goes_on), _only(fk, block.key_goes_on)
+                before = states[at.batch, at.heads, at.chunk_slice].flatten(0, 2)
+
+                g, below, d_below = (_chunks(_part(x, at), at, p) for x in (d_out, den, d_den))
+                if block.top is None:
+                    below = below + eps
+                else:
+                    below = torch.exp(below - block.top.view(below.shape))
+                    d_below = d_below / below
+                d_totals = below.new_empty(*g.shape[:-1], g.shape[-1] + 1)
+                d_num = d_totals[..., :-1]
+                torch.div(g, below, out=d_num)
+                pulled = (_chunks(_part(out, at), at, p) * d_num).sum(dim=-1, keepdim=True)
+                torch.sub(d_below, pulled, out=d_totals[..., -1:])
+                d_totals = _flat(d_totals)
+
+                d_sums = torch.bmm(*_sums(fq_on, d_totals, brought, block.link.mT, end=-1))
+                d_sums = d_sums.view(*d_sums.shape[:2], *before.shape[1:])
+                d_after, brought = d_sums[:, 1:].flatten(0, 1), d_sums[:, 0]
+                weights = _limit(torch.bmm(fq, fk.mT), block, p)
+                d_v = torch.bmm(weights.mT, d_totals[..., :-1]).baddbmm_(fk_on, d_after[..., :-1])
+                _part(dv_BG1TV, at).copy_(_untile(d_v, block.k_in, at, p))
+                d_weights = _limit(torch.bmm(d_totals, v_one.mT), block, p)
+                d_fq = torch.bmm(d_weights, fk)
+                d_fk = torch.bmm(d_weights.mT, fq)
+                d_fq = d_fq.baddbmm_(_only(d_totals, block.query_goes_on), before.mT)
+                d_fk = d_fk.baddbmm_(_only(v_one, block.key_goes_on), d_after.mT)
+                d_q = _untile(gradient_of(fq, d_fq), block.q_in, at, p)
+                d_k = _untile(gradient_of(fk, _only(d_fk, block.real)), block.k_in, at, p)
+                if p.w_q is not None:
+                    if learned:
+                        dw_q_GRED[at.heads] += (d_q.mT @ block.q_in.to(p.dtype)).sum(0)
+                    d_q = d_q @ p.w_q[at.heads]
+                if p.w_k is not None:
+                    if learned:
+                        dw_k[at.heads] += (d_k.mT @ block.k_in.to(p.dtype)).sum((0, 2))
+                    d_k = d_k @ p.w_k[at.heads]
+                _part(dq_BGRTD, at).copy_(d_q)
+                _part(dk_BG1TD, at).copy_(d_k)
+                if p.phi.exponential and at.span:
+                    brought = _lower(brought, levels[at.batch, at.heads, at.span - 1].flatten(0, 1), reached)
+            at = places[0]
+            brought = _lower(brought, _first_level(p, at, level), reached)
+            if brought is not None:
+                d_state[at.batch, at.heads] = brought.view(d_state[at.batch, at.heads].shape)
+    return dq, dk, dv, dw_q, dw_k, d_state
+
+
+@causal_linear.register_fake
+def _(q, k, v, w_q, w_k, padding, segments, state, level, feature_map, chunk_size, eps, diagonal):
+    return _empty_outputs(q, k, v, w_q, feature_map, chunk_size)
+
+
+@causal_linear_backward.register_fake
+def _(d_out, d_den, q, k, v, w_q, w_k, padding, segments, level, out, den, states, levels, learned, *options):
+    return _empty_gradients(q, k, v, w_q, w_k, states, learned)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, w_q, w_k, padding, segments, state, level, *options = inputs
+    ctx.save_for_backward(q, k, v, w_q, w_k, padding, segments, level, *output)
+    ctx.options, ctx.from_state = options, state is not None
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx, d_out, d_den, d_states, d_levels):
+    saved = ctx.saved_tensors  # once: gradient checkpointing refuses a second look
+    learned = any(ctx.needs_input_grad[3:5])
+    dq, dk, dv, dw_q, dw_k, d_state = causal_linear_backward(d_out, d_den, *saved, learned, *ctx.options)
+    w_q, w_k = (w if learned else None for w in saved[3:5])
+    return (
+        *(dq, dk, dv, None if w_q is None else dw_q, None if w_k is None else dw_k),
+        *(None, None, d_state if ctx.from_state else None, None),
+        *(None, None, None, None),
+    )
+
+
+causal_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,186 @@
+"""What comes before a feature map: learned projections and biases, random projections, positions.
+
+:func:`prepare` turns queries and keys, and an attention's weights, into what the operators on features take: tokens, a
+projection for each head, and a map of :data:`attn_plugins.ops.linear.feature_maps.FEATURE_MAPS` after it. Tokens get
+one more entry where something is to be added to what is projected: a 1 for a bias.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import pad
+
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.tracing import recorded
+from attn_plugins.ops.reference import wide
+
+LEARNED = ("hedgehog", "t2r", "taylor")
+"""Maps with weights of their own."""
+MAP_OF = {"t2r": "relu", "favor": "exp", "cosformer": "identity"}
+"""The map after the projection, where it has another name."""
+
+
+class Prepared(NamedTuple):
+    """Arguments of the operators in :mod:`attn_plugins.ops.linear.attention`."""
+
+    q_BHQD: torch.Tensor
+    k_BGKD: torch.Tensor
+    options: dict
+
+
+def weight_shapes(
+    feature_map: str, num_heads: int, num_key_value_heads: int, head_dim: int, feature_dim: int
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a map's weights: W a query head for queries, and one a key/value head for keys."""
+    if feature_map not in LEARNED:
+        return {}
+    rows = feature_dim if feature_map == "taylor" else head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "query_weight": (num_heads, rows, head_dim),
+        "key_weight": (num_key_value_heads, rows, head_dim),
+    }
+    if feature_map == "t2r":
+        shapes |= {"query_bias": (num_heads, head_dim), "key_bias": (num_key_value_heads, head_dim)}
+    return shapes
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's weights of these names, and favor's directions, read as attributes: they may be parametrised."""
+    names = ("query_weight", "key_weight", "query_bias", "key_bias", "projection")
+    return {name: getattr(module, name) for name in names if hasattr(module, name)}
+
+
+def reset_weights(feature_map: str, weights: Mapping[str, torch.Tensor]) -> None:
+    """Start from the identity; Taylor's from a projection that keeps q.k, on average where it has fewer dimensions."""
+    if feature_map != "taylor":
+        for weight in weights.values():
+            nn.init.zeros_(weight)  # kept as the difference from the identity
+        return
+    query, key = weights["query_weight"], weights["key_weight"]
+    rows, head_dim = key.shape[1:]
+    for weight in key:
+        nn.init.orthogonal_(weight, gain=math.sqrt(max(1.0, head_dim / rows)))
+    with torch.no_grad():
+        query.copy_(key.repeat_interleave(len(query) // len(key), dim=0))
+
+
+def orthogonal_features(num_features: int, head_dim: int, seed: int) -> torch.Tensor:
+    """FAVOR+'s directions, (num_features, head_dim): orthogonal within each block of head_dim, long as Gaussian ones.
+
+    The same for a seed everywhere: drawn on CPU in float64.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-num_features // head_dim)
+    gaussian = torch.randn(2, blocks, head_dim, head_dim, generator=generator, dtype=torch.float64)
+    directions = torch.linalg.qr(gaussian[0]).Q.mT.reshape(-1, head_dim)
+    lengths = gaussian[1].reshape(-1, head_dim).norm(dim=1, keepdim=True)
+    return (directions * lengths)[:num_features]
+
+
+def prepare(
+    feature_map: str,
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    mask: AttentionMask,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    scale: float,
+    eps: float,
+    max_length: int = 0,
+    since: int | None = None,
+) -> Prepared:
+    """Tokens, projections and map for ``feature_map``.
+
+    Args:
+        mask: of these queries and keys, or of all tokens where ``since`` says which of them these keys begin with; the
+            queries are the last of the keys then.
+        weights: those of :func:`weight_shapes`, and FAVOR+'s ``projection``.
+        scale: factor on the scores that taylor and favor approximate.
+        eps: of the denominator; exponents have no size of their own for it to be compared with, so that favor's is
+            only what keeps a denominator of 0 from being divided by.
+        max_length: cosformer's.
+
+    Raises:
+        ValueError: cosformer got more than ``max_length`` tokens, or queries and keys of different sequences.
+    """
+    dtype = wide(q_BHQD, k_BGKD, *weights.values())
+    options = {"feature_map": MAP_OF.get(feature_map, feature_map), "eps": 1e-30 if feature_map == "favor" else eps}
+    projections = []
+    if feature_map == "cosformer":
+        if since is None:
+            cos, sin = mask.once(("cosformer", max_length, dtype), lambda: _turns(mask, max_length, dtype))
+            before = mask.q_offset - mask.kv_offset
+        else:
+            cos, sin = _angles(row_positions(mask, since, k_BGKD.shape[2]), max_length, dtype)
+            before = k_BGKD.shape[2] - q_BHQD.shape[2]
+        own = slice(before, before + q_BHQD.shape[2])
+        q_BHQD, k_BGKD = (torch.relu(x.to(dtype)) for x in (q_BHQD, k_BGKD))
+        q_BHQD = torch.cat([q_BHQD * cos[:, :, own], q_BHQD * sin[:, :, own]], dim=-1)
+        k_BGKD = torch.cat([k_BGKD * cos, k_BGKD * sin], dim=-1)
+    elif feature_map == "favor":
+        w_FD = weights["projection"].to(dtype) * math.sqrt(scale)
+        k_BGKD = k_BGKD.to(dtype)
+        half = k_BGKD.square().sum(dim=-1, keepdim=True) * (-scale / 2)
+        k_BGKD = torch.cat([k_BGKD, half], dim=-1)
+        # A query's own half norm scales all that it reads alike, and is left out.
+        projections = [
+            w_FD.expand(q_BHQD.shape[1], -1, -1),
+            pad(w_FD, (0, 1), value=1.0).expand(k_BGKD.shape[1], -1, -1),
+        ]
+    elif feature_map == "taylor":
+        projections = [weights[name].to(dtype) * math.sqrt(scale) for name in ("query_weight", "key_weight")]
+    elif feature_map in LEARNED:
+        # Added in float32: steps of bfloat16 near 1 are 1/128, which would swallow what is learned.
+        identity = torch.eye(q_BHQD.shape[3], dtype=dtype, device=q_BHQD.device)
+        projections = [identity + weights[name] for name in ("query_weight", "key_weight")]
+        if feature_map == "t2r":
+            biases = [weights[name].to(dtype).unsqueeze(2) for name in ("query_bias", "key_bias")]
+            projections = [torch.cat(both, dim=2) for both in zip(projections, biases, strict=True)]
+            q_BHQD, k_BGKD = (pad(x.to(dtype), (0, 1), value=1.0) for x in (q_BHQD, k_BGKD))
+    if projections:
+        options |= {"query_projection": projections[0], "key_projection": projections[1]}
+    return Prepared(q_BHQD, k_BGKD, options)
+
+
+def check_length(longest: int, max_length: int) -> None:
+    """Raise a ValueError unless a sequence is within cosformer's ``max_length``."""
+    if longest > max_length:
+        raise ValueError(
+            f"feature_map='cosformer' got a sequence of {longest} tokens; allowed: at most max_length={max_length}"
+        )
+
+
+def row_positions(mask: AttentionMask, since: Any, number: int) -> torch.Tensor:
+    """How far ``number`` tokens, from the one at ``since`` on, are from their row's first real one, (B or 1, number).
+
+    For rows without segments, whose mask may tell of tokens to come.
+    """
+    position = torch.arange(number, device=mask.device).unsqueeze(0) + since
+    padding_BK = mask.padding_BK
+    if padding_BK is None:
+        return position
+    return position - mask.once("first real", lambda: padding_BK.long().argmax(dim=1, keepdim=True))
+
+
+def _turns(mask: AttentionMask, max_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of a quarter turn times position / max_length for each key, (B or 1, 1, K, 1)."""
+    if mask.cross:
+        raise ValueError(
+            "feature_map='cosformer' weighs by distance, which tokens of different sequences do not have; "
+            "allowed in cross-attention: the other feature maps"
+        )
+    position_BK = torch.arange(mask.kv_length, device=mask.device) - mask.starts_BK()
+    if mask.kv_offset + mask.kv_length > max_length:
+        before = mask.q_offset - mask.kv_offset
+        position_BQ, whole = position_BK[:, before : before + mask.q_length], mask.kv_offset + mask.kv_length
+        check_length(whole if recorded(position_BQ) else int(position_BQ.max()) + 1, max_length)
+    return _angles(position_BK, max_length, dtype)
+
+
+def _angles(position_BK: torch.Tensor, max_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    # What is before a row's first token or after its last query is seen by nobody.
+    angle = position_BK.clamp(0, max_length - 1).to(dtype)[:, None, :, None] * (math.pi / 2 / max_length)
+    return angle.cos(), angle.sin()

@@ -1,0 +1,1 @@
+"""Recurrences with gates and the delta rule, in chunks, token by token."""

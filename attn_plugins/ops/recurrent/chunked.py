@@ -1,0 +1,433 @@
+"""Recurrences with decay: a state S of F x V numbers a head that forgets, and takes in one key and value a token.
+
+Averages (retention, gated linear attention), with log gates g <= 0 for each channel of the key, or one for all:
+
+    S_t = diag(e^g_t) S_{t-1} + k_t v_t^T,   n_t = e^g_t n_{t-1} + 1,   out_t = S_t^T (q_t / n_t)
+
+Delta rules, with a rate beta_t and one log gate a token or none; the state forgets before it is read and corrected:
+
+    S = e^g_t S_{t-1},   S_t = S - beta_t k_t (k_t^T S - v_t^T),   out_t = S_t^T q_t + b a_t
+
+with a_t the decayed average of the values so far and a weight b of each query head.
+
+The chunked form treats chunks in parallel, then joins their states. Decays between tokens of a chunk are products of
+e^(sum of log gates), the sums being taken over just the tokens between: by halves, the decay from j to t is that from
+j to the middle times that from the middle to t. So no exponent is ever above 0, nothing cancels, and g = -inf (where a
+packed segment starts) is as good as any other gate.
+
+Letters beside the legend's: R query heads that share a key/value head, N chunks of C tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import pad
+
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.linear.attention import contiguous_segments
+from attn_plugins.ops.recurrent.checkpointed_loop import scan
+from attn_plugins.ops.reference import expand_heads, wide
+
+ROWS_A_SPAN = {"cpu": 1 << 12}
+"""Tokens times rows times query heads of one span, by type of device: on CPU what the nearer caches hold."""
+ROWS_A_SPAN_ELSEWHERE = 1 << 18
+
+
+class Tokens(NamedTuple):
+    """What a recurrence takes in, in at least float32. G may be the number of query heads."""
+
+    q: torch.Tensor
+    """(B, H, T, F)"""
+    k: torch.Tensor
+    """(B, G, T, F)"""
+    v: torch.Tensor
+    """(B, G, T, V)"""
+    log_gate: torch.Tensor | None
+    """(B or 1, G, T or 1, F or 1), at most 0; None where nothing is forgotten."""
+    beta: torch.Tensor | None
+    """(B, G, T, 1) for a delta rule, None for an average."""
+    average_weight: torch.Tensor | None = None
+    """(H,), b of a delta rule."""
+
+
+Prepare = Callable[..., Tokens]
+"""(q_BHTD, k_BGTD, v_BGTV, *weights) -> Tokens, each token from its own query, key and value."""
+
+
+def with_average(
+    q_BHTD: torch.Tensor,
+    k_BGTD: torch.Tensor,
+    v_BGTV: torch.Tensor,
+    score_weight_H: torch.Tensor,
+    average_weight_H: torch.Tensor,
+    *,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys with one more channel, so that q.k becomes score_weight scale q.k + average_weight."""
+    dtype = wide(q_BHTD, k_BGTD, v_BGTV)
+    q = q_BHTD.to(dtype) * (scale * score_weight_H.to(dtype)).view(-1, 1, 1)
+    average = average_weight_H.to(dtype).view(-1, 1, 1).expand(*q.shape[:3], 1)
+    return torch.cat([q, average], dim=3), pad(k_BGTD.to(dtype), (0, 1), value=1.0)
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """x / |x| in at least float32; next to nothing where |x| is."""
+    x = x.to(wide(x))
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def dense_recurrent_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    prepare: Prepare,
+    weights: Sequence[torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, token by token. The state holds a coefficient for each value instead of their sum.
+
+    Returns:
+        (out_BHQV in the dtype of v, weights_BHQK in at least float32).
+    """
+    with torch.autocast(q_BHQD.device.type, enabled=False):
+        before, end = _reach(q_BHQD, k_BGKD, mask)
+        real, fresh = _rows(mask)
+        q = pad(q_BHQD, (0, 0, before, 0))
+        k, v = k_BGKD[:, :, :end], v_BGKV[:, :, :end]
+        real, fresh = (None if x is None else x[:, :, :end] for x in (real, fresh))
+        tokens, enters = hide(prepare(q, k, v, *weights), real, fresh)
+        batch, heads, length, features = tokens.k.shape
+        state_BGFK = tokens.k.new_zeros(batch, heads, features, k_BGKD.shape[2])
+        count_BGF = tokens.k.new_zeros(batch, heads, features if tokens.beta is None else 1)
+        total_BGK = state_BGFK[:, :, 0]
+        rows = []
+        for t in range(length):
+            k_BGF1 = tokens.k[:, :, t].unsqueeze(3)
+            value_K = pad(k_BGF1.new_ones(1), (t, k_BGKD.shape[2] - t - 1))
+            if tokens.log_gate is not None:
+                gate_BGF = tokens.log_gate[:, :, t if tokens.log_gate.shape[2] > 1 else 0].exp()
+                state_BGFK, count_BGF = gate_BGF.unsqueeze(3) * state_BGFK, gate_BGF * count_BGF
+                total_BGK = gate_BGF * total_BGK if tokens.beta is not None else total_BGK
+            enters_BG1 = torch.ones_like(count_BGF[:, :, :1]) if enters is None else enters[:, :, t]
+            count_BGF = count_BGF + enters_BG1
+            if tokens.beta is None:
+                state_BGFK = state_BGFK + k_BGF1 * value_K
+            else:
+                error_BG1K = k_BGF1.mT @ state_BGFK - value_K
+                state_BGFK = state_BGFK - tokens.beta[:, :, t].unsqueeze(3) * k_BGF1 * error_BG1K
+                total_BGK = total_BGK + enters_BG1 * value_K
+            if t >= before:
+                q_BGRF, n_BG1F = tokens.q[:, :, t].unflatten(1, (heads, -1)), count_BGF.clamp_min(1.0).unsqueeze(2)
+                if tokens.beta is None:
+                    row_BGRK = (q_BGRF / n_BG1F) @ state_BGFK
+                else:
+                    assert tokens.average_weight is not None
+                    b_GR1 = tokens.average_weight.view(heads, -1, 1)
+                    row_BGRK = q_BGRF @ state_BGFK + b_GR1 * total_BGK.unsqueeze(2) / n_BG1F
+                rows.append(row_BGRK.flatten(1, 2))
+        weights_BHQK = torch.stack(rows, dim=2)
+        out_BHQV = weights_BHQK @ expand_heads(v_BGKV, q_BHQD.shape[1]).to(weights_BHQK.dtype)
+    return out_BHQV.to(v_BGKV.dtype), weights_BHQK
+
+
+@torch.compiler.disable(reason="the loops over spans and chunks would be unrolled")
+def recurrent_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    prepare: Prepare,
+    weights: Sequence[torch.Tensor],
+    *,
+    chunk_size: int,
+) -> torch.Tensor:
+    """The same in chunks: O((Q + K) F (chunk_size + V)) time; autograd keeps the arguments and a few states.
+
+    Keys before the first query go through the state without output.
+
+    Args:
+        mask: causal and plain. Segments must be contiguous.
+        chunk_size: a power of two.
+
+    Returns:
+        out_BHQV in the dtype of v.
+
+    Raises:
+        ValueError: a segment goes on after another one began, or queries lie outside the keys.
+    """
+    _, end = _reach(q_BHQD, k_BGKD, mask)
+    k, v = k_BGKD[:, :, :end], v_BGKV[:, :, :end]
+    rows = [None if x is None else x[:, :, :end] for x in _rows(mask)]
+    with torch.autocast(q_BHQD.device.type, enabled=False):
+        weights = [w.to(wide(q_BHQD, k, v)) for w in weights]
+        state = k.new_zeros(len(k), *state_shape(q_BHQD, k, v, prepare, weights), dtype=wide(q_BHQD, k, v))
+        return scan_from(state, q_BHQD, k, v, *rows, prepare, weights, chunk_size)[0]
+
+
+def state_shape(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepare: Prepare, weights: Sequence[torch.Tensor]
+) -> tuple[int, int, int]:
+    """Of one row's state, found with no tokens at all."""
+    none = prepare(*(x[:, :, :0] for x in (q, k, v)), *weights)
+    return none.k.shape[1], none.k.shape[3] + (0 if none.beta is None else 1), v.shape[3] + 1
+
+
+@torch.compiler.disable(reason="the loops over spans and chunks would be unrolled")
+def scan_from(
+    state: torch.Tensor,
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    real: torch.Tensor | None,
+    fresh: torch.Tensor | None,
+    prepare: Prepare,
+    weights: Sequence[torch.Tensor],
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last Q of K tokens in chunks, from a state: (out_BHQV, the state after them). Outside autocast."""
+    batch, num_heads, queries, _ = q_BHQD.shape
+    before = k_BGKD.shape[2] - queries
+    rows = ROWS_A_SPAN.get(q_BHQD.device.type, ROWS_A_SPAN_ELSEWHERE)
+    span = max(1, rows // (batch * num_heads * chunk_size)) * chunk_size
+    sequences = [None, k_BGKD, v_BGKV, real, fresh]
+
+    def step(state, parts, weights):
+        q, k, v, real, fresh = parts
+        silent = q is None
+        if silent:
+            q = k.new_empty(batch, num_heads, 0, k.shape[3])
+        tokens, enters = hide(prepare(q, k, v, *weights), real, fresh)
+        rule = _average if tokens.beta is None else _delta
+        # A short span, such as one token in decoding, makes one chunk no longer than it has to be.
+        size = min(chunk_size, 1 << (k.shape[2] - 1).bit_length())
+        out, after = rule(_tile(tokens, enters, size), state, silent)
+        return out[:, :, : 0 if silent else v.shape[2]].to(v.dtype), after
+
+    if before:
+        _, state = scan(step, span, state, [None if x is None else x[:, :, :before] for x in sequences], weights)
+    new = [None if x is None else x[:, :, before:] for x in sequences]
+    return scan(step, span, state, [q_BHQD, *new[1:]], weights)
+
+
+def _reach(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask) -> tuple[int, int]:
+    """Keys before the first query, and keys up to the last: a cache of fixed length has room for keys to come."""
+    queries, keys, before = q_BHQD.shape[2], k_BGKD.shape[2], mask.q_offset - mask.kv_offset
+    if not 0 <= before <= keys - queries:
+        raise ValueError(f"{queries} queries from key {before} on; allowed: queries within {keys} keys")
+    return before, before + queries
+
+
+def _rows(mask: AttentionMask) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Which keys are real and which start a segment, (B or 1, 1, K, 1) each; None for all and for none."""
+    segments_BK = contiguous_segments(mask)
+    real = None if mask.padding_BK is None else mask.padding_BK[:, None, :, None]
+    if segments_BK is None:
+        return real, None
+    fresh_BK = pad(segments_BK[:, 1:] != segments_BK[:, :-1], (1, 0), value=True)
+    return real, fresh_BK[:, None, :, None]
+
+
+def hide(tokens: Tokens, real: torch.Tensor | None, fresh: torch.Tensor | None) -> tuple[Tokens, torch.Tensor | None]:
+    """Padding neither enters the state nor decays it; a new segment starts from an empty one.
+
+    Returns:
+        (tokens, 1 for each token that counts and 0 for padding, or None where all count).
+    """
+    k, log_gate, beta = tokens.k, tokens.log_gate, tokens.beta
+    if real is not None:
+        k = k * real
+        beta = None if beta is None else beta * real
+        log_gate = None if log_gate is None else log_gate.masked_fill(~real, 0.0)
+    if fresh is not None:
+        log_gate = k.new_zeros(1, 1, 1, 1) if log_gate is None else log_gate
+        log_gate = log_gate.masked_fill(fresh, -torch.inf)
+    tokens = tokens._replace(k=k, log_gate=log_gate, beta=beta)
+    return tokens, None if real is None else real.to(k.dtype)
+
+
+class _Tiles(NamedTuple):
+    """Tokens of a span by chunks; zeros after the end, which like padding neither enter nor decay."""
+
+    q: torch.Tensor
+    """(B, G, N, C, R, F)"""
+    k: torch.Tensor
+    """(B, G, N, C, F)"""
+    v: torch.Tensor
+    """(B, G, N, C, V)"""
+    log_gate: torch.Tensor | None
+    """(B or 1, G or 1, N or 1, C, F or 1)"""
+    beta: torch.Tensor | None
+    """(B, G, N, C, 1)"""
+    enters: torch.Tensor | None
+    """(B or 1, 1, N, C, 1), 1 where a token counts and 0 where not; None where all count."""
+    average_weight: torch.Tensor | None
+    """(G, R)"""
+
+
+def _tile(tokens: Tokens, enters: torch.Tensor | None, chunk_size: int) -> _Tiles:
+    length = tokens.k.shape[2]
+    rest = -length % chunk_size
+
+    def tile(x: torch.Tensor) -> torch.Tensor:
+        return pad(x, (0, 0, 0, rest)).unflatten(2, (-1, chunk_size))
+
+    log_gate = tokens.log_gate
+    if log_gate is not None and log_gate.shape[2] == 1:
+        log_gate = log_gate.expand(-1, -1, length if rest else chunk_size, -1)
+    if enters is None and rest:
+        enters = tokens.k.new_ones(1, 1, length, 1)
+    q = pad(tokens.q, (0, 0, 0, length + rest - tokens.q.shape[2] if tokens.q.shape[2] else 0))
+    q = q.unflatten(1, (tokens.k.shape[1], -1)).unflatten(3, (-1, chunk_size)).permute(0, 1, 3, 4, 2, 5)
+    b = tokens.average_weight
+    b = None if b is None else b.view(tokens.k.shape[1], -1)
+    log_gate, beta, enters = (None if x is None else tile(x) for x in (log_gate, tokens.beta, enters))
+    return _Tiles(q, tile(tokens.k), tile(tokens.v), log_gate, beta, enters, b)
+
+
+def _untile(out_BGNCRV: torch.Tensor) -> torch.Tensor:
+    """(B, H, N C, V), laid out as (B, N C, H, V)."""
+    return out_BGNCRV.permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2).transpose(1, 2)
+
+
+class _Decay(NamedTuple):
+    """Decays within chunks, each (..., C, F or 1)."""
+
+    halves: list[tuple[torch.Tensor, torch.Tensor]]
+    """For blocks of 2, 4, ..., C: from the middle to each token of the second half, from each of the first to it."""
+    since: torch.Tensor
+    """From the state before the chunk to each token."""
+    until: torch.Tensor
+    """From each token to the state after the chunk."""
+    whole: torch.Tensor
+    """From the state before to the state after, (..., F or 1)."""
+    number: torch.Tensor
+    """The decayed number of tokens of the chunk up to each."""
+
+
+def _decay(log_gate: torch.Tensor, enters: torch.Tensor | None) -> _Decay:
+    since = log_gate.unsqueeze(-2)
+    until = torch.zeros_like(since)
+    count = torch.ones_like(since) if enters is None else enters.unsqueeze(-2) + torch.zeros_like(since)
+    halves = []
+    while since.shape[-3] > 1:
+        (since_1, since_2), (until_1, until_2), (count_1, count_2) = (
+            x.unflatten(-3, (-1, 2)).unbind(-3) for x in (since, until, count)
+        )
+        after, before = since_2.exp(), until_1.exp()
+        halves.append((after, before))
+        count = torch.cat([count_1, count_2 + after * count_1[..., -1:, :]], dim=-2)
+        until = torch.cat([until_1 + since_2[..., -1:, :], until_2], dim=-2)
+        since = torch.cat([since_1, since_1[..., -1:, :] + since_2], dim=-2)
+    since, until, count = (x.squeeze(-3) for x in (since.exp(), until.exp(), count))
+    return _Decay(halves, since, until, since[..., -1, :], count)
+
+
+def _triangle(diagonal: torch.Tensor, lower: list[torch.Tensor]) -> torch.Tensor:
+    """A lower triangular matrix from its diagonal (..., C, R) and the squares below it.
+
+    Args:
+        lower: for h = 1, 2, 4, ..., C / 2 what second halves have to do with first halves, (..., C / 2 h, h, R, h).
+
+    Returns:
+        (..., C, R, C).
+    """
+    a = diagonal.unsqueeze(-2).unsqueeze(-1)
+    for square in lower:
+        first, second = a.unflatten(-4, (-1, 2)).unbind(-4)
+        first = pad(first, (0, square.shape[-1]))
+        a = torch.cat([first, torch.cat([square, second], dim=-1)], dim=-3)
+    return a.squeeze(-4)
+
+
+def _between(decay: _Decay) -> torch.Tensor:
+    """Decays between tokens of a chunk where one gate serves all channels, (..., C, C), zero above the diagonal."""
+    lower = [after.unsqueeze(-2) * before.squeeze(-1)[..., None, None, :] for after, before in decay.halves]
+    return _triangle(torch.ones_like(decay.since), lower).squeeze(-2)
+
+
+def _products(q: torch.Tensor, k: torch.Tensor, decay: _Decay) -> torch.Tensor:
+    """Decayed products of the queries and keys of a chunk where each channel has its gate, (..., C, R, C)."""
+    group, lower = q.shape[-2], []
+    for after, before in decay.halves:
+        half = after.shape[-2]
+        queries = q.unflatten(-3, (-1, 2, half))[..., 1, :, :, :] * after.unsqueeze(-2)
+        keys = k.unflatten(-2, (-1, 2, half))[..., 0, :, :] * before
+        lower.append((queries.flatten(-3, -2) @ keys.mT).unflatten(-2, (half, group)))
+    return _triangle((q * k.unsqueeze(-2)).sum(-1), lower)
+
+
+def _average(tiles: _Tiles, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """One span. The state is S and, as its last column, n."""
+    q, k, v, log_gate, _, enters, _ = tiles
+    assert log_gate is not None
+    decay = _decay(log_gate, enters)
+    chunks = k.shape[2]
+    added = (k * decay.until).mT @ v
+    counted = (decay.until if enters is None else decay.until * enters).sum(-2).unsqueeze(-1)
+    added = torch.cat([added, counted.expand(*added.shape[:-1], 1)], dim=-1)
+    whole = decay.whole.unsqueeze(-1).expand(-1, -1, chunks, -1, -1)
+    before = []
+    for gate, more in zip(whole.unbind(2), added.unbind(2), strict=True):
+        before.append(state)
+        state = gate * state + more
+    if silent:
+        return v.new_empty(v.shape[0], v.shape[1], 0, v.shape[-1]), state
+    states = torch.stack(before, dim=2)
+
+    shared = log_gate.shape[-1] == 1
+    met = states[..., :1, -1] if shared else states[..., -1]
+    count = decay.number + decay.since * met.unsqueeze(-2)
+    q = q / count.clamp_min(1.0).unsqueeze(-2)
+    if shared:
+        weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * _between(decay).unsqueeze(-2)
+    else:
+        weights = _products(q, k, decay)
+    q = q * decay.since.unsqueeze(-2)
+    out = weights.flatten(3, 4) @ v + q.flatten(3, 4) @ states[..., :-1]
+    return _untile(out.unflatten(3, q.shape[3:5])), state
+
+
+def _delta(tiles: _Tiles, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """One span. What a chunk writes depends on the state before it: values U - W S, with U and W known beforehand.
+
+    The state is S and, as its last row, the sum of the values and their number.
+    """
+    q, k, v, log_gate, beta, enters, average_weight = tiles
+    assert beta is not None
+    assert average_weight is not None
+    chunk_size = k.shape[3]
+    since = until = whole = k.new_ones(())
+    between = k.new_ones(chunk_size, chunk_size).tril_()
+    if log_gate is not None:
+        decay = _decay(log_gate, None)
+        between, since, until, whole = _between(decay), decay.since, decay.until, decay.whole.unsqueeze(-1)
+    # (I + strict lower triangle)^-1; the solver takes the diagonal for ones and doesn't read what is above.
+    system = beta * (k @ k.mT) * between
+    right = beta * torch.cat([v, k * since], dim=-1)
+    u, w = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
+        [v.shape[-1], k.shape[-1]], dim=-1
+    )
+    counted = pad(v, (0, 1), value=1.0)
+    counted = counted if enters is None else counted * enters
+    added = (counted * until).sum(dim=-2, keepdim=True)
+    whole = whole.expand(*k.shape[:3], 1, 1)
+    memory, total = state[..., :-1, :-1], state[..., -1:, :]
+    memories, totals, written = [], [], []
+    for u_n, w_n, k_n, more, gate in zip(*(x.unbind(2) for x in (u, w, k * until, added, whole)), strict=True):
+        memories.append(memory)
+        totals.append(total)
+        written.append(u_n - w_n @ memory)
+        memory, total = gate * memory + k_n.mT @ written[-1], gate * total + more
+    state = torch.cat([pad(memory, (0, 1)), total], dim=-2)
+    if silent:
+        return v.new_empty(v.shape[0], v.shape[1], 0, v.shape[-1]), state
+
+    weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * between.unsqueeze(-2)
+    recalled = weights.flatten(3, 4) @ torch.stack(written, dim=2)
+    q_since = q if log_gate is None else q * since.unsqueeze(-2)
+    recalled = recalled + q_since.flatten(3, 4) @ torch.stack(memories, dim=2)
+    sums = between @ counted + since * torch.stack(totals, dim=2)
+    average = sums[..., :-1] / sums[..., -1:].clamp_min(1.0)
+    out = recalled.unflatten(3, q.shape[3:5]) + average_weight[:, None, None, :, None] * average.unsqueeze(-2)
+    return _untile(out), state

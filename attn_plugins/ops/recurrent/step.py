@@ -1,0 +1,83 @@
+"""Recurrences that go on from a state: one token by the recurrence itself, several in chunks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import pad
+
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.decode.running_sums import Sums, in_pieces
+from attn_plugins.ops.recurrent.chunked import Prepare, Tokens, hide, scan_from, state_shape
+from attn_plugins.ops.reference import wide
+
+
+def recurrent_attention_from(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    state: Sums,
+    prepare: Prepare,
+    weights: Sequence[torch.Tensor],
+    *,
+    chunk_size: int,
+) -> torch.Tensor:
+    """As :func:`attn_plugins.ops.recurrent.chunked.recurrent_attention`, for the last Q of K new tokens.
+
+    Args:
+        mask: of all tokens, which may end with some that come later.
+        state: ``memory`` is the recurrence's state, as the chunks carry it. It takes the new tokens in.
+
+    Returns:
+        out_BHQV in the dtype of v.
+    """
+    weights = [w.to(wide(q_BHQD, k_BGKD, v_BGKV)) for w in weights]
+    if not state.tensors:
+        state.start(k_BGKD, v_BGKV, memory=state_shape(q_BHQD, k_BGKD, v_BGKV, prepare, weights))
+
+    def piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        memory, number = state.tensors["memory"], k.shape[2]
+        real = state.real(mask, number)
+        real = None if real is None else real[:, None, :, None]
+        if number == 1:
+            tokens, enters = hide(prepare(q, k, v, *weights), real, None)
+            out, memory = (_average if tokens.beta is None else _delta)(tokens, enters, memory)
+        else:
+            out, memory = scan_from(memory, q, k, v, real, None, prepare, weights, chunk_size)
+        state.become(number, memory=memory)
+        return out.to(v.dtype)
+
+    return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)
+
+
+def _average(tokens: Tokens, enters: torch.Tensor | None, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token. The state is S and, as its last column, n."""
+    q, k, v, log_gate, _, _ = tokens
+    assert log_gate is not None
+    counted = torch.ones_like(k) if enters is None else enters.expand_as(k)
+    added = torch.cat([k.mT * v, counted.mT], dim=3)
+    state = torch.addcmul(added, log_gate.mT.exp(), state)
+    count = state[..., -1].unsqueeze(2)
+    out = (_by_group(q, k) / count.clamp_min(1.0)) @ state[..., :-1]
+    return out.flatten(1, 2).unsqueeze(2), state
+
+
+def _delta(tokens: Tokens, enters: torch.Tensor | None, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token. The state is S and, as its last row, the sum of the values and their number."""
+    q, k, v, log_gate, beta, average_weight = tokens
+    assert beta is not None
+    assert average_weight is not None
+    if log_gate is not None:
+        state = state * log_gate.exp()
+    memory, total = state[..., :-1, :-1], state[..., -1:, :]
+    memory = torch.addcmul(memory, (beta * k).mT, v - k @ memory)
+    counted = pad(v, (0, 1), value=1.0)
+    total = total + (counted if enters is None else counted * enters)
+    average = total[..., :-1] / total[..., -1:].clamp_min(1.0)
+    out = _by_group(q, k) @ memory + average_weight.view(k.shape[1], -1, 1) * average
+    return out.flatten(1, 2).unsqueeze(2), torch.cat([pad(memory, (0, 1)), total], dim=2)
+
+
+def _by_group(q_BH1F: torch.Tensor, k_BG1F: torch.Tensor) -> torch.Tensor:
+    """(B, G, query heads that share a key, F)."""
+    return q_BH1F.unflatten(1, (k_BG1F.shape[1], -1)).squeeze(3)

@@ -1,0 +1,1 @@
+"""Softmax and sigmoid attention over tiles of keys."""

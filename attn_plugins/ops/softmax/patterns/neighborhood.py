@@ -1,0 +1,79 @@
+"""The pattern of neighbourhood attention on a grid of patches, in tiles that are rectangles of it."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.softmax.tiles import Tile, make_tile
+
+SIDE = 8
+"""Patches along each side of a tile. Larger ones share more keys of their neighbourhoods, and hide more of them."""
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """The nearest patches in both directions, every ``dilation``-th of them; and tokens before the grid, for all.
+
+    Patches of one phase (row and column modulo ``dilation``) are a grid of their own. There a patch sees the square of
+    ``kernel_size`` patches around it, shifted where it would reach over a border, or all where there are fewer.
+    """
+
+    kernel_size: int
+    dilation: int
+    num_prefix_tokens: int
+    grid_size: tuple[int, int]
+    """Rows and columns."""
+    merged: ClassVar[bool] = False
+
+    def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
+        prefix = self.num_prefix_tokens
+        near = torch.ones((), dtype=torch.bool, device=q_index.device)
+        columns = self.grid_size[1]
+        places = (
+            ((x - prefix).clamp(min=0) // columns, (x - prefix).clamp(min=0) % columns) for x in (q_index, k_index)
+        )
+        for q, k, length in zip(*places, self.grid_size, strict=True):
+            step = self.dilation
+            number = (length - q % step + step - 1) // step
+            first = torch.minimum(q // step - self.kernel_size // 2, number - self.kernel_size).clamp(min=0)
+            distance = k // step - first
+            near = near & (q % step == k % step) & (distance >= 0) & (distance < self.kernel_size)
+        return near | (q_index < prefix) | (k_index < prefix)
+
+    def tiles(self, mask: AttentionMask) -> Iterator[Tile]:
+        prefix, (rows, columns) = self.num_prefix_tokens, self.grid_size
+        if prefix:
+            yield make_tile(mask, self.sees, slice(0, prefix), (slice(0, mask.kv_length),))
+
+        def indices(part: range, across: range) -> torch.Tensor:
+            down = torch.tensor(part, device=mask.device).unsqueeze(1) * columns
+            return (prefix + down + torch.tensor(across, device=mask.device)).view(1, -1)
+
+        first = torch.arange(prefix, device=mask.device).unsqueeze(0)
+        known: dict[tuple[tuple[int, ...], ...], Tile] = {}
+        for q_rows, k_rows, row_starts in self._pieces(rows):
+            for q_columns, k_columns, column_starts in self._pieces(columns):
+                queries = indices(q_rows, q_columns)
+                extra = torch.cat([first, indices(k_rows, k_columns)], dim=1)
+                # Almost all tiles hide the same: where each patch's neighbourhood begins within the keys says it all.
+                alike = (row_starts, column_starts, (len(k_rows), len(k_columns)))
+                if mask.plain and not mask.row_starts and alike in known:
+                    yield dataclasses.replace(known[alike], queries=queries, extra=extra)
+                    continue
+                known[alike] = make_tile(mask, self.sees, queries, extra=extra)
+                yield known[alike]
+
+    def _pieces(self, length: int) -> Iterator[tuple[range, range, tuple[int, ...]]]:
+        """Of one direction: a tile's places, those that they see, and where among these each one's neighbours begin."""
+        for phase in range(min(self.dilation, length)):
+            places = range(phase, length, self.dilation)
+            number = -(-len(places) // SIDE)
+            for piece in range(number):
+                own = range(len(places))[piece * len(places) // number : (piece + 1) * len(places) // number]
+                starts = [max(0, min(i - self.kernel_size // 2, len(places) - self.kernel_size)) for i in own]
+                seen = places[starts[0] : starts[-1] + self.kernel_size]
+                yield places[own.start : own.stop], seen, tuple(start - starts[0] for start in starts)

@@ -1,0 +1,187 @@
+"""BigBird's pattern: blocks that everything sees, blocks beside a query's own, and blocks drawn at random."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.softmax.patterns.band import first_query, global_tiles, in_row
+from attn_plugins.ops.softmax.tiles import Tile, make_tile
+
+LARGEST_TILE = 128
+"""Queries of a tile, where a block has more."""
+
+
+def mixed(number: torch.Tensor) -> torch.Tensor:
+    """A hash of int64 numbers (the finaliser of splitmix64, with signed shifts), the same everywhere and always."""
+    number = (number ^ (number >> 30)) * -4658895280553007687
+    number = (number ^ (number >> 27)) * -7723592293110705685
+    return number ^ (number >> 31)
+
+
+def drawn(block: torch.Tensor, count: torch.Tensor, low: int, gap: tuple[int, int], number: int, seed: int):
+    """Blocks drawn without replacement for each of P blocks: (P, at most number) in ascending order, -1 for none.
+
+    Candidates are the blocks from ``low`` to ``count`` except those from ``block - gap[0]`` to ``block + gap[1]``. The
+    candidates with the smallest hashes of (seed, block, candidate) are drawn, so that a longer sequence only adds some.
+
+    Args:
+        block, count: (P,)
+    """
+    limit = int(count.max()) if len(count) else 0
+    candidate = torch.arange(limit, device=block.device)
+    distance = candidate - block.unsqueeze(1)
+    allowed = (candidate >= low) & (candidate < count.unsqueeze(1)) & ((distance < -gap[0]) | (distance > gap[1]))
+    last = torch.iinfo(torch.int64).max
+    order = mixed(mixed(mixed(block.new_full((), seed)) + block.unsqueeze(1)) + candidate).masked_fill_(~allowed, last)
+    lowest = order.topk(min(number, limit), dim=1, largest=False)
+    none = lowest.values == last
+    return lowest.indices.masked_fill(none, limit).sort(dim=1).values.masked_fill(none.sort(dim=1).values, -1)
+
+
+@dataclass(frozen=True)
+class RandomBlocks:
+    """Blocks of ``block_size`` tokens, counted from the first real one of a row or segment.
+
+    A query sees the first ``num_global`` blocks, ``num_window`` blocks around its own (up to its own where the mask is
+    causal) and ``num_random`` others (of those before, where it is causal). The first blocks' queries see everything.
+    """
+
+    block_size: int
+    num_global: int
+    num_window: int
+    num_random: int
+    seed: int
+    merged: ClassVar[bool] = False
+
+    def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
+        own, block = self._block(mask, q_index + first_query(mask)), self._block(mask, k_index)
+        before, after = self._window(mask)
+        seen = (own - block <= before) & (block - own <= after) | (block < self.num_global)
+        if not mask.causal:
+            seen = seen | (own < self.num_global)
+        chosen = self._chosen_BQN(mask)
+        rows = torch.arange(len(chosen), device=chosen.device).view(-1, *[1] * (q_index.ndim - 1))
+        for number in range(chosen.shape[2]):
+            seen = seen | (chosen[rows, q_index, number] == block)
+        return seen
+
+    def tiles(self, mask: AttentionMask) -> Iterator[Tile]:
+        most = mask.kv_length  # no row has more blocks than keys, nor a longer one
+        fitting = dataclasses.replace(
+            self,
+            block_size=min(self.block_size, most),
+            num_global=min(self.num_global, most),
+            num_window=min(self.num_window, 2 * most + 1),
+        )
+        yield from fitting._scattered_tiles(mask) if mask.row_starts else fitting._aligned_tiles(mask)
+
+    def _aligned_tiles(self, mask: AttentionMask) -> Iterator[Tile]:
+        """Where every row starts at key 0, blocks are slices."""
+        first, size, length = first_query(mask), self.block_size, mask.kv_length
+        before, after = self._window(mask)
+        chosen = self._chosen_BQN(mask)[0].tolist()
+        known: dict[tuple[int, ...], Tile] = {}
+        low = 0
+        while low < mask.q_length:
+            block, into = divmod(first + low, size)
+            high = min(low + size - into, low + LARGEST_TILE, mask.q_length)
+            queries = slice(low, high)
+            stop = first + high if mask.causal else length
+            if block < self.num_global and not mask.causal:
+                needed = list(range(-(-length // size)))
+            else:
+                near = range(max(0, block - before), block + after + 1)
+                needed = sorted({*range(self.num_global), *near, *(number for number in chosen[low] if number >= 0)})
+            keys = _joined([slice(n * size, min((n + 1) * size, stop)) for n in needed if n * size < stop])
+            # The own block comes last where not everything that a tile holds is visible, which is where it is causal.
+            alike = (high - low, into, sum(part.stop - part.start for part in keys))
+            if mask.plain and alike in known:
+                yield dataclasses.replace(known[alike], queries=queries, keys=keys)
+            else:
+                known[alike] = make_tile(mask, self.sees, queries, keys)
+                yield known[alike]
+            low = high
+
+    def _scattered_tiles(self, mask: AttentionMask) -> Iterator[Tile]:
+        """Where rows start at places of their own, so do their blocks: queries and keys are gathered."""
+        size, first = self.block_size, first_query(mask)
+        before, after = self._window(mask)
+        starts, chosen = mask.starts_BK(), self._chosen_BQN(mask)
+        index = torch.arange(mask.kv_length, device=mask.device).expand_as(starts)
+        begins = (index - starts) % size == 0
+        begins[:, 0] = True
+        block = begins.long().cumsum(dim=1) - 1  # counted from the left end, over all segments
+        count = torch.arange(size, device=mask.device)
+        for number in range(int(block[:, -1].max()) + 1):
+            at = (block < number).sum(dim=1, keepdim=True)  # the block's first key
+            own = at + count
+            inside = own.clamp(max=mask.kv_length - 1)
+            own = own.masked_fill((own >= mask.kv_length) | (block.gather(1, inside) != number), -1)
+            queries = (own - first).masked_fill(own < first, -1)
+            if not bool((queries >= 0).any()):
+                continue
+            start = starts.gather(1, at.clamp(max=mask.kv_length - 1))
+            here = (at - start) // size
+            near = here + torch.arange(-before, after + 1, device=mask.device)
+            top = torch.arange(self.num_global, device=mask.device).expand(len(starts), -1)
+            some = queries.amax(dim=1).clamp(min=0)
+            drawn_here = chosen[torch.arange(len(chosen), device=mask.device), some]
+            needed = torch.cat([top, near.masked_fill(near < self.num_global, -1), drawn_here], dim=1)
+            keys = (start + needed * size).unsqueeze(2) + count
+            inside = keys.clamp(0, mask.kv_length - 1)
+            same = starts.gather(1, inside.flatten(1)).view_as(keys) == start.unsqueeze(2)
+            held = (needed >= 0).unsqueeze(2) & (keys == inside) & same
+            extra = keys.masked_fill(~held, -1).flatten(1)
+            yield make_tile(mask, self._sees_as_one_of_many, queries, (), extra)
+        if not mask.causal and self.num_global:
+            yield from global_tiles(mask, self.sees, self.num_global * size)
+
+    def _sees_as_one_of_many(self, mask, q_index, k_index):
+        seen = self.sees(mask, q_index, k_index)
+        return seen if mask.causal else seen & (self._block(mask, q_index + first_query(mask)) >= self.num_global)
+
+    def _chosen_BQN(self, mask: AttentionMask) -> torch.Tensor:
+        """Numbers of the random blocks that each query sees, (B or 1, Q, at most num_random), -1 for none."""
+
+        def build() -> torch.Tensor:
+            first = first_query(mask)
+            index = torch.arange(mask.kv_length, device=mask.device).unsqueeze(0)
+            index = index.expand(len(mask.starts_BK()), -1)
+            block = self._block(mask, index)
+            own = block[:, first : first + mask.q_length]
+            count = own if mask.causal else self._number_of_blocks_BK(mask, block)[:, first : first + mask.q_length]
+            pairs, place = torch.unique(torch.stack([own, count], dim=2).flatten(0, 1), dim=0, return_inverse=True)
+            table = drawn(pairs[:, 0], pairs[:, 1], self.num_global, self._window(mask), self.num_random, self.seed)
+            return table[place].view(*own.shape, -1)
+
+        return mask.once((self, "chosen"), build)
+
+    def _number_of_blocks_BK(self, mask: AttentionMask, block: torch.Tensor) -> torch.Tensor:
+        """For each key the number of blocks of its row or segment as far as there are real keys."""
+        if mask.padding_BK is not None:
+            block = block.masked_fill(~mask.padding_BK, -1)
+        starts = mask.starts_BK().clamp(min=0).expand(len(block), -1)
+        last = torch.full_like(block, -1).scatter_reduce(1, starts, block, "amax")
+        return last.gather(1, starts) + 1
+
+    def _window(self, mask: AttentionMask) -> tuple[int, int]:
+        """Blocks before a query's own and after it."""
+        return (self.num_window - 1, 0) if mask.causal else (self.num_window // 2, self.num_window // 2)
+
+    def _block(self, mask: AttentionMask, k_index: torch.Tensor) -> torch.Tensor:
+        return in_row(mask, k_index) // self.block_size
+
+
+def _joined(parts: list[slice]) -> tuple[slice, ...]:
+    """The same indices in as few slices as there can be."""
+    joined: list[slice] = []
+    for part in parts:
+        if joined and joined[-1].stop == part.start:
+            joined[-1] = slice(joined[-1].start, part.stop)
+        else:
+            joined.append(part)
+    return tuple(joined)

@@ -1,0 +1,100 @@
+"""Every file under configs/ is what it says: loaded and validated as the command would."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+from attn_plugins.benchmark.attention_page import OWN
+from attn_plugins.benchmark.compare import CompareConfig, cells
+from attn_plugins.benchmark.decode import DecodeConfig
+from attn_plugins.benchmark.kernels import BenchConfig, contenders
+from attn_plugins.config.yaml import build, read_yaml
+from attn_plugins.core.registry import get_attention, list_attentions
+from attn_plugins.core.rules import parse_rules
+from attn_plugins.training.config import FinetuneConfig
+from attn_plugins.training.models import DEMO, read_attention
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+
+
+def files(folder):
+    found = sorted((CONFIGS / folder).glob("*.yaml"))
+    assert found
+    return pytest.mark.parametrize("path", found, ids=[path.stem for path in found])
+
+
+def test_every_file_is_of_a_kind_that_a_test_here_loads():
+    kinds = {"attention", "train", "compare", "accelerate", "bench"}
+    stray = [
+        path
+        for path in CONFIGS.rglob("*")
+        if path.is_file() and (path.suffix != ".yaml" or path.parent.name not in kinds)
+    ]
+    assert stray == []
+
+
+@files("attention")
+def test_attention(path):
+    assert parse_rules(read_attention(str(path)))
+
+
+@files("train")
+def test_train(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)  # rules in files are named from where the command is given
+    config = build(FinetuneConfig, read_yaml(path))
+    assert config.output_dir == f"runs/{path.stem}"
+    transformers.TrainingArguments(output_dir=str(tmp_path), **config.training)
+
+
+@files("compare")
+def test_compare(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = build(CompareConfig, read_yaml(path))
+    assert config.output_dir == f"runs/{path.stem}"
+    todo = cells(config)
+    assert len({cell.key for cell in todo}) == len(todo)
+
+
+@files("bench")
+def test_bench(path):
+    tree = read_yaml(path)
+    assert tree["output_dir"] == f"runs/bench/{path.stem}"
+    if path.stem == "decode":
+        assert build(DecodeConfig, tree) == DecodeConfig(), "the file and the defaults say the same"
+        return
+    # What is meant for another device is checked on this one, as far as it is there.
+    config = build(BenchConfig, tree if tree["device"] == "cpu" else {**tree, "device": "cpu"})
+    served = {contender.source["type"] for contender in contenders(config) if "type" in contender.source}
+    own = {name for name in list_attentions() if get_attention(name).__module__.startswith(OWN)}
+    assert own <= served, "every attention of the package is in every benchmark"
+
+
+@files("accelerate")
+def test_accelerate(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes > 1
+    assert config.use_cpu == (path.stem == "cpu")
+
+
+def test_the_demo_compares_what_it_has_to():
+    config = build(CompareConfig, read_yaml(CONFIGS / "compare" / "demo.yaml"))
+    assert list(config.models.values()) == [DEMO]
+    rules = {label: value or [] for label, value in config.attentions.items()}
+    assert rules[config.baseline] == []
+    kinds = {rule["type"] for value in rules.values() for rule in value}
+    assert {"local", "linear", "block_topk", "additive"} <= kinds
+    (bar,) = rules[config.bar]
+    assert bar["type"] == "local"
+    assert bar["num_sink_tokens"] > 0
+    assert config.untrained
+    assert config.finetune is not None
+    length = config.task.config.length
+    for value in rules.values():
+        for rule in value:
+            if rule["type"] == "local":
+                assert rule["window_size"] <= length // 4, "a window as long as the text says nothing"
+    assert any(len(value) > 1 or any("layers" in rule for rule in value) for value in rules.values()), "no hybrid"
