@@ -11,13 +11,9 @@ CAUSAL = [name for name in ap.list_attentions() if ap.get_attention(name).causal
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
-def serves(name, target_name):
-    """Whether the attention can honour what the architecture's self-attention needs."""
-    try:
-        ap.swap_attention(tiny.build(target_name), flag(name))
-    except ValueError:
-        return False
-    return True
+def serves(name, model_name):
+    """Whether the attention supports what the architecture's self-attention needs."""
+    return all(getattr(ap.get_attention(name), need) for need in tiny.NEEDS.get(model_name, ()))
 
 
 def flag(name):
@@ -38,6 +34,15 @@ def swapped(name, model_name):
     model = tiny.build(model_name)
     roles = ["decoder"] if "decoder" in {row.role for row in ap.describe_attention(model)} else None
     return ap.swap_attention(model, {**flag(name), "roles": roles})
+
+
+@pytest.mark.parametrize("model_name", tiny.NEEDS)
+def test_what_lacks_a_need_of_the_model_is_refused(model_name):
+    model = tiny.build(model_name)
+    for name in CAUSAL:
+        if not serves(name, model_name):
+            with pytest.raises(ValueError, match=rf"attention '{name}' has no '({'|'.join(tiny.NEEDS[model_name])})'"):
+                ap.swap_attention(model, {**flag(name), "roles": "decoder"})
 
 
 @pytest.mark.parametrize(("name", "model_name"), PAIRS)

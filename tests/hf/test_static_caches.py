@@ -17,13 +17,18 @@ from transformers.cache_utils import StaticLayer
 
 import attn_plugins as ap
 from attn_plugins.hf.caches.state_layer import StateLayer
-from attn_plugins.hf.names import slot_of
 
-STATIC = [
-    name
-    for name in BOUNDED
-    if slot_of(swapped(name, "llama").model.layers[0].self_attn).new_state(99).serves_fixed_length
-]
+HEADS = ap.HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
+
+
+def keeps_fixed_length(name):
+    """Whether the attention's state has room for as many tokens as a static cache, made once."""
+    cls, options = ap.get_attention(name), flag(name)
+    del options["type"]
+    return cls(cls.Config(**options), HEADS).new_state(99).serves_fixed_length
+
+
+STATIC = [name for name in BOUNDED if keeps_fixed_length(name)]
 SOME = {("local", 1), ("linear", "all"), ("softmax", "all")}
 """What is compiled in the default run: a hybrid, and a state; the others are slow."""
 

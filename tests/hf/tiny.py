@@ -104,6 +104,14 @@ OTHERS = {
     "vit": lambda: (tf.ViTModel, tf.ViTConfig(**VISION, num_attention_heads=4, intermediate_size=48)),
     "llava": lambda: (tf.LlavaForConditionalGeneration, _llava()),
 }
+NEEDS = {
+    "gemma3": {"any_mask"},
+    "gemma2": {"any_mask", "softcap"},
+    "mistral": {"any_mask"},
+    "gpt_oss": {"any_mask", "sinks"},
+    "t5": {"position_bias"},
+}
+"""What the self-attention of a model asks of an attention beyond its direction."""
 MODELS = {**DECODERS, **OWN_PATTERN, **ENCODERS, **ENCODER_DECODERS, **OTHERS}
 
 
