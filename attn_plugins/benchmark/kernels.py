@@ -105,6 +105,8 @@ class BenchConfig:
             num_key_value_heads=self.num_key_value_heads,
             head_dim=self.head_dim,
             value_dim=self.head_dim,
+            hidden_size=self.num_heads * self.head_dim,
+            layer=0,
         )
 
 
@@ -167,11 +169,14 @@ def _attend(config: BenchConfig, rule: Rule, *, causal: bool) -> Attend:
         module = rule.attention(rule.config, config.heads, backend=rule.backend)
     module.to(config.device, DTYPES[config.dtype])
     scale = config.head_dim**-0.5
+    hidden: dict[str, torch.Tensor] = {}
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         mask = AttentionMask(q.shape[0], q.shape[2], k.shape[2], causal=causal, device=q.device)
         module.zero_grad(set_to_none=True)
-        return module(q, k, v, mask=mask, scale=scale)[0]
+        if module.wants_hidden and ("hidden" not in hidden or hidden["hidden"].shape[1] != q.shape[2]):
+            hidden["hidden"] = torch.randn_like(q.detach().transpose(1, 2).flatten(2)).requires_grad_(q.requires_grad)
+        return module(q, k, v, mask=mask, scale=scale, **hidden)[0]
 
     return attend
 

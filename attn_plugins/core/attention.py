@@ -2,6 +2,7 @@
 
     B batch   H query heads   G key/value heads (H is a multiple of G)   Q queries   K keys
     D head dimension   V value dimension   F features of a feature map   N blocks or chunks   C block or chunk length
+    E size of a hidden state, which is the input of the module that an attention serves
 
 ``q_BHQD`` is a tensor of shape (B, H, Q, D). Queries are the last Q of the K positions when there is a cache.
 """
@@ -37,6 +38,10 @@ class HeadShape:
     """Size of one value, V."""
     grid_size: tuple[int, int] | None = None
     """Rows and columns of an image's patches, where the model's config tells them; an image may have others."""
+    hidden_size: int | None = None
+    """Size E of the hidden states that queries are made of; None where it is not known."""
+    layer: int | None = None
+    """Number of the layer, from 0 in its stack, as in ``layers`` of a rule; None where the heads are of no model."""
 
 
 class Attention(nn.Module):
@@ -105,6 +110,8 @@ class Attention(nn.Module):
     """The output is ``weights @ v`` for the effective weights, which are not negative and sum to 1.
 
     Less than 1 with learned sinks, and where a query finds nothing that it is similar to."""
+    heads_multiple_of: ClassVar[int] = 1
+    """The number of query heads has to be a multiple of this, where heads work in pairs or larger sets."""
     heads_alike: ClassVar[bool] = True
     """Without weights, a head does the same whichever and among however many it is, as under tensor parallelism."""
     subquadratic: ClassVar[bool] = True
@@ -137,6 +144,15 @@ class Attention(nn.Module):
     """Whether, with its options, it needs to know rows and columns of the image's patches: ``attend`` and ``reference``
     get ``grid_size``, None where no more is known of them than ``HeadShape.grid_size``."""
 
+    wants_hidden: bool = False
+    """Whether, with its options, it needs the hidden states that queries are made of: ``attend`` and ``reference`` get
+    ``hidden_BQE``, ``attend_from`` gets ``hidden_BKE`` of the new tokens. Queries may be fewer than keys."""
+
+    wants_hidden_of_keys: bool = False
+    """Whether, with its options, it :attr:`wants_hidden` of every key too, as a gate on what is taken in does.
+
+    No cache holds them, so only a state can attend to keys of earlier calls: others are refused."""
+
     Config: ClassVar[type[AttentionConfig]] = AttentionConfig
     config: Any
     branch: str
@@ -150,6 +166,8 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.config, self.heads, self.backend = config, heads, backend
+        if heads is not None:
+            self._check_heads(heads.num_heads)
 
     def forward(
         self,
@@ -165,6 +183,7 @@ class Attention(nn.Module):
         sinks: torch.Tensor | None = None,
         rotary: Rotary | None = None,
         grid_size: tuple[int, int] | None = None,
+        hidden: torch.Tensor | None = None,
         state: State | None = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -181,6 +200,7 @@ class Attention(nn.Module):
             sinks: (H,) logits that take part in the softmax without a value.
             rotary: the rotary positions of the queries, where :attr:`wants_rotary`.
             grid_size: rows and columns of the patches of these images, where :attr:`wants_grid` and they are known.
+            hidden: (B, Q, E) what the queries are made of, where :attr:`wants_hidden`.
             state: of :meth:`new_state`, standing for all tokens before these queries and keys, which are then as many;
                 ``mask`` is that of all tokens. It takes these in.
             need_weights: also return the effective weights, through the dense form.
@@ -217,6 +237,7 @@ class Attention(nn.Module):
             options["rotary"] = rotary
         if self.wants_grid:
             options["grid_size"] = grid_size
+        hidden_B1QE = self._hidden(q_BHQD, k_BGKD, hidden, state) if self.wants_hidden else None
         device = q_BHQD.device.type
         autocast = torch.is_autocast_enabled(device)
         if autocast:
@@ -224,16 +245,25 @@ class Attention(nn.Module):
             # bfloat16), while sums keep the precision that they are written in.
             lower = torch.get_autocast_dtype(device)
             q_BHQD, k_BGKD, v_BGKV = (x if x.dtype == torch.float64 else x.to(lower) for x in (q_BHQD, k_BGKD, v_BGKV))
+            if hidden_B1QE is not None and hidden_B1QE.dtype != torch.float64:
+                hidden_B1QE = hidden_B1QE.to(lower)
         weights_BHQK = None
         with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
             if state is not None:
                 state.to(k_BGKD.device)  # it may have been offloaded
-                k_BGKD, v_BGKV = state.begin(k_BGKD, v_BGKV)
+                new = (k_BGKD, v_BGKV) if hidden_B1QE is None else (k_BGKD, v_BGKV, hidden_B1QE)
+                k_BGKD, v_BGKV, *hidden_B1KE = state.begin(*new)
+                if hidden_B1KE:
+                    options["hidden_BKE"] = hidden_B1KE[0].squeeze(1)
                 out_BHQV = self.attend_from(q_BHQD, k_BGKD, v_BGKV, state=state, **options)
             elif need_weights or backend == "reference":
                 q_BHQD, k_BGKD, v_BGKV = (self._fixed(x) for x in (q_BHQD, k_BGKD, v_BGKV))
+                if hidden_B1QE is not None:
+                    options["hidden_BQE"] = self._fixed(hidden_B1QE).squeeze(1)
                 out_BHQV, weights_BHQK = self.reference(q_BHQD, k_BGKD, v_BGKV, **options)
             else:
+                if hidden_B1QE is not None:
+                    options["hidden_BQE"] = hidden_B1QE.squeeze(1)
                 out_BHQV = self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
         out_BQHV = out_BHQV.transpose(1, 2).contiguous()
         return with_gradients_to(out_BQHV, self.parameters()), weights_BHQK
@@ -304,6 +334,26 @@ class Attention(nn.Module):
             )
         return x_BHND.expand(-1, -1, int(length), -1)  # torch.jit.trace, where lengths are tensors
 
+    def _hidden(
+        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, hidden_BQE: torch.Tensor | None, state: State | None
+    ) -> torch.Tensor:
+        """The hidden states, (B, 1, Q, E) as of one head, after a check that they are of these queries."""
+        told, queries, keys = f"{self.name}({self.extra_repr()})", q_BHQD.shape[2], k_BGKD.shape[2]
+        if hidden_BQE is None:
+            raise ValueError(f"{told} needs the hidden states that queries are made of, got none")
+        size = hidden_BQE.shape[-1] if self.heads is None or self.heads.hidden_size is None else self.heads.hidden_size
+        want = (q_BHQD.shape[0], queries, size)
+        if tuple(hidden_BQE.shape) != want:
+            raise ValueError(
+                f"{told} needs hidden states of (batch, queries, size) = {want}, got {tuple(hidden_BQE.shape)}"
+            )
+        if self.wants_hidden_of_keys and state is None and queries != keys:
+            raise ValueError(
+                f"{told} needs the hidden states of all {keys} keys, got those of {queries} queries: a cache of keys "
+                "and values does not have them; use a new cache, of the default kind"
+            )
+        return hidden_BQE.unsqueeze(1)
+
     def extra_repr(self) -> str:
         options = ", ".join(
             f"{field.name}={getattr(self.config, field.name)!r}" for field in dataclasses.fields(self.config)
@@ -334,6 +384,7 @@ class Attention(nn.Module):
                     f"this call needs {need}, which attention {self.name!r} cannot honour; "
                     f"it can honour: {', '.join(capabilities(type(self)))}"
                 )
+        self._check_heads(q_BHQD.shape[1])
         got = (q_BHQD.shape[1], k_BGKD.shape[1], q_BHQD.shape[3])
         if self.heads is not None and self.needs_all_heads:
             want = (self.heads.num_heads, self.heads.num_key_value_heads, self.heads.head_dim)
@@ -342,6 +393,13 @@ class Attention(nn.Module):
                     f"attention {self.name!r} was built for "
                     f"(query heads, key/value heads, head dimension) = {want}, got {got}"
                 )
+
+    def _check_heads(self, number: int) -> None:
+        if number % self.heads_multiple_of:
+            raise ValueError(
+                f"attention {self.name!r} needs a number of query heads that is a multiple of "
+                f"{self.heads_multiple_of}, got {number}"
+            )
 
 
 CAPABILITIES = (

@@ -16,8 +16,8 @@ class Moment(NamedTuple):
     """A state as it was before a call, and what the call brought."""
 
     before: "State"
-    k_BGKD: torch.Tensor
-    v_BGKV: torch.Tensor
+    brought: tuple[torch.Tensor, ...]
+    """As :attr:`State.waiting`."""
 
 
 class State:
@@ -25,7 +25,8 @@ class State:
 
     ``length`` counts the tokens that ``tensors`` stand for; ``position`` is the same, for what is computed with it, and
     a tensor where shapes are fixed, so that the step of one token is compiled once for all of them. Tokens that came
-    back from a rollback wait as keys and values, and are taken in with the next ones.
+    back from a rollback wait as keys and values, with their hidden states where the attention wants these, and are
+    taken in with the next ones.
 
     Args:
         fixed_length: the most tokens that will ever come, where buffers have to keep their shapes and addresses from
@@ -43,8 +44,8 @@ class State:
         self._counter = None if fixed_length is None else torch.zeros((), dtype=torch.long)
         self.tensors: dict[str, torch.Tensor] = {}
         """By name, all with the batch as their first dimension."""
-        self.waiting: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Keys and values not yet taken in."""
+        self.waiting: tuple[torch.Tensor, ...] | None = None
+        """Keys and values not yet taken in, and their hidden states (B, 1, K, E) where the attention wants these."""
         self.recording = False
         """Whether to keep what :meth:`crop` needs, until it is called: a copy of the tensors for every call."""
         self.history: list[Moment] = []
@@ -91,22 +92,22 @@ class State:
         """Memory of everything that is held."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._held())
 
-    def begin(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called before each call's attention.
+    def begin(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Called before each call's attention, with the new tokens as :attr:`waiting` holds them.
 
         Returns:
-            the keys and values to take in: what waits, and the new ones.
+            what to take in: the tokens that wait, and the new ones.
         """
         if self.waiting is not None:
-            k_BGKD, v_BGKV = (torch.cat(both, dim=2) for both in zip(self.waiting, (k_BGKD, v_BGKV), strict=True))
+            new = tuple(torch.cat(both, dim=2) for both in zip(self.waiting, new, strict=True))
         if self.recording:
             before = copy.copy(self)
             before.tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
             before.waiting, before.history = None, []
             before._counter = None if self._counter is None else self._counter.clone()
-            self.history.append(Moment(before, k_BGKD, v_BGKV))
+            self.history.append(Moment(before, new))
         self.waiting = None
-        return k_BGKD, v_BGKV
+        return new
 
     def check_crop(self, number: int) -> None:
         """Raise a ValueError unless :meth:`crop` can do this; nothing changes."""
@@ -133,7 +134,7 @@ class State:
             self.reset()
         elif number and self.waiting is not None and target >= self.length:
             kept = target - self.length
-            self.waiting = (self.waiting[0][:, :, :kept], self.waiting[1][:, :, :kept]) if kept else None
+            self.waiting = tuple(x[:, :, :kept] for x in self.waiting) if kept else None
         elif number and self._reaches(target):
             self._rewind(target)
             self.waiting = None
@@ -141,17 +142,17 @@ class State:
             moment = [moment for moment in self.history if moment.before.length <= target][-1]
             kept = target - moment.before.length
             vars(self).update(vars(moment.before))
-            self.waiting = (moment.k_BGKD[:, :, :kept], moment.v_BGKV[:, :, :kept]) if kept else None
+            self.waiting = tuple(x[:, :, :kept] for x in moment.brought) if kept else None
         self.history = []
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor held by ``change`` of it: another order of rows, another device."""
         self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
         if self.waiting is not None:
-            self.waiting = (change(self.waiting[0]), change(self.waiting[1]))
+            self.waiting = tuple(map(change, self.waiting))
         for moment in self.history:
             moment.before.apply(change)
-        self.history = [Moment(m.before, change(m.k_BGKD), change(m.v_BGKV)) for m in self.history]
+        self.history = [Moment(m.before, tuple(map(change, m.brought))) for m in self.history]
 
     def to(self, device: torch.device | str | int, *args: Any, **kwargs: Any) -> "State":
         """Move what is held to a device, if it is not there.
@@ -234,7 +235,7 @@ class State:
 
     def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A key and a value tensor of the shapes that have to come, None if any may; the length does not matter."""
-        return self.waiting
+        return None if self.waiting is None else (self.waiting[0], self.waiting[1])
 
     def _reaches(self, target: int) -> bool:
         """Whether it can go back to ``target`` tokens, one at least, without what was recorded."""
@@ -245,5 +246,5 @@ class State:
         raise NotImplementedError(f"{type(self).__name__} reaches tokens and has nothing that goes back to them")
 
     def _held(self) -> list[torch.Tensor]:
-        moments = [t for m in self.history for t in (*m.before.tensors.values(), m.k_BGKD, m.v_BGKV)]
+        moments = [t for m in self.history for t in (*m.before.tensors.values(), *m.brought)]
         return [*self.tensors.values(), *(self.waiting or ()), *moments]

@@ -11,6 +11,7 @@ from attn_plugins.hf.arguments import refuse_unknown
 from attn_plugins.hf.discovery.interface import USUAL, call_of
 from attn_plugins.hf.grids import grid_of
 from attn_plugins.hf.heads import fitted
+from attn_plugins.hf.hidden_states import hidden_states_of
 from attn_plugins.hf.masks import packing
 from attn_plugins.hf.masks.dense_masks import additive, read_dense
 from attn_plugins.hf.masks.mask_function import LazyMask
@@ -103,6 +104,7 @@ def attention_forward(
         sinks=s_aux,
         rotary=getattr(attention_mask, "rotary", None),
         grid_size=grid_of(module, query),
+        hidden=hidden_states_of(module, query),
         state=state,
         need_weights=weighed,
     )

@@ -1,5 +1,6 @@
 """Build what goes into the slot of an attention module: with the module's head sizes, on its device, in its dtype."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -7,15 +8,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attn_plugins.core.rules import Rule
-from attn_plugins.hf import adapters
+from attn_plugins.hf import adapters, hidden_states
 from attn_plugins.hf.discovery import modules as discovery
 from attn_plugins.hf.discovery.rotary import turns
 from attn_plugins.hf.names import SLOT, slot_of
 from attn_plugins.hf.parallel.sharding import refuse_split_heads
 
 
-def build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> nn.Module:
+def build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str, layer: int | None = None) -> nn.Module:
     """The attention of a rule for a module, or the one that it has, where that is the same.
+
+    Args:
+        layer: number of the module's layer in its stack.
 
     Raises:
         ValueError: it cannot serve the module.
@@ -29,7 +33,7 @@ def build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> n
     device, dtype = _place(module, model)
     heads, slot, untold = None, None, None
     try:
-        heads = discovery.head_shape(module, config)
+        heads = dataclasses.replace(discovery.head_shape(module, config), layer=layer)
     except ValueError as error:
         untold = error
     try:
@@ -44,6 +48,8 @@ def build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str) -> n
             f"{rule.type}({slot.extra_repr()}) needs rotary positions, and {path} ({type(module).__name__}) has none "
             "that attn_plugins can find; leave that option at its default for this model"
         )
+    if slot.wants_hidden:
+        hidden_states.refuse_unnamed(module, path, rule.type)
     refuse_split_heads(model, path, module, slot)
     slot.to(dtype=dtype)
     if device.type != "meta":

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from attn_plugins.core.rules import Flag, Rule, Target, assign, by_own_paths, parse_rules
-from attn_plugins.hf import adapters, arguments, grids, recording
+from attn_plugins.hf import adapters, arguments, grids, hidden_states, recording
 from attn_plugins.hf.caches import prefixes
 from attn_plugins.hf.caches.cache_layers import leave, make_tensor, serve
 from attn_plugins.hf.checkpoints import configs, live
@@ -232,7 +232,8 @@ def _plan(model: PreTrainedModel, rules: list[Rule], absent: dict[int, str] | No
         served = [(rule, [path for path, held in assigned.items() if held is rule]) for rule in rules]
         rules = [by_own_paths(rule, paths) for rule, paths in served if paths]
     modules = {target.path: model.get_submodule(target.path) for target in targets}
-    slots = {path: build(rule, modules[path], model, path) for path, rule in assigned.items()}
+    layers = {target.path: target.layer for target in targets}
+    slots = {path: build(rule, modules[path], model, path, layers[path]) for path, rule in assigned.items()}
     bases = {path: getattr(module, BASE, None) or _base_of(model, path, module) for path, module in modules.items()}
     discovery.warn_of_lost_dropout(assigned, modules)
     return _Plan(
@@ -272,6 +273,7 @@ def _attach(plan: _Plan) -> None:
         held = configs.configs_of(model, target.path, module)
         arguments.unwatch(module)
         prefixes.unwatch(module)
+        hidden_states.unwatch(module)
         if hasattr(module, SLOT):
             delattr(module, SLOT)
         if not any(id(config) in ours for config in held):
@@ -288,6 +290,8 @@ def _attach(plan: _Plan) -> None:
         if target.path in plan.slots:
             setattr(module, SLOT, plan.slots[target.path])
             arguments.watch(module)
+            if (slot := slot_of(module)) is not None and slot.wants_hidden:
+                hidden_states.watch(module)
             if target.role == "encoder":
                 prefixes.watch(module)
     for target in plan.targets:
@@ -318,6 +322,7 @@ def _restore(model: PreTrainedModel) -> None:
         leave(discovery.owner(model, path), [module])
         arguments.unwatch(module)
         prefixes.unwatch(module)
+        hidden_states.unwatch(module)
         adapters.take_off(module)
         for attribute in (SLOT, BASE, ROLE):
             if hasattr(module, attribute):

@@ -14,6 +14,7 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention, list_attentions
 
 SCALE = 0.4
+HIDDEN_SIZE = 12
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,7 @@ class Case:
         self, num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, *, backend="torch", dtype=torch.float64
     ):
         """The attention, its weights away from a start that may hide half of it (a gate at zero)."""
-        heads = HeadShape(
-            num_heads=num_heads, num_key_value_heads=num_key_value_heads, head_dim=head_dim, value_dim=value_dim
-        )
+        heads = head_shape(num_heads, num_key_value_heads, head_dim, value_dim)
         module = self.cls(self.cls.Config(**self.options), heads, backend=backend)
         with torch.random.fork_rng():
             torch.manual_seed(1)
@@ -46,6 +45,12 @@ class Case:
 
     def mask(self, batch, queries, keys, **options):
         return AttentionMask(batch, queries, keys, causal=self.causal, **options)
+
+
+def head_shape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8):
+    """Heads as those of :func:`inputs`, in the second layer of a model."""
+    sizes = {"num_heads": num_heads, "num_key_value_heads": num_key_value_heads, "head_dim": head_dim}
+    return HeadShape(**sizes, value_dim=value_dim, hidden_size=HIDDEN_SIZE, layer=1)
 
 
 def _cases() -> list[Case]:
@@ -86,29 +91,44 @@ def seeded(seed):
 
 @dataclass
 class Inputs:
-    """Queries, keys and values, and what a call may bring beside them."""
+    """Queries, keys, values and the hidden states of the queries, and what a call may bring beside them."""
 
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
+    hidden: torch.Tensor
+    """(B, 1, Q, E), as of one head."""
     extras: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to(self, dtype):
         extras = {name: x.to(dtype) if torch.is_tensor(x) else x for name, x in self.extras.items()}
-        return Inputs(self.q.to(dtype), self.k.to(dtype), self.v.to(dtype), extras)
+        return Inputs(*(x.to(dtype) for x in self.of_tokens()), extras)
 
     def rows(self, index):
-        return Inputs(self.q[index], self.k[index], self.v[index], self.extras)
+        return Inputs(*(x[index] for x in self.of_tokens()), self.extras)
 
     def tokens(self, index):
-        return Inputs(self.q[:, :, index], self.k[:, :, index], self.v[:, :, index], self.extras)
+        return Inputs(*(x[:, :, index] for x in self.of_tokens()), self.extras)
+
+    def queries(self, index):
+        """The same keys for some of the queries."""
+        return Inputs(self.q[:, :, index], self.k, self.v, self.hidden[:, :, index], self.extras)
+
+    def of_tokens(self):
+        """The tensors that have a token in dimension 2."""
+        return [self.q, self.k, self.v, self.hidden]
 
     def tensors(self):
-        return [self.q, self.k, self.v, *(x for x in self.extras.values() if torch.is_tensor(x))]
+        return [*self.of_tokens(), *(x for x in self.extras.values() if torch.is_tensor(x))]
 
     def run(self, module, mask, **options):
         """out_BQHV of one call."""
-        return module(self.q, self.k, self.v, mask=mask, scale=SCALE, **self.extras, **options)[0]
+        return self.call(module, mask, **options)[0]
+
+    def call(self, module, mask, **options):
+        """(out_BQHV, weights_BHQK or None) of one call."""
+        hidden = {"hidden": self.hidden.squeeze(1)} if module.wants_hidden else {}
+        return module(self.q, self.k, self.v, **{"mask": mask, "scale": SCALE, **hidden, **self.extras, **options})
 
 
 def inputs(
@@ -123,7 +143,7 @@ def inputs(
     dtype=torch.float64,
     seed=0,
 ):
-    """Gaussian queries, keys and values, laid out as transformers hands them over: transposed views."""
+    """Gaussian queries, keys, values and hidden states, laid out as transformers hands them over: transposed views."""
     generator = seeded(seed)
 
     def make(length, heads, size):
@@ -136,6 +156,7 @@ def inputs(
         make(queries, num_heads, head_dim),
         make(keys, num_key_value_heads, head_dim),
         make(keys, num_key_value_heads, value_dim),
+        make(queries, 1, HIDDEN_SIZE),
     )
 
 
@@ -148,11 +169,18 @@ def outcome(module, given: Inputs, mask, cotangent, **options):
     """Output, and gradients to the inputs and to each weight, for a loss of <cotangent, output>."""
     leaves = [x.detach().requires_grad_() for x in given.tensors()]
     named = [name for name, x in given.extras.items() if torch.is_tensor(x)]
-    extras = {**given.extras, **dict(zip(named, leaves[3:], strict=True))}
-    out = Inputs(*leaves[:3], extras).run(module, mask, **options)
+    extras = {**given.extras, **dict(zip(named, leaves[4:], strict=True))}
+    out = Inputs(*leaves[:4], extras).run(module, mask, **options)
     weights = [weight for weight in module.parameters() if weight.requires_grad]
     gradients = torch.autograd.grad(out, [*leaves, *weights], cotangent.to(out.dtype), allow_unused=True)
-    names = ["q", "k", "v", *named, *(name for name, weight in module.named_parameters() if weight.requires_grad)]
+    names = [
+        "q",
+        "k",
+        "v",
+        "hidden",
+        *named,
+        *(name for name, weight in module.named_parameters() if weight.requires_grad),
+    ]
     return {"out": out.detach(), **{f"gradient to {name}": g for name, g in zip(names, gradients, strict=True)}}
 
 
@@ -171,7 +199,7 @@ def assert_same(got, want, tolerance, what=""):
 
 def kept_for_backward(module, given: Inputs, mask):
     """Elements that autograd keeps of one call, each storage counted once."""
-    leaves = Inputs(*(x.detach().requires_grad_() for x in (given.q, given.k, given.v)), given.extras)
+    leaves = Inputs(*(x.detach().requires_grad_() for x in given.of_tokens()), given.extras)
     kept = {}
 
     def note(tensor):

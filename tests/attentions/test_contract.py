@@ -10,11 +10,13 @@ from cases import (
     EXACT,
     SCALE,
     Case,
+    Inputs,
     assert_forms_agree,
     assert_same,
     cotangent_for,
     every_case,
     every_class,
+    head_shape,
     inputs,
     left_padding,
     outcome,
@@ -23,7 +25,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.ops.reference import dense_attention
@@ -74,6 +75,7 @@ def assert_forms_agree_on_any_shape(case, data):
     keys = data.draw(st.integers(1, 40), "K")
     queries = data.draw(st.integers(1, keys), "Q") if case.causal else keys
     groups, shared = data.draw(st.integers(1, 3), "G"), data.draw(st.integers(1, 3), "H / G")
+    shared *= 1 if groups * shared % case.cls.heads_multiple_of == 0 else case.cls.heads_multiple_of
     lengths = data.draw(st.lists(st.integers(0, keys), min_size=1, max_size=3), "real keys")
     segments = None
     if case.cls.segments and data.draw(st.booleans(), "packed"):
@@ -99,7 +101,7 @@ def test_queries_may_be_the_last_of_more_keys(case):
     whole = given.run(case.module(), case.mask(2, keys, keys, padding_BK=padding))[:, keys - queries :]
     module, mask = case.module(), case.mask(2, queries, keys, padding_BK=padding)
     try:
-        got = module(given.q[:, :, keys - queries :], given.k, given.v, mask=mask, scale=SCALE)[0]
+        got = given.queries(slice(keys - queries, None)).run(module, mask)
     except ValueError as error:
         if f"got {queries} queries and {keys} keys; allowed: as many" not in str(error):
             raise
@@ -132,10 +134,10 @@ def test_gradients_equal_finite_differences(case):
     given = inputs(2, 6, **shape)
     module = case.module(**shape)
     mask = case.mask(2, 6, 6, padding_BK=left_padding([6, 4], 6))
-    leaves = [x.requires_grad_() for x in (given.q, given.k, given.v)]
+    leaves = [x.requires_grad_() for x in given.of_tokens()]
 
-    def attend(q, k, v, *weights):
-        return module(q, k, v, mask=mask, scale=SCALE)[0] * mask.padding_BK[:, :, None, None]
+    def attend(q, k, v, hidden, *weights):
+        return Inputs(q, k, v, hidden).run(module, mask) * mask.padding_BK[:, :, None, None]
 
     # Along random directions, which is quick; entry by entry gradients are compared with the reference above.
     torch.autograd.gradcheck(attend, (*leaves, *module.parameters()), fast_mode=True)
@@ -146,11 +148,11 @@ def test_output_is_laid_out_as_transformers_expects(case):
     given = inputs(2, 9).to(torch.float32)
     module = case.module(dtype=torch.float32)
     mask = case.mask(2, 9, 9)
-    out, weights = module(given.q, given.k, given.v, mask=mask, scale=SCALE)
+    out, weights = given.call(module, mask)
     assert out.shape == (2, 9, 4, 8)
     assert out.is_contiguous()
     assert weights is None
-    same, weights = module(given.q, given.k, given.v, mask=mask, scale=SCALE, need_weights=True)
+    same, weights = given.call(module, mask, need_weights=True)
     assert weights.shape == (2, 4, 9, 9)
     torch.testing.assert_close(same, out, rtol=1e-4, atol=1e-5)
 
@@ -177,7 +179,7 @@ def test_future_tokens_do_not_matter_when_causal(case, form):
     out = given.run(module, mask)
     for now in (0, 1, 7, 22, 38):
         changed = inputs(2, 40, seed=5)
-        for x, other in zip((changed.q, changed.k, changed.v), (given.q, given.k, given.v), strict=True):
+        for x, other in zip(changed.of_tokens(), given.of_tokens(), strict=True):
             x.mul_(10)
             x[:, :, : now + 1] = other[:, :, : now + 1]
         assert_same({"out": changed.run(module, mask)[:, : now + 1]}, {"out": out[:, : now + 1]}, EXACT)
@@ -190,7 +192,7 @@ def test_left_padding_does_not_matter(case, form):
     alone = given.run(module, case.mask(1, 21, 21))
     for pad in (1, 4, 13):
         padded = inputs(1, 21 + pad, seed=3)
-        for x, real in zip((padded.q, padded.k, padded.v), (given.q, given.k, given.v), strict=True):
+        for x, real in zip(padded.of_tokens(), given.of_tokens(), strict=True):
             x.mul_(10)
             x[:, :, pad:] = real
         mask = case.mask(1, 21 + pad, 21 + pad, padding_BK=left_padding([21], 21 + pad))
@@ -202,7 +204,7 @@ def test_right_padding_does_not_matter(case):
     given, module = inputs(1, 21), case.module()
     alone = given.run(module, case.mask(1, 21, 21))
     padded = inputs(1, 30, seed=3)
-    for x, real in zip((padded.q, padded.k, padded.v), (given.q, given.k, given.v), strict=True):
+    for x, real in zip(padded.of_tokens(), given.of_tokens(), strict=True):
         x[:, :, :21] = real
     mask = case.mask(1, 30, 30, padding_BK=torch.arange(30).unsqueeze(0) < 21)
     assert_same({"out": padded.run(module, mask)[:, :21]}, {"out": alone}, EXACT)
@@ -216,12 +218,12 @@ def test_half_of_the_heads_is_attended_to_alone_alike_or_refused(case, form):
     whole = given.run(module, case.mask(2, 26, 26))
     for part in (slice(0, 2), slice(2, 4)):
         pair = slice(part.start // 2, part.stop // 2)
-        half = (given.q[:, part], given.k[:, pair], given.v[:, pair])
+        half = Inputs(given.q[:, part], given.k[:, pair], given.v[:, pair], given.hidden)
         if module.needs_all_heads:
             with pytest.raises(ValueError, match=r"was built for \(query heads.*\) = \(4, 2, 8\), got \(2, 1, 8\)"):
-                module(*half, mask=case.mask(2, 26, 26), scale=SCALE)
+                half.run(module, case.mask(2, 26, 26))
             continue
-        got, _ = module(*half, mask=case.mask(2, 26, 26), scale=SCALE)
+        got = half.run(module, case.mask(2, 26, 26))
         torch.testing.assert_close(got, whole[:, :, part], rtol=0, atol=1e-9)
 
 
@@ -259,8 +261,9 @@ def test_packed_segments_do_not_leak_through_gradients(case):
     cotangent = cotangent_for(given, case.mask(1, 20, 20))
     cotangent[:, 8:] = 0
     got = outcome(module, given, case.mask(1, 20, 20, segments_BK=segments), cotangent)
-    for name in "qkv":
-        assert not got[f"gradient to {name}"][:, :, 8:].any(), (
+    for name in ("q", "k", "v", "hidden"):
+        gradient = got[f"gradient to {name}"]
+        assert gradient is None or not gradient[:, :, 8:].any(), (
             f"the second segment gets a gradient to {name} of the first"
         )
 
@@ -275,9 +278,12 @@ def test_cached_decoding_equals_one_pass(case, pad):
         return case.mask(2, queries, keys, padding_BK=None if padding is None else padding[:, :keys])
 
     out = given.run(module, mask(37, 37))
+    if module.wants_hidden_of_keys:
+        with pytest.raises(ValueError, match="needs the hidden states of all 37 keys, got those of 1 queries"):
+            given.queries(slice(36, None)).run(module, mask(1, 37))
+        return
     for now in range(pad, 37):
-        step = given.tokens(slice(now + 1))
-        step.q = step.q[:, :, -1:]
+        step = given.tokens(slice(now + 1)).queries(slice(now, None))
         decoded = step.run(module, mask(1, now + 1))
         assert_same({"out": decoded[:, 0]}, {"out": out[:, now]}, EXACT, f"token {now}: ")
 
@@ -290,8 +296,9 @@ def test_prefill_in_chunks_equals_one_pass(case, chunk):
     out = given.run(module, case.mask(2, 37, 37, padding_BK=padding))
     for low in range(0, 37, chunk):
         high = min(low + chunk, 37)
-        part = given.tokens(slice(high))
-        part.q = part.q[:, :, low:]
+        part = given.tokens(slice(high)).queries(slice(low, None))
+        if module.wants_hidden_of_keys and low:
+            break  # as above: they go on from a state alone, which the tests of states hold to one pass
         got = part.run(module, case.mask(2, high - low, high, padding_BK=padding[:, :high]))
         real = padding[:, low:high, None, None]
         assert_same({"out": got * real}, {"out": out[:, low:high] * real}, EXACT, f"tokens {low} to {high}: ")
@@ -301,7 +308,7 @@ def test_prefill_in_chunks_equals_one_pass(case, chunk):
 def test_effective_weights_give_the_output(case):
     given, module = inputs(2, 23), case.module()
     mask = case.mask(2, 23, 23, padding_BK=left_padding([23, 14], 23))
-    out, weights = module(given.q, given.k, given.v, mask=mask, scale=SCALE, need_weights=True)
+    out, weights = given.call(module, mask, need_weights=True)
     assert weights.shape == (2, 4, 23, 23)
     assert not weights.masked_select(~mask.dense()).any(), "an invisible key has a weight"
     if not case.cls.convex:
@@ -323,10 +330,9 @@ def test_limit_case_is_softmax_attention(cls):
     for causal in (True, False):
         if not (cls.causal if causal else cls.bidirectional):
             continue
-        shape = {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "value_dim": 8}
-        module = cls(cls.Config(**cls.limit), HeadShape(**shape))
+        module = cls(cls.Config(**cls.limit), head_shape())
         module.reset_parameters()
-        given = inputs(2, 50, **shape)
+        given = inputs(2, 50)
         mask = AttentionMask(2, 50, 50, causal=causal, padding_BK=left_padding([50, 33], 50))
         want, _ = dense_attention(given.q, given.k, given.v, mask.dense(), scale=SCALE)
         real = mask.padding_BK[:, :, None, None]
@@ -336,8 +342,7 @@ def test_limit_case_is_softmax_attention(cls):
 
 @every_case()
 def test_every_weight_gets_a_gradient(case):
-    heads = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
-    module = case.cls(case.cls.Config(**case.options), heads)
+    module = case.cls(case.cls.Config(**case.options), head_shape())
     module.reset_parameters()
     given, mask = inputs(2, 150).to(torch.float32), case.mask(2, 150, 150)
     # After one step, since a weight may be fed by another that starts at zero.
@@ -358,8 +363,7 @@ def test_every_weight_gets_a_gradient(case):
 
 @every_case()
 def test_reset_parameters_initialises_everything(case):
-    heads = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
-    module = case.cls(case.cls.Config(**case.options), heads)
+    module = case.cls(case.cls.Config(**case.options), head_shape())
     states = []
     for _ in range(2):
         with torch.no_grad():
@@ -436,10 +440,11 @@ def test_mixed_dtypes_of_autocast_are_taken(case):
 def test_a_compiled_model_gives_the_same(case):
     given, module = inputs(2, 70), case.module()
 
-    def layer(q, k, v):
-        return 2 * module(q + 1, k, v, mask=case.mask(2, 70, 70), scale=SCALE)[0]
+    def layer(q, k, v, hidden):
+        wanted = {"hidden": hidden.squeeze(1)} if module.wants_hidden else {}
+        return 2 * module(q + 1, k, v, mask=case.mask(2, 70, 70), scale=SCALE, **wanted)[0]
 
-    leaves = [x.requires_grad_() for x in (given.q, given.k, given.v)]
+    leaves = [x.requires_grad_() for x in given.of_tokens()]
     torch.compiler.reset()
     got, want = torch.compile(layer, backend="eager")(*leaves), layer(*leaves)
     torch.testing.assert_close(got, want)
@@ -467,7 +472,7 @@ class Largest(TorchDispatchMode):
 @every_case(subquadratic=True)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_nothing_of_length_squared_is_allocated(case, padded):
-    length, shape = 2048, {"num_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "value_dim": 8}
+    length, shape = 2048, {"num_heads": case.cls.heads_multiple_of, "num_key_value_heads": 1}
     given, module = inputs(1, length, **shape).to(torch.float32), case.module(**shape, dtype=torch.float32)
     mask = case.mask(1, length, length, padding_BK=left_padding([length - 5], length) if padded else None)
     cotangent = cotangent_for(given, mask)

@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from cases import CASES, EXACT, SCALE, Inputs, every_class, inputs, left_padding
+from cases import CASES, EXACT, Inputs, every_class, inputs, left_padding
 
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.mask import AttentionMask
@@ -234,8 +234,7 @@ def test_what_a_state_cannot_continue_is_refused_before_it_changes(case):
         with pytest.raises(ValueError, match=message or "cannot honour|was built for|another model or batch"):
             wrong.run(module, mask, state=state)
     with pytest.raises(ValueError, match="weights of tokens that a cache no longer holds"):
-        module(token.q, token.k, token.v, mask=AttentionMask(3, 1, 21, causal=True), scale=SCALE, state=state,
-               need_weights=True)  # fmt: skip
+        token.call(module, AttentionMask(3, 1, 21, causal=True), state=state, need_weights=True)
     assert state.seen == before.seen
     assert all(torch.equal(state.tensors[name], before.tensors[name]) for name in before.tensors)
     with pytest.raises(ValueError, match="cannot remove 21 tokens of 20"):

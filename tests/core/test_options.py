@@ -87,7 +87,7 @@ def test_numbers_of_a_call_are_checked(case, number, value, allowed):
     if number == "softcap" and not case.cls.softcap:
         return
     with pytest.raises(ValueError, match=f"^{number}={value}; allowed: {allowed}$"):
-        case.module()(given.q, given.k, given.v, mask=AttentionMask(2, 5, 5, causal=case.causal), **options)
+        given.call(case.module(), AttentionMask(2, 5, 5, causal=case.causal), **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

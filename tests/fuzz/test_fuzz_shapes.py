@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from cases import EXACT, Inputs, assert_same, cotangent_for, inputs, outcome, seeded
+from cases import EXACT, Inputs, assert_same, cotangent_for, head_shape, inputs, outcome, seeded
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from rounds import a_round, one_clear_line
 
 import attn_plugins as ap
-from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
 
 pytestmark = pytest.mark.fuzz
@@ -75,7 +74,7 @@ def calls(draw, cls):
     if cls.sinks and draw(st.booleans()):
         extras["sinks"] = torch.randn(shape["num_heads"], generator=seeded(2), dtype=torch.float64)
     mask = AttentionMask(batch, queries, keys, **called)
-    return Inputs(tensors.q, tensors.k, tensors.v, extras), mask, shape
+    return Inputs(*tensors.of_tokens(), extras), mask, shape
 
 
 @a_round
@@ -85,7 +84,7 @@ def test_the_fast_form_equals_the_dense_one_or_both_refuse(chosen, data):
     tensors, mask, shape = data.draw(calls(cls))
     refused = []
     with one_clear_line(refused):
-        module = cls(config, HeadShape(**shape))
+        module = cls(config, head_shape(**shape))
     assume(not refused)
     torch.manual_seed(1)
     module.reset_parameters()

@@ -160,7 +160,17 @@ def head_shape(module: nn.Module, config: Any) -> HeadShape:
         head_dim=head_dim,
         value_dim=value_dim,
         grid_size=grid_size(config),
+        hidden_size=_input_size(module) or find("hidden_size embed_dim d_model n_embd dim"),
     )
+
+
+def _input_size(module: nn.Module) -> int | None:
+    """Size of what a module's own layer of queries takes; None where no child is one by its name and has a size."""
+    for name, child in module.named_children():
+        size = getattr(child, "in_features", getattr(child, "nx", None))  # the second is transformers' Conv1D's
+        if isinstance(size, int) and re.search(r"(^|_)q(_|$|kv)|query|qkv|c_attn|in_proj", name):
+            return size
+    return None
 
 
 def _features(module: nn.Module) -> dict[str, int]:

@@ -52,9 +52,9 @@ class KeyBlocks(State):
         self.padded = False
         """Whether there ever was padding."""
 
-    def begin(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def begin(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Nothing ever waits, and nothing has to be recorded to be removed later."""
-        return k_BGKD, v_BGKV
+        return new
 
     def reset(self) -> None:
         super().reset()
