@@ -1,12 +1,12 @@
 """Additive attention: scores from tanh(query projection + key projection), with memory for one tile of queries only.
 
-Letters beside the legend's: E hidden units, T queries of a tile.
+Letters beside the legend's: E hidden units.
 """
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.query_chunks import bias_of, in_query_chunks, visible_pairs
 from attn_plugins.ops.reference import expand_heads, masked_softmax, wide
 
 SATURATED = 20.0
@@ -127,37 +127,18 @@ def additive_attention(
     Returns:
         out_BHQV in the dtype of v.
     """
-    queries, keys = q_BHQD.shape[2], k_BGKD.shape[2]
     with torch.autocast(q_BHQD.device.type, enabled=False):
         a_BHEQ, b_BGEK = project(q_BHQD, w_q_HED), project(k_BGKD, w_k_GED)
         w_HE = w_HE.to(a_BHEQ.dtype)
 
-        def tile(start, q_BHTD, a_BHET, k_BGKD, v_BGKV, b_BGEK, w_HE, gate_H, sinks):
-            stop, seen = start + q_BHTD.shape[2], k_BGKD.shape[2]
-            i = torch.arange(start, stop, device=q_BHTD.device).view(1, -1, 1)
-            visible = mask.visible(i, torch.arange(seen, device=q_BHTD.device).view(1, 1, -1)).unsqueeze(1)
-            bias = position_bias
-            if bias is not None:
-                bias = bias[..., start:stop, :] if bias.shape[-2] > 1 else bias
-                bias = bias[..., :seen] if bias.shape[-1] > 1 else bias
-            s_BHTK = additive_scores(a_BHET, b_BGEK, w_HE)
-            extras = {"dropout": dropout, "position_bias": bias, "sinks": sinks, "gate_H": gate_H, **options}
-            return _attend(q_BHTD, k_BGKD, v_BGKV, s_BHTK, visible, **extras)[0]
+        def attend(queries: slice, keys: slice) -> torch.Tensor:
+            visible, bias = visible_pairs(mask, queries, keys), bias_of(position_bias, queries, keys)
+            s_BHQK = additive_scores(a_BHEQ[:, :, :, queries], b_BGEK[:, :, :, keys], w_HE)
+            q, k, v = q_BHQD[:, :, queries], k_BGKD[:, :, keys], v_BGKV[:, :, keys]
+            extras = {"gate_H": gate_H, "dropout": dropout, "position_bias": bias, **options}
+            return _attend(q, k, v, s_BHQK, visible, **extras)[0]
 
-        sinks = options.pop("sinks", None)
-        again = torch.is_grad_enabled() and queries > tile_size
-        tiles = []
-        for start in range(0, queries, tile_size):
-            stop = min(start + tile_size, queries)
-            seen = min(max(stop + mask.q_offset - mask.kv_offset, 1), keys) if mask.causal else keys
-            of_queries = [q_BHQD[:, :, start:stop], a_BHEQ[:, :, :, start:stop]]
-            of_keys = [k_BGKD[:, :, :seen], v_BGKV[:, :, :seen], b_BGEK[:, :, :, :seen]]
-            inputs = [start, *of_queries, *of_keys, w_HE, gate_H, sinks]
-            if again:
-                tiles.append(checkpoint(tile, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0))
-            else:
-                tiles.append(tile(*inputs))
-        return torch.cat(tiles, dim=2)
+        return in_query_chunks(attend, mask, tile_size, dropout=dropout)
 
 
 def _attend(
