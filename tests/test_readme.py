@@ -1,54 +1,17 @@
-"""What README.md shows works: its Python runs, in order, and its commands, files and make targets exist."""
+"""What README.md says of the project is so: its attentions, versions and picture."""
 
+import importlib.util
 import re
-from pathlib import Path
 
-import pytest
-import torch
-from conftest import tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from packaging.requirements import Requirement
+from pages import ROOT, read
+from test_packaging import pins
+from test_pages import PROJECT
 
 from attn_plugins.benchmark import attention_page as docs
-from attn_plugins.cli import app
 from attn_plugins.core import registry
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf8")
-
-
-@pytest.fixture
-def clean_registry(monkeypatch):
-    registry.list_attentions()
-    monkeypatch.setattr(registry, "_attentions", dict(registry._attentions))
-
-
-def test_the_python_runs(tmp_path, monkeypatch, clean_registry):
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=18,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer().save_pretrained(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 7
-    source, replaced = re.subn(r"^path = .*$", "path = 'model'", "\n".join(blocks), flags=re.MULTILINE)
-    assert replaced == 1
-    names: dict = {}
-    exec(compile(source, "README.md", "exec"), names)
-
-    assert {row.plugin for row in names["ap"].describe_attention(names["plain"])} == {None}
-    assert {row.plugin for row in names["ap"].describe_attention(names["model"])} == {"my_relu"}
-    tokens = torch.randint(64, (2, 12), generator=torch.Generator().manual_seed(0))
-    changed = tokens.clone()
-    changed[:, 8:] = (changed[:, 8:] + 1) % 64
-    with torch.no_grad():
-        before, after = (names["model"](input_ids=ids).logits[:, :8] for ids in (tokens, changed))
-    torch.testing.assert_close(before, after)  # causal
+README = read("README.md")
 
 
 def test_every_attention_is_named():
@@ -56,25 +19,35 @@ def test_every_attention_is_named():
     assert [name for name in own if f"`{name}`" not in README] == []
 
 
-def test_the_commands_exist():
-    verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
-    shown = set(re.findall(r"(?:attn-plugins|-m attn_plugins) ([a-z]+)", README))
-    assert shown
-    assert shown <= verbs
+def test_the_badges_say_what_the_project_declares():
+    written = dict(re.findall(r"^!\[(.*?): (.*?)\]\(https://img\.shields\.io/badge/", README, re.MULTILINE))
+    for name, value in written.items():
+        shown = value.replace("-", "--").replace(" ", "_")
+        assert f"/badge/{name}-{shown}-blue)" in README, f"the picture of {name} says something else than its text"
+    pythons = [c.rpartition(" :: ")[2] for c in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", c)]
+    oldest = {one.name: one.specifier for one in map(Requirement, PROJECT["dependencies"])}
+    ends = [pins(file)["transformers"].split(".") for file in ("constraints-oldest.txt", "constraints.txt")]
+    assert written == {
+        "licence": PROJECT["license"],
+        "Python": f"{pythons[0]} to {pythons[-1]}",
+        "PyTorch": f"{next(iter(oldest['torch'])).version} or newer",
+        "transformers": " to ".join(f"{major}.{minor}" for major, minor, _ in ends),
+    }
+    assert f"Python {written['Python']}" in README
 
 
-def test_every_make_target_is_listed_and_exists():
-    makefile = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):.*## ", makefile, re.MULTILINE))
-    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
-    assert set(phony.split()) - {"help"} == targets, "a target without a ## line is not in `make help`"
-    code = re.findall(r"`(make [^`]*)`", README) + re.findall(r"^make .*$", README, re.MULTILINE)
-    shown = {re.sub(r"#.*|[A-Z]+=\S+|make", "", line).strip() for line in code}
-    assert {"demo", "test"} <= shown
-    assert shown <= targets
-
-
-def test_the_links_lead_somewhere():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if ":" not in link]
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def test_the_picture_is_drawn_from_the_results(tmp_path):
+    place = ROOT / "docs" / "first_page" / "figure.py"
+    spec = importlib.util.spec_from_file_location("first_page_figure", place)
+    figure = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figure)
+    own, families = figure.kept_quality()
+    report = read("docs/benchmarks/untrained/untrained.md").partition("## gemma3")[0]
+    assert f"| **the model's own** | 1 | {own:.2f} |" in report
+    for family, points in families.items():
+        for name, (pairs, perplexity) in zip(figure.FAMILIES[family], points, strict=True):
+            assert f"| {name} | {pairs:.3f} | {perplexity:.2f} |" in report
+    times = figure.decode_times()
+    assert {len(points) for points in times.values()} == {5}
+    figure.draw(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
