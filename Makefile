@@ -24,7 +24,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-peers test-oldest test-architectures fuzz architectures demo bench bench-decode gpu-check docs try wheel clean
+.PHONY: help setup fix check test test-slow test-real test-peers test-oldest test-architectures fuzz architectures demo bench bench-decode gpu-check docs try dist site clean
 .DELETE_ON_ERROR:
 
 help:
@@ -116,8 +116,15 @@ try: setup ## NAME=local: the contract of one attention, in seconds
 	@test -n "$(NAME)" || { echo "error: which attention? say make try NAME=local" >&2; exit 1; }
 	$(PYTEST) -q -x -k "$(NAME) and not finite_differences and not length_squared" tests/attentions/test_contract.py
 
-wheel: setup ## dist/*.whl
-	$(BIN)/python -m build --wheel
+dist: setup ## dist/: the sdist, and the wheel that is built from it, as a package index wants them
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+site: setup ## build/site: the pages and the API reference as a web site; a broken link is an error
+	rm -rf build/pages build/site && mkdir -p build/pages
+	cd build/pages && ln -s ../../*.md ../../LICENSE ../../CITATION.cff ../../docs ../../examples ../../configs ../../attn_plugins .
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: ## remove what make made, except results in runs/
 	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

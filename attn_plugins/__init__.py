@@ -1,5 +1,7 @@
 """Put another attention into a Hugging Face model that already exists. Importing this makes the flag known."""
 
+from importlib import metadata as _metadata
+
 from attn_plugins.core.attention import Attention, AttentionConfig, HeadShape
 from attn_plugins.core.former_names import install as _install_former_names
 from attn_plugins.core.mask import AttentionMask
@@ -21,6 +23,11 @@ __all__ = [
     "restore_attention",
     "swap_attention",
 ]
+
+try:
+    __version__ = _metadata.version("attn-plugins")
+except _metadata.PackageNotFoundError:  # run from its sources
+    __version__ = "0+unknown"
 
 _install_former_names()
 _install()

@@ -1,33 +1,61 @@
-"""What pip installs: the wheel's contents and requirements, and that every version of the environment is pinned."""
+"""What pip installs: sdist and wheel, and that every version of the environment is pinned."""
 
+import importlib
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import attn_plugins
+
 ROOT = Path(__file__).parent.parent
+
+toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def built(tmp_path_factory):
+    """A folder with the sdist, and the wheel that is built from it."""
     source = tmp_path_factory.mktemp("source")  # a build leaves folders behind, which have no place in the project
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in ("attn_plugins", "tests", "configs"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    build = ["build", "--wheel", "--no-isolation", "--outdir", str(source / "dist"), str(source)]
-    built = subprocess.run([sys.executable, "-m", *build], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr + built.stdout
-    (path,) = (source / "dist").glob("*.whl")
+    made = (".git", ".venv*", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*made), dirs_exist_ok=True)
+    build = ["build", "--no-isolation", "--outdir", str(source / "dist"), str(source)]
+    ran = subprocess.run([sys.executable, "-m", *build], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr + ran.stdout
+    return source / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    (path,) = built.glob("*.whl")
     with zipfile.ZipFile(path) as archive:
         yield archive
+
+
+def test_a_package_index_would_take_them(built):
+    check = [sys.executable, "-m", "twine", "check", "--strict", *map(str, built.iterdir())]
+    ran = subprocess.run(check, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr + ran.stdout
+    assert ran.stdout.count("PASSED") == 2
+
+
+def test_the_sdist_holds_what_it_takes_to_test_it(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        there = {name.partition("/")[2] for name in archive.getnames()}
+    wanted = [path for folder in ("tests", "configs", "docs", "examples") for path in (ROOT / folder).rglob("*")]
+    wanted += [*ROOT.glob("*.md"), *ROOT.glob("constraints*"), ROOT / "Makefile", ROOT / ".ci" / "run"]
+    names = {path.relative_to(ROOT).as_posix() for path in wanted if path.is_file() and path.suffix != ".pyc"}
+    assert names - there == set()
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
@@ -92,3 +120,28 @@ def test_the_oldest_transformers_is_the_one_that_is_allowed():
     oldest = pins("constraints-oldest.txt")
     assert f">={oldest['transformers'].removesuffix('.0')}" in str(allowed.specifier)
     assert oldest["transformers"] not in pins("constraints.txt").values()
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert attn_plugins.__version__ == metadata.version("attn-plugins")
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf8"))
+    project = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+    assert {name: citation[name] for name in ("version", "license", "keywords", "authors")} == {
+        name: project[name] for name in ("version", "license", "keywords", "authors")
+    }
+
+
+def test_the_public_workflow_runs_targets_that_exist_on_every_python():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf8"))
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf8"), re.MULTILINE))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    run = {step["run"].split()[1] for step in steps if "run" in step}
+    assert {"check", "dist", "fuzz", "site", "test", "test-oldest"} == run
+    assert run <= targets
+    assert all(re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
+    project = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+    declared = {text.rpartition(" :: ")[2] for text in project["classifiers"] if re.search(r"Python :: 3\.\d+$", text)}
+    assert declared <= set(workflow["jobs"]["test"]["strategy"]["matrix"]["python-version"])

@@ -68,7 +68,7 @@ def draw(target: Path) -> None:
     for line, times in decode_times().items():
         right.plot(*zip(*times, strict=True), marker="o", label=line)
     right.set(
-        title="generation, a small Llama on one CPU core",
+        title="generation, a small Llama on one CPU thread",
         xlabel="tokens in the cache",
         ylabel="milliseconds for the next token",
         xscale="log",
