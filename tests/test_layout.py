@@ -160,13 +160,42 @@ def test_names_say_what_a_thing_is():
     assert [name for name in names if vague.search(name)] == []
 
 
-def test_at_most_one_level_of_inheritance():
+def inheritance(sources: list[str]) -> list[str]:
+    """Classes with a base that has a base of its own in the package. An abstract base is none: it only shares code."""
     bases: dict[str, set[str]] = {}
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+    abstract: set[str] = set()
+    for text in sources:
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef):
                 over = {ast.unparse(base).split(".")[-1] for base in node.bases}
                 # An adapter has the name of its family's own class, which is transformers'.
                 bases.setdefault(node.name, set()).update(over - {node.name})
-    deep = [name for name, over in bases.items() if any(bases.get(base, set()) & set(bases) for base in over)]
-    assert deep == []
+                functions = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+                decorators = {ast.unparse(one) for function in functions for one in function.decorator_list}
+                if decorators & {"abc.abstractmethod", "abstractmethod"}:
+                    abstract.add(node.name)
+    return [
+        name
+        for name, over in bases.items()
+        if any(bases.get(base, set()) & set(bases) for base in over - (abstract if name not in abstract else set()))
+    ]
+
+
+def test_at_most_one_level_of_inheritance():
+    assert inheritance([path.read_text(encoding="utf8") for path in SOURCES]) == []
+
+
+@pytest.mark.parametrize(
+    ("decorator", "deep"),
+    [("", ["C", "D"]), ("@abc.abstractmethod", ["D"])],
+)
+def test_an_abstract_base_is_no_level_of_inheritance(decorator, deep):
+    source = f"""
+class A: pass
+class B(A):
+    {decorator}
+    def f(self): pass
+class C(B): pass
+class D(C): pass
+"""
+    assert inheritance([source]) == deep

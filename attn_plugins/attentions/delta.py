@@ -5,15 +5,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.options import AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.decode.running_sums import Sums
-from attn_plugins.ops.recurrent.chunked import Tokens, dense_recurrent_attention, recurrent_attention, unit
-from attn_plugins.ops.recurrent.step import recurrent_attention_from
+from attn_plugins.ops.recurrent.attention import RecurrentAttention
+from attn_plugins.ops.recurrent.chunked import Tokens, unit
 
 
 @register_attention("delta")
-class DeltaAttention(Attention):
+class DeltaAttention(RecurrentAttention):
     """DeltaNet: a linear memory that corrects what it recalls for a key, instead of adding to it.
 
     ``S_t = S_{t-1} - beta_t k_t (k_t^T S_{t-1} - v_t^T)``, ``out_t = a scale S_t^T q_t + b mean(v_1 .. v_t)`` with
@@ -74,22 +73,10 @@ class DeltaAttention(Attention):
         nn.init.zeros_(self.beta_weight)
         nn.init.constant_(self.beta_bias, math.log(self.config.initial_beta / (1 - self.config.initial_beta)))
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        prepare = functools.partial(tokens, scale=scale)
-        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, self._weights())
+    def prepare(self, scale):
+        return functools.partial(tokens, scale=scale)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        prepare, weights = functools.partial(tokens, scale=scale), self._weights()
-        return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, weights, chunk_size=self.config.chunk_size)
-
-    def new_state(self, fixed_length=None):
-        return Sums(fixed_length)
-
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
-        rule, chunk_size = (functools.partial(tokens, scale=scale), self._weights()), self.config.chunk_size
-        return recurrent_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *rule, chunk_size=chunk_size)
-
-    def _weights(self):
+    def weights(self):
         return [self.score_weight, self.average_weight, self.beta_weight, self.beta_bias]
 
 

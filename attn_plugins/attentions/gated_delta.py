@@ -6,15 +6,14 @@ import torch
 from torch import nn
 from torch.nn.functional import softplus
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.options import AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.decode.running_sums import Sums
-from attn_plugins.ops.recurrent.chunked import Tokens, dense_recurrent_attention, recurrent_attention, unit
-from attn_plugins.ops.recurrent.step import recurrent_attention_from
+from attn_plugins.ops.recurrent.attention import RecurrentAttention
+from attn_plugins.ops.recurrent.chunked import Tokens, unit
 
 
 @register_attention("gated_delta")
-class GatedDeltaAttention(Attention):
+class GatedDeltaAttention(RecurrentAttention):
     """Gated DeltaNet: the delta rule's memory, which corrects what it recalls for a key and can also forget at once.
 
     ``S = e^g_t S_{t-1}``, ``S_t = S - beta_t k_t (k_t^T S - v_t^T)``, ``out_t = a scale S_t^T q_t + b mean_t`` with
@@ -88,22 +87,10 @@ class GatedDeltaAttention(Attention):
         fade = 1 / self.config.initial_memory
         nn.init.constant_(self.dt_bias, fade + math.log(-math.expm1(-fade)))
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        prepare = functools.partial(tokens, scale=scale)
-        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, self._weights())
+    def prepare(self, scale):
+        return functools.partial(tokens, scale=scale)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        prepare, weights = functools.partial(tokens, scale=scale), self._weights()
-        return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, weights, chunk_size=self.config.chunk_size)
-
-    def new_state(self, fixed_length=None):
-        return Sums(fixed_length)
-
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
-        rule, chunk_size = (functools.partial(tokens, scale=scale), self._weights()), self.config.chunk_size
-        return recurrent_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *rule, chunk_size=chunk_size)
-
-    def _weights(self):
+    def weights(self):
         averages = [self.score_weight, self.average_weight]
         return [*averages, self.beta_weight, self.beta_bias, self.gate_weight, self.dt_bias, self.A_log]
 

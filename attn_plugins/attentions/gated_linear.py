@@ -6,15 +6,14 @@ import torch
 from torch import nn
 from torch.nn.functional import logsigmoid
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.options import AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.decode.running_sums import Sums
-from attn_plugins.ops.recurrent.chunked import Tokens, dense_recurrent_attention, recurrent_attention, with_average
-from attn_plugins.ops.recurrent.step import recurrent_attention_from
+from attn_plugins.ops.recurrent.attention import RecurrentAttention
+from attn_plugins.ops.recurrent.chunked import Tokens, with_average
 
 
 @register_attention("gated_linear")
-class GatedLinearAttention(Attention):
+class GatedLinearAttention(RecurrentAttention):
     """Gated linear attention: each channel of the key forgets at a rate that is learned and depends on the token.
 
     ``S_t = diag(e^g_t) S_{t-1} + k_t v_t^T``, ``n_t = e^g_t n_{t-1} + 1``, ``out_t = S_t^T (q_t / n_t)`` with
@@ -86,24 +85,10 @@ class GatedLinearAttention(Attention):
         fade = self.config.gate_logit_normalizer / self.config.initial_memory
         nn.init.constant_(self.gate_bias, -fade - math.log(-math.expm1(-fade)))
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._prepare(scale), self._weights())
-
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        weights, chunk_size = self._weights(), self.config.chunk_size
-        return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._prepare(scale), weights, chunk_size=chunk_size)
-
-    def new_state(self, fixed_length=None):
-        return Sums(fixed_length)
-
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
-        rule, chunk_size = (self._prepare(scale), self._weights()), self.config.chunk_size
-        return recurrent_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *rule, chunk_size=chunk_size)
-
-    def _weights(self):
+    def weights(self):
         return [self.score_weight, self.average_weight, self.gate_down_weight, self.gate_up_weight, self.gate_bias]
 
-    def _prepare(self, scale):
+    def prepare(self, scale):
         return functools.partial(tokens, scale=scale, normalizer=self.config.gate_logit_normalizer)
 
 

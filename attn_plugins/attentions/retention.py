@@ -4,16 +4,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.options import AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.decode.running_sums import Sums
-from attn_plugins.ops.recurrent.chunked import Tokens, dense_recurrent_attention, recurrent_attention, with_average
-from attn_plugins.ops.recurrent.step import recurrent_attention_from
+from attn_plugins.ops.recurrent.attention import RecurrentAttention
+from attn_plugins.ops.recurrent.chunked import Tokens, with_average
 from attn_plugins.ops.reference import expand_heads
 
 
 @register_attention("retention")
-class RetentionAttention(Attention):
+class RetentionAttention(RecurrentAttention):
     """RetNet's retention: dot products without softmax, that fade with distance at a rate of each head.
 
     ``out_t = sum_j gamma_h^(t - j) (a scale q_t . k_j + b) v_j / sum_j gamma_h^(t - j)`` over the visible keys j, with
@@ -64,22 +63,10 @@ class RetentionAttention(Attention):
         nn.init.ones_(self.score_weight)
         nn.init.ones_(self.average_weight)
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        prepare = functools.partial(tokens, scale=scale)
-        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, self._weights())
+    def prepare(self, scale):
+        return functools.partial(tokens, scale=scale)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        prepare, weights = functools.partial(tokens, scale=scale), self._weights()
-        return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, prepare, weights, chunk_size=self.config.chunk_size)
-
-    def new_state(self, fixed_length=None):
-        return Sums(fixed_length)
-
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
-        rule, chunk_size = (functools.partial(tokens, scale=scale), self._weights()), self.config.chunk_size
-        return recurrent_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *rule, chunk_size=chunk_size)
-
-    def _weights(self):
+    def weights(self):
         return [self.score_weight, self.average_weight]
 
 
