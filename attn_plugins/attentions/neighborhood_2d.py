@@ -81,7 +81,7 @@ class Neighborhood2dAttention(Attention):
             )
         padding_BK = mask.padding_BK
         if padding_BK is not None and (
-            recorded(padding_BK) or not mask.once("all real", lambda: bool(padding_BK.all()))
+            recorded(padding_BK) or not mask.cached("all real", lambda: bool(padding_BK.all()))
         ):
             raise ValueError("attention 'neighborhood_2d' got padding; allowed: images of one size in a batch")
         prefix = self.config.num_prefix_tokens

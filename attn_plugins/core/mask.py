@@ -1,7 +1,7 @@
 """AttentionMask: what each query may see, kept as a rule and evaluated only where an attention asks.
 
 Nothing here is dense unless :meth:`AttentionMask.dense` is called. One mask is made a forward pass and shared by all
-layers; what is computed from it once is kept in ``memo`` and serves them all.
+layers; what is computed from it is cached in ``memo`` for them all.
 """
 
 from collections.abc import Callable, Hashable
@@ -97,11 +97,11 @@ class AttentionMask:
 
     def as_cross(self) -> "AttentionMask":
         """The same mask for queries and keys of different sequences."""
-        return self if self.cross else self.once("cross", lambda: self._copy(cross=True))
+        return self if self.cross else self.cached("cross", lambda: self._copy(cross=True))
 
     def for_queries(self: M, number: int) -> M:
         """The same mask for another number of queries, where all of them see the same keys."""
-        return self.once(("queries", number), lambda: self._copy(q_length=number))
+        return self.cached(("queries", number), lambda: self._copy(q_length=number))
 
     def last(self, number: int) -> "AttentionMask":
         """The mask of the last ``number`` keys, for the same queries."""
@@ -123,7 +123,7 @@ class AttentionMask:
             }
             return self._copy(kv_length=number, kv_offset=self.kv_offset + dropped, first_B=first_B, **cut)
 
-        return self.once(("last", number), build)
+        return self.cached(("last", number), build)
 
     def at(self, positions_BK: torch.Tensor, real_BK: torch.Tensor, first_B: torch.Tensor) -> "AttentionMask":
         """The mask of keys at these absolute positions, for the same queries.
@@ -154,8 +154,8 @@ class AttentionMask:
         rows = torch.arange(len(self.positions_BK), device=k_index.device).view(-1, *[1] * (k_index.ndim - 1))
         return self.positions_BK[rows, k_index]
 
-    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
-        """``compute()``, kept under ``key`` for the other layers of this forward pass."""
+    def cached(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """Memoise ``compute()`` under ``key`` for all layers of this forward pass."""
         if torch.compiler.is_compiling():
             return compute()  # the compiler finds out by itself what layers compute twice
         if key not in self.memo:
@@ -217,7 +217,7 @@ class AttentionMask:
                 seen = seen & self.padding_BK.unsqueeze(1)
             return seen.unsqueeze(1)
 
-        return self.once("dense", build)
+        return self.cached("dense", build)
 
     def starts_BK(self) -> torch.Tensor:
         """For each key the index of the first real key of its row or segment, (B or 1, K) int64; negative if dropped.
@@ -244,7 +244,7 @@ class AttentionMask:
             first_real = real & (counted - before_segment == 1)
             return torch.maximum(torch.where(first_real, index, 0).cummax(dim=1).values, segment_start)
 
-        return self.once("starts", build)
+        return self.cached("starts", build)
 
     def _copy(self: M, **changes: Any) -> M:
         copied = object.__new__(type(self))

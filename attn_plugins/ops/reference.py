@@ -9,7 +9,7 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def wide(*tensors: torch.Tensor) -> torch.dtype:
+def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype in which sums are taken: float32, or float64 where an input is float64."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -43,7 +43,7 @@ def scores(
     softcap: float | None = None,
 ) -> torch.Tensor:
     """Scaled dot products in at least float32, softcapped, then biased: (B, H, Q, K)."""
-    dtype = wide(q_BHQD, k_BGKD)
+    dtype = accumulation_dtype(q_BHQD, k_BGKD)
     s_BHQK = q_BHQD.to(dtype) @ expand_heads(k_BGKD, q_BHQD.shape[1]).to(dtype).transpose(-1, -2) * scale
     if softcap is not None:
         s_BHQK = softcap * torch.tanh(s_BHQK / softcap)

@@ -6,7 +6,7 @@ import torch
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rotary import Rotary
-from attn_plugins.ops.reference import wide
+from attn_plugins.ops.reference import accumulation_dtype
 from attn_plugins.ops.softmax.patterns.band import first_query, in_row, query_in_row
 
 
@@ -20,7 +20,7 @@ class Pivot(NamedTuple):
 def turned(q_BHQD: torch.Tensor, mask: AttentionMask, rotary: Rotary, pivot: Pivot, position: int) -> torch.Tensor:
     """Queries as if they stood at ``position`` of their row, where they are beyond it."""
     beyond = query_in_row(mask, torch.arange(mask.q_length, device=mask.device).unsqueeze(0)) > position
-    cos, sin, to_cos, to_sin = (x.to(wide(x)) for x in (rotary.cos_BQR, rotary.sin_BQR, *pivot))
+    cos, sin, to_cos, to_sin = (x.to(accumulation_dtype(x)) for x in (rotary.cos_BQR, rotary.sin_BQR, *pivot))
     # Some models scale cos and sin, which q has in it once and shall not have twice.
     size = cos.square() + sin.square()
     by_cos = torch.where(beyond.unsqueeze(2), (to_cos * cos + to_sin * sin) / size, 1.0)

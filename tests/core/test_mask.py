@@ -139,7 +139,7 @@ def test_starts_count_from_dropped_keys():
 
 def test_what_is_computed_once_is_shared():
     mask, calls = AttentionMask(1, 2, 2, causal=True), []
-    assert [mask.once("key", lambda: calls.append(1) or len(calls)) for _ in range(3)] == [1, 1, 1]
+    assert [mask.cached("key", lambda: calls.append(1) or len(calls)) for _ in range(3)] == [1, 1, 1]
     assert mask.dense() is mask.dense()
 
 

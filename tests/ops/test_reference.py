@@ -7,13 +7,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attn_plugins.attentions.softmax import SoftmaxAttention
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.reference import dense_attention, expand_heads, outside_autocast, scores, wide
+from attn_plugins.ops.reference import accumulation_dtype, dense_attention, expand_heads, outside_autocast, scores
 
 
 def test_sums_are_taken_in_float32_at_least():
     half, single, double = (torch.empty(0, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64))
-    assert wide(half, half) == wide(half, single) == torch.float32
-    assert wide(half, double) == torch.float64
+    assert accumulation_dtype(half, half) == accumulation_dtype(half, single) == torch.float32
+    assert accumulation_dtype(half, double) == torch.float64
 
 
 def test_oracle_equals_torch():

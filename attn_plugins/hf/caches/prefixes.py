@@ -38,7 +38,7 @@ def before_attention(
     length = cache.get_seq_length(index)
     if not length or mask.causal or not mask.plain:
         return None
-    moved = mask.once(("prefix", length), lambda: behind(mask, length))
+    moved = mask.cached(("prefix", length), lambda: behind(mask, length))
     args = tuple(moved if held is mask else held for held in args)
     return args, {name: moved if held is mask else held for name, held in kwargs.items()}
 

@@ -78,12 +78,12 @@ class LazyMask(AttentionMask):
     def as_tensor(self) -> torch.Tensor:
         """The boolean mask that it stands for."""
         self.touch()
-        return self.once("tensor", lambda: self.dense().expand(self.shape))
+        return self.cached("tensor", lambda: self.dense().expand(self.shape))
 
     def as_additive(self, dtype: torch.dtype) -> torch.Tensor:
         """0 where a key is seen, the least number of ``dtype`` where not: what is added to scores."""
         self.touch()
-        return self.once(("additive", dtype), lambda: additive(self.as_tensor(), dtype))
+        return self.cached(("additive", dtype), lambda: additive(self.as_tensor(), dtype))
 
     def with_state(self, state: State) -> "LazyMask":
         """For the module whose state this is: the mask of its queries and of all tokens so far, whatever is cached.
@@ -93,7 +93,7 @@ class LazyMask(AttentionMask):
         """
         one = self.fixed_length and self.q_length == 1
         if not torch.compiler.is_compiling():
-            seen, before = state.seen, self.once("q_offset", lambda: int(self.q_offset))
+            seen, before = state.seen, self.cached("q_offset", lambda: int(self.q_offset))
             if seen != before:
                 raise ValueError(
                     f"the cache has seen {before} tokens, and {seen} in the layer of this attention; it is of "
@@ -101,9 +101,9 @@ class LazyMask(AttentionMask):
                 )
         whole: LazyMask = self
         if one:
-            whole = self.once(("one", state.fixed_length), lambda: self._for_one(state))
+            whole = self.cached(("one", state.fixed_length), lambda: self._for_one(state))
         elif self.kv_offset or self.fixed_length:
-            whole = self.once("whole", lambda: self._for_all(state.seen))
+            whole = self.cached("whole", lambda: self._for_all(state.seen))
         return whole.sent(state=state)
 
     def _for_one(self, state: State) -> "LazyMask":
@@ -128,7 +128,7 @@ class LazyMask(AttentionMask):
             sizes: dict[str, Any] = {"kv_length": number, "q_offset": q_offset}
             return self._copy(**sizes, padding_BK=padding_BK, fixed_length=False)
 
-        return self.once("written", build)
+        return self.cached("written", build)
 
     def hiding_unwritten(self) -> "LazyMask":
         """The mask of all keys of a static cache, in which those that are not written are padding."""
@@ -160,7 +160,7 @@ class LazyMask(AttentionMask):
                 )
             return made.to(self.device) if hasattr(made, "to") else made
 
-        return self.once(("native", implementation), build)
+        return self.cached(("native", implementation), build)
 
 
 def lazy_mask(

@@ -7,7 +7,7 @@ import torch
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.query_chunks import bias_of, in_query_chunks, visible_pairs
-from attn_plugins.ops.reference import expand_heads, masked_softmax, wide
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax
 
 SATURATED = 20.0
 """Projections are limited to this: tanh is 1 to the last digit of float64 long before."""
@@ -15,7 +15,7 @@ SATURATED = 20.0
 
 def project(x_BHTD: torch.Tensor, weight_HED: torch.Tensor) -> torch.Tensor:
     """Hidden units of queries or keys, (B, H, E, T), within ±SATURATED."""
-    dtype = wide(x_BHTD, weight_HED)
+    dtype = accumulation_dtype(x_BHTD, weight_HED)
     return (weight_HED.to(dtype) @ x_BHTD.to(dtype).mT).clamp(-SATURATED, SATURATED)
 
 

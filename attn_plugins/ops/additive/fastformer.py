@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.decode.running_sums import Sums, in_pieces
 from attn_plugins.ops.linear.attention import contiguous_segments
-from attn_plugins.ops.reference import expand_heads, masked_softmax, wide
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax
 
 UNSEEN = -1e30
 """Logit of what is not visible: finite, so that a token that sees nothing has finite gradients (of zero)."""
@@ -108,7 +108,7 @@ def fastformer_from(
         state: what the tokens before add up to, ``query_pool`` and ``query_level``, ``key_pool`` and ``key_level``,
             (B, H, D + 1) and (B, H) each, see :class:`_Pool`.
     """
-    weights, (heads, size) = _wide_weights(weights, wide(q_BHQD, k_BGKD, v_BGKV)), weights.query.shape
+    weights, (heads, size) = _cast_weights(weights, accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)), weights.query.shape
     pools, levels = ("query_pool", "key_pool"), ("query_level", "key_level")
     state.start(k_BGKD, v_BGKV, **dict.fromkeys(pools, (heads, size + 1)), **dict.fromkeys(levels, (heads,)))
 
@@ -168,7 +168,11 @@ def _go_on(
 
 def _prepare(q_BHQD, k_BGKD, v_BGKV, weights, mask):
     """Everything in at least float32, keys repeated to the query heads, and no keys after the last query if causal."""
-    dtype, heads, (queries, keys) = wide(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape[1], (q_BHQD.shape[2], k_BGKD.shape[2])
+    dtype, heads, (queries, keys) = (
+        accumulation_dtype(q_BHQD, k_BGKD, v_BGKV),
+        q_BHQD.shape[1],
+        (q_BHQD.shape[2], k_BGKD.shape[2]),
+    )
     if not mask.causal and queries != keys:
         raise ValueError(
             f"bidirectional fastformer pools the queries of all tokens, got {queries} queries and {keys} keys; "
@@ -180,10 +184,10 @@ def _prepare(q_BHQD, k_BGKD, v_BGKV, weights, mask):
         seen = mask.q_offset - mask.kv_offset + queries
         mask = _mask(mask, queries, seen)
     k_BHKD, v_BHKV = (expand_heads(x[:, :, :seen].to(dtype), heads) for x in (k_BGKD, v_BGKV))
-    return q_BHQD.to(dtype), k_BHKD, v_BHKV[:, :, seen - queries :], _wide_weights(weights, dtype), mask
+    return q_BHQD.to(dtype), k_BHKD, v_BHKV[:, :, seen - queries :], _cast_weights(weights, dtype), mask
 
 
-def _wide_weights(weights: Weights, dtype: torch.dtype) -> Weights:
+def _cast_weights(weights: Weights, dtype: torch.dtype) -> Weights:
     return weights._replace(**{name: w.to(dtype) for name, w in weights._asdict().items() if w is not None})
 
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import recorded
-from attn_plugins.ops.reference import outside_autocast, wide
+from attn_plugins.ops.reference import accumulation_dtype, outside_autocast
 
 LARGEST_TILE = 128
 """Pairs that are multiplied with one block at a time."""
@@ -73,7 +73,7 @@ def blocks_of(mask: AttentionMask, block_size: int) -> Blocks:
         start_BN = starts_BK.gather(1, first_BN.clamp(max=mask.kv_length - 1))
         return Blocks(block_BK, keys_BNC, real_BNC, start_BN, positions(mask), mask.causal)
 
-    return mask.once(("blocks", block_size), build)
+    return mask.cached(("blocks", block_size), build)
 
 
 def positions(mask: AttentionMask) -> torch.Tensor:
@@ -91,7 +91,7 @@ def choose_blocks(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, blocks: Blocks, to
     Returns:
         (B, H, Q, at most topk) block numbers, -1 where there are fewer to choose from.
     """
-    dtype = wide(q_BHQD, k_BGKD)
+    dtype = accumulation_dtype(q_BHQD, k_BGKD)
     batch, groups = k_BGKD.shape[:2]
     heads, queries = q_BHQD.shape[1:3]
     number = blocks.start_BN.shape[1]
@@ -312,7 +312,7 @@ class _Call:
 
     def __init__(self, q_BHQD, k_BGKD, v_BGKV, options):
         self.scale, self.dropout, self.seed = options
-        self.dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+        self.dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
         self.q, self.k, self.v = (x.to(self.dtype).reshape(-1, x.shape[-1]) for x in (q_BHQD, k_BGKD, v_BGKV))
         self.q = self.q * self.scale
         self.generator = None

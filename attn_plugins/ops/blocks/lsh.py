@@ -9,7 +9,7 @@ import torch
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.blocks.gather import Part, gathered_attention, positions
-from attn_plugins.ops.reference import expand_heads, wide
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
 TILE = 32
 """Sorted queries, and sorted keys, that are multiplied with each other at a time."""
@@ -18,7 +18,7 @@ TILE = 32
 @torch.no_grad()
 def buckets(x_BHND: torch.Tensor, rotations_EFD: torch.Tensor) -> torch.Tensor:
     """(E, B, H, N): the bucket of each vector in each round, the argmax of [R x; -R x]; its length is no matter."""
-    dtype = wide(x_BHND)
+    dtype = accumulation_dtype(x_BHND)
     rounds = [x_BHND.to(dtype) @ rotation_FD.to(dtype).mT for rotation_FD in rotations_EFD]
     return torch.stack([torch.cat([x, -x], dim=-1).argmax(dim=-1) for x in rounds])
 

@@ -20,7 +20,14 @@ from attn_plugins.ops.decode.block_cache import (
     few_attention,
     own_blocks,
 )
-from attn_plugins.ops.reference import dense_attention, expand_heads, masked_softmax, outside_autocast, scores, wide
+from attn_plugins.ops.reference import (
+    accumulation_dtype,
+    dense_attention,
+    expand_heads,
+    masked_softmax,
+    outside_autocast,
+    scores,
+)
 from attn_plugins.ops.softmax.patterns.band import Band
 from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 from attn_plugins.ops.softmax.topk import Tile, attention_by_tiles, few_sizes, pieces
@@ -42,7 +49,7 @@ class Weights:
 
     def gates(self, q_BHQD: torch.Tensor) -> torch.Tensor:
         """(B, H, Q, 3)"""
-        dtype = wide(q_BHQD, self.gate_weight_H3D)
+        dtype = accumulation_dtype(q_BHQD, self.gate_weight_H3D)
         return torch.sigmoid(
             q_BHQD.to(dtype) @ self.gate_weight_H3D.to(dtype).mT + self.gate_bias_H3[:, None].to(dtype)
         )
@@ -107,7 +114,7 @@ def compression_of(mask: AttentionMask, kernel_size: int, kernel_stride: int, bl
             keys_BMC, real_BM, first_BM + kernel_size - 1, start_BM, over_BNW, share_BNW.to(torch.float64), blocks
         )
 
-    return mask.once(("compression", kernel_size, kernel_stride, block_size), build)
+    return mask.cached(("compression", kernel_size, kernel_stride, block_size), build)
 
 
 @torch.compiler.disable(reason="its loop over the positions of a block would be unrolled")
@@ -123,7 +130,9 @@ class _Compress(torch.autograd.Function):
     def forward(ctx, x_BGKD, weight_GC, keys_BMC):
         ctx.save_for_backward(x_BGKD, weight_GC, keys_BMC)
         groups, size = x_BGKD.shape[1], x_BGKD.shape[3]
-        out_BMGD = torch.zeros(*keys_BMC.shape[:2], groups, size, dtype=wide(x_BGKD), device=x_BGKD.device)
+        out_BMGD = torch.zeros(
+            *keys_BMC.shape[:2], groups, size, dtype=accumulation_dtype(x_BGKD), device=x_BGKD.device
+        )
         for picked_BMGD, weight_G1, _ in _positions(x_BGKD, weight_GC.to(out_BMGD.dtype), keys_BMC):
             out_BMGD.addcmul_(picked_BMGD, weight_G1)
         return out_BMGD.transpose(1, 2).contiguous()
@@ -403,7 +412,7 @@ def dense_native_sparse_attention(
     compression, everywhere = compression_of(mask, kernel_size, kernel_stride, block_size), slice(None)
     heads, groups = q_BHQD.shape[1], k_BGKD.shape[1]
     options: dict[str, Any] = {"scale": scale, "dropout": dropout}
-    dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+    dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
     keys = compression.keys_BMC.unsqueeze(1).expand(-1, groups, -1, -1)
 
     def spread(weight_GC: torch.Tensor) -> torch.Tensor:

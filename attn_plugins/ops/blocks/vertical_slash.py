@@ -29,7 +29,7 @@ def sample(mask: AttentionMask, number: int) -> tuple[torch.Tensor, torch.Tensor
         index = (~real_BK).long().argsort(dim=1, stable=True)
         return index.gather(1, rank.clamp(max=mask.kv_length - 1)), slot < taken
 
-    return mask.once(("sample", number), build)
+    return mask.cached(("sample", number), build)
 
 
 @torch.no_grad()
@@ -107,15 +107,15 @@ def parts_of(all_see_BHK: torch.Tensor, distance_BHS: torch.Tensor, mask: Attent
             Part(rows.flatten(0, 1), first_key[:, None] + keys, real_XC, head.repeat_interleave(rows.shape[1]), None)
         )
     distance = distance_BHS.flatten(0, 1)[:, None]
-    once = torch.ones_like(distance, dtype=torch.bool)
-    once[..., 1:] = distance[..., 1:] != 0
+    counts = torch.ones_like(distance, dtype=torch.bool)
+    counts[..., 1:] = distance[..., 1:] != 0
     real_BK = None if mask.padding_BK is None else mask.padding_BK.expand(batch, -1).repeat_interleave(heads, dim=0)
     step = max(1, KEYS_AT_ONCE // (batch * heads * distance.shape[2]))
     for low in range(0, length, step):
         i = torch.arange(low, min(low + step, length), device=device)
         keys = i[:, None] + distance
         inside = keys.clamp(0, length - 1)
-        real = (keys == inside) & once & ~all_see.gather(1, inside.flatten(1)).view(keys.shape)
+        real = (keys == inside) & counts & ~all_see.gather(1, inside.flatten(1)).view(keys.shape)
         if real_BK is not None:
             real &= real_BK.gather(1, inside.flatten(1)).view(keys.shape)
         rows = (length * head[:, None] + i).view(-1, 1)

@@ -11,7 +11,7 @@ import torch
 
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.reference import masked_softmax, wide
+from attn_plugins.ops.reference import accumulation_dtype, masked_softmax
 
 FEW = 16
 """Most queries that gather their keys one by one; for more, queries of one block share its keys."""
@@ -160,7 +160,7 @@ class KeyBlocks(State):
             return
         room = max(ROOM, 2 * held, tokens) if self.fixed_length is None else self.fixed_length
         batch, groups, _, head_dim = k_BGKD.shape
-        value_dim, dtype = v_BGKV.shape[3], wide(k_BGKD, v_BGKV)
+        value_dim, dtype = v_BGKV.shape[3], accumulation_dtype(k_BGKD, v_BGKV)
         number = room // self.block_size + 2
         made = {
             "k": k_BGKD.new_zeros(batch, groups, room, head_dim),
@@ -304,7 +304,11 @@ def few_attention(
     Returns:
         (out_BHQV, weights_BHQK before dropout), in at least float32.
     """
-    dtype, (batch, heads, queries, size), groups = wide(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape, k_BGKD.shape[1]
+    dtype, (batch, heads, queries, size), groups = (
+        accumulation_dtype(q_BHQD, k_BGKD, v_BGKV),
+        q_BHQD.shape,
+        k_BGKD.shape[1],
+    )
     rows = (q_BHQD.to(dtype) * scale).reshape(batch, groups, -1, size)
     s = (rows @ k_BGKD.to(dtype).mT).view(batch, groups, -1, queries, k_BGKD.shape[2])
     weights = masked_softmax(s, visible)

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rotary import Rotary
-from attn_plugins.ops.reference import masked_softmax, wide
+from attn_plugins.ops.reference import accumulation_dtype, masked_softmax
 from attn_plugins.ops.rotary import Pivot, apart, turned
 from attn_plugins.ops.softmax.patterns.band import ROWS, Band, in_row
 from attn_plugins.ops.softmax.tiles import Pattern, Tile, make_tile, tiled_attention
@@ -271,12 +271,12 @@ def window_attention(
 
     if new == 1:
         state.take(k_BGKD, v_BGKV, mask)
-        held, visible = mask.once(("held", *key), lambda: _held(mask, pattern, state))
+        held, visible = mask.cached(("held", *key), lambda: _held(mask, pattern, state))
         q, k = place(q_BHQD, state.tensors["k"], held)
         return one_query(q, k, state.tensors["v"], visible, **options)
     if state.length:
         k, v, both = state.followed_by(k_BGKD, v_BGKV, mask)
-        both = mask.once(("following", *key), lambda: both)
+        both = mask.cached(("following", *key), lambda: both)
         q, k = place(q_BHQD, k, both)
         out_BHQV = tiled_attention(q, k, v, both, Following(pattern, state.num_first, state.size - 1), **options)
     else:
@@ -313,7 +313,7 @@ def one_query(
     if softcap is None and sinks is None:
         out = scaled_dot_product_attention(q, k_BGKD, v_BGKV, attn_mask=visible, dropout_p=dropout, scale=scale)
         return out.reshape(batch, heads, 1, -1)
-    dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+    dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
     s_BHQK = (q.to(dtype) * scale @ k_BGKD.to(dtype).mT).view(batch, heads, 1, -1)
     if softcap is not None:
         s_BHQK = softcap * torch.tanh(s_BHQK / softcap)

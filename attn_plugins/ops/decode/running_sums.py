@@ -8,7 +8,7 @@ from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.linear.feature_maps import NO_KEYS
 from attn_plugins.ops.linear.features import check_length, row_positions
-from attn_plugins.ops.reference import wide
+from attn_plugins.ops.reference import accumulation_dtype
 
 PIECE = 4096
 """Tokens that are taken in at once: what is made of each of them is held for as many."""
@@ -42,7 +42,7 @@ class Sums(State):
         They begin with zeros, those whose name ends in "level" with NO_KEYS.
         """
         if not self.tensors:
-            (batch, groups), dtype = k_BGKD.shape[:2], wide(k_BGKD, v_BGKV)
+            (batch, groups), dtype = k_BGKD.shape[:2], accumulation_dtype(k_BGKD, v_BGKV)
             self.tensors = {
                 "k": k_BGKD.new_zeros(batch, groups, self.window, k_BGKD.shape[3]),
                 "v": v_BGKV.new_zeros(batch, groups, self.window, v_BGKV.shape[3]),

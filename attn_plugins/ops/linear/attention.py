@@ -14,7 +14,7 @@ from attn_plugins.ops.decode.running_sums import Sums, in_pieces
 from attn_plugins.ops.linear.chunked import causal_linear
 from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS, above_level, level_of
 from attn_plugins.ops.linear.features import Prepared
-from attn_plugins.ops.reference import expand_heads, wide
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
 Projection = torch.Tensor | None
 """(heads, E, D), applied to queries or keys before the feature map: x -> W x; None is the identity."""
@@ -22,7 +22,7 @@ Projection = torch.Tensor | None
 
 def project(x_BHTD: torch.Tensor, projection: Projection) -> torch.Tensor:
     """W x for each head, in at least float32."""
-    x_BHTD = x_BHTD.to(wide(x_BHTD))
+    x_BHTD = x_BHTD.to(accumulation_dtype(x_BHTD))
     return x_BHTD if projection is None else x_BHTD @ projection.to(x_BHTD.dtype).mT
 
 
@@ -97,7 +97,7 @@ def linear_attention(
         )[0]
     padding_BK, segments_BK = real_keys(mask), contiguous_segments(mask)
     with torch.autocast(q_BHQD.device.type, enabled=False):
-        dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+        dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
         w_q, w_k = (None if w is None else w.to(dtype) for w in (query_projection, key_projection))
         if not mask.causal and segments_BK is None:
             state = _sum_keys(k_BGKD, v_BGKV, w_k, feature_map, padding_BK)
@@ -152,7 +152,7 @@ def linear_attention_from(
 
 def projections(prepared: Prepared) -> tuple[Projection, Projection]:
     """Of queries and of keys, in at least float32."""
-    dtype = wide(prepared.q_BHQD, prepared.k_BGKD)
+    dtype = accumulation_dtype(prepared.q_BHQD, prepared.k_BGKD)
     names = ("query_projection", "key_projection")
     w_q, w_k = (None if name not in prepared.options else prepared.options[name].to(dtype) for name in names)
     return w_q, w_k
@@ -254,7 +254,7 @@ def contiguous_segments(mask: AttentionMask) -> torch.Tensor | None:
             )
 
     if mask.segments_BK is not None:
-        mask.once("contiguous segments", check)
+        mask.cached("contiguous segments", check)
     return None if mask.segments_BK is None else mask.segments_BK.expand(mask.batch_size, -1)
 
 
@@ -318,7 +318,7 @@ def _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, featur
     before = k_BGKD.shape[2] - q_BHQD.shape[2]
     outs, dens = [], []
     for turned, diagonal in ((False, 0), (True, -1)):
-        q, k, v = pad(q_BHQD, (0, 0, before, 0)), k_BGKD, v_BGKV.to(wide(v_BGKV))
+        q, k, v = pad(q_BHQD, (0, 0, before, 0)), k_BGKD, v_BGKV.to(accumulation_dtype(v_BGKV))
         rows = [padding_BK, segments_BK]
         if turned:
             q, k, v = (x.flip(2) for x in (q, k, v))

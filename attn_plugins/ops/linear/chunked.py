@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import pad
 
 from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS, NO_KEYS, FeatureMap, above_level
-from attn_plugins.ops.reference import wide
+from attn_plugins.ops.reference import accumulation_dtype
 
 ROWS_A_BLOCK = {"cpu": 1 << 11}
 """Tokens times query heads of one block, by type of device: on CPU what the nearer caches hold."""
@@ -76,7 +76,7 @@ class _Problem(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        return wide(self.q, self.k, self.v)
+        return accumulation_dtype(self.q, self.k, self.v)
 
     @property
     def phi(self) -> FeatureMap:
@@ -273,7 +273,7 @@ def _empty_outputs(
     phi = FEATURE_MAPS[feature_map]
     features = phi.size(head_dim if w_q is None else w_q.shape[1])
     out = v.new_empty(batch, length, heads, value_dim).transpose(1, 2)
-    den = q.new_empty(batch, heads, length, dtype=wide(q, k, v))
+    den = q.new_empty(batch, heads, length, dtype=accumulation_dtype(q, k, v))
     states = den.new_empty(batch, groups, chunks, features, value_dim + 1)
     return out, den, states, den.new_empty(batch, groups, blocks if phi.exponential else 0, features)
 

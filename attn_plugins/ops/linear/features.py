@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import recorded
-from attn_plugins.ops.reference import wide
+from attn_plugins.ops.reference import accumulation_dtype
 
 LEARNED = ("hedgehog", "t2r", "taylor")
 """Maps with weights of their own."""
@@ -106,12 +106,12 @@ def prepare(
     Raises:
         ValueError: cosformer got more than ``max_length`` tokens, or queries and keys of different sequences.
     """
-    dtype = wide(q_BHQD, k_BGKD, *weights.values())
+    dtype = accumulation_dtype(q_BHQD, k_BGKD, *weights.values())
     options = {"feature_map": MAP_OF.get(feature_map, feature_map), "eps": 1e-30 if feature_map == "favor" else eps}
     projections = []
     if feature_map == "cosformer":
         if since is None:
-            cos, sin = mask.once(("cosformer", max_length, dtype), lambda: _turns(mask, max_length, dtype))
+            cos, sin = mask.cached(("cosformer", max_length, dtype), lambda: _turns(mask, max_length, dtype))
             before = mask.q_offset - mask.kv_offset
         else:
             cos, sin = _angles(row_positions(mask, since, k_BGKD.shape[2]), max_length, dtype)
@@ -162,7 +162,7 @@ def row_positions(mask: AttentionMask, since: Any, number: int) -> torch.Tensor:
     padding_BK = mask.padding_BK
     if padding_BK is None:
         return position
-    return position - mask.once("first real", lambda: padding_BK.long().argmax(dim=1, keepdim=True))
+    return position - mask.cached("first real", lambda: padding_BK.long().argmax(dim=1, keepdim=True))
 
 
 def _turns(mask: AttentionMask, max_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.linear.attention import contiguous_segments, few_queries, last_queries, project, real_keys
 from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS
 from attn_plugins.ops.linear.features import Prepared
-from attn_plugins.ops.reference import expand_heads, outside_autocast, scores, wide
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, outside_autocast, scores
 
 HIDDEN = -1e30
 """Added to the score of a key that is not seen. Finite: a row that sees nothing is no NaN before it is zeroed."""
@@ -62,7 +62,7 @@ def _tiles(mask: AttentionMask, window_size: int, dtype: torch.dtype) -> list[_T
             tiles.append(known[alike]._replace(queries=queries, keys=keys))
         return tiles
 
-    return mask.once(("linear window", window_size, dtype), build)
+    return mask.cached(("linear window", window_size, dtype), build)
 
 
 def dense_linear_window(
@@ -91,7 +91,7 @@ def dense_linear_window(
     k_index = torch.arange(mask.kv_length, device=q_BHQD.device)
     near = _in_window(mask, q_index, k_index, window_size)
     visible, heads = mask.dense(), q_BHQD.shape[1]
-    a_BHQK = torch.zeros((), dtype=wide(q_BHQD, k_BGKD), device=q_BHQD.device)
+    a_BHQK = torch.zeros((), dtype=accumulation_dtype(q_BHQD, k_BGKD), device=q_BHQD.device)
     if branch != "linear":
         s_BHQK = scores(q_BHQD, k_BGKD, scale=scale).masked_fill(~(visible & near), -torch.inf)
         top = s_BHQK.max(dim=-1, keepdim=True).values
@@ -144,7 +144,7 @@ def linear_window_attention(
             branch=branch,
             scale=scale,
         )[0]
-    dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+    dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
     near = top_total = None
     if branch != "linear":
         near, top_total = _Window.apply(q_BHQD, k_BGKD, v_BGKV, _tiles(mask, window_size, dtype), scale)
@@ -213,7 +213,7 @@ class _Window(torch.autograd.Function):
         ctx.tiles, ctx.scale = tiles, scale
         q, k, v = _by_group(q_BHQD, k_BGKD, v_BGKV)
         batch, groups, shared, queries, _ = q.shape
-        dtype = wide(q, k, v)
+        dtype = accumulation_dtype(q, k, v)
         out = q.new_empty(batch, queries, groups, shared, v.shape[-1], dtype=dtype).permute(0, 2, 3, 1, 4)
         totals = q.new_empty(batch, groups, shared, queries, 1, dtype=dtype)
         for tile in tiles:
@@ -233,7 +233,7 @@ class _Window(torch.autograd.Function):
     def backward(ctx, grad_out, grad_total):
         q_BHQD, k_BGKD, v_BGKV = ctx.saved_tensors
         q, k, v = _by_group(q_BHQD, k_BGKD, v_BGKV)
-        dtype, groups = wide(q, k, v), (k.shape[1], -1)
+        dtype, groups = accumulation_dtype(q, k, v), (k.shape[1], -1)
         g_out, g_total = grad_out.unflatten(1, groups), grad_total.unflatten(1, groups)
         dq = torch.empty_like(q, memory_format=torch.contiguous_format, dtype=dtype)
         dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format, dtype=dtype) for x in (k, v))
@@ -265,13 +265,13 @@ def _by_group(q_BHQD, k_BGKD, v_BGKV):
 
 def _rows(q, tile):
     """(B G, heads that share x queries, D)."""
-    return q[..., tile.queries, :].flatten(2, 3).flatten(0, 1).to(wide(q))
+    return q[..., tile.queries, :].flatten(2, 3).flatten(0, 1).to(accumulation_dtype(q))
 
 
 def _exponentials(q, k, tile, scale):
     """exp(score - largest score of the row) over a tile's keys, 0 where hidden, and where the largest is."""
     rows, columns = _rows(q, tile) * scale, k[:, :, tile.keys].flatten(0, 1)
-    s = torch.bmm(rows.to(wide(q, k)), columns.to(wide(q, k)).mT)
+    s = torch.bmm(rows.to(accumulation_dtype(q, k)), columns.to(accumulation_dtype(q, k)).mT)
     by_head = s.view(*q.shape[:3], -1, s.shape[-1])
     by_head += tile.hidden
     top, largest = s.max(dim=-1, keepdim=True)

@@ -10,7 +10,7 @@ from attn_plugins.ops.decode.running_sums import Sums, in_pieces
 from attn_plugins.ops.linear.attention import absorb, projections, read_sums, sums_shapes
 from attn_plugins.ops.linear.features import Prepared
 from attn_plugins.ops.linear.window import HIDDEN, linear_window_attention
-from attn_plugins.ops.reference import wide
+from attn_plugins.ops.reference import accumulation_dtype
 
 Prepare = Callable[[torch.Tensor, torch.Tensor], tuple[Prepared, dict[str, Any]]]
 """(queries, keys) -> what the linear part takes of them, and the other options of linear_window_attention."""
@@ -48,7 +48,7 @@ def linear_window_attention_from(
         if before:
             places = position[:before] % state.window
             k, v = (torch.cat([state.tensors[x].index_select(2, places), new], 2) for x, new in (("k", k), ("v", v)))
-        near = mask.once(("near", first, q.shape[2], len(position)), lambda: _last(mask, q.shape[2], position))
+        near = mask.cached(("near", first, q.shape[2], len(position)), lambda: _last(mask, q.shape[2], position))
         prepared, options = prepare(q, k)
         sums = state.tensors["sums"]
         out = linear_window_attention(q, k, v, prepared, near, chunk_size=chunk_size, sums=sums, **options)
@@ -81,7 +81,7 @@ def _one_token(
     state: Sums,
     prepare: Prepare,
 ) -> torch.Tensor:
-    place, seen, leaves = mask.once(("one", state.window), lambda: _places(mask, state))
+    place, seen, leaves = mask.cached(("one", state.window), lambda: _places(mask, state))
     k, v = (state.tensors[name].index_select(2, place) for name in ("k", "v"))
     prepared, options = prepare(q_BH1D, k)
     (q, k, linear), (w_q, w_k) = prepared, projections(prepared)
@@ -90,7 +90,7 @@ def _one_token(
     state.put("v", 2, place, v_BG1V)
     state.become(1, sums=sums)
 
-    dtype, (batch, groups, _, value_dim), branch = wide(q, k, v), v.shape, options["branch"]
+    dtype, (batch, groups, _, value_dim), branch = accumulation_dtype(q, k, v), v.shape, options["branch"]
     total = sums.new_zeros(())
     if branch != "window":
         total = read_sums(q, w_q, linear["feature_map"], sums, None)

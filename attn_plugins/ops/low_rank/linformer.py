@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import recorded
-from attn_plugins.ops.reference import expand_heads, masked_softmax, wide
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax
 
 
 class Projection(NamedTuple):
@@ -62,7 +62,7 @@ def projection_of(mask: AttentionMask, max_length: int, projected_length: int, d
         factor_BP = torch.where(count_BP > 0, size_P.squeeze(1) / count_BP, 0.0)
         return Projection(position_BK, real_BK, keys, member_PL / size_P, factor_BP)
 
-    return mask.once(("linformer", max_length, projected_length, dtype), build)
+    return mask.cached(("linformer", max_length, projected_length, dtype), build)
 
 
 def dense_linformer_attention(
@@ -76,7 +76,7 @@ def dense_linformer_attention(
     dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, a projection matrix a row: (out_BHQV in the dtype of v, weights_BHQK in at least float32)."""
-    dtype, heads = wide(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape[1]
+    dtype, heads = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape[1]
     key_weight_GPL, value_weight_GPL = weights
     projected_length, max_length = key_weight_GPL.shape[1:]
     made = projection_of(mask, max_length, projected_length, dtype)
@@ -114,7 +114,7 @@ def linformer_attention(
     Raises:
         ValueError: a row has a real key beyond L.
     """
-    dtype, heads = wide(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape[1]
+    dtype, heads = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape[1]
     key_weight_GPL, value_weight_GPL = weights
     projected_length, max_length = key_weight_GPL.shape[1:]
     length = min(mask.kv_length, max_length)

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.reference import expand_heads, masked_softmax, outside_autocast, wide
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax, outside_autocast
 
 
 class Landmarks(NamedTuple):
@@ -42,7 +42,7 @@ def landmarks_of(mask: AttentionMask, number: int) -> Landmarks:
         count_BM = count_BM.scatter_add(1, at_BK, real_BK.long())[:, :-1]
         return Landmarks(at_BK, count_BM, real_BK)
 
-    return mask.once(("landmarks", number), build)
+    return mask.cached(("landmarks", number), build)
 
 
 def run_means(x_BHKD: torch.Tensor, landmarks: Landmarks) -> torch.Tensor:
@@ -84,7 +84,7 @@ def dense_nystrom_attention(
     conv_HC: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, multiplied out: (out_BHQV in the dtype of v, weights_BHQK in at least float32)."""
-    dtype, heads, length = wide(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape[1], q_BHQD.shape[2]
+    dtype, heads, length = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape[1], q_BHQD.shape[2]
     landmarks = landmarks_of(mask, num_landmarks)
     q, k = q_BHQD.to(dtype), expand_heads(k_BGKD, heads).to(dtype)
     q_BHMD, k_BHMD = run_means(q, landmarks), run_means(k, landmarks)
@@ -122,7 +122,7 @@ def nystrom_attention(
         num_iterations: of :func:`iterative_inverse`.
         conv_HC: weights of a convolution over the values of neighbouring tokens that is added, or None.
     """
-    dtype, (batch, heads, _, _), groups = wide(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape, k_BGKD.shape[1]
+    dtype, (batch, heads, _, _), groups = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape, k_BGKD.shape[1]
     landmarks = landmarks_of(mask, num_landmarks)
     q, k, v = q_BHQD.to(dtype), k_BGKD.to(dtype), v_BGKV.to(dtype)
     q_BHMD, k_BHMD = run_means(q, landmarks), expand_heads(run_means(k, landmarks), heads)

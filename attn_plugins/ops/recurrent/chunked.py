@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.linear.attention import contiguous_segments
 from attn_plugins.ops.recurrent.checkpointed_loop import scan
-from attn_plugins.ops.reference import expand_heads, wide
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
 ROWS_A_SPAN = {"cpu": 1 << 12}
 """Tokens times rows times query heads of one span, by type of device: on CPU what the nearer caches hold."""
@@ -65,7 +65,7 @@ def with_average(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Queries and keys with one more channel, so that q.k becomes score_weight scale q.k + average_weight."""
-    dtype = wide(q_BHTD, k_BGTD, v_BGTV)
+    dtype = accumulation_dtype(q_BHTD, k_BGTD, v_BGTV)
     q = q_BHTD.to(dtype) * (scale * score_weight_H.to(dtype)).view(-1, 1, 1)
     average = average_weight_H.to(dtype).view(-1, 1, 1).expand(*q.shape[:3], 1)
     return torch.cat([q, average], dim=3), pad(k_BGTD.to(dtype), (0, 1), value=1.0)
@@ -73,7 +73,7 @@ def with_average(
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """x / |x| in at least float32; next to nothing where |x| is."""
-    x = x.to(wide(x))
+    x = x.to(accumulation_dtype(x))
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 
@@ -160,8 +160,10 @@ def recurrent_attention(
     k, v = k_BGKD[:, :, :end], v_BGKV[:, :, :end]
     rows = [None if x is None else x[:, :, :end] for x in _rows(mask)]
     with torch.autocast(q_BHQD.device.type, enabled=False):
-        weights = [w.to(wide(q_BHQD, k, v)) for w in weights]
-        state = k.new_zeros(len(k), *state_shape(q_BHQD, k, v, prepare, weights), dtype=wide(q_BHQD, k, v))
+        weights = [w.to(accumulation_dtype(q_BHQD, k, v)) for w in weights]
+        state = k.new_zeros(
+            len(k), *state_shape(q_BHQD, k, v, prepare, weights), dtype=accumulation_dtype(q_BHQD, k, v)
+        )
         return scan_from(state, q_BHQD, k, v, *rows, prepare, weights, chunk_size)[0]
 
 

@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.decode.running_sums import Sums, in_pieces
 from attn_plugins.ops.recurrent.chunked import Prepare, Tokens, hide, scan_from, state_shape
-from attn_plugins.ops.reference import wide
+from attn_plugins.ops.reference import accumulation_dtype
 
 
 def recurrent_attention_from(
@@ -31,7 +31,7 @@ def recurrent_attention_from(
     Returns:
         out_BHQV in the dtype of v.
     """
-    weights = [w.to(wide(q_BHQD, k_BGKD, v_BGKV)) for w in weights]
+    weights = [w.to(accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)) for w in weights]
     if not state.tensors:
         state.start(k_BGKD, v_BGKV, memory=state_shape(q_BHQD, k_BGKD, v_BGKV, prepare, weights))
 

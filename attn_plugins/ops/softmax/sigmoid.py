@@ -11,7 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.reference import expand_heads, outside_autocast, scores, wide
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, outside_autocast, scores
 
 TILE = (128, 512)
 """Queries and keys whose weights are formed at a time: few enough for the CPU's cache, enough for its matrix units."""
@@ -62,7 +62,7 @@ def log_count(mask: AttentionMask, dtype: torch.dtype) -> torch.Tensor:
                 count[:, tile.queries] += (~tile.invisible).sum(dim=-1)[:, 0, 0]
         return count.clamp(min=1).to(dtype).log()
 
-    return mask.once(("log_count", dtype), build)
+    return mask.cached(("log_count", dtype), build)
 
 
 def dense_sigmoid_attention(
@@ -107,7 +107,7 @@ def sigmoid_attention(
     Returns:
         out_BHQV in the dtype of v. Sums are taken in at least float32. Differentiable once.
     """
-    dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+    dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
     if offset is None:
         offset_BQ = -log_count(mask, dtype)
     else:
@@ -175,7 +175,7 @@ class _Call:
 
     def __init__(self, q_BHQD, k_BGKD, v_BGKV, position_bias, offset_BQ, options):
         self.scale, self.softcap, self.dropout, seed = options
-        self.dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+        self.dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
         self.batch, self.groups = k_BGKD.shape[:2]
         self.shared = q_BHQD.shape[1] // self.groups
         self.q = q_BHQD.reshape(self.batch * self.groups, self.shared, *q_BHQD.shape[2:])

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.reference import outside_autocast, wide
+from attn_plugins.ops.reference import accumulation_dtype, outside_autocast
 
 HIDDEN = -1e30
 """Added to the score of an invisible key. Finite, so that a row that sees nothing is no NaN before it is zeroed."""
@@ -139,10 +139,10 @@ def tiled_attention(
     Returns:
         out_BHQV in the dtype of v. Sums are taken in at least float32. Differentiable once.
     """
-    tiles = mask.once(pattern, lambda: tuple(pattern.tiles(mask)))
+    tiles = mask.cached(pattern, lambda: tuple(pattern.tiles(mask)))
     # The backward draws the same dropout again from this seed instead of keeping the masks of all tiles.
     seed = int(torch.randint(2**62, ())) if dropout else 0
-    options = (wide(q_BHQD, k_BGKD, v_BGKV), scale, softcap, dropout, seed)
+    options = (accumulation_dtype(q_BHQD, k_BGKD, v_BGKV), scale, softcap, dropout, seed)
     return _Tiled.apply(q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, tiles, pattern.merged, options)
 
 

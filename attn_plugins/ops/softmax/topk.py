@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import recorded
-from attn_plugins.ops.reference import outside_autocast, scores, wide
+from attn_plugins.ops.reference import accumulation_dtype, outside_autocast, scores
 
 SCORES_AT_ONCE = 2**21
 """Scores of a tile, over the query heads that are treated together."""
@@ -266,7 +266,7 @@ class _Call:
 
     def __init__(self, q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, options):
         self.visible, self.topk, self.scale, self.softcap, self.dropout, seed = options
-        self.dtype = wide(q_BHQD, k_BGKD, v_BGKV)
+        self.dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
         self.q, self.groups = q_BHQD, k_BGKD.shape[1]
         self.shared = q_BHQD.shape[1] // self.groups
         self.k, self.v = k_BGKD.flatten(0, 1).to(self.dtype), v_BGKV.flatten(0, 1).to(self.dtype)

@@ -158,7 +158,7 @@ class RandomBlocks:
             table = drawn(pairs[:, 0], pairs[:, 1], self.num_global, self._window(mask), self.num_random, self.seed)
             return table[place].view(*own.shape, -1)
 
-        return mask.once((self, "chosen"), build)
+        return mask.cached((self, "chosen"), build)
 
     def _number_of_blocks_BK(self, mask: AttentionMask, block: torch.Tensor) -> torch.Tensor:
         """For each key the number of blocks of its row or segment as far as there are real keys."""
