@@ -106,8 +106,8 @@ gpu-check: ## the contract tests and the benchmark on a CUDA GPU; PYTHON=python3
 		tests/attentions/test_capabilities.py
 	HF_HUB_OFFLINE=1 PYTHONPATH=. $(PYTHON) -m attn_plugins bench --config configs/bench/gpu.yaml
 
-docs: setup ## write docs/attentions.md from the docstrings
-	$(BIN)/python -m attn_plugins.benchmark.attention_page docs/attentions.md
+docs: setup ## write docs/attentions.md from the docstrings, and the tables of attentions in other pages
+	$(BIN)/python -m attn_plugins.benchmark.attention_page .
 
 architectures: setup ## the flag on every model type: docs/architectures.md and .json; goes on where it was
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/architectures/matrix.py --workers $(WORKERS)

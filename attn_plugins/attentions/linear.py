@@ -37,7 +37,7 @@ class LinearAttention(Attention):
     Limit case: none. An untrained swap is far from softmax attention; it needs training.
     """
 
-    family = "linear"
+    family, variants = "linear", "elu, relu, relu2, t2r, hedgehog, favor, cosformer, taylor"
     cost = "O(N F (chunk_size + D)), F = D, 2 D (hedgehog, cosformer), num_features, feature_dim^2 / 2 (taylor)"
     keeps = "F (V + 1) sums"
     paper = (

@@ -34,6 +34,7 @@ class LocalAttention(Attention):
     cost = "O(N (window_size + num_sink_tokens) D)"
     keeps = "num_sink_tokens + (window_size - 1) dilation + 1 keys and values"
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150; sinks: Xiao et al. 2023, arXiv:2309.17453"
+    variants = "window, sinks, dilation"
     when = (
         "First of all: with a few sink tokens it needs no training, honours every mask, and its cost grows "
         "with the length alone."

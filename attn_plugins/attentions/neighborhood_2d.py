@@ -35,6 +35,7 @@ class Neighborhood2dAttention(Attention):
         "Hassani et al. 2023, Neighborhood Attention Transformer, arXiv:2204.07143; "
         "dilated: Hassani and Shi 2022, arXiv:2209.15001"
     )
+    variants = "for images"
     when = (
         "For images of high resolution: a patch sees the patches around it on the grid, and CLS and registers "
         "see everything."

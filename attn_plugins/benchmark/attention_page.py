@@ -1,7 +1,7 @@
 """docs/attentions.md, written from the classes in the registry and what a benchmark has measured of them.
 
-python -m attn_plugins.benchmark.attention_page FILE writes the page; its figures are those of
-benchmarks/cpu/results.jsonl beside it.
+python -m attn_plugins.benchmark.attention_page FOLDER writes the page and the tables of attentions in others, of the
+project in that folder; figures are those of docs/benchmarks/cpu/results.jsonl.
 """
 
 import ast
@@ -12,6 +12,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+from attn_plugins.benchmark.attention_tables import with_tables
 from attn_plugins.benchmark.kernels_report import says_pays_from
 from attn_plugins.benchmark.store import Results
 from attn_plugins.benchmark.tables import brief_number
@@ -109,10 +110,23 @@ def measured_on(results: Results) -> list[str]:
     return list(dict.fromkeys(found)) or ["not measured yet"]
 
 
+def own_attentions() -> list[type[Attention]]:
+    """The package's own attentions, by name."""
+    return [a for a in map(get_attention, list_attentions()) if a.__module__.startswith(OWN)]
+
+
+def pages(root: Path) -> dict[Path, str]:
+    """What is to stand in each page that the registry makes, or has a table in."""
+    docs = root / "docs"
+    written = {docs / "attentions.md": page(docs / "benchmarks" / "cpu" / "results.jsonl")}
+    for other in (root / "README.md", docs / "generation.md"):
+        written[other] = with_tables(other.read_text(encoding="utf8"), own_attentions())
+    return written
+
+
 def page(measured: Path) -> str:
     """The text of docs/attentions.md, with the figures of a benchmark's results.jsonl."""
-    attentions = [get_attention(name) for name in list_attentions()]
-    own = sorted((a for a in attentions if a.__module__.startswith(OWN)), key=lambda a: (a.family, a.name))
+    own = sorted(own_attentions(), key=lambda a: (a.family, a.name))
     results = Results(measured)
     figures = timed(results)
     lines = [
@@ -180,6 +194,6 @@ def _section(attention: type[Attention], figures: list[Timed]) -> list[str]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m attn_plugins.benchmark.attention_page FILE")
-    target = Path(sys.argv[1])
-    target.write_text(page(target.parent / "benchmarks" / "cpu" / "results.jsonl"), encoding="utf8")
+        sys.exit("usage: python -m attn_plugins.benchmark.attention_page FOLDER")
+    for target, text in pages(Path(sys.argv[1])).items():
+        target.write_text(text, encoding="utf8")

@@ -30,6 +30,9 @@ from attn_plugins.core.rules import Rule, parse_rules
 FORMAT = 1
 """Part of every cell's key: raise it when a measurement changes its meaning."""
 
+ALL = "all"
+"""In place of a rule: every attention that has none."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,7 +53,8 @@ class BenchConfig:
     output_dir: str = "runs/bench"
     """Where results.jsonl, report.md and the plots go."""
     attentions: dict[str, Any] | None = None
-    """Label -> a name, or a mapping with type, options and backend. Null: every attention with its defaults."""
+    """Label -> a name, or a mapping with type, options and backend; or "all": every attention of which no other label
+    has a rule, with its defaults, under its own name. Null is all of them."""
     lengths: list[int] = field(default_factory=lambda: [1024, 4096, 8192, 16384])
     """Lengths in tokens."""
     passes: list[Pass] = field(default_factory=lambda: list(typing.get_args(Pass)))
@@ -125,8 +129,15 @@ class Contender:
 
 def contenders(config: BenchConfig) -> list[Contender]:
     """Ours by family and name, then the installed peers."""
-    chosen = {name: name for name in list_attentions()} if config.attentions is None else config.attentions
-    found = [_ours(config, label, value) for label, value in chosen.items()]
+    chosen = {"others": ALL} if config.attentions is None else config.attentions
+    found = [_ours(config, label, value) for label, value in chosen.items() if value != ALL]
+    if ALL in chosen.values():
+        named = {contender.source["type"] for contender in found}
+        found += [_ours(config, name, name) for name in list_attentions() if name not in named]
+    if len({contender.label for contender in found}) < len(found):
+        raise ValueError(
+            f"attentions={config.attentions!r}; allowed: a label that is the name of an attention is for it"
+        )
     found.sort(key=lambda contender: contender.family)
     for peer in PEERS if config.peers and config.num_heads == config.num_key_value_heads else ():
         if peer.installed:

@@ -77,6 +77,8 @@ class Attention(nn.Module):
     """Who described it, with year and a reference that can be found."""
     when: ClassVar[str] = ""
     """When to pick it, in a sentence or two, for the documentation."""
+    variants: ClassVar[str] = ""
+    """What tables name beside it in brackets, such as its feature maps."""
 
     causal: ClassVar[bool] = False
     """Serves modules whose queries don't see what follows them."""

@@ -9,6 +9,7 @@ import pytest
 
 from attn_plugins import list_attentions
 from attn_plugins.benchmark import attention_page as docs
+from attn_plugins.benchmark.attention_tables import with_tables
 from attn_plugins.benchmark.store import Results
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import get_attention
@@ -18,8 +19,33 @@ FIGURES = PAGE.parent / "benchmarks" / "cpu" / "results.jsonl"
 OWN = [name for name in list_attentions() if get_attention(name).__module__.startswith(docs.OWN)]
 
 
-def test_the_page_is_up_to_date():
-    assert PAGE.read_text(encoding="utf8") == docs.page(FIGURES), "a docstring or an option changed: run `make docs`"
+@pytest.mark.registry
+def test_the_pages_are_up_to_date():
+    for path, text in docs.pages(PAGE.parents[1]).items():
+        assert path.read_text(encoding="utf8") == text, (
+            f"{path.name} is not what the registry says now: run `make docs`"
+        )
+
+
+def test_tables_stand_between_comments():
+    softmax, local = get_attention("softmax"), get_attention("local")
+    page = "Before.\n<!-- families: written by `make docs` -->\nold\n<!-- families: end -->\nAfter.\n"
+    written = with_tables(page, [local, softmax])
+    assert written.splitlines() == [
+        "Before.",
+        "<!-- families: written by `make docs` -->",
+        "| family | attentions |",
+        "|---|---|",
+        "| dense | `softmax` |",
+        "| local | `local` (window, sinks, dilation) |",
+        "<!-- families: end -->",
+        "After.",
+    ]
+    assert with_tables(written, [local, softmax]) == written
+    with pytest.raises(ValueError, match="'families' has no end: <!-- families: end -->"):
+        with_tables(page.replace("families: end", "end"), [])
+    with pytest.raises(ValueError, match="none of the tables families, caches between its comments"):
+        with_tables("Nothing.\n", [])
 
 
 @pytest.mark.parametrize("name", OWN)

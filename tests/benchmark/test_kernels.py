@@ -35,6 +35,17 @@ def test_every_attention_is_measured_unless_some_are_named(tmp_path):
     assert {contender.label for contender in contenders(config)} == set(list_attentions())
 
 
+def test_all_stands_for_every_attention_that_has_no_label(tmp_path):
+    chosen = {"a window": {"type": "local", "window_size": 4}, "others": "all", "elu": "linear"}
+    config = config_of(tmp_path, lengths=[16], attentions=chosen)
+    found = {contender.label: contender.source["type"] for contender in contenders(config)}
+    assert found == {"a window": "local", "elu": "linear"} | {
+        name: name for name in list_attentions() if name not in ("local", "linear")
+    }
+    with pytest.raises(ValueError, match="allowed: a label that is the name of an attention is for it"):
+        config_of(tmp_path, attentions={"softmax": "local", "others": "all"})
+
+
 def test_results_are_kept_and_not_measured_again(tmp_path, monkeypatch):
     config = config_of(tmp_path, attentions={"local": "local", "elu": "linear"})
     results, said = run(config)

@@ -57,6 +57,7 @@ def test_compare(path, monkeypatch):
     assert len({cell.key for cell in todo}) == len(todo)
 
 
+@pytest.mark.registry
 @files("bench")
 def test_bench(path):
     tree = read_yaml(path)

@@ -17,6 +17,10 @@ import attn_plugins as ap
 from attn_plugins.core import registry
 from attn_plugins.hf import hidden_states
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script.*:DeprecationWarning"
+)  # DeBERTa in transformers 5.17
+
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 FLAGS = ["gated_output", "gated_sum"]
 
