@@ -112,9 +112,14 @@ docs: setup ## write docs/attentions.md from the docstrings, and the tables of a
 architectures: setup ## the flag on every model type: docs/architectures.md and .json; goes on where it was
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/architectures/matrix.py --workers $(WORKERS)
 
-try: setup ## NAME=local: the contract of one attention, in seconds
+# Tests over the registry, and the attention's own. The environment is made where there is none, and not made anew.
+try: | $(VENV)/.installed ## NAME=local: all that CI asks of one attention, its part of the pages too, in seconds
 	@test -n "$(NAME)" || { echo "error: which attention? say make try NAME=local" >&2; exit 1; }
-	$(PYTEST) -q -x -k "$(NAME) and not finite_differences and not length_squared" tests/attentions/test_contract.py
+	@grep -qr 'register_attention("$(NAME)")' attn_plugins/attentions || \
+		{ echo "error: no file in attn_plugins/attentions says @register_attention(\"$(NAME)\")" >&2; exit 1; }
+	$(PYTEST) -q -x -k "$(NAME) or of_the_registry" $(wildcard tests/*/test_$(NAME).py) $$(grep -rlE \
+		--include='test_*.py' --exclude-dir=architectures --exclude-dir=fuzz \
+		'\b(list_attentions|every_case|every_class|every_state|CAUSAL|BOUNDED|of_the_registry)\b' tests)
 
 dist: setup ## dist/: the sdist, and the wheel that is built from it, as a package index wants them
 	rm -rf dist

@@ -20,6 +20,33 @@ esac
 """
 
 
+def made(folder, *words):
+    return subprocess.run(["make", *words], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_try_runs_what_is_asked_of_one_attention(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / ".installed").touch()  # older than pyproject.toml: nothing is installed anew
+    os.utime(tmp_path / ".installed", (0, 0))
+    (tmp_path / "bin" / "python").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "bin" / "python").chmod(0o755)
+    said = made(ROOT, "--silent", "try", "NAME=local", f"VENV={tmp_path}")
+    assert said.returncode == 0, said.stderr
+    assert "-k local or of_the_registry tests/attentions/test_local.py " in said.stdout
+    folders = {"attentions": ("contract", "capabilities", "states", "cost", "every_weight"), "config": ("configs",)}
+    folders |= {"hf": ("generation", "static_caches", "swap", "packing"), "benchmark": ("attention_page", "kernels")}
+    files = {f"tests/{folder}/test_{name}.py" for folder, names in folders.items() for name in names}
+    assert {*files, "tests/test_readme.py"} <= {*said.stdout.split()}
+    for name, message in (
+        ("", "which attention?"),
+        ("locale", "no file in attn_plugins/attentions says @register_att"),
+    ):
+        said = made(ROOT, "try", f"NAME={name}", f"VENV={tmp_path}")
+        assert said.returncode != 0
+        assert message in said.stderr
+
+
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize("requires", ["filelock", "nvidia-cublas==1", "triton==3", "cuda-toolkit==13"])
 @pytest.mark.parametrize("index", ["", "https://example.invalid/cpu"])

@@ -3,6 +3,7 @@
 import importlib.util
 import re
 
+import pytest
 from packaging.requirements import Requirement
 from pages import ROOT, read
 from test_packaging import pins
@@ -14,6 +15,7 @@ from attn_plugins.core import registry
 README = read("README.md")
 
 
+@pytest.mark.of_the_registry
 def test_every_attention_is_named():
     own = [name for name in registry.list_attentions() if registry.get_attention(name).__module__.startswith(docs.OWN)]
     assert [name for name in own if f"`{name}`" not in README] == []

@@ -19,7 +19,7 @@ FIGURES = PAGE.parent / "benchmarks" / "cpu" / "results.jsonl"
 OWN = [name for name in list_attentions() if get_attention(name).__module__.startswith(docs.OWN)]
 
 
-@pytest.mark.registry
+@pytest.mark.of_the_registry
 def test_the_pages_are_up_to_date():
     for path, text in docs.pages(PAGE.parents[1]).items():
         assert path.read_text(encoding="utf8") == text, (

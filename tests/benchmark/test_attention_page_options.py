@@ -35,7 +35,7 @@ def test_the_python_runs(tmp_path, monkeypatch, capsys, one_thread):
     assert all(isinstance(layer, StateLayer) for layer in names["cache"].layers)
 
 
-@pytest.mark.registry
+@pytest.mark.of_the_registry
 def test_the_table_holds_every_causal_attention_and_says_whether_its_cache_grows():
     rows = [line for line in TEXT.splitlines() if re.match(r"\| `", line)]
     told = {name: row.endswith("| yes |") for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}

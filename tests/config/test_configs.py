@@ -57,7 +57,7 @@ def test_compare(path, monkeypatch):
     assert len({cell.key for cell in todo}) == len(todo)
 
 
-@pytest.mark.registry
+@pytest.mark.of_the_registry
 @files("bench")
 def test_bench(path):
     tree = read_yaml(path)
