@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import typer
 
 from attn_plugins.config.extras import need
-from attn_plugins.config.yaml import build, override, parse_yaml, read_yaml
-from attn_plugins.core.registry import did_you_mean, get_attention, list_attentions
+from attn_plugins.config.yaml import override, parse_yaml, read_yaml
+from attn_plugins.core.options import build, did_you_mean
+from attn_plugins.core.registry import get_attention, list_attentions
 
 # Only what every verb needs is imported above: `list` must be quick, and works without the extras.
 
@@ -368,8 +369,8 @@ def _spread() -> None:
 
 def facts(attention: Any) -> dict[str, Any]:
     """What there is to know of an attention, as JSON holds it."""
-    from attn_plugins.benchmark.attention_page import options
     from attn_plugins.core.attention import capabilities
+    from attn_plugins.core.options import describe_options
 
     file, line = inspect.getsourcefile(attention), inspect.getsourcelines(attention)[1]
     doc = inspect.getdoc(attention) or ""
@@ -381,7 +382,7 @@ def facts(attention: Any) -> dict[str, Any]:
         "keeps": attention.keeps if attention.causal else None,
         "capabilities": capabilities(attention),
         "paper": attention.paper,
-        "options": [dataclasses.asdict(option) for option in options(attention)],
+        "options": [dataclasses.asdict(option) for option in describe_options(attention.Config)],
         "doc": doc,
         "source": f"{file}:{line}",
     }

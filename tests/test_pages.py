@@ -32,7 +32,7 @@ VERBS = typer.main.get_command(app).commands
 @pytest.fixture
 def clean_registry(monkeypatch):
     registry.list_attentions()
-    monkeypatch.setattr(registry, "_attentions", dict(registry._attentions))
+    monkeypatch.setattr(registry.ATTENTIONS, "classes", dict(registry.ATTENTIONS.classes))
 
 
 @pytest.fixture

@@ -4,11 +4,8 @@ python -m attn_plugins.benchmark.attention_page FOLDER writes the page and the t
 project in that folder; figures are those of docs/benchmarks/cpu/results.jsonl.
 """
 
-import ast
-import dataclasses
 import inspect
 import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,54 +15,11 @@ from attn_plugins.benchmark.store import Results
 from attn_plugins.benchmark.tables import brief_number
 from attn_plugins.config.versions import spelled_own
 from attn_plugins.core.attention import CAPABILITIES, Attention, capabilities
+from attn_plugins.core.options import describe_options
 from attn_plugins.core.registry import get_attention, list_attentions
 
 OWN = "attn_plugins.attentions."
 """Where the package's own attentions live: an installed plug-in has its own documentation."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Option:
-    """One option of an attention, as its ``Config`` declares it."""
-
-    name: str
-    type: str
-    """As annotated, such as ``int | None``."""
-    default: str
-    """As Python writes it; empty where the option is required."""
-    doc: str
-    """The docstring under the field."""
-
-
-def options(attention: type[Attention]) -> list[Option]:
-    """The options of an attention with their types, defaults and docstrings, in the order of the fields."""
-    found = []
-    written = _written_fields(attention.Config)
-    for field in dataclasses.fields(attention.Config):
-        annotation, doc = written[field.name]
-        default = "" if field.default is dataclasses.MISSING else repr(field.default)
-        if field.default_factory is not dataclasses.MISSING:
-            default = repr(field.default_factory())
-        found.append(Option(name=field.name, type=annotation, default=default, doc=doc))
-    return found
-
-
-def _written_fields(config: type) -> dict[str, tuple[str, str]]:
-    """field -> (annotation, docstring) from the source, since Python keeps no docstrings of fields."""
-    written: dict[str, tuple[str, str]] = {}
-    for cls in reversed(config.__mro__):
-        if not dataclasses.is_dataclass(cls):
-            continue
-        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-        assert isinstance(tree, ast.ClassDef)
-        for statement, following in zip(tree.body, [*tree.body[1:], None], strict=True):
-            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-                continue
-            doc = ""
-            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                doc = " ".join(str(following.value.value).split())
-            written[statement.target.id] = (ast.unparse(statement.annotation), doc)
-    return written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +137,7 @@ def _section(attention: type[Attention], figures: list[Timed]) -> list[str]:
     lines += [f"- Honours: {', '.join(capabilities(attention))}", f"- Source: [{source}](../{source})"]
     tested = ", ".join(f"`{example}`" if example else "the defaults" for example in attention.examples)
     lines += [f"- Tested on a few dozen tokens with: {tested}"]
-    declared = options(attention)
+    declared = describe_options(attention.Config)
     if declared:
         lines += ["", "Options:", ""]
         lines += [f"- `{o.name}: {o.type}{f' = {o.default}' if o.default else ''}` {o.doc}".rstrip() for o in declared]

@@ -10,19 +10,18 @@ import traceback
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from attn_plugins.benchmark import timing as measuring
+from attn_plugins.benchmark.cells import described, run_cells
 from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.benchmark.timing import Pass, Scope
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
-from attn_plugins.config.versions import versions
-from attn_plugins.config.yaml import build
+from attn_plugins.core.options import build
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.data.text import DataConfig, load_data
 from attn_plugins.tasks import Task, run_task
@@ -173,6 +172,10 @@ class Cell:
         whole = {"format": FORMAT, "measure": self.measure, "seed": self.seed, **self.settings}
         return hash_of(whole)
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("model", "attention", "measure", "seed")}
+
     def __str__(self) -> str:
         place = [str(self.settings[name]) for name in ("scope", "length") if name in self.settings]
         return " · ".join([self.model, self.attention, self.measure, *place, f"seed {self.seed}"])
@@ -255,44 +258,21 @@ def run_compare(
     Raises:
         ValueError: another run is measuring into the same file.
     """
-    with results.alone():
-        _run_cells(config, results, fresh, say)
-
-
-def _run_cells(config: CompareConfig, results: Results, fresh: bool, say: Callable[[str], None]) -> None:
-    todo = cells(config)
-    for line in [] if fresh else results.told(cell.key for cell in todo):
-        say(line)
-    _quiet_loading()
     held = _Held(config, fresh)
-    for number, cell in enumerate(todo, 1):
-        if results.done(cell.key) and not fresh:
-            continue
+
+    def measure(group: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        (cell,) = group
         started = time.perf_counter()
-        say(f"[{number}/{len(todo)}] {cell}")
         outcome: dict[str, Any]
         try:
             outcome = {"status": "ok", "result": _MEASURES[cell.measure](config, cell, held)}
-            note = _short(cell, outcome["result"])
-        except (
-            Exception
-        ) as error:  # one attention that fails must not take the comparison down; its error is the result
-            note = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            outcome = {"status": "error", "error": note, "traceback": traceback.format_exc()}
+        except Exception as error:  # what one attention cannot do must not end the others
+            outcome = {"status": "error", "error": described(error), "traceback": traceback.format_exc()}
             held.drop()
-        seconds = time.perf_counter() - started
-        results.add(
-            {
-                "key": cell.key,
-                **{name: getattr(cell, name) for name in ("model", "attention", "measure", "seed")},
-                **outcome,
-                "seconds": round(seconds, 2),
-                "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                "settings": cell.settings,
-                "versions": versions(),
-            }
-        )
-        say(f"      {note} ({seconds:.0f} s)")
+        yield cell, {**outcome, "seconds": round(time.perf_counter() - started, 2)}
+
+    _quiet_loading()
+    run_cells([[cell] for cell in cells(config)], results, measure, _note, fresh=fresh, say=say, announce=True)
 
 
 def _quiet_loading() -> None:
@@ -410,7 +390,7 @@ def _headline(task: Task, figures: dict[str, Any]) -> dict[str, Any]:
     return {"metric": task.metric, "better": task.better, "value": figures[task.metric]}
 
 
-def _short(cell: Cell, result: dict[str, Any]) -> str:
+def _note(cell: Cell, result: dict[str, Any]) -> str:
     if cell.measure == "speed":
         return ", ".join(
             f"{which} {found['times_as_fast']:.2f}x the baseline" for which, found in result["passes"].items()

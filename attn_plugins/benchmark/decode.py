@@ -8,7 +8,6 @@ slows all of them; what counts is the ratios within a round: to the dense model,
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -16,11 +15,11 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from attn_plugins.benchmark import timing as measuring
+from attn_plugins.benchmark.cells import described, run_cells
 from attn_plugins.benchmark.kernels import DTYPES, check_place
 from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.benchmark.timing import Part
 from attn_plugins.config.output import check_folder
-from attn_plugins.config.versions import versions
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rules import parse_rules
@@ -148,6 +147,13 @@ class DecodeCell:
         """Hash of all that the result depends on."""
         return hash_of({"format": FORMAT, "measure": "decode", **self.settings})
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {"measure": "decode", "label": self.label}
+
+    def __str__(self) -> str:
+        return f"{self.label} · {self.context}"
+
 
 def decode_cells(config: DecodeConfig) -> Iterator[list[DecodeCell]]:
     """The cells in groups that share rounds, all with the same context."""
@@ -192,23 +198,11 @@ def run_decode(
     Raises:
         ValueError: another run is measuring into the same file.
     """
-    with results.alone():
-        _run_groups(config, results, fresh, say)
 
+    def note(cell: DecodeCell, result: dict[str, Any]) -> str:
+        return _note(cell, config.first, result)
 
-def _run_groups(config: DecodeConfig, results: Results, fresh: bool, say: Callable[[str], None]) -> None:
-    groups = list(decode_cells(config))
-    cells = [cell for group in groups for cell in group]
-    for line in [] if fresh else results.told(cell.key for cell in cells):
-        say(line)
-    for group in groups:
-        todo = [cell for cell in group if fresh or not results.done(cell.key)]
-        for cell, outcome in _measure(config, todo) if todo else ():
-            record = {"key": cell.key, "measure": "decode", "label": cell.label, **outcome}
-            record["finished"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-            results.add({**record, "settings": cell.settings, "versions": versions()})
-            note = _short(cell, config.first, outcome["result"]) if outcome["status"] == "ok" else outcome["error"]
-            say(f"[{cells.index(cell) + 1}/{len(cells)}] {cell.label} · {cell.context}: {note}")
+    run_cells(decode_cells(config), results, lambda group: _measure(config, group), note, fresh=fresh, say=say)
 
 
 def _measure(config: DecodeConfig, group: list[DecodeCell]) -> Iterator[tuple[DecodeCell, dict[str, Any]]]:
@@ -229,7 +223,7 @@ def _measure(config: DecodeConfig, group: list[DecodeCell]) -> Iterator[tuple[De
                 runs[context, label][0].run()
             ready |= runs
         except Exception as error:  # what one attention cannot do must not end the others' measurement
-            errors[label] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            errors[label] = described(error)
             if label == DENSE:
                 break
     # Two runs of one model don't follow each other where there are others: each finds the processor's caches cold.
@@ -256,7 +250,7 @@ def _measure(config: DecodeConfig, group: list[DecodeCell]) -> Iterator[tuple[De
         yield cell, {"status": "ok", "result": {**times, **result, **grown, **sizes}}
 
 
-def _short(cell: DecodeCell, first: int, result: dict[str, Any]) -> str:
+def _note(cell: DecodeCell, first: int, result: dict[str, Any]) -> str:
     ratio = f"{result['times_as_fast']:.2f}x ({result['lowest']:.2f} to {result['highest']:.2f})"
     said = f"{result['seconds'] * 1000:.2f} ms a token, {ratio}"
     if cell.context != first:

@@ -9,7 +9,6 @@ import time
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
 from functools import partial
 from typing import Any
 
@@ -17,11 +16,11 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from attn_plugins.benchmark import timing as measuring
+from attn_plugins.benchmark.cells import described, run_cells
 from attn_plugins.benchmark.peers import PEERS, Attend
 from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.benchmark.timing import Part, Pass
 from attn_plugins.config.output import check_folder
-from attn_plugins.config.versions import versions
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention, list_attentions
@@ -207,6 +206,13 @@ class Cell:
         """Hash of all that the result depends on."""
         return hash_of({"format": FORMAT, "measure": "bench", **self.settings})
 
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {"measure": "bench", "label": self.contender.label, "family": self.contender.family}
+
+    def __str__(self) -> str:
+        return f"{self.contender.label} · {self.which} · {self.length}"
+
 
 def cells(config: BenchConfig) -> Iterator[list[Cell]]:
     """The cells of a benchmark in groups that share rounds: of one length, one pass, causal or not."""
@@ -245,45 +251,33 @@ def run_bench(
     Raises:
         ValueError: another run is measuring into the same file.
     """
-    with results.alone():
-        _run_groups(config, results, fresh, say)
-
-
-def _run_groups(config: BenchConfig, results: Results, fresh: bool, say: Callable[[str], None]) -> None:
     groups = list(cells(config))
-    total, number = sum(map(len, groups)), 0
-    for line in [] if fresh else results.told(cell.key for group in groups for cell in group):
-        say(line)
-    seconds: dict[tuple[str, Pass], tuple[int, float]] = {}
-    numbers: dict[str, int] = {}
-    for group in groups:
-        todo = []
+    shorter: dict[tuple[str, Pass], list[Cell]] = {}
+
+    def measure(group: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
+        """The group without the contenders that the next shorter length shows to be too slow."""
+        quick = []
         for cell in group:
-            number += 1
-            place = (cell.contender.label, cell.which)
-            if results.done(cell.key) and not fresh:
-                seconds[place] = (cell.length, results.records[cell.key]["result"]["seconds"])
-                continue
-            before, spent = seconds.get(place, (cell.length, 0.0))
-            if spent * (cell.length / before) ** 2 > config.patience:
-                say(
-                    f"[{number}/{total}] {cell.contender.label} · {cell.which} · {cell.length}: left out, a pass took "
-                    f"{spent:.0f} s at {before} tokens (patience={config.patience:g} s)"
-                )
-                continue
-            todo.append(cell)
-            numbers[cell.key] = number
-        for cell, record in _measure(config, todo) if todo else ():
-            results.add(record)
-            done = record["status"] == "ok"
-            if done:
-                seconds[cell.contender.label, cell.which] = (cell.length, record["result"]["seconds"])
-            note = _short(record["result"]) if done else record["error"]
-            say(f"[{numbers[cell.key]}/{total}] {cell.contender.label} · {cell.which} · {cell.length}: {note}")
+            before = [other for other in shorter[cell.contender.label, cell.which] if other.length < cell.length]
+            measured = [other for other in before if results.done(other.key)]
+            last = max(measured, key=lambda other: other.length, default=cell)
+            spent = results.records[last.key]["result"]["seconds"] if measured else 0.0
+            if spent * (cell.length / last.length) ** 2 > config.patience:
+                took = f"left out, a pass took {spent:.0f} s at {last.length} tokens"
+                yield cell, f"{took} (patience={config.patience:g} s)"
+            else:
+                quick.append(cell)
+        if quick:
+            yield from _measure(config, quick)
+
+    for group in groups:
+        for cell in group:
+            shorter.setdefault((cell.contender.label, cell.which), []).append(cell)
+    run_cells(groups, results, measure, _note, fresh=fresh, say=say)
 
 
 def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
-    """The records of cells that share rounds, timed all together."""
+    """The outcomes of cells that share rounds, timed all together."""
     device, length, which = torch.device(config.device), group[0].length, group[0].which
     tensors = _tensors(config, length, gradients=which == "forward_backward")
     causal = group[0].contender.causal
@@ -308,7 +302,7 @@ def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dic
             first[label] = time.perf_counter() - started
             ready[label] = [part]
         except Exception as error:  # what one attention cannot do must not end the others' measurement
-            errors[label] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            errors[label] = described(error)
     bytes_of = {}
     if config.memory:
         bytes_of = {label: measuring.peak_bytes(parts, device) for label, parts in ready.items()}
@@ -316,22 +310,15 @@ def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dic
     seconds = measuring.interleaved({"": baseline, **ready}, config.rounds, device) if ready and config.rounds else {}
     for cell in group:
         label = cell.contender.label
-        record: dict[str, Any] = {"key": cell.key, "measure": "bench", "label": label, "family": cell.contender.family}
         if label in errors:
-            record |= {"status": "error", "error": errors[label]}
-        else:
-            result: dict[str, Any] = {"seconds": first[label]}
-            if config.rounds:
-                result = dict(measuring.compared(seconds[label], seconds[""]))
-            if config.memory:
-                result |= {"bytes": bytes_of[label], "baseline_bytes": bytes_of[""], "tensor_bytes": size}
-            record |= {"status": "ok", "result": result}
-        record |= {
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "settings": cell.settings,
-            "versions": versions(),
-        }
-        yield cell, record
+            yield cell, {"status": "error", "error": errors[label]}
+            continue
+        result: dict[str, Any] = {"seconds": first[label]}
+        if config.rounds:
+            result = dict(measuring.compared(seconds[label], seconds[""]))
+        if config.memory:
+            result |= {"bytes": bytes_of[label], "baseline_bytes": bytes_of[""], "tensor_bytes": size}
+        yield cell, {"status": "ok", "result": result}
 
 
 def _tensors(config: BenchConfig, length: int, *, gradients: bool) -> list[torch.Tensor]:
@@ -360,7 +347,7 @@ def _part(attend: Attend, tensors: list[torch.Tensor], which: Pass) -> Part:
     return Part(run=forward if which == "forward" else forward_backward, count=1)
 
 
-def _short(result: dict[str, Any]) -> str:
+def _note(cell: Cell, result: dict[str, Any]) -> str:
     said = []
     if "times_as_fast" in result:
         said.append(f"{result['times_as_fast']:.2f}x ({result['lowest']:.2f} to {result['highest']:.2f})")

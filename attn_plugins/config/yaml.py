@@ -1,19 +1,12 @@
 """Typed settings: YAML and overrides -> dataclasses, with errors that name the key, the value and what is allowed."""
 
-import dataclasses
 import json
-import math
 import re
-import sys
-import types
-import typing
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-
-from attn_plugins.core.registry import did_you_mean
 
 T = TypeVar("T")
 
@@ -197,102 +190,3 @@ def _copied(tree: Any) -> Any:
     if isinstance(tree, dict):
         return {key: _copied(value) for key, value in tree.items()}
     return [_copied(value) for value in tree] if isinstance(tree, list) else tree
-
-
-def build(cls: type[T], tree: Any, where: str = "") -> T:
-    """A dataclass from a mapping: unknown keys and wrong types are refused, nested dataclasses are built.
-
-    Args:
-        where: the path of ``tree`` in the settings, for messages.
-
-    Raises:
-        ValueError: names the key, what was got and what is allowed, with the nearest known key.
-    """
-    prefix = f"{where}." if where else ""
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"{where or 'settings'} is {tree!r}; a mapping is needed with keys of {cls.__name__}")
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    check_keys(tree, fields, where)
-    hints = typing.get_type_hints(cls)
-    missing = [name for name, field in fields.items() if _required(field) and name not in tree]
-    if missing:
-        raise ValueError(
-            f"{prefix}{missing[0]} is missing; needed: {', '.join(n for n in fields if _required(fields[n]))}"
-        )
-    values = {name: convert(value, hints[name], f"{prefix}{name}") for name, value in tree.items()}
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}" if where else str(error)) from None
-
-
-def check_keys(tree: Mapping[str, Any], allowed: Iterable[str], where: str) -> None:
-    """Raise a ValueError for the first key of ``tree`` that is not allowed, with the nearest one that is."""
-    allowed = list(allowed)
-    for key in tree:
-        if key not in allowed:
-            place = f" in {where}" if where else ""
-            raise ValueError(f"unknown key {key!r}{place}{did_you_mean(key, allowed)}; allowed: {', '.join(allowed)}")
-
-
-def convert(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as the annotated type: dataclasses are built, lists become tuples where asked, ints serve as floats."""
-    matched, result = _convert(value, hint, where)
-    if not matched:
-        raise ValueError(f"{where}={value!r} is of type {type(value).__name__}; allowed: {spell(hint)}")
-    return result
-
-
-def _convert(value: Any, hint: Any, where: str) -> tuple[bool, Any]:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return True, value
-    if origin in (typing.Union, types.UnionType):
-        if isinstance(value, dict):
-            for option in args:
-                if dataclasses.is_dataclass(option):
-                    return _convert(value, option, where)
-        results = [_convert(value, option, where) for option in args if not dataclasses.is_dataclass(option)]
-        return next((result for result in results if result[0]), (False, None))
-    if origin is Literal:
-        return value in args, value
-    if dataclasses.is_dataclass(hint):
-        return True, build(hint, value, where)  # type: ignore[arg-type]
-    if origin in (list, tuple):
-        if not isinstance(value, (list, tuple)):
-            return False, None
-        return True, origin(convert(item, args[0], f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            return False, None
-        for key in value:
-            convert(key, args[0], f"a key of {where}")
-        return True, {key: convert(item, args[1], f"{where}.{key}") for key, item in value.items()}
-    if hint is float:
-        fits = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if fits and (value != value or (abs(value) > sys.float_info.max and value not in (math.inf, -math.inf))):
-            raise ValueError(f"{where}={value!r}; allowed: numbers that a float holds, not NaN")
-        return fits, float(value) if fits else None
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
-    if isinstance(hint, type):
-        return isinstance(value, hint), value
-    return True, value  # an annotation beyond these is the constructor's to check
-
-
-def spell(hint: Any) -> str:
-    """An annotation as a person would write it."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(spell(option) for option in args)
-    if origin is Literal:
-        return ", ".join(repr(option) for option in args)
-    if origin in (list, tuple):
-        return f"list of {spell(args[0])}"
-    if hint is type(None):
-        return "null"
-    return getattr(hint, "__name__", str(hint))
-
-
-def _required(field: dataclasses.Field) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

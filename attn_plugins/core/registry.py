@@ -1,58 +1,114 @@
-"""The only list of attentions: name -> class. Ours register on import, others' through the entry point group."""
+"""Registries: name -> class. That of attentions is the only list; third parties join through the entry point group."""
 
-import difflib
 import importlib
 import pkgutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import metadata
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 from attn_plugins.core.attention import Attention
-from attn_plugins.core.options import shown
+from attn_plugins.core.options import did_you_mean, shown
 
-A = TypeVar("A", bound=type[Attention])
+C = TypeVar("C", bound=type)
+Registered = TypeVar("Registered")
 
 ENTRY_POINT_GROUP = "attn_plugins"
 
-_attentions: dict[str, type[Attention]] = {}
-_loading = threading.RLock()
-_loaded = False
+
+class Registry(Generic[Registered]):
+    """Classes of one kind by name: those of a folder, one a file, imported when first asked for, and third parties'.
+
+    Args:
+        kind: what messages call them.
+        package: dotted name of the folder.
+        lacks: (class) -> what it has to have and does not.
+        entry_points: group through which installed packages bring theirs, if they may.
+    """
+
+    def __init__(
+        self, kind: str, package: str, lacks: Callable[[Any], list[str]], entry_points: str | None = None
+    ) -> None:
+        self.kind, self.package, self.lacks, self.entry_points = kind, package, lacks, entry_points
+        self.classes: dict[str, type[Registered]] = {}
+        self._loading, self._loaded = threading.RLock(), False
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Class decorator that puts a class under ``name``; ValueError where the name is taken or the class lacks."""
+
+        def register(cls: C) -> C:
+            taken = self.classes.get(name)
+            if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise ValueError(
+                    f"{self.kind} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}"
+                )
+            if not isinstance(name, str) or not name.isidentifier():
+                raise ValueError(f"{self.kind} name {name!r} is not an identifier such as 'local' or 'my_{self.kind}'")
+            lacking = self.lacks(cls)
+            if lacking:
+                raise ValueError(f"{self.kind} {name!r} ({cls.__qualname__}) lacks: {', '.join(lacking)}")
+            cls.name = name  # type: ignore[attr-defined]
+            self.classes[name] = cls
+            return cls
+
+        return register
+
+    def names(self) -> list[str]:
+        """All names, sorted."""
+        self._load()
+        return sorted(self.classes)
+
+    def get(self, name: str) -> type[Registered]:
+        """The class under ``name``; ValueError with the known names and the nearest one where there is none."""
+        known = self.names()
+        if not isinstance(name, str) or name not in self.classes:
+            raise ValueError(f"unknown {self.kind} {shown(name)}{did_you_mean(name, known)}; known: {', '.join(known)}")
+        return self.classes[name]
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        with self._loading:
+            if self._loaded:
+                return
+            for module in pkgutil.iter_modules(importlib.import_module(self.package).__path__):
+                importlib.import_module(f"{self.package}.{module.name}")
+            for entry in metadata.entry_points(group=self.entry_points) if self.entry_points else ():
+                try:
+                    entry.load()
+                except Exception as error:  # one broken plug-in must not take others down; it is named, with its reason
+                    warnings.warn(
+                        f"plug-in {entry.name!r} ({entry.value}) could not be loaded: {error!r}", stacklevel=4
+                    )
+            self._loaded = True
 
 
-def register_attention(name: str) -> Callable[[A], A]:
+def _lacks(cls: Any) -> list[str]:
+    if not (isinstance(cls, type) and issubclass(cls, Attention)):
+        raise ValueError(f"{cls!r} is not a subclass of {Attention.__module__}.{Attention.__qualname__}")
+    missing = [what for what in ("cost", "paper", "__doc__") if not getattr(cls, what, None)]
+    missing += [form for form in ("reference", "attend") if getattr(cls, form) is getattr(Attention, form)]
+    if not (cls.causal or cls.bidirectional or cls.cross):
+        missing.append("one of causal, bidirectional, cross")
+    return missing
+
+
+ATTENTIONS: Registry[Attention] = Registry("attention", "attn_plugins.attentions", _lacks, ENTRY_POINT_GROUP)
+
+
+def register_attention(name: str) -> Callable[[C], C]:
     """Class decorator that puts an :class:`~attn_plugins.core.attention.Attention` into the registry under ``name``.
 
     Raises:
         ValueError: the name is taken, or the class is not a complete attention.
     """
-
-    def register(cls: A) -> A:
-        taken = _attentions.get(name)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"attention {name!r} is already registered by {taken.__module__}.{taken.__qualname__}")
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"attention name {name!r} is not an identifier such as 'local' or 'my_attention'")
-        if not (isinstance(cls, type) and issubclass(cls, Attention)):
-            raise ValueError(f"{cls!r} is not a subclass of attn_plugins.core.attention.Attention")
-        missing = [what for what in ("cost", "paper", "__doc__") if not getattr(cls, what, None)]
-        missing += [form for form in ("reference", "attend") if getattr(cls, form) is getattr(Attention, form)]
-        if not (cls.causal or cls.bidirectional or cls.cross):
-            missing.append("one of causal, bidirectional, cross")
-        if missing:
-            raise ValueError(f"attention {name!r} ({cls.__qualname__}) lacks: {', '.join(missing)}")
-        cls.name = name
-        _attentions[name] = cls
-        return cls
-
-    return register
+    return ATTENTIONS.register(name)
 
 
 def list_attentions() -> list[str]:
     """Names of all attentions, sorted: the package's own, installed plug-ins', and those registered by hand."""
-    _load()
-    return sorted(_attentions)
+    return ATTENTIONS.names()
 
 
 def get_attention(name: str) -> type[Attention]:
@@ -61,35 +117,4 @@ def get_attention(name: str) -> type[Attention]:
     Raises:
         ValueError: no attention has that name; the message lists those that exist and the nearest one.
     """
-    _load()
-    if not isinstance(name, str) or name not in _attentions:
-        raise ValueError(
-            f"unknown attention {shown(name)}{did_you_mean(name, _attentions)}; known: {', '.join(sorted(_attentions))}"
-        )
-    return _attentions[name]
-
-
-def did_you_mean(got: object, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the nearest known name, or '' where none is near."""
-    near = difflib.get_close_matches(got, list(known), n=1, cutoff=0.5) if isinstance(got, str) else []
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _load() -> None:
-    """Import the package's attentions and the installed plug-ins', once."""
-    global _loaded
-    if _loaded:
-        return
-    with _loading:
-        if _loaded:
-            return
-        import attn_plugins.attentions as own
-
-        for module in pkgutil.iter_modules(own.__path__):
-            importlib.import_module(f"{own.__name__}.{module.name}")
-        for entry in metadata.entry_points(group=ENTRY_POINT_GROUP):
-            try:
-                entry.load()
-            except Exception as error:  # one broken plug-in must not take the others down; it is named, with its reason
-                warnings.warn(f"plug-in {entry.name!r} ({entry.value}) could not be loaded: {error!r}", stacklevel=2)
-        _loaded = True
+    return ATTENTIONS.get(name)

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from attn_plugins.core.attention import Attention, AttentionConfig
-from attn_plugins.core.options import shown
-from attn_plugins.core.registry import did_you_mean, get_attention, list_attentions
+from attn_plugins.core.options import did_you_mean, shown
+from attn_plugins.core.registry import get_attention, list_attentions
 
 Flag: TypeAlias = "str | Mapping[str, Any] | Sequence[Mapping[str, Any]]"
 

@@ -1,16 +1,18 @@
 """Benchmark tasks, one a file, imported like attentions. A task turns a model and held-out text into figures."""
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 
 from attn_plugins.core.attention import Attention
-from attn_plugins.core.registry import did_you_mean
+from attn_plugins.core.options import require
+from attn_plugins.core.registry import Registry
+
+WANTED = ("metric", "better", "model")
+"""Attributes that a task has to set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +22,10 @@ class TaskConfig:
     batch_size: int = 1
     """Rows measured at once."""
 
+    require = require
+
     def __post_init__(self) -> None:
         self.require(self.batch_size >= 1, "batch_size", "at least 1")
-
-    def require(self, condition: bool, option: str, allowed: str) -> None:
-        """Raise a ValueError that names ``option``, its value and ``allowed`` unless ``condition`` holds."""
-        if not condition:
-            raise ValueError(f"{option}={getattr(self, option)!r}; allowed: {allowed}")
 
 
 class Task:
@@ -65,38 +64,9 @@ class Task:
         raise NotImplementedError
 
 
-T = TypeVar("T", bound=type[Task])
+TASKS: Registry[Task] = Registry("task", __name__, lambda cls: [what for what in WANTED if not hasattr(cls, what)])
 
-_tasks: dict[str, type[Task]] = {}
-
-
-def register_task(name: str) -> Callable[[T], T]:
-    """Class decorator that puts a :class:`Task` into the registry under ``name``."""
-
-    def register(cls: T) -> T:
-        taken = _tasks.get(name)
-        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"task {name!r} is already registered by {taken.__module__}.{taken.__qualname__}")
-        cls.name = name
-        _tasks[name] = cls
-        return cls
-
-    return register
-
-
-def list_tasks() -> list[str]:
-    """Names of all tasks, sorted."""
-    for module in pkgutil.iter_modules(__path__):
-        importlib.import_module(f"{__name__}.{module.name}")
-    return sorted(_tasks)
-
-
-def get_task(name: str) -> type[Task]:
-    """The class registered under ``name``; ValueError with the known names where there is none."""
-    known = list_tasks()
-    if name not in known:
-        raise ValueError(f"unknown task {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
-    return _tasks[name]
+register_task, list_tasks, get_task = TASKS.register, TASKS.names, TASKS.get
 
 
 def run_task(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from attn_plugins.config.extras import need
-from attn_plugins.config.yaml import build, check_keys, convert
+from attn_plugins.core.options import build, check_keys, convert
 from attn_plugins.data.text import DataConfig
 from attn_plugins.tasks import Task, get_task
 from attn_plugins.training.models import AS_SAVED, Dtype, Kind, read_attention

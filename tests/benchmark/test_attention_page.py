@@ -12,6 +12,7 @@ from attn_plugins.benchmark import attention_page as docs
 from attn_plugins.benchmark.attention_tables import with_tables
 from attn_plugins.benchmark.store import Results
 from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.options import Option, describe_options
 from attn_plugins.core.registry import get_attention
 
 PAGE = Path(__file__).parents[2] / "docs" / "attentions.md"
@@ -50,7 +51,7 @@ def test_tables_stand_between_comments():
 
 @pytest.mark.parametrize("name", OWN)
 def test_every_option_is_explained(name):
-    assert [option.name for option in docs.options(get_attention(name)) if not option.doc] == []
+    assert [option.name for option in describe_options(get_attention(name).Config) if not option.doc] == []
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -104,11 +105,11 @@ class Sample(Attention):
 
 
 def test_options_come_from_the_source():
-    assert docs.options(Sample) == [
-        docs.Option(name="needed", type="int", default="", doc="No default."),
-        docs.Option(name="window_size", type="int | None", default="256", doc="Keys seen, itself included."),
-        docs.Option(name="kind", type="Literal['a', 'b']", default="'a'", doc=""),
-        docs.Option(name="many", type="tuple[int, ...]", default="(1, 2)", doc="A few."),
+    assert describe_options(SampleConfig) == [
+        Option(name="needed", type="int", default="", doc="No default."),
+        Option(name="window_size", type="int | None", default="256", doc="Keys seen, itself included."),
+        Option(name="kind", type="Literal['a', 'b']", default="'a'", doc=""),
+        Option(name="many", type="tuple[int, ...]", default="(1, 2)", doc="A few."),
     ]
 
 

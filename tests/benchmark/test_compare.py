@@ -16,7 +16,7 @@ from attn_plugins.benchmark import compare
 from attn_plugins.benchmark.compare import CompareConfig, cells, prepare_compare, run_compare
 from attn_plugins.benchmark.compare_report import Found, write_report
 from attn_plugins.benchmark.store import Results
-from attn_plugins.config.yaml import build
+from attn_plugins.core.options import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -343,7 +343,7 @@ def test_classification_is_compared_after_training(bert, labelled, tmp_path):
             r"speed: passes has the scopes \['attention'\]; allowed: those of lengths, \['model'\]",
         ),
         ({"speed": {"lengths": {"model": [8]}, "rounds": 0}}, "speed: rounds=0; allowed: at least 1"),
-        ({"memory": {"lengths": {"model": [8]}, "passes": ["back"]}}, r"memory.passes\[0\]='back' is of type str"),
+        ({"memory": {"lengths": {"model": [8]}, "passes": ["back"]}}, r"memory.passes\[0\]='back'; allowed: 'forward'"),
     ],
 )
 def test_a_wrong_config_is_refused(text, changes, message):

@@ -18,8 +18,8 @@ from attn_plugins.benchmark.decode import (
     run_decode,
 )
 from attn_plugins.benchmark.decode_report import Decoded, decode_tables, write_decode_report
-from attn_plugins.config.yaml import build
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")

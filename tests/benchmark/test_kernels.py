@@ -12,8 +12,8 @@ from attn_plugins.benchmark import kernels as bench
 from attn_plugins.benchmark import peers
 from attn_plugins.benchmark.kernels import BenchConfig, cells, contenders, prepare_bench, run_bench
 from attn_plugins.benchmark.kernels_report import Measured, bench_tables, pays_from, says_pays_from, write_bench_report
-from attn_plugins.config.yaml import build
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention, list_attentions
 
 SMALL = {"lengths": [24, 48], "num_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "rounds": 1, "peers": False}

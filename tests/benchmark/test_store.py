@@ -11,8 +11,9 @@ from attn_plugins.benchmark import store as module
 from attn_plugins.benchmark.kernels import BenchConfig, cells, prepare_bench, run_bench
 from attn_plugins.benchmark.kernels_report import Measured, write_bench_report
 from attn_plugins.benchmark.store import Results
+from attn_plugins.config import versions as version_file
 from attn_plugins.config.versions import commit, spelled, versions
-from attn_plugins.config.yaml import build
+from attn_plugins.core.options import build
 
 WHOLE = json.dumps({"key": "a", "status": "ok", "result": {}, "versions": versions()})
 
@@ -168,7 +169,7 @@ SMALL = {"lengths": [16], "passes": ["forward"], "rounds": 1, "peers": False, "a
 def test_what_other_versions_measured_is_measured_again_and_said(tmp_path, monkeypatch, name):
     config = build(BenchConfig, {**SMALL, "output_dir": str(tmp_path)})
     monkeypatch.setattr(module, "versions", lambda: {**versions(), "commit": "abc", name: "another"})
-    monkeypatch.setattr("attn_plugins.benchmark.kernels.versions", module.versions)
+    monkeypatch.setattr("attn_plugins.benchmark.cells.versions", module.versions)
     run_bench(config, prepare_bench(config), say=lambda line: None)
     monkeypatch.undo()
     monkeypatch.setattr(module, "versions", lambda: {**versions(), "commit": "abc"})
@@ -176,7 +177,7 @@ def test_what_other_versions_measured_is_measured_again_and_said(tmp_path, monke
     (report, *_) = write_bench_report(Measured(config, results), tmp_path)[1]
     assert f"- Measured with {spelled(results.records[next(iter(results.records))]['versions'])}" in report.read_text()
     assert "- Stale: 1 of 1 cells were not measured with attn_plugins " in report.read_text()
-    monkeypatch.setattr("attn_plugins.benchmark.kernels.versions", module.versions)
+    monkeypatch.setattr("attn_plugins.benchmark.cells.versions", module.versions)
     run_bench(config, results, say=said.append)
     assert said[0].startswith(f"1 of 1 cells in {results.path} are stale and are measured again: they are of ")
     assert "another" in said[0].partition("; now it is")[0]
@@ -192,7 +193,7 @@ def test_results_from_before_versions_were_recorded_say_so(tmp_path):
     results = prepare_bench(config)
     run_bench(config, results, say=lambda line: None)
     ((cell,),) = cells(config)
-    old = {name: value for name, value in versions().items() if name not in module.OWN}
+    old = {name: value for name, value in versions().items() if name not in version_file.OWN}
     results.add({**results.records[cell.key], "versions": old})
     assert results.told([cell.key])[0].startswith("1 of 1 cells in ")
     assert "they are of attn_plugins version not recorded, " in results.told([cell.key])[0]
@@ -204,13 +205,13 @@ def test_plug_ins_are_recorded_too(monkeypatch):
         class dist:  # noqa: N801
             name, version = "their-attention", "7.1"
 
-    monkeypatch.setattr(module.metadata, "entry_points", lambda group: [Entry])
-    module._own.cache_clear()
+    monkeypatch.setattr(version_file.metadata, "entry_points", lambda group: [Entry])
+    version_file._own.cache_clear()
     try:
         assert versions()["their-attention"] == "7.1"
         assert "their-attention 7.1" in spelled(versions())
     finally:
-        module._own.cache_clear()
+        version_file._own.cache_clear()
 
 
 def test_the_commit_is_the_last_that_changed_the_package(tmp_path, monkeypatch):

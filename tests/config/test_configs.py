@@ -9,7 +9,8 @@ from attn_plugins.benchmark.attention_page import OWN
 from attn_plugins.benchmark.compare import CompareConfig, cells
 from attn_plugins.benchmark.decode import DecodeConfig
 from attn_plugins.benchmark.kernels import BenchConfig, contenders
-from attn_plugins.config.yaml import build, read_yaml
+from attn_plugins.config.yaml import read_yaml
+from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.training.config import FinetuneConfig

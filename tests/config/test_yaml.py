@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import pytest
 
-from attn_plugins.config.yaml import build, override, parse_yaml, read_yaml
+from attn_plugins.config.yaml import override, parse_yaml, read_yaml
+from attn_plugins.core.options import build
 from attn_plugins.training.models import read_adapter, read_attention
 
 
@@ -61,7 +62,7 @@ def test_nested_settings_arrive_typed():
         ),
         ({"inner": {}}, r"inner.rate is missing; needed: rate"),
         ({"inner": {"rate": "much"}}, r"inner.rate='much' is of type str; allowed: float"),
-        ({"inner": {"rate": 1, "kind": "quick"}}, r"inner.kind='quick' is of type str; allowed: 'fast', 'slow'"),
+        ({"inner": {"rate": 1, "kind": "quick"}}, r"inner.kind='quick'; allowed: 'fast', 'slow'"),
         ({"other": 3}, r"other=3 is of type int; allowed: Inner or null"),
         ({"inner": 3}, r"inner is 3; a mapping is needed with keys of Inner"),
         ({"sizes": [1, "two"]}, r"sizes\[1\]='two' is of type str; allowed: int"),

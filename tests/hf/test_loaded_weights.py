@@ -10,7 +10,7 @@ from torch import nn
 
 import attn_plugins as ap
 from attn_plugins.core.attention import HeadShape
-from attn_plugins.core.registry import _attentions
+from attn_plugins.core.registry import ATTENTIONS
 from attn_plugins.ops.reference import dense_attention
 
 HEADS = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
@@ -112,7 +112,7 @@ class Careless(ap.Attention):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_does_not_matter_how_a_plug_in_writes_its_weights(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("attn_plugins.core.registry._attentions", dict(_attentions))
+    monkeypatch.setattr(ATTENTIONS, "classes", dict(ATTENTIONS.classes))
     ap.register_attention("careless")(Careless)
     model = trained("llama", "careless").to(dtype)
     model.save_pretrained(tmp_path)

@@ -28,7 +28,7 @@ FLAGS = ["gated_output", "gated_sum"]
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch):
     registry.list_attentions()
-    monkeypatch.setattr(registry, "_attentions", dict(registry._attentions))
+    monkeypatch.setattr(registry.ATTENTIONS, "classes", dict(registry.ATTENTIONS.classes))
     for cls in (GatedOutput, GatedSum, Pairs):
         ap.register_attention(cls.name)(cls)
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from attn_plugins import tasks
 from attn_plugins.data.text import token_blocks
-from attn_plugins.tasks import Task, get_task, list_tasks, register_task, run_task
+from attn_plugins.tasks import TASKS, Task, get_task, list_tasks, register_task, run_task
 
 ROWS = Dataset.from_dict({"text": ["red green blue one two three cat dog good bad fine poor the a is ."] * 5})
 
@@ -28,13 +28,18 @@ def test_the_registry_finds_the_files():
 
 
 def test_a_name_is_not_taken_twice(monkeypatch):
-    monkeypatch.setattr(tasks, "_tasks", dict(tasks._tasks))
+    monkeypatch.setattr(TASKS, "classes", dict(TASKS.classes))
 
     class Other(Task):
-        pass
+        metric, better, model = "loss", "lower", "causal-lm"
+
+    class Incomplete(Task):
+        metric = "loss"
 
     with pytest.raises(ValueError, match=r"task 'perplexity' is already registered by attn_plugins\.tasks\.perplexity"):
         list_tasks() and register_task("perplexity")(Other)
+    with pytest.raises(ValueError, match=r"task 'loss' \(.*Incomplete\) lacks: better, model$"):
+        register_task("loss")(Incomplete)
 
 
 def measured(model, task, data, maker):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import attn_plugins as ap
-from attn_plugins.config.yaml import build
+from attn_plugins.core.options import build
 from attn_plugins.training.config import EvaluateConfig, FinetuneConfig
 from attn_plugins.training.evaluate import prepare_evaluation
 from attn_plugins.training.finetune import prepare_finetune
@@ -356,7 +356,7 @@ def test_gradient_checkpointing_reaches_frozen_models(llama, text, tmp_path, ree
         ({"lora": {"rank": 3}}, "unknown key 'rank' in lora"),
         ({"lora": {"r": "8"}}, "lora.r='8' is of type str; allowed: int"),
         ({"tune": "full", "lora": {"r": 8}}, r"lora options \['r'\] go with tune='lora', not with tune='full'"),
-        ({"tune": "all"}, "tune='all' is of type str; allowed: 'lora', 'full', 'new'"),
+        ({"tune": "all"}, "tune='all'; allowed: 'lora', 'full', 'new'"),
         ({"block_size": 1}, "block_size=1; allowed: at least 2"),
         ({"max_length": 0}, "max_length=0; allowed: at least 1"),
         ({"evaluation": {"lenght": 8}}, r"unknown key 'lenght' in evaluation \(did you mean length\?\)"),

@@ -1,0 +1,75 @@
+"""Run a benchmark cell by cell: what has a result of these versions is passed over, so that a killed run goes on.
+
+A cell is what is measured at a time. It has ``settings``, all that its result depends on; a ``key``, their hash; and
+``labels``, which people read and no key depends on. Cells of a group share rounds of timing.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime, timezone
+from typing import Any, Protocol, TypeVar
+
+from attn_plugins.benchmark.store import Results
+from attn_plugins.config.versions import versions
+
+
+class Cell(Protocol):
+    @property
+    def settings(self) -> dict[str, Any]: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def labels(self) -> dict[str, Any]: ...
+
+
+C = TypeVar("C", bound=Cell)
+
+
+def run_cells(
+    groups: Iterable[list[C]],
+    results: Results,
+    measure: Callable[[list[C]], Iterator[tuple[C, dict[str, Any] | str]]],
+    note: Callable[[C, dict[str, Any]], str],
+    *,
+    fresh: bool,
+    say: Callable[[str], None],
+    announce: bool = False,
+) -> None:
+    """Measure the cells that have no result of these versions yet, and append each outcome as it is there.
+
+    Args:
+        measure: cells of a group -> each with its outcome: ``{"status": "ok", "result": ...}``, or "error" with why; or
+            the reason why the cell is left out, of which nothing is recorded.
+        note: (cell, result) -> what is said of it in a line of progress.
+        fresh: measure all cells, whatever has been written before.
+        say: gets a line of progress at a time.
+        announce: name a cell before it is measured, where that takes minutes.
+
+    Raises:
+        ValueError: another run is measuring into the same file.
+    """
+    groups = list(groups)
+    cells = [cell for group in groups for cell in group]
+    numbered = {cell.key: f"[{number}/{len(cells)}] {cell}" for number, cell in enumerate(cells, 1)}
+    with results.alone():
+        for line in [] if fresh else results.told(cell.key for cell in cells):
+            say(line)
+        for group in groups:
+            todo = [cell for cell in group if fresh or not results.done(cell.key)]
+            if announce:
+                for cell in todo:
+                    say(numbered[cell.key])
+            for cell, outcome in measure(todo) if todo else ():
+                if isinstance(outcome, str):
+                    said = outcome
+                else:
+                    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                    record = {"key": cell.key, **cell.labels, **outcome, "finished": finished}
+                    results.add({**record, "settings": cell.settings, "versions": versions()})
+                    said = note(cell, outcome["result"]) if outcome["status"] == "ok" else outcome["error"]
+                    said += f" ({outcome['seconds']:.0f} s)" if "seconds" in outcome else ""
+                say(f"      {said}" if announce else f"{numbered[cell.key]}: {said}")
+
+
+def described(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
