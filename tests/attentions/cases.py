@@ -1,7 +1,10 @@
 """What the contract tests run over: every attention of the registry, each with its defaults and its examples."""
 
+import contextlib
 import copy
 import dataclasses
+import functools
+import inspect
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -69,19 +72,69 @@ def _cases() -> list[Case]:
 CASES = _cases()
 
 
-def every_case(**attributes):
-    """Parametrise over the cases whose attribute, or whose class's, has the given value."""
-    chosen = [
+def _having(attributes):
+    return [
         case
         for case in CASES
         if all(getattr(case if hasattr(case, name) else case.cls, name) == value for name, value in attributes.items())
     ]
-    return pytest.mark.parametrize("case", chosen, ids=str)
+
+
+def every_case(**attributes):
+    """Parametrise over the cases whose attribute, or whose class's, has the given value."""
+    return pytest.mark.parametrize("case", _having(attributes), ids=str)
 
 
 def every_class():
     classes = [cls for cls in map(get_attention, list_attentions()) if cls.any_length]
     return pytest.mark.parametrize("cls", classes, ids=lambda cls: cls.name)
+
+
+@contextlib.contextmanager
+def naming(*what):
+    """For the body of a loop: an error says in which of its rounds it came."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{', '.join(map(str, what))}: {type(error).__name__}: {error}") from error
+
+
+def rounds(names, values):
+    """As pytest.mark.parametrize, in one test: for what takes less time than pytest takes for a test of its own.
+
+    A caller that gives the arguments itself gets a round of its own choice.
+    """
+    names = [name.strip() for name in names.split(",")]
+
+    def decorate(test):
+        @functools.wraps(test)
+        def in_rounds(*args, **arguments):
+            every = [dict(zip(names, value if len(names) > 1 else [value], strict=True)) for value in values]
+            for chosen in [{}] if names[0] in arguments else every:
+                with naming(*(f"{name} {shown}" for name, shown in chosen.items())):
+                    test(*args, **arguments, **chosen)
+
+        signature = inspect.signature(test)
+        rest = [parameter for name, parameter in signature.parameters.items() if name not in names]
+        in_rounds.__signature__ = signature.replace(parameters=rest)
+        return in_rounds
+
+    return decorate
+
+
+def cases_together(**attributes):
+    """As :func:`every_case`, all cases of a class in one test. What is decorated stays there as ``of_case``."""
+
+    def decorate(test):
+        def of_class(cls):
+            rounds("case", [case for case in chosen if case.cls is cls])(test)()
+
+        chosen = _having(attributes)
+        of_class.__name__, of_class.__doc__, of_class.of_case = test.__name__, test.__doc__, test
+        classes = list(dict.fromkeys(case.cls for case in chosen))
+        return pytest.mark.parametrize("cls", classes, ids=lambda cls: cls.name)(of_class)
+
+    return decorate
 
 
 def seeded(seed):
