@@ -309,21 +309,27 @@ def test_effective_weights_give_the_output(case):
     mask = case.mask(2, 23, 23, padding_BK=left_padding([23, 14], 23))
     out, weights = given.call(module, mask, need_weights=True)
     assert weights.shape == (2, 4, 23, 23)
-    assert not weights.masked_select(~mask.dense()).any(), "an invisible key has a weight"
+    assert not weights.masked_select(~mask.dense()).any(), "reference gives an invisible key a weight"
     if not case.cls.convex:
         return
     real = mask.padding_BK[:, None, :, None]
-    assert (weights >= 0).all()
+    assert (weights >= 0).all(), "weights are below 0: set `convex = False`"
     total = weights.sum(dim=-1, keepdim=True)
-    assert ((total - 1).abs() < 1e-3).logical_or(total < 1e-3).logical_or(~real).all(), "weights do not sum to 1"
-    assert (total > 0.5).double().mean() > 0.5
+    assert ((total - 1).abs() < 1e-3).logical_or(total < 1e-3).logical_or(~real).all(), (
+        "weights do not sum to 1: set `convex = False`"
+    )
+    assert (total > 0.5).double().mean() > 0.5, "most queries have no weights: set `convex = False`"
     from_weights = weights @ given.v.repeat_interleave(2, dim=1)
     torch.testing.assert_close(out * real.transpose(1, 2), from_weights.transpose(1, 2) * real.transpose(1, 2))
 
 
 @every_class()
 def test_limit_case_is_softmax_attention(cls):
-    assert ("Limit case: none" in cls.__doc__) == (cls.limit is None), "the docstring says what the limit case is"
+    none = "Limit case: none" in cls.__doc__
+    assert cls.limit is not None or none, (
+        "say 'Limit case: none.' in the docstring, or set `limit` to options under which it equals softmax attention"
+    )
+    assert cls.limit is None or not none, "the docstring says 'Limit case: none.': say which `limit` is, or set none"
     if cls.limit is None:
         return
     for causal in (True, False):

@@ -83,7 +83,9 @@ def test_rows_can_be_reordered_and_repeated(case):
 
 @every_class()
 def test_what_is_kept_is_told(cls):
-    assert (cls.keeps != Attention.keeps) == (cls.new_state is not Attention.new_state)
+    own = cls.new_state is not Attention.new_state
+    assert own or cls.keeps == Attention.keeps, "it has no new_state: leave out `keeps`"
+    assert not own or cls.keeps != Attention.keeps, "say in `keeps` what new_state makes"
 
 
 @every_state

@@ -51,12 +51,13 @@ def test_tables_stand_between_comments():
 
 @pytest.mark.parametrize("name", OWN)
 def test_every_option_is_explained(name):
-    assert [option.name for option in describe_options(get_attention(name).Config) if not option.doc] == []
+    bare = [option.name for option in describe_options(get_attention(name).Config) if not option.doc]
+    assert bare == [], "each option needs a docstring under its field"
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_every_attention_says_when_to_use_it(name):
-    assert get_attention(name).when
+    assert get_attention(name).when, "say in `when` when to pick it"
 
 
 def test_figures_are_those_of_the_forward_and_backward_pass(tmp_path):
@@ -85,7 +86,7 @@ def test_figures_are_those_of_the_forward_and_backward_pass(tmp_path):
 
 @pytest.mark.parametrize("name", OWN)
 def test_every_docstring_tells_its_limit_case(name):
-    assert "Limit case: " in get_attention(name).__doc__
+    assert "Limit case: " in get_attention(name).__doc__, "say 'Limit case: none.' in the docstring, or what it is"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,39 @@
+"""A test that an attention fails says which class attribute to set, where it is one that the attention need not pass.
+
+What an attention declares is what it is tested for. The attribute is the last line of the failure.
+"""
+
+import pytest
+
+ASKED = {
+    "test_fast_form_equals_reference_in_float32": "any_length = False (other tests call it at lengths that it serves)",
+    "test_fast_form_equals_reference_for_any_shape": "heads_multiple_of (a number of heads), or any_length = False",
+    "test_future_tokens_do_not_matter_when_causal": "causal = False",
+    "test_half_of_the_heads_is_attended_to_alone_alike_or_refused": "heads_alike = False",
+    "test_packed_segments_do_not_leak": "segments = False",
+    "test_packed_segments_do_not_leak_through_gradients": "segments = False",
+    "test_cached_decoding_equals_one_pass": "causal = False, or wants_hidden_of_keys = True",
+    "test_prefill_in_chunks_equals_one_pass": "causal = False, or wants_hidden_of_keys = True",
+    "test_dropout_is_drawn_from_the_global_generator": "dropout = False",
+    "test_dropout_keeps_the_mean_or_is_left_out_with_a_warning": "dropout = False (it is left out then)",
+    "test_nothing_of_length_squared_is_allocated": "subquadratic = False",
+    "test_what_padding_holds_reaches_nobody": "clean_padding = False",
+    "test_honours_what_it_declares_and_refuses_the_rest": "{capability} = False",
+    "test_extras_that_are_declared_equal_the_reference": "{extra} = False",
+    "test_masks_beyond_plain_equal_the_reference": "any_mask = False",
+    "test_cross_attention_equals_the_reference": "cross = False",
+    "test_a_trace_of_texts_without_padding_serves_padding": "symbolic_length = False",
+    "test_one_graph_without_a_break_serves_every_decode_step": "unwritten_keys = False",
+}
+"""Test -> what to set if the attention is meant to be as it is; a parameter of the test in braces."""
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+    outcome = yield
+    asked = ASKED.get(getattr(item, "originalname", item.name))
+    if asked is None or outcome.excinfo is None or not issubclass(outcome.excinfo[0], Exception):
+        return
+    error = outcome.excinfo[1]
+    asked = asked.format_map(getattr(getattr(item, "callspec", None), "params", {}))
+    error.args = (f"{error}\nIf the attention is meant to do this, set in its class: {asked}",)
