@@ -36,7 +36,7 @@ class GatedOutput(Attention):
 class Total(State):
     """The sum of the gated values so far, (B, G, V) in float64."""
 
-    serves_fixed_length = True
+    supports_fixed_length = True
 
     def start(self, v_BGKV):
         if not self.tensors:

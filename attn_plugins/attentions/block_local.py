@@ -5,7 +5,7 @@ from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.ring_buffer import KeyWindow, window_attention
 from attn_plugins.ops.reference import dense_attention
-from attn_plugins.ops.softmax.patterns.band import Blocks
+from attn_plugins.ops.softmax.patterns.band import BlockBand
 from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
@@ -66,5 +66,5 @@ class BlockLocalAttention(Attention):
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, **options):
         return window_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), state, **options)
 
-    def _pattern(self) -> Blocks:
-        return Blocks(self.config.block_size, self.config.look_backward, self.config.look_forward)
+    def _pattern(self) -> BlockBand:
+        return BlockBand(self.config.block_size, self.config.look_backward, self.config.look_forward)

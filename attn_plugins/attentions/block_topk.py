@@ -3,7 +3,7 @@ from typing import ClassVar
 
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.blocks.gather import block_attention, blocks_of, choose_blocks, chosen_keys
+from attn_plugins.ops.blocks.gather import block_attention, block_layout, choose_blocks, chosen_keys
 from attn_plugins.ops.decode.block_cache import KeyBlocks, attention_from_blocks, choose_by_means, chosen_attention
 from attn_plugins.ops.reference import dense_attention
 
@@ -47,13 +47,13 @@ class BlockTopkAttention(Attention):
             self.require(self.topk >= 1, "topk", "an integer from 1 on")
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        blocks = blocks_of(mask, self.config.block_size)
+        blocks = block_layout(mask, self.config.block_size)
         chosen = choose_blocks(q_BHQD, k_BGKD, blocks, self.config.topk)
         return dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen_keys(chosen, blocks), **options)
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         block_size = self.config.block_size
-        chosen = choose_blocks(q_BHQD, k_BGKD, blocks_of(mask, block_size), self.config.topk)
+        chosen = choose_blocks(q_BHQD, k_BGKD, block_layout(mask, block_size), self.config.topk)
         return block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=block_size, **options)
 
     def new_state(self, fixed_length=None):

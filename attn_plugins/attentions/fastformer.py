@@ -5,7 +5,7 @@ from torch import nn
 
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.additive.fastformer import Weights, dense_fastformer, fastformer, fastformer_from
+from attn_plugins.ops.additive.fastformer import FastformerWeights, dense_fastformer, fastformer, fastformer_from
 from attn_plugins.ops.decode.running_sums import Sums
 
 
@@ -84,4 +84,6 @@ class FastformerAttention(Attention):
         return fastformer_from(q_BHQD, k_BGKD, v_BGKV, mask, state, **options)
 
     def _weights(self):
-        return Weights(self.query_weight, self.key_weight, self.transform_weight, self.residual, self.resize_weight)
+        return FastformerWeights(
+            self.query_weight, self.key_weight, self.transform_weight, self.residual, self.resize_weight
+        )

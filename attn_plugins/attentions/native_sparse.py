@@ -8,7 +8,7 @@ from torch import nn
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.blocks.native_sparse import (
-    Weights,
+    NativeSparseWeights,
     dense_native_sparse_attention,
     native_sparse_attention,
     native_sparse_from,
@@ -113,7 +113,7 @@ class NativeSparseAttention(Attention):
 
     def _weights(self):
         gates = torch.stack([self.compressed_gate, self.selected_gate, self.window_gate], dim=1)
-        return Weights(self.gate_weight, gates, self.key_weight, self.value_weight)
+        return NativeSparseWeights(self.gate_weight, gates, self.key_weight, self.value_weight)
 
     def _sizes(self):
         return dataclasses.asdict(self.config)

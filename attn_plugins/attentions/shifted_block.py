@@ -5,7 +5,7 @@ import torch
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.reference import dense_attention, expand_heads
-from attn_plugins.ops.softmax.patterns.band import Blocks
+from attn_plugins.ops.softmax.patterns.band import BlockBand
 from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
@@ -74,9 +74,9 @@ class ShiftedBlockAttention(Attention):
                 )  # fmt: skip
         return torch.cat(outs, dim=1)
 
-    def _patterns(self) -> tuple[Blocks, Blocks]:
+    def _patterns(self) -> tuple[BlockBand, BlockBand]:
         size = self.config.group_size
-        return Blocks(size), Blocks(size, shift=size // 2)
+        return BlockBand(size), BlockBand(size, shift=size // 2)
 
 
 def _of_heads(position_bias: torch.Tensor | None, heads: slice) -> torch.Tensor | None:

@@ -6,7 +6,7 @@ import torch
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.reference import dense_attention
-from attn_plugins.ops.softmax.topk import even_scores, highest, least_chosen, topk_attention
+from attn_plugins.ops.softmax.topk import tie_stable_scores, topk_attention, topk_mask, topk_threshold
 
 
 @register_attention("topk")
@@ -44,8 +44,8 @@ class TopkAttention(Attention):
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         extras = {name: options[name] for name in ("scale", "position_bias", "softcap") if name in options}
         with torch.no_grad():
-            s_BHQK = even_scores(q_BHQD, k_BGKD, **extras).masked_fill(~mask.dense(), -torch.inf)
-            chosen = highest(s_BHQK, least_chosen(s_BHQK, self.config.topk), self.config.topk)
+            s_BHQK = tie_stable_scores(q_BHQD, k_BGKD, **extras).masked_fill(~mask.dense(), -torch.inf)
+            chosen = topk_mask(s_BHQK, topk_threshold(s_BHQK, self.config.topk), self.config.topk)
         return dense_attention(q_BHQD, k_BGKD, v_BGKV, chosen, **options)
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):

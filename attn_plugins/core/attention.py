@@ -254,7 +254,7 @@ class Attention(nn.Module):
             if state is not None:
                 state.to(k_BGKD.device)  # it may have been offloaded
                 new = (k_BGKD, v_BGKV) if hidden_B1QE is None else (k_BGKD, v_BGKV, hidden_B1QE)
-                k_BGKD, v_BGKV, *hidden_B1KE = state.begin(*new)
+                k_BGKD, v_BGKV, *hidden_B1KE = state.flush_pending(*new)
                 if hidden_B1KE:
                     options["hidden_BKE"] = hidden_B1KE[0].squeeze(1)
                 out_BHQV = self.attend_from(q_BHQD, k_BGKD, v_BGKV, state=state, **options)

@@ -17,7 +17,7 @@ class Moment(NamedTuple):
 
     before: "State"
     brought: tuple[torch.Tensor, ...]
-    """As :attr:`State.waiting`."""
+    """As :attr:`State.pending`."""
 
 
 class State:
@@ -33,7 +33,7 @@ class State:
             the first call on (a static cache); None where not.
     """
 
-    serves_fixed_length = False
+    supports_fixed_length = False
     """Whether ``fixed_length`` is honoured: shapes don't depend on the number of tokens seen."""
     grows = False
     """Whether it takes more memory the more tokens it has seen, without end, unless ``fixed_length`` is set."""
@@ -44,7 +44,7 @@ class State:
         self._counter = None if fixed_length is None else torch.zeros((), dtype=torch.long)
         self.tensors: dict[str, torch.Tensor] = {}
         """By name, all with the batch as their first dimension."""
-        self.waiting: tuple[torch.Tensor, ...] | None = None
+        self.pending: tuple[torch.Tensor, ...] | None = None
         """Keys and values not yet taken in, and their hidden states (B, 1, K, E) where the attention wants these."""
         self.recording = False
         """Whether to keep what :meth:`crop` needs, until it is called: a copy of the tensors for every call."""
@@ -80,33 +80,33 @@ class State:
     @property
     def seen(self) -> int:
         """Tokens seen, taken in or waiting."""
-        return self.length + self.number_waiting
+        return self.length + self.num_pending
 
     @property
-    def number_waiting(self) -> int:
+    def num_pending(self) -> int:
         """Tokens not yet taken in."""
-        return 0 if self.waiting is None else self.waiting[0].shape[2]
+        return 0 if self.pending is None else self.pending[0].shape[2]
 
     @property
     def num_bytes(self) -> int:
         """Memory of everything that is held."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._held())
 
-    def begin(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Called before each call's attention, with the new tokens as :attr:`waiting` holds them.
+    def flush_pending(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Called before each call's attention, with the new tokens as :attr:`pending` holds them.
 
         Returns:
             what to take in: the tokens that wait, and the new ones.
         """
-        if self.waiting is not None:
-            new = tuple(torch.cat(both, dim=2) for both in zip(self.waiting, new, strict=True))
+        if self.pending is not None:
+            new = tuple(torch.cat(both, dim=2) for both in zip(self.pending, new, strict=True))
         if self.recording:
             before = copy.copy(self)
             before.tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
-            before.waiting, before.history = None, []
+            before.pending, before.history = None, []
             before._counter = None if self._counter is None else self._counter.clone()
             self.history.append(Moment(before, new))
-        self.waiting = None
+        self.pending = None
         return new
 
     def check_crop(self, number: int) -> None:
@@ -114,7 +114,7 @@ class State:
         target = self.seen - number
         if not 0 <= number <= self.seen:
             raise ValueError(f"cannot remove {number} tokens of {self.seen}; allowed: 0 to {self.seen}")
-        if not number or not target or (self.waiting is not None and target >= self.length) or self._reaches(target):
+        if not number or not target or (self.pending is not None and target >= self.length) or self._reaches(target):
             return
         if not any(moment.before.length <= target for moment in self.history):
             raise ValueError(
@@ -132,24 +132,24 @@ class State:
         target = self.seen - number
         if number and not target:
             self.reset()
-        elif number and self.waiting is not None and target >= self.length:
+        elif number and self.pending is not None and target >= self.length:
             kept = target - self.length
-            self.waiting = tuple(x[:, :, :kept] for x in self.waiting) if kept else None
+            self.pending = tuple(x[:, :, :kept] for x in self.pending) if kept else None
         elif number and self._reaches(target):
             self._rewind(target)
-            self.waiting = None
+            self.pending = None
         elif number:
             moment = [moment for moment in self.history if moment.before.length <= target][-1]
             kept = target - moment.before.length
             vars(self).update(vars(moment.before))
-            self.waiting = tuple(x[:, :, :kept] for x in moment.brought) if kept else None
+            self.pending = tuple(x[:, :, :kept] for x in moment.brought) if kept else None
         self.history = []
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor held by ``change`` of it: another order of rows, another device."""
         self.tensors = {name: change(tensor) for name, tensor in self.tensors.items()}
-        if self.waiting is not None:
-            self.waiting = tuple(map(change, self.waiting))
+        if self.pending is not None:
+            self.pending = tuple(map(change, self.pending))
         for moment in self.history:
             moment.before.apply(change)
         self.history = [Moment(m.before, tuple(map(change, m.brought))) for m in self.history]
@@ -169,13 +169,13 @@ class State:
 
     def reset(self) -> None:
         """Empty it, as it was before the first token."""
-        self.length, self.waiting, self.history = 0, None, []
+        self.length, self.pending, self.history = 0, None, []
         if self.fixed_length is None:
             self.tensors = {}
         for tensor in self.tensors.values():
             tensor.zero_()
 
-    def put(self, name: str, axis: int, index: torch.Tensor, x: torch.Tensor) -> None:
+    def write(self, name: str, axis: int, index: torch.Tensor, x: torch.Tensor) -> None:
         """Write ``x`` into a tensor at these places, the tensor itself unless a gradient needs it as it was."""
         held = self.tensors[name]
         if x.requires_grad or held.requires_grad:
@@ -223,7 +223,7 @@ class State:
         """Raise a ValueError where there is no room for as many tokens; in a compiled step, an error of torch."""
         if self.fixed_length is not None and torch.compiler.is_compiling():
             assert self._counter is not None
-            room = self._counter + self.number_waiting + number <= self.fixed_length
+            room = self._counter + self.num_pending + number <= self.fixed_length
             torch._assert_async(
                 room, "the static cache has no room for more tokens; make it with a larger max_cache_len"
             )
@@ -235,7 +235,7 @@ class State:
 
     def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """A key and a value tensor of the shapes that have to come, None if any may; the length does not matter."""
-        return None if self.waiting is None else (self.waiting[0], self.waiting[1])
+        return None if self.pending is None else (self.pending[0], self.pending[1])
 
     def _reaches(self, target: int) -> bool:
         """Whether it can go back to ``target`` tokens, one at least, without what was recorded."""
@@ -247,4 +247,4 @@ class State:
 
     def _held(self) -> list[torch.Tensor]:
         moments = [t for m in self.history for t in (*m.before.tensors.values(), *m.brought)]
-        return [*self.tensors.values(), *(self.waiting or ()), *moments]
+        return [*self.tensors.values(), *(self.pending or ()), *moments]

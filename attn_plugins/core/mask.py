@@ -125,7 +125,7 @@ class AttentionMask:
 
         return self.cached(("last", number), build)
 
-    def at(self, positions_BK: torch.Tensor, real_BK: torch.Tensor, first_B: torch.Tensor) -> "AttentionMask":
+    def at(self, positions_BK: torch.Tensor, not_padding_BK: torch.Tensor, first_B: torch.Tensor) -> "AttentionMask":
         """The mask of keys at these absolute positions, for the same queries.
 
         Args:
@@ -141,7 +141,7 @@ class AttentionMask:
         return self._copy(
             kv_length=positions_BK.shape[1],
             kv_offset=0,
-            padding_BK=real_BK,
+            padding_BK=not_padding_BK,
             positions_BK=positions_BK,
             first_B=first_B,
             dense_BQK=dense_BQK,
@@ -232,17 +232,17 @@ class AttentionMask:
                 return first_B.unsqueeze(1).expand(-1, self.kv_length)
             if not self.row_starts:
                 return torch.zeros_like(index)
-            real = torch.ones_like(index, dtype=torch.bool) if self.padding_BK is None else self.padding_BK
+            not_padding = torch.ones_like(index, dtype=torch.bool) if self.padding_BK is None else self.padding_BK
             segments = torch.zeros_like(index) if self.segments_BK is None else self.segments_BK
-            real, segments = torch.broadcast_tensors(real, segments)
+            not_padding, segments = torch.broadcast_tensors(not_padding, segments)
             # A segment starts at its first real key: where the number of real keys seen in it goes from none to one.
-            fresh = torch.ones_like(real[:, :1])
-            changed = torch.cat([fresh, segments[:, 1:] != segments[:, :-1]], dim=1)
+            first = torch.ones_like(not_padding[:, :1])
+            changed = torch.cat([first, segments[:, 1:] != segments[:, :-1]], dim=1)
             segment_start = torch.where(changed, index, 0).cummax(dim=1).values
-            counted = real.long().cumsum(dim=1)
-            before_segment = counted.gather(1, segment_start) - real.gather(1, segment_start).long()
-            first_real = real & (counted - before_segment == 1)
-            return torch.maximum(torch.where(first_real, index, 0).cummax(dim=1).values, segment_start)
+            counted = not_padding.long().cumsum(dim=1)
+            before_segment = counted.gather(1, segment_start) - not_padding.gather(1, segment_start).long()
+            first_of_row = not_padding & (counted - before_segment == 1)
+            return torch.maximum(torch.where(first_of_row, index, 0).cummax(dim=1).values, segment_start)
 
         return self.cached("starts", build)
 

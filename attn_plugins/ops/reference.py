@@ -8,6 +8,9 @@ import torch
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+MASKED_SCORE = -1e30
+"""Score of a masked pair: its exponential is 0, and it is finite, so that a row that sees nothing has no NaN."""
+
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype in which sums are taken: float32, or float64 where an input is float64."""

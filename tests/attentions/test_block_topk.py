@@ -6,7 +6,7 @@ from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, kept_for
 
 from attn_plugins.attentions.block_topk import BlockTopkAttention
 from attn_plugins.ops.blocks import gather as gathered
-from attn_plugins.ops.blocks.gather import blocks_of, choose_blocks
+from attn_plugins.ops.blocks.gather import block_layout, choose_blocks
 
 
 def block_topk(causal=True, **options):
@@ -59,24 +59,24 @@ def test_padding_inside_a_block_has_no_part_in_its_mean():
     for junk in (0.0, 1e6):
         given.k[:, :, 5] = junk
         mask = case.mask(1, 12, 12, padding_BK=padding)
-        chosen.append(choose_blocks(given.q, given.k, blocks_of(mask, 4), 2))
+        chosen.append(choose_blocks(given.q, given.k, block_layout(mask, 4), 2))
     assert torch.equal(*chosen)
 
 
 def test_blocks_are_scored_a_few_queries_at_a_time(monkeypatch):
     case = block_topk(block_size=3, topk=4)
     given, mask = inputs(2, 50), case.mask(2, 50, 50, padding_BK=left_padding([50, 41], 50))
-    whole = choose_blocks(given.q, given.k, blocks_of(mask, 3), 4)
+    whole = choose_blocks(given.q, given.k, block_layout(mask, 3), 4)
     out = given.run(case.module(), mask)
     monkeypatch.setattr(gathered, "SCORES_AT_ONCE", 200)
-    assert torch.equal(choose_blocks(given.q, given.k, blocks_of(mask, 3), 4), whole)
+    assert torch.equal(choose_blocks(given.q, given.k, block_layout(mask, 3), 4), whole)
     assert_same({"out": given.run(case.module(), mask)}, {"out": out}, 1e-12)
 
 
 def test_layers_share_the_blocks_of_a_mask():
     mask = block_topk().mask(1, 50, 50)
-    assert blocks_of(mask, 8) is blocks_of(mask, 8)
-    assert blocks_of(mask, 8) is not blocks_of(mask, 4)
+    assert block_layout(mask, 8) is block_layout(mask, 8)
+    assert block_layout(mask, 8) is not block_layout(mask, 4)
 
 
 def test_nothing_of_topk_times_the_keys_is_kept_for_the_backward():
@@ -109,7 +109,7 @@ def test_scores_may_lie_any_distance_above_a_query_s_own(causal, monkeypatch):
     given, mask = inputs(2, 40), case.mask(2, 40, 40, padding_BK=left_padding([40, 31], 40))
     given.k *= 30
     passes = []
-    monkeypatch.setattr(gathered._Call, "highest", spy(gathered._Call.highest, passes))
+    monkeypatch.setattr(gathered._Inputs, "max_scores", spy(gathered._Inputs.max_scores, passes))
     assert_forms_agree(case, given.to(torch.float32).to(torch.float64), mask, dtype=torch.float32, tolerance=1e-4)
     assert len(passes) == 1, "exp overflows, so the maximum is needed"
     assert_forms_agree(case, inputs(2, 40), mask)

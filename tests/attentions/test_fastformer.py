@@ -8,7 +8,8 @@ import torch
 from attn_plugins.attentions.fastformer import FastformerAttention
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.additive.fastformer import UNSEEN, pool, pool_prefixes
+from attn_plugins.ops.additive.fastformer import pool, pool_prefixes
+from attn_plugins.ops.reference import MASKED_SCORE
 
 
 def attention(num_heads=4, num_key_value_heads=2, value_dim=8, *, trained=True, dtype=torch.float64, **options):
@@ -108,13 +109,13 @@ def test_prefix_pools_neither_overflow_nor_forget():
 def test_pool_of_segments_equals_the_pool_of_each():
     generator = torch.Generator().manual_seed(0)
     logits, x = 50 * torch.randn(2, 3, 20, generator=generator), torch.randn(2, 3, 20, 4, generator=generator)
-    logits[:, :, :5] = UNSEEN
+    logits[:, :, :5] = MASKED_SCORE
     segments = torch.tensor([7] * 5 + [2] * 8 + [9] * 7).expand(2, -1)
-    pooled, level = pool(logits, x, segments)
+    pooled, running_max = pool(logits, x, segments)
     for part in (slice(5, 13), slice(13, 20)):
         want, _ = pool(logits[:, :, part], x[:, :, part], None)
         torch.testing.assert_close(pooled[:, :, part], want.expand(-1, -1, part.stop - part.start, -1))
-    assert (level[:, :, :5] == UNSEEN).all()
+    assert (running_max[:, :, :5] == MASKED_SCORE).all()
 
 
 def test_room_for_keys_to_come_is_not_read():

@@ -93,7 +93,7 @@ def test_tokens_that_wait_keep_their_hidden_states(case):
         mask = case.mask(2, high - low, high, padding_BK=padding[:, :high])
         given.tokens(slice(low, high)).run(module, mask, state=state)
     state.crop(2)
-    assert state.number_waiting == 2
+    assert state.num_pending == 2
     state = copy.deepcopy(state)
     state.apply(lambda tensor: tensor.flip(0))
     state.apply(lambda tensor: tensor.flip(0))

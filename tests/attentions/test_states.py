@@ -168,7 +168,7 @@ def test_what_is_not_recorded_is_taken_back_rightly_or_refused(case):
 @torch.no_grad()
 def test_static_states_keep_their_shapes_and_addresses(case):
     module, state = case.module(), case.module().new_state(LENGTH)
-    if not state.serves_fixed_length:
+    if not state.supports_fixed_length:
         pytest.skip(f"{case.cls.name} keeps all tokens")
     given, padding = text()
     got = [piece(module, state, given, padding, 0, 20)]

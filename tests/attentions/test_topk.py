@@ -73,8 +73,8 @@ def test_the_choice_is_made_once_and_one_number_a_query_of_it_kept(monkeypatch):
         choices.append(least(scores, topk))
         return choices[-1]
 
-    least = ops.least_chosen
-    monkeypatch.setattr(ops, "least_chosen", spy)
+    least = ops.topk_threshold
+    monkeypatch.setattr(ops, "topk_threshold", spy)
     given.q.requires_grad_()
     given.run(case.module(), case.mask(1, 40, 40)).sum().backward()
     assert [x.shape for x in choices] == [(1, 4, 40, 1)]

@@ -49,7 +49,7 @@ def test_the_table_holds_every_causal_attention_and_says_whether_its_cache_grows
         assert stays == (state is not None and not state.grows), name
         ordinary = "in an ordinary layer" in next(row for row in rows if f"`{name}`" in row.split("|")[1])
         assert ordinary == (state is None), name
-        assert state is None or attention.new_state(64).serves_fixed_length, name
+        assert state is None or attention.new_state(64).supports_fixed_length, name
 
 
 def test_the_figures_are_those_of_the_results():

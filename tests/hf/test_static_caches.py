@@ -25,7 +25,7 @@ def keeps_fixed_length(name):
     """Whether the attention's state has room for as many tokens as a static cache, made once."""
     cls, options = ap.get_attention(name), flag(name)
     del options["type"]
-    return cls(cls.Config(**options), HEADS).new_state(99).serves_fixed_length
+    return cls(cls.Config(**options), HEADS).new_state(99).supports_fixed_length
 
 
 STATIC = [name for name in BOUNDED if keeps_fixed_length(name)]

@@ -19,7 +19,7 @@ EVERY = pytest.mark.parametrize("case", CASES, ids=str)
 
 @pytest.fixture(autouse=True)
 def short_pieces_are_many_queries(monkeypatch):
-    monkeypatch.setattr(key_blocks, "FEW", 4)
+    monkeypatch.setattr(key_blocks, "MAX_GATHER_QUERIES", 4)
 
 
 class Text:
@@ -147,7 +147,9 @@ def test_buffers_grow_by_doubling(case):
     state, places = case.module().new_state(), {}
     given = inputs(1, 1)
     for length in range(1, 1001):
-        state.take(given.k, given.v, case.mask(1, 1, length), (torch.ones(2, case.options.get("kernel_size", 1)),) * 2)
+        state.append(
+            given.k, given.v, case.mask(1, 1, length), (torch.ones(2, case.options.get("kernel_size", 1)),) * 2
+        )
         for name, tensor in state.tensors.items():
             places.setdefault(name, [tensor])
             if places[name][-1] is not tensor:

@@ -229,14 +229,14 @@ def test_kernel_gradients_equal_finite_differences(monkeypatch, feature_map):
     w_q, w_k = (torch.eye(3, dtype=torch.float64).repeat(n, 1, 1) + 0.1 for n in (2, 1))
     size = kernel.FEATURE_MAPS[feature_map].size(3)
     state = torch.rand(2, 1, size, 4, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    level = torch.full((2, 1, size), 0.7, dtype=torch.float64) if feature_map == "exp" else None
+    running_max = torch.full((2, 1, size), 0.7, dtype=torch.float64) if feature_map == "exp" else None
 
     def run(*leaves):
-        return kernel.causal_linear(*leaves[:5], padding, None, leaves[5], level, feature_map, 2, 1e-6, 0)[:2]
+        return kernel.causal_linear(*leaves[:5], padding, None, leaves[5], running_max, feature_map, 2, 1e-6, 0)[:2]
 
     assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in (q, k, v, w_q, w_k, state)], fast_mode=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    arguments = (q, k, v, w_q, w_k, padding, None, state, level, feature_map, 2, 1e-6, 0)
+    arguments = (q, k, v, w_q, w_k, padding, None, state, running_max, feature_map, 2, 1e-6, 0)
     torch.library.opcheck(kernel.causal_linear, arguments, test_utils=checks)
 
 

@@ -67,7 +67,7 @@ def test_every_feature_map_goes_on_from_any_split(name):
 def test_long_pieces_are_taken_in_a_few_tokens_at_a_time(name, monkeypatch):
     module, given, padding = make(name), inputs(3, LENGTH), left_padding(LENGTHS, LENGTH)
     want = whole(module, given, padding)
-    monkeypatch.setattr(sums, "PIECE", 6)
+    monkeypatch.setattr(sums, "PREFILL_CHUNK", 6)
     state = module.new_state()
     state.recording = True
     run(module, state, given, padding, [3, 17])
@@ -138,7 +138,7 @@ def test_cosformer_refuses_what_is_longer_than_max_length_before_anything_change
             step(module, state, more, left_padding((21, 12), 27), 25, 27)
         assert state.seen == before.seen == 25
         assert all(torch.equal(state.tensors[name], before.tensors[name]) for name in before.tensors)
-        assert torch.equal(state.waiting[0], before.waiting[0])
+        assert torch.equal(state.pending[0], before.pending[0])
 
 
 @every_attention

@@ -229,7 +229,7 @@ def layer_of(module: nn.Module, cache: Cache, weighed: bool = False) -> StateLay
         max_length = -1 if layer.is_sliding else layer.max_cache_len
         room = sys.maxsize if layer.is_sliding else layer.max_cache_len
     state = slot.new_state(room)
-    if state is None or (room is not None and not state.serves_fixed_length):
+    if state is None or (room is not None and not state.supports_fixed_length):
         return None
     if layer.is_initialized and int(layer.get_seq_length()):
         return None

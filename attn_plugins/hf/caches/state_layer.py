@@ -114,7 +114,7 @@ class StateLayer(CacheLayerMixin):
         """As a static layer's: a tensor, which a compiled step takes for any number; a copy, which stays as it is."""
         if self.state.fixed_length is None or not self.is_initialized:
             return self.state.seen
-        return self.state.position + self.state.number_waiting
+        return self.state.position + self.state.num_pending
 
     def get_max_length(self) -> int:
         return self.max_length

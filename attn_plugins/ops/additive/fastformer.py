@@ -9,15 +9,12 @@ import torch
 from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.decode.running_sums import Sums, in_pieces
+from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
 from attn_plugins.ops.linear.attention import contiguous_segments
-from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax
-
-UNSEEN = -1e30
-"""Logit of what is not visible: finite, so that a token that sees nothing has finite gradients (of zero)."""
+from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, expand_heads, masked_softmax
 
 
-class Weights(NamedTuple):
+class FastformerWeights(NamedTuple):
     """What Fastformer learns, a query head each."""
 
     query: torch.Tensor
@@ -38,7 +35,7 @@ def dense_fastformer(
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
     *,
-    weights: Weights,
+    weights: FastformerWeights,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, with the pools' weights as whole matrices.
@@ -64,7 +61,7 @@ def fastformer(
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
     *,
-    weights: Weights,
+    weights: FastformerWeights,
     scale: float,
     chunk_size: int,
 ) -> torch.Tensor:
@@ -74,7 +71,7 @@ def fastformer(
 
     def average(logits_BHT, x_BHTD):
         if mask.padding_BK is not None:
-            logits_BHT = torch.where(mask.padding_BK.unsqueeze(1), logits_BHT, UNSEEN)
+            logits_BHT = torch.where(mask.padding_BK.unsqueeze(1), logits_BHT, MASKED_SCORE)
         if mask.causal:
             return pool_prefixes(logits_BHT, x_BHTD, segments_BK, chunk_size)
         return pool(logits_BHT, x_BHTD, segments_BK)
@@ -83,8 +80,8 @@ def fastformer(
         source = k if mask.causal else q
         g_BHKD, _ = average(_logits(source, weights.query, scale), source)
         p_BHKD = g_BHKD * k
-        global_key, level = average(_logits(p_BHKD, weights.key, scale), p_BHKD)
-        seen = ~(level <= UNSEEN / 2).unsqueeze(3)  # what is not a number was seen
+        global_key, lse = average(_logits(p_BHKD, weights.key, scale), p_BHKD)
+        seen = ~(lse <= MASKED_SCORE / 2).unsqueeze(3)  # what is not a number was seen
         if mask.causal:
             global_key, seen = global_key[:, :, k.shape[2] - q.shape[2] :], seen[:, :, k.shape[2] - q.shape[2] :]
         return _finish(q, global_key, v, seen, weights).to(v_BGKV.dtype)
@@ -97,7 +94,7 @@ def fastformer_from(
     mask: AttentionMask,
     state: Sums,
     *,
-    weights: Weights,
+    weights: FastformerWeights,
     scale: float,
     chunk_size: int,
 ) -> torch.Tensor:
@@ -105,54 +102,56 @@ def fastformer_from(
 
     Args:
         mask: of all tokens, which may end with some that come later.
-        state: what the tokens before add up to, ``query_pool`` and ``query_level``, ``key_pool`` and ``key_level``,
+        state: what the tokens before add up to, ``query_pool`` and ``query_max``, ``key_pool`` and ``key_max``,
             (B, H, D + 1) and (B, H) each, see :class:`_Pool`.
     """
     weights, (heads, size) = _cast_weights(weights, accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)), weights.query.shape
-    pools, levels = ("query_pool", "key_pool"), ("query_level", "key_level")
-    state.start(k_BGKD, v_BGKV, **dict.fromkeys(pools, (heads, size + 1)), **dict.fromkeys(levels, (heads,)))
+    pools, maxima = ("query_pool", "key_pool"), ("query_max", "key_max")
+    state.start(k_BGKD, v_BGKV, **dict.fromkeys(pools, (heads, size + 1)), **dict.fromkeys(maxima, (heads,)))
 
-    def piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         number, dtype, held = k.shape[2], weights.query.dtype, state.tensors
-        real_BK, own = state.real(mask, number), slice(number - q.shape[2], None)
+        not_padding_BK, own = state.not_padding(mask, number), slice(number - q.shape[2], None)
         k_BHKD, v_BHQV = (expand_heads(x.to(dtype), heads) for x in (k, v[:, :, own]))
 
         def logits(x_BHTD: torch.Tensor, w_HD: torch.Tensor) -> torch.Tensor:
             found = _logits(x_BHTD, w_HD, scale)
-            return found if real_BK is None else torch.where(real_BK.unsqueeze(1), found, UNSEEN)
+            return found if not_padding_BK is None else torch.where(not_padding_BK.unsqueeze(1), found, MASKED_SCORE)
 
-        before = _Pool(held["query_pool"], held["query_level"])
-        g_BHKD, _, query = _go_on(before, logits(k_BHKD, weights.query), k_BHKD, chunk_size)
+        before = _Pool(held["query_pool"], held["query_max"])
+        g_BHKD, _, query = _continue(before, logits(k_BHKD, weights.query), k_BHKD, chunk_size)
         p_BHKD = g_BHKD * k_BHKD
-        before = _Pool(held["key_pool"], held["key_level"])
-        c_BHKD, level, key = _go_on(before, logits(p_BHKD, weights.key), p_BHKD, chunk_size)
-        state.become(number, query_pool=query.sums, query_level=query.level, key_pool=key.sums, key_level=key.level)
-        seen = ~(level[:, :, own] <= UNSEEN / 2).unsqueeze(3)
+        before = _Pool(held["key_pool"], held["key_max"])
+        c_BHKD, lse, key = _continue(before, logits(p_BHKD, weights.key), p_BHKD, chunk_size)
+        state.commit(
+            number, query_pool=query.sums, query_max=query.running_max, key_pool=key.sums, key_max=key.running_max
+        )
+        seen = ~(lse[:, :, own] <= MASKED_SCORE / 2).unsqueeze(3)
         return _finish(q.to(dtype), c_BHKD[:, :, own], v_BHQV, seen, weights).to(v.dtype)
 
-    return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)
+    return chunked_prefill(attend_chunk, q_BHQD, k_BGKD, v_BGKV)
 
 
 class _Pool(NamedTuple):
-    """Tokens pooled so far: sums of e^(logit - level) [x, 1], (B, H, D + 1), and the largest logit, (B, H)."""
+    """Tokens pooled so far: sums of e^(logit - running_max) [x, 1], (B, H, D + 1), and the largest logit, (B, H)."""
 
     sums: torch.Tensor
-    level: torch.Tensor
+    running_max: torch.Tensor
 
     def add(self, logits_BHT: torch.Tensor, x_BHTD: torch.Tensor) -> "_Pool":
-        """With these tokens too; those UNSEEN are nothing beside any other."""
-        risen = torch.maximum(self.level, logits_BHT.detach().amax(dim=2))
-        e_BHT = torch.exp(logits_BHT - risen.unsqueeze(2))
+        """With these tokens too; those MASKED_SCORE are nothing beside any other."""
+        new_max = torch.maximum(self.running_max, logits_BHT.detach().amax(dim=2))
+        e_BHT = torch.exp(logits_BHT - new_max.unsqueeze(2))
         more = (e_BHT.unsqueeze(2) @ pad(x_BHTD, (0, 1), value=1.0)).squeeze(2)
-        return _Pool(self.sums * torch.exp(self.level - risen).unsqueeze(2) + more, risen)
+        return _Pool(self.sums * torch.exp(self.running_max - new_max).unsqueeze(2) + more, new_max)
 
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The average, as that of one token, (B, H, 1, D), and the log-sum-exp of its logits, (B, H, 1)."""
         total = self.sums[..., -1:].clamp_min(torch.finfo(self.sums.dtype).tiny)
-        return (self.sums[..., :-1] / total).unsqueeze(2), self.level.unsqueeze(2) + total.log()
+        return (self.sums[..., :-1] / total).unsqueeze(2), self.running_max.unsqueeze(2) + total.log()
 
 
-def _go_on(
+def _continue(
     before: _Pool, logits_BHT: torch.Tensor, x_BHTD: torch.Tensor, chunk_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, _Pool]:
     """(pooled_BHTD, log-sum-exp (B, H, T), the pool with all of these tokens)."""
@@ -160,10 +159,10 @@ def _go_on(
     if x_BHTD.shape[2] == 1:
         return *after.read(), after
     # What was pooled before stands for one token that comes first.
-    first, level = before.read()
-    longer = (torch.cat([level, logits_BHT], dim=2), torch.cat([first, x_BHTD], dim=2))
-    pooled, level = pool_prefixes(*longer, None, chunk_size)
-    return pooled[:, :, 1:], level[:, :, 1:], after
+    first, lse = before.read()
+    longer = (torch.cat([lse, logits_BHT], dim=2), torch.cat([first, x_BHTD], dim=2))
+    pooled, lse = pool_prefixes(*longer, None, chunk_size)
+    return pooled[:, :, 1:], lse[:, :, 1:], after
 
 
 def _prepare(q_BHQD, k_BGKD, v_BGKV, weights, mask):
@@ -187,7 +186,7 @@ def _prepare(q_BHQD, k_BGKD, v_BGKV, weights, mask):
     return q_BHQD.to(dtype), k_BHKD, v_BHKV[:, :, seen - queries :], _cast_weights(weights, dtype), mask
 
 
-def _cast_weights(weights: Weights, dtype: torch.dtype) -> Weights:
+def _cast_weights(weights: FastformerWeights, dtype: torch.dtype) -> FastformerWeights:
     return weights._replace(**{name: w.to(dtype) for name, w in weights._asdict().items() if w is not None})
 
 
@@ -210,7 +209,7 @@ def _logits(x_BHTD: torch.Tensor, w_HD: torch.Tensor, scale: float) -> torch.Ten
     return (x_BHTD @ w_HD.unsqueeze(2)).squeeze(3) * scale
 
 
-def _finish(q_BHQD, global_key, v_BHQV, seen, weights: Weights) -> torch.Tensor:
+def _finish(q_BHQD, global_key, v_BHQV, seen, weights: FastformerWeights) -> torch.Tensor:
     """W (global key * v) + residual * q, and zeros where nothing was seen."""
     if weights.resize is not None:
         q_BHQD, global_key = q_BHQD @ weights.resize.mT, global_key @ weights.resize.mT
@@ -221,17 +220,19 @@ def _finish(q_BHQD, global_key, v_BHQV, seen, weights: Weights) -> torch.Tensor:
 def pool(
     logits_BHT: torch.Tensor, x_BHTD: torch.Tensor, segments_BT: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax average of all x, or for each token of those in its own segment; logits UNSEEN are left out.
+    """Softmax average of all x, or for each token of those in its own segment; logits MASKED_SCORE are left out.
 
     Returns:
-        (pooled (B, H, 1 or T, D), largest logit pooled (B, H, 1 or T), UNSEEN where nothing is visible).
+        (pooled (B, H, 1 or T, D), largest logit pooled (B, H, 1 or T), MASKED_SCORE where nothing is visible).
     """
     if segments_BT is None:
         return logits_BHT.softmax(dim=-1).unsqueeze(2) @ x_BHTD, logits_BHT.amax(dim=-1, keepdim=True)
     at_BT = torch.unique(segments_BT, return_inverse=True)[1]
     at_BHT = at_BT.unsqueeze(1).expand_as(logits_BHT)
     top_BHT = (
-        torch.full_like(logits_BHT, UNSEEN).scatter_reduce(2, at_BHT, logits_BHT.detach(), "amax").gather(2, at_BHT)
+        torch.full_like(logits_BHT, MASKED_SCORE)
+        .scatter_reduce(2, at_BHT, logits_BHT.detach(), "amax")
+        .gather(2, at_BHT)
     )
     e_BHT = torch.exp(logits_BHT - top_BHT)
     total_BHT = torch.zeros_like(e_BHT).scatter_add(2, at_BHT, e_BHT).gather(2, at_BHT)
@@ -249,24 +250,24 @@ def pool_prefixes(
     itself on a sequence shorter by ``chunk_size``; the two are joined by their log-sum-exp, which never overflows.
 
     Args:
-        logits_BHT: UNSEEN where a token is not visible.
+        logits_BHT: MASKED_SCORE where a token is not visible.
         segments_BT: in one piece each.
 
     Returns:
-        (pooled_BHTD, log-sum-exp of the logits pooled, (B, H, T), near UNSEEN where nothing is visible).
+        (pooled_BHTD, log-sum-exp of the logits pooled, (B, H, T), near MASKED_SCORE where nothing is visible).
     """
     batch, heads, length, size = x_BHTD.shape
     chunk_size = min(chunk_size, length)
     chunks = -(-length // chunk_size)
     rest = chunks * chunk_size - length
-    logits = pad(logits_BHT, (0, rest), value=UNSEEN).view(batch, heads, chunks, 1, chunk_size)
+    logits = pad(logits_BHT, (0, rest), value=MASKED_SCORE).view(batch, heads, chunks, 1, chunk_size)
     x = pad(x_BHTD, (0, 0, 0, rest)).view(batch, heads, chunks, chunk_size, size)
     visible = torch.ones(chunk_size, chunk_size, dtype=torch.bool, device=x.device).tril()
     own_BNC = None
     if segments_BT is not None:
         own_BNC = torch.cat([segments_BT, segments_BT[:, -1:].expand(-1, rest)], dim=1).view(-1, chunks, chunk_size)
         visible = (visible & (own_BNC.unsqueeze(3) == own_BNC.unsqueeze(2))).unsqueeze(1)
-    scores_BHNCC = torch.where(visible, logits, UNSEEN)
+    scores_BHNCC = torch.where(visible, logits, MASKED_SCORE)
     lse = scores_BHNCC.logsumexp(dim=-1, keepdim=True)
     pooled = torch.exp(scores_BHNCC - lse) @ x
     if chunks > 1:
@@ -276,7 +277,7 @@ def pool_prefixes(
         before, before_lse = before[:, :, :-1, None], before_lse[:, :, :-1, None, None]
         if own_BNC is not None and labels_BN is not None:
             goes_on = (own_BNC[:, 1:] == labels_BN[:, :-1, None])[:, None, :, :, None]
-            before_lse = torch.where(goes_on, before_lse, UNSEEN)
+            before_lse = torch.where(goes_on, before_lse, MASKED_SCORE)
         share = torch.sigmoid(before_lse - lse[:, :, 1:])
         later = torch.lerp(pooled[:, :, 1:], before.expand_as(pooled[:, :, 1:]), share.expand_as(pooled[:, :, 1:]))
         pooled = torch.cat([pooled[:, :, :1], later], dim=2)

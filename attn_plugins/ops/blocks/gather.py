@@ -29,14 +29,14 @@ LARGEST_TOTAL = 1e20
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockLayout:
     """Where the blocks of a mask's keys lie. C is the block size, N the number of blocks of the longest row."""
 
     block_BK: torch.Tensor
     """(B, K): the block of each key, counted from the beginning of its row."""
     keys_BNC: torch.Tensor
     """(B, N, C): the keys of each block, 0 where it has fewer."""
-    real_BNC: torch.Tensor
+    not_padding_BNC: torch.Tensor
     """(B, N, C): whether that key exists and is no padding."""
     start_BN: torch.Tensor
     """(B, N): the first real key of the row or segment that the block belongs to."""
@@ -45,11 +45,11 @@ class Blocks:
     causal: bool
 
 
-def blocks_of(mask: AttentionMask, block_size: int) -> Blocks:
+def block_layout(mask: AttentionMask, block_size: int) -> BlockLayout:
     """Blocks counted from the first real key of each row or segment; made once a forward pass."""
     block_size = min(block_size, mask.kv_length)  # no row has more keys, and a longer block would be filled up
 
-    def build() -> Blocks:
+    def build() -> BlockLayout:
         starts_BK = mask.starts_BK().expand(mask.batch_size, -1)
         index = torch.arange(mask.kv_length, device=mask.device)
         begins = (index - starts_BK) % block_size == 0
@@ -66,12 +66,12 @@ def blocks_of(mask: AttentionMask, block_size: int) -> Blocks:
         rows = torch.arange(mask.batch_size, device=mask.device).view(-1, 1, 1)
         blocks = torch.arange(number, device=mask.device).view(1, -1, 1)
         inside = keys_BNC.clamp(max=mask.kv_length - 1)
-        real_BNC = (keys_BNC < mask.kv_length) & (block_BK[rows, inside] == blocks)
-        keys_BNC = keys_BNC.masked_fill(~real_BNC, 0)
+        not_padding_BNC = (keys_BNC < mask.kv_length) & (block_BK[rows, inside] == blocks)
+        keys_BNC = keys_BNC.masked_fill(~not_padding_BNC, 0)
         if mask.padding_BK is not None:
-            real_BNC = real_BNC & mask.padding_BK.expand(mask.batch_size, -1)[rows, inside]
+            not_padding_BNC = not_padding_BNC & mask.padding_BK.expand(mask.batch_size, -1)[rows, inside]
         start_BN = starts_BK.gather(1, first_BN.clamp(max=mask.kv_length - 1))
-        return Blocks(block_BK, keys_BNC, real_BNC, start_BN, positions(mask), mask.causal)
+        return BlockLayout(block_BK, keys_BNC, not_padding_BNC, start_BN, positions(mask), mask.causal)
 
     return mask.cached(("blocks", block_size), build)
 
@@ -82,7 +82,7 @@ def positions(mask: AttentionMask) -> torch.Tensor:
 
 
 @torch.no_grad()
-def choose_blocks(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, blocks: Blocks, topk: int) -> torch.Tensor:
+def choose_blocks(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, blocks: BlockLayout, topk: int) -> torch.Tensor:
     """The blocks that each query of each head attends to.
 
     Its own block is always the first; the others are those of the same row or segment, complete and past where
@@ -101,7 +101,7 @@ def choose_blocks(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, blocks: Blocks, to
     chosen[..., 0] = own_BQ.unsqueeze(1)
     if chosen.shape[-1] == 1:
         return chosen
-    count = blocks.real_BNC.sum(dim=-1).unsqueeze(1)
+    count = blocks.not_padding_BNC.sum(dim=-1).unsqueeze(1)
     keys = (
         k_BGKD.flatten(0, 1)
         .to(dtype)[
@@ -110,7 +110,7 @@ def choose_blocks(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, blocks: Blocks, to
         ]
         .view(batch, groups, number, -1, k_BGKD.shape[-1])
     )
-    keys = keys.masked_fill_(~blocks.real_BNC[:, None, ..., None], 0.0)  # padding may hold anything
+    keys = keys.masked_fill_(~blocks.not_padding_BNC[:, None, ..., None], 0.0)  # padding may hold anything
     means_BGND = keys.sum(dim=3) / count.clamp(min=1).unsqueeze(-1)
     # A few queries at a time: the comparison of all queries with all blocks is the one thing here that is quadratic.
     step = max(1, SCORES_AT_ONCE // (batch * heads * number))
@@ -131,7 +131,7 @@ def choose_blocks(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, blocks: Blocks, to
     return chosen
 
 
-def chosen_keys(chosen_BHQT: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+def chosen_keys(chosen_BHQT: torch.Tensor, blocks: BlockLayout) -> torch.Tensor:
     """(B, H, Q, K) bool: whether a key is in a chosen block. Dense, for the reference form."""
     number = blocks.start_BN.shape[1]
     member = torch.zeros((*chosen_BHQT.shape[:3], number + 1), dtype=torch.bool, device=chosen_BHQT.device)
@@ -155,21 +155,21 @@ def block_attention(
 
     Args:
         mask: causal or bidirectional, padding, segments; no other rule.
-        chosen_BHQT: blocks of :func:`blocks_of`, each at most once a query, -1 for none. The first is the query's own,
-            and where attention is causal the others lie before it.
+        chosen_BHQT: blocks of :func:`block_layout`, each at most once a query, -1 for none. The first is the query's
+            own, and where attention is causal the others lie before it.
 
     Returns:
         out_BHQV in the dtype of v. Sums are taken in at least float32. Differentiable once.
     """
-    blocks = blocks_of(mask, block_size)
+    blocks = block_layout(mask, block_size)
     batch, heads, queries, width = chosen_BHQT.shape
     groups, number = k_BGKD.shape[1], blocks.start_BN.shape[1]
     # Numbers of blocks, keys and queries go by row, head and position.
     group = torch.arange(batch * groups, device=q_BHQD.device)
     keys_XC = (blocks.keys_BNC.unsqueeze(1) + group.view(batch, groups, 1, 1) * mask.kv_length).flatten(0, 2)
-    real_XC = None
-    if not blocks.real_BNC.all():
-        real_XC = blocks.real_BNC.unsqueeze(1).expand(-1, groups, -1, -1).flatten(0, 2)
+    not_padding_XC = None
+    if not blocks.not_padding_BNC.all():
+        not_padding_XC = blocks.not_padding_BNC.unsqueeze(1).expand(-1, groups, -1, -1).flatten(0, 2)
 
     def ahead(rows_TR: torch.Tensor, keys_TC: torch.Tensor) -> torch.Tensor:
         position_TR = rows_TR % queries + (mask.q_offset - mask.kv_offset)
@@ -183,7 +183,7 @@ def block_attention(
         if len(pairs):
             rows = pairs // width
             rows_TR, block_T = tiles_by_block(rows, chosen[pairs] + rows // (queries * heads // groups) * number)
-            parts.append(Part(rows_TR, keys_XC, real_XC, block_T, hidden))
+            parts.append(PairTiles(rows_TR, keys_XC, not_padding_XC, block_T, hidden))
     return gathered_attention(q_BHQD, k_BGKD, v_BGKV, mask, parts, scale=scale, dropout=dropout)
 
 
@@ -203,14 +203,14 @@ def tiles_by_block(rows_P: torch.Tensor, block_P: torch.Tensor) -> tuple[torch.T
 
 
 @dataclass(frozen=True)
-class Part:
+class PairTiles:
     """T tiles of R queries and C keys each. Queries and keys are numbered by row, head and position."""
 
     rows_TR: torch.Tensor
     """The queries, -1 at free places."""
     keys_XC: torch.Tensor
     """The keys of X blocks, any number where there is none."""
-    real_XC: torch.Tensor | None
+    not_padding_XC: torch.Tensor | None
     """Whether there is a key, and no padding; None where all are."""
     block_T: torch.Tensor
     """Which of the X blocks a tile is about."""
@@ -223,7 +223,7 @@ def gathered_attention(
     k_BGKD: torch.Tensor,
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
-    parts: list[Part],
+    parts: list[PairTiles],
     *,
     scale: float,
     dropout: float = 0.0,
@@ -241,17 +241,17 @@ def gathered_attention(
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BHQD, k_BGKD, v_BGKV, position_Q, parts, options):
-        call = _Call(q_BHQD, k_BGKD, v_BGKV, options)
+        call = _Inputs(q_BHQD, k_BGKD, v_BGKV, options)
         own_BGQD = k_BGKD[:, :, position_Q].to(call.dtype)
         q_BGRQD = call.q.view(*own_BGQD.shape[:2], -1, *own_BGQD.shape[2:])
-        level = torch.einsum("bgrqd,bgqd->bgrq", q_BGRQD, own_BGQD).flatten()
-        out, total = call.sums(parts, level)
+        shift = torch.einsum("bgrqd,bgqd->bgrq", q_BGRQD, own_BGQD).flatten()
+        out, total = call.sums(parts, shift)
         if not bool(total.amax() < LARGEST_TOTAL):
-            level = call.highest(parts)
-            out, total = call.sums(parts, level)
+            shift = call.max_scores(parts)
+            out, total = call.sums(parts, shift)
         out = out.div_(total.clamp(min=torch.finfo(total.dtype).tiny).unsqueeze(-1))
         out_BHQV = out.to(v_BGKV.dtype).view(*q_BHQD.shape[:3], -1)
-        ctx.save_for_backward(q_BHQD, k_BGKD, v_BGKV, out_BHQV, level + total.log())
+        ctx.save_for_backward(q_BHQD, k_BGKD, v_BGKV, out_BHQV, shift + total.log())
         ctx.parts, ctx.options = parts, options
         return out_BHQV
 
@@ -260,7 +260,7 @@ class _Gathered(torch.autograd.Function):
     @outside_autocast
     def backward(ctx, grad_BHQV):
         q_BHQD, k_BGKD, v_BGKV, out_BHQV, lse = ctx.saved_tensors
-        call = _Call(q_BHQD, k_BGKD, v_BGKV, ctx.options)
+        call = _Inputs(q_BHQD, k_BGKD, v_BGKV, ctx.options)
         grad = grad_BHQV.to(call.dtype).reshape(len(call.q), -1)
         delta = torch.einsum("nv,nv->n", grad, out_BHQV.to(call.dtype).view(grad.shape))
         # exp(score - inf) = 0: what sees nothing has no weights.
@@ -288,7 +288,7 @@ class _Gathered(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class _Tiles:
+class _TileBatch:
     """A few tiles of a part, with what they work on."""
 
     rows: torch.Tensor
@@ -307,7 +307,7 @@ class _Tiles:
     """Broadcasts to (T, R, C)."""
 
 
-class _Call:
+class _Inputs:
     """The inputs of one call by row, head and position, queries scaled; treated alike in both directions."""
 
     def __init__(self, q_BHQD, k_BGKD, v_BGKV, options):
@@ -319,52 +319,52 @@ class _Call:
         if self.dropout:
             self.generator = torch.Generator(q_BHQD.device).manual_seed(self.seed)
 
-    def blocks(self, part: Part) -> list[torch.Tensor]:
+    def blocks(self, part: PairTiles) -> list[torch.Tensor]:
         found = [x.index_select(0, part.keys_XC.flatten()).view(*part.keys_XC.shape, -1) for x in (self.k, self.v)]
-        if part.real_XC is None:
+        if part.not_padding_XC is None:
             return found
         # Padding may hold anything, and what stands for no key is another row's: a weight of 0 would not hide a NaN.
-        unreal = ~part.real_XC.unsqueeze(-1)
-        return [x.masked_fill_(unreal, 0.0) for x in found]
+        is_padding = ~part.not_padding_XC.unsqueeze(-1)
+        return [x.masked_fill_(is_padding, 0.0) for x in found]
 
-    def tiles(self, part: Part, k_XCD: torch.Tensor, v_XCV: torch.Tensor) -> Iterator[_Tiles]:
+    def tiles(self, part: PairTiles, k_XCD: torch.Tensor, v_XCV: torch.Tensor) -> Iterator[_TileBatch]:
         step = max(1, SCORES_AT_ONCE // (part.rows_TR.shape[1] * part.keys_XC.shape[1]))
         for low in range(0, len(part.block_T), step):
             rows, block = part.rows_TR[low : low + step], part.block_T[low : low + step]
             free, rows, hidden = rows < 0, rows.clamp(min=0), None
             if part.hidden is not None:
                 hidden = part.hidden(rows, part.keys_XC.index_select(0, block))
-            if part.real_XC is not None:
-                unreal = ~part.real_XC.index_select(0, block).unsqueeze(1)
-                hidden = unreal if hidden is None else hidden | unreal
+            if part.not_padding_XC is not None:
+                is_padding = ~part.not_padding_XC.index_select(0, block).unsqueeze(1)
+                hidden = is_padding if hidden is None else hidden | is_padding
             q = self.q.index_select(0, rows.flatten()).view(*rows.shape, -1)
             k, v = (x.index_select(0, block) for x in (k_XCD, v_XCV))
-            yield _Tiles(rows, free, block, q, k, v, hidden)
+            yield _TileBatch(rows, free, block, q, k, v, hidden)
 
-    def scores(self, tile: _Tiles) -> torch.Tensor:
+    def scores(self, tile: _TileBatch) -> torch.Tensor:
         scores = torch.bmm(tile.q, tile.k.mT)
         return scores if tile.hidden is None else scores.masked_fill_(tile.hidden, -torch.inf)
 
-    def weights(self, tile: _Tiles, level: torch.Tensor) -> torch.Tensor:
+    def weights(self, tile: _TileBatch, shift: torch.Tensor) -> torch.Tensor:
         """exp(score - level of the query), 0 at free places."""
-        level = level.index_select(0, tile.rows.flatten()).view(tile.rows.shape).masked_fill_(tile.free, torch.inf)
-        return self.scores(tile).sub_(level.unsqueeze(-1)).exp_()
+        shift = shift.index_select(0, tile.rows.flatten()).view(tile.rows.shape).masked_fill_(tile.free, torch.inf)
+        return self.scores(tile).sub_(shift.unsqueeze(-1)).exp_()
 
-    def sums(self, parts: list[Part], level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def sums(self, parts: list[PairTiles], shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Of exp(score - level) v and of exp(score - level), for each query."""
         if self.generator is not None:
             self.generator.manual_seed(self.seed)
-        total = torch.zeros_like(level)
+        total = torch.zeros_like(shift)
         out = total.new_zeros(len(total), self.v.shape[-1])
         for part in parts:
             for tile in self.tiles(part, *self.blocks(part)):
-                weights = self.weights(tile, level)
+                weights = self.weights(tile, shift)
                 total.index_add_(0, tile.rows.flatten(), weights.sum(dim=-1).flatten())
                 values = torch.bmm(self.dropped(weights, self.keep(weights)), tile.v)
                 out.index_add_(0, tile.rows.flatten(), values.flatten(0, 1))
         return out, total
 
-    def highest(self, parts: list[Part]) -> torch.Tensor:
+    def max_scores(self, parts: list[PairTiles]) -> torch.Tensor:
         """The highest score of each query, 0 for one that sees nothing."""
         top = self.q.new_full((len(self.q),), -torch.inf)
         for part in parts:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.blocks.gather import Part, gathered_attention, positions
+from attn_plugins.ops.blocks.gather import PairTiles, gathered_attention, positions
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
 TILE = 32
@@ -76,10 +76,10 @@ def sort_round(bucket_BHQ: torch.Tensor, bucket_BGK: torch.Tensor, mask: Attenti
     if mask.padding_BK is not None:
         key_BGK = key_BGK.masked_fill(~mask.padding_BK[:, None], torch.iinfo(torch.long).max)
     codes, keys = key_BGK.flatten().sort()
-    real = int((codes < torch.iinfo(torch.long).max).sum())
-    codes, keys = codes[:real], keys[:real]
+    not_padding = int((codes < torch.iinfo(torch.long).max).sum())
+    codes, keys = codes[:not_padding], keys[:not_padding]
     place = torch.full((batch * groups * length,), -1, dtype=torch.int32, device=device)
-    place[keys] = torch.arange(real, dtype=torch.int32, device=device)
+    place[keys] = torch.arange(not_padding, dtype=torch.int32, device=device)
     middle = torch.searchsorted(codes, query_BHQ.flatten(), right=True)
     low = torch.maximum(torch.searchsorted(codes, begin_BHQ.flatten()), middle - bucket_size)
     high = middle
@@ -88,7 +88,7 @@ def sort_round(bucket_BHQ: torch.Tensor, bucket_BGK: torch.Tensor, mask: Attenti
     return Round(place, keys, low.int(), high.int(), query_BHQ.flatten().argsort())
 
 
-def parts_of(rounds: list[Round], own_key: torch.Tensor, group: int) -> list[Part]:
+def parts_of(rounds: list[Round], own_key: torch.Tensor, group: int) -> list[PairTiles]:
     """Tiles of all pairs, each once: of queries with their own keys, and round by round what is seen there first.
 
     Args:
@@ -97,7 +97,7 @@ def parts_of(rounds: list[Round], own_key: torch.Tensor, group: int) -> list[Par
     """
     together = own_key.argsort(stable=True).view(-1, group)
     first = torch.arange(len(together), device=own_key.device)
-    parts = [Part(together, own_key[together[:, :1]], None, first, None)]
+    parts = [PairTiles(together, own_key[together[:, :1]], None, first, None)]
     for at, now in enumerate(rounds):
         queries = torch.nn.functional.pad(now.queries, (0, -len(now.queries) % TILE), value=-1).view(-1, TILE)
         last = now.queries[
@@ -110,7 +110,7 @@ def parts_of(rounds: list[Round], own_key: torch.Tensor, group: int) -> list[Par
             continue
         within = torch.arange(len(tile), device=own_key.device) - (count.cumsum(0) - count)[tile]
         keys_XC = torch.nn.functional.pad(now.keys, (0, -len(now.keys) % TILE), value=-1).view(-1, TILE)
-        real_XC = None if len(now.keys) % TILE == 0 else keys_XC >= 0
+        not_padding_XC = None if len(now.keys) % TILE == 0 else keys_XC >= 0
 
         def hidden(rows_TR, keys_TC, now=now, before=rounds[:at]):
             seen = now.sees(rows_TR, keys_TC) & (own_key[rows_TR].unsqueeze(2) != keys_TC.unsqueeze(1))
@@ -118,7 +118,7 @@ def parts_of(rounds: list[Round], own_key: torch.Tensor, group: int) -> list[Par
                 seen &= ~earlier.sees(rows_TR, keys_TC)
             return seen.logical_not_()
 
-        parts.append(Part(queries[tile], keys_XC.clamp(min=0), real_XC, low[tile] + within, hidden))
+        parts.append(PairTiles(queries[tile], keys_XC.clamp(min=0), not_padding_XC, low[tile] + within, hidden))
     return parts
 
 

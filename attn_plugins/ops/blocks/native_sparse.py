@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import recorded
-from attn_plugins.ops.blocks.gather import Blocks, block_attention, blocks_of, chosen_keys
+from attn_plugins.ops.blocks.gather import BlockLayout, block_attention, block_layout, chosen_keys
 from attn_plugins.ops.decode.block_cache import (
     KeyBlocks,
     attention_from_blocks,
     chosen_attention,
-    few_attention,
+    grouped_attention,
     own_blocks,
 )
 from attn_plugins.ops.reference import (
@@ -30,14 +30,14 @@ from attn_plugins.ops.reference import (
 )
 from attn_plugins.ops.softmax.patterns.band import Band
 from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
-from attn_plugins.ops.softmax.topk import Tile, attention_by_tiles, few_sizes, pieces
+from attn_plugins.ops.softmax.topk import Tile, attention_by_tiles, pieces, round_up
 
 SCORES_AT_ONCE = 2**19
 """Scores with compressed blocks that are worked on at a time."""
 
 
 @dataclass(frozen=True)
-class Weights:
+class NativeSparseWeights:
     """What is learned, a query head or a key/value head."""
 
     gate_weight_H3D: torch.Tensor
@@ -61,7 +61,7 @@ class Compression:
 
     keys_BMC: torch.Tensor
     """(B, M, kernel_size): the keys of each, 0 where a row has fewer blocks."""
-    real_BM: torch.Tensor
+    not_padding_BM: torch.Tensor
     """(B, M): whether there is such a block."""
     last_BM: torch.Tensor
     """(B, M): its last key."""
@@ -71,7 +71,7 @@ class Compression:
     """(B, N, W): which of them share keys with a block of the selection, 0 where there are fewer than W."""
     share_BNW: torch.Tensor
     """(B, N, W): which share of its keys."""
-    blocks: Blocks
+    blocks: BlockLayout
     """The blocks of the selection."""
 
 
@@ -81,37 +81,43 @@ def compression_of(mask: AttentionMask, kernel_size: int, kernel_stride: int, bl
     block_size = min(block_size, mask.kv_length)
 
     def build() -> Compression:
-        blocks, device, length = blocks_of(mask, block_size), mask.device, mask.kv_length
+        blocks, device, length = block_layout(mask, block_size), mask.device, mask.kv_length
         starts_BK = mask.starts_BK().expand(mask.batch_size, -1)
         index = torch.arange(length, device=device)
-        real_BK = torch.ones_like(starts_BK, dtype=torch.bool)
+        not_padding_BK = torch.ones_like(starts_BK, dtype=torch.bool)
         if mask.padding_BK is not None:
-            real_BK = mask.padding_BK.expand(mask.batch_size, -1)
-        until_BK = torch.nn.functional.pad(real_BK.long().cumsum(dim=1), (1, 0))
+            not_padding_BK = mask.padding_BK.expand(mask.batch_size, -1)
+        until_BK = torch.nn.functional.pad(not_padding_BK.long().cumsum(dim=1), (1, 0))
         end = (index + kernel_size).clamp(max=length)
         whole_BK = until_BK[:, end] - until_BK[:, :-1] == kernel_size
         whole_BK = whole_BK & (starts_BK[:, end - 1] == starts_BK) & ((index - starts_BK) % kernel_stride == 0)
         # The first keys of whole blocks, in order; rows with fewer end with keys that begin none.
         most = length if recorded(whole_BK) else max(1, int(whole_BK.sum(dim=1).max()))
         first_BM = torch.where(whole_BK, index, length).sort(dim=1).values[:, :most]
-        real_BM = first_BM < length
-        first_BM = first_BM.masked_fill(~real_BM, 0)
-        keys_BMC = (first_BM.unsqueeze(-1) + torch.arange(kernel_size, device=device)) * real_BM.unsqueeze(-1)
+        not_padding_BM = first_BM < length
+        first_BM = first_BM.masked_fill(~not_padding_BM, 0)
+        keys_BMC = (first_BM.unsqueeze(-1) + torch.arange(kernel_size, device=device)) * not_padding_BM.unsqueeze(-1)
         # Of blocks that share keys with [low, low + block_size), the first begins after low - kernel_size.
         low_BN = blocks.keys_BNC[..., 0]
         reach = (block_size + kernel_size - 2) // kernel_stride + 1
-        from_BN = torch.searchsorted(torch.where(real_BM, first_BM, length), low_BN - kernel_size + 1)
+        from_BN = torch.searchsorted(torch.where(not_padding_BM, first_BM, length), low_BN - kernel_size + 1)
         over_BNW = from_BN.unsqueeze(-1) + torch.arange(reach, device=device)
         there = over_BNW < first_BM.shape[1]
         over_BNW = over_BNW.masked_fill(~there, 0)
         begin_BNW = first_BM.gather(1, over_BNW.flatten(1)).view(over_BNW.shape)
-        there &= real_BM.gather(1, over_BNW.flatten(1)).view(over_BNW.shape)
+        there &= not_padding_BM.gather(1, over_BNW.flatten(1)).view(over_BNW.shape)
         low = low_BN.unsqueeze(-1)
         shared = torch.minimum(begin_BNW + kernel_size, low + block_size) - torch.maximum(begin_BNW, low)
         share_BNW = shared.clamp(min=0).masked_fill(~there, 0) / kernel_size
         start_BM = starts_BK.gather(1, first_BM)
         return Compression(
-            keys_BMC, real_BM, first_BM + kernel_size - 1, start_BM, over_BNW, share_BNW.to(torch.float64), blocks
+            keys_BMC,
+            not_padding_BM,
+            first_BM + kernel_size - 1,
+            start_BM,
+            over_BNW,
+            share_BNW.to(torch.float64),
+            blocks,
         )
 
     return mask.cached(("compression", kernel_size, kernel_stride, block_size), build)
@@ -169,7 +175,7 @@ def visible_blocks(at: slice, number: int, compression: Compression) -> torch.Te
     blocks, seen = compression.blocks, slice(number)
     position = blocks.position_Q[at]
     start_BT = blocks.start_BN.gather(1, blocks.block_BK[:, position])
-    visible = compression.real_BM[:, None, seen] & (compression.start_BM[:, None, seen] == start_BT.unsqueeze(2))
+    visible = compression.not_padding_BM[:, None, seen] & (compression.start_BM[:, None, seen] == start_BT.unsqueeze(2))
     if blocks.causal:
         visible = visible & (compression.last_BM[:, None, seen] <= position.view(1, -1, 1))
     return visible
@@ -205,7 +211,7 @@ def choose_by_weights(
     share = share.masked_fill(over >= number, 0.0)  # what no query of these sees
     index = over.clamp(max=number - 1).flatten(1)[:, None, None].expand(*p_BGTM.shape[:3], -1)
     score = (p_BGTM.gather(-1, index).unflatten(-1, over.shape[1:]) * share[:, None, None]).sum(dim=-1)
-    there = blocks.real_BNC[:, block].any(dim=-1).unsqueeze(1) & (blocks.start_BN[:, None, block] == start)
+    there = blocks.not_padding_BNC[:, block].any(dim=-1).unsqueeze(1) & (blocks.start_BN[:, None, block] == start)
     there &= (block < own) if blocks.causal else (block != own)
     near = (own - block).abs() < local_blocks
     near |= (blocks.keys_BNC[:, None, block, 0] - start) < init_blocks * blocks.keys_BNC.shape[-1]
@@ -237,8 +243,8 @@ def compressed_attention(
     for at in pieces(queries, max(1, SCORES_AT_ONCE // (batch * heads * number))):
         seen = number
         if blocks.causal:
-            past = compression.real_BM & (compression.last_BM <= blocks.position_Q[at][-1])
-            seen = few_sizes(int(past.sum(dim=1).max()), number)
+            past = compression.not_padding_BM & (compression.last_BM <= blocks.position_Q[at][-1])
+            seen = round_up(int(past.sum(dim=1).max()), number)
         tiles.append(Tile(slice(0, batch), slice(0, groups), at, seen))
     chosen_BGQT = torch.empty(
         (batch, groups, queries, min(choice["topk"], blocks.start_BN.shape[1])), dtype=torch.long, device=q_BHQD.device
@@ -265,7 +271,7 @@ def native_sparse_attention(
     k_BGKD: torch.Tensor,
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
-    weights: Weights,
+    weights: NativeSparseWeights,
     *,
     kernel_size: int,
     kernel_stride: int,
@@ -302,21 +308,21 @@ def native_sparse_from(
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
     state: KeyBlocks,
-    weights: Weights,
+    weights: NativeSparseWeights,
     **options: Any,
 ) -> torch.Tensor:
     """The same for the last Q of K new tokens and all before them, which ``state`` keeps; it takes the new ones in."""
     attend = functools.partial(native_sparse_attention, weights=weights)
-    attend_few = functools.partial(few_native_sparse_attention, weights=weights)
+    gather_attend = functools.partial(gather_native_sparse_attention, weights=weights)
     kernels = (weights.key_weight_GC, weights.value_weight_GC)
-    return attention_from_blocks(q_BHQD, k_BGKD, v_BGKV, mask, state, attend, attend_few, kernels, **options)
+    return attention_from_blocks(q_BHQD, k_BGKD, v_BGKV, mask, state, attend, gather_attend, kernels, **options)
 
 
-def few_native_sparse_attention(
+def gather_native_sparse_attention(
     q_BHQD: torch.Tensor,
     position_Q: torch.Tensor,
     state: KeyBlocks,
-    weights: Weights,
+    weights: NativeSparseWeights,
     *,
     kernel_size: int,
     kernel_stride: int,
@@ -339,20 +345,20 @@ def few_native_sparse_attention(
     last_M = torch.arange(number, device=at_Q1.device) * kernel_stride + kernel_size - 1
     visible_BQM = held["whole"][:, None, :number] & (last_M + state.starts().view(-1, 1, 1) <= at_Q1)
     options = {"scale": scale, "dropout": dropout}
-    compressed, p_BHQM = few_attention(q_BHQD, k_BGMD, v_BGMV, visible_BQM[:, None, None], **options)
-    chosen_BGQT = choose_few(p_BHQM, position_Q, state, kernel_size, kernel_stride, **choice)
+    compressed, p_BHQM = grouped_attention(q_BHQD, k_BGMD, v_BGMV, visible_BQM[:, None, None], **options)
+    chosen_BGQT = gather_choose(p_BHQM, position_Q, state, kernel_size, kernel_stride, **choice)
     selected = chosen_attention(q_BHQD, position_Q, state, chosen_BGQT, **options)
     k, v, near_K = state.last(window_size + len(position_Q) - 1)
     visible = (near_K <= at_Q1) & (near_K > at_Q1 - window_size) & (near_K >= 0)
     if state.padded:
-        visible = visible & held["real"].index_select(1, near_K.clamp(min=0))[:, None, None, None]
-    window, _ = few_attention(q_BHQD, k, v, visible, **options)
+        visible = visible & held["not_padding"].index_select(1, near_K.clamp(min=0))[:, None, None, None]
+    window, _ = grouped_attention(q_BHQD, k, v, visible, **options)
     gates = weights.gates(q_BHQD)
     return gates[..., [0]] * compressed + gates[..., [1]] * selected + gates[..., [2]] * window
 
 
 @torch.no_grad()
-def choose_few(
+def gather_choose(
     p_BHQM: torch.Tensor,
     position_Q: torch.Tensor,
     state: KeyBlocks,
@@ -398,7 +404,7 @@ def dense_native_sparse_attention(
     k_BGKD: torch.Tensor,
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
-    weights: Weights,
+    weights: NativeSparseWeights,
     *,
     kernel_size: int,
     kernel_stride: int,
@@ -417,7 +423,7 @@ def dense_native_sparse_attention(
 
     def spread(weight_GC: torch.Tensor) -> torch.Tensor:
         """(B, G, M, K): the weight of each key in each compressed block."""
-        weight_BGMC = weight_GC.to(dtype)[:, None] * compression.real_BM[:, None, :, None]
+        weight_BGMC = weight_GC.to(dtype)[:, None] * compression.not_padding_BM[:, None, :, None]
         zeros = weight_BGMC.new_zeros(*weight_BGMC.shape[:3], k_BGKD.shape[2])
         return zeros.scatter_add(3, keys, weight_BGMC)
 

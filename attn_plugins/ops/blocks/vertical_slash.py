@@ -6,7 +6,7 @@ Letter beside the legend's: S sampled queries.
 import torch
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.blocks.gather import Part, gathered_attention
+from attn_plugins.ops.blocks.gather import PairTiles, gathered_attention
 from attn_plugins.ops.reference import masked_softmax, scores
 
 ROWS = 64
@@ -19,14 +19,14 @@ def sample(mask: AttentionMask, number: int) -> tuple[torch.Tensor, torch.Tensor
     """At most ``number`` real tokens of each row, evenly spaced: (B, S) positions and whether there is one."""
 
     def build() -> tuple[torch.Tensor, torch.Tensor]:
-        real_BK = torch.ones(mask.batch_size, mask.kv_length, dtype=torch.bool, device=mask.device)
+        not_padding_BK = torch.ones(mask.batch_size, mask.kv_length, dtype=torch.bool, device=mask.device)
         if mask.padding_BK is not None:
-            real_BK = mask.padding_BK.expand(mask.batch_size, -1)
-        count = real_BK.sum(dim=1, keepdim=True)
+            not_padding_BK = mask.padding_BK.expand(mask.batch_size, -1)
+        count = not_padding_BK.sum(dim=1, keepdim=True)
         taken = count.clamp(max=number)
         slot = torch.arange(min(number, mask.kv_length), device=mask.device)
         rank = (2 * slot + 1) * count // (2 * taken).clamp(min=1)  # the middle of each of ``taken`` equal parts
-        index = (~real_BK).long().argsort(dim=1, stable=True)
+        index = (~not_padding_BK).long().argsort(dim=1, stable=True)
         return index.gather(1, rank.clamp(max=mask.kv_length - 1)), slot < taken
 
     return mask.cached(("sample", number), build)
@@ -87,7 +87,9 @@ def dense_visible(all_see_BHK: torch.Tensor, distance_BHS: torch.Tensor) -> torc
     return all_see_BHK.unsqueeze(2) | along[..., j - j.unsqueeze(1) + length - 1]
 
 
-def parts_of(all_see_BHK: torch.Tensor, distance_BHS: torch.Tensor, mask: AttentionMask, groups: int) -> list[Part]:
+def parts_of(
+    all_see_BHK: torch.Tensor, distance_BHS: torch.Tensor, mask: AttentionMask, groups: int
+) -> list[PairTiles]:
     """Tiles of all pairs, each once: the keys that all queries see, then what else lies on the diagonals."""
     (batch, heads, length), device = all_see_BHK.shape, all_see_BHK.device
     head = torch.arange(batch * heads, device=device)
@@ -102,25 +104,33 @@ def parts_of(all_see_BHK: torch.Tensor, distance_BHS: torch.Tensor, mask: Attent
         )
         rows = torch.where(rows < 0, -1, rows + length * head[:, None, None])
         held = all_see.gather(1, keys)
-        real_XC = None if bool(held.all()) else held
+        not_padding_XC = None if bool(held.all()) else held
         parts.append(
-            Part(rows.flatten(0, 1), first_key[:, None] + keys, real_XC, head.repeat_interleave(rows.shape[1]), None)
+            PairTiles(
+                rows.flatten(0, 1),
+                first_key[:, None] + keys,
+                not_padding_XC,
+                head.repeat_interleave(rows.shape[1]),
+                None,
+            )
         )
     distance = distance_BHS.flatten(0, 1)[:, None]
     counts = torch.ones_like(distance, dtype=torch.bool)
     counts[..., 1:] = distance[..., 1:] != 0
-    real_BK = None if mask.padding_BK is None else mask.padding_BK.expand(batch, -1).repeat_interleave(heads, dim=0)
+    not_padding_BK = (
+        None if mask.padding_BK is None else mask.padding_BK.expand(batch, -1).repeat_interleave(heads, dim=0)
+    )
     step = max(1, KEYS_AT_ONCE // (batch * heads * distance.shape[2]))
     for low in range(0, length, step):
         i = torch.arange(low, min(low + step, length), device=device)
         keys = i[:, None] + distance
         inside = keys.clamp(0, length - 1)
-        real = (keys == inside) & counts & ~all_see.gather(1, inside.flatten(1)).view(keys.shape)
-        if real_BK is not None:
-            real &= real_BK.gather(1, inside.flatten(1)).view(keys.shape)
+        not_padding = (keys == inside) & counts & ~all_see.gather(1, inside.flatten(1)).view(keys.shape)
+        if not_padding_BK is not None:
+            not_padding &= not_padding_BK.gather(1, inside.flatten(1)).view(keys.shape)
         rows = (length * head[:, None] + i).view(-1, 1)
         keys = (first_key[:, None, None] + inside).flatten(0, 1)
-        parts.append(Part(rows, keys, real.flatten(0, 1), torch.arange(len(rows), device=device), None))
+        parts.append(PairTiles(rows, keys, not_padding.flatten(0, 1), torch.arange(len(rows), device=device), None))
     return parts
 
 

@@ -13,7 +13,7 @@ from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.reference import accumulation_dtype, masked_softmax
 
-FEW = 16
+MAX_GATHER_QUERIES = 16
 """Most queries that gather their keys one by one; for more, queries of one block share its keys."""
 ROOM = 64
 """Fewest tokens that there is room for."""
@@ -25,8 +25,8 @@ class KeyBlocks(State):
     """Keys and values of all tokens, and summaries of complete blocks of them.
 
     Buffers have room for tokens to come, and double when it is used up. ``tensors``: k (B, G, room, D) and v likewise,
-    by position; real (B, room), False for padding; start (B,), each row's first real position, -1 before it has come;
-    filled (B, N), whether a block of ``block_size`` keys has real ones. Without ``kernel`` also mean (B, G, N, D), of a
+    by position; not_padding (B, room); start (B,), each row's first real position, -1 before it has come; filled
+    (B, N), whether a block of ``block_size`` keys has real ones. Without ``kernel`` also mean (B, G, N, D), of a
     block's real keys. With it k_compressed (B, G, M, D) and v_compressed, weighted sums over ``kernel_size`` keys at
     each multiple of ``kernel_stride``, and whole (B, M), whether all of these are real. The weights are those of the
     call in which the last key came: training changes them, so that a cache made before is not to be used after.
@@ -40,7 +40,7 @@ class KeyBlocks(State):
         fixed_length: as for every state.
     """
 
-    serves_fixed_length = grows = True
+    supports_fixed_length = grows = True
 
     def __init__(self, block_size: int, kernel: tuple[int, int] | None = None, fixed_length: int | None = None):
         super().__init__(fixed_length)
@@ -52,7 +52,7 @@ class KeyBlocks(State):
         self.padded = False
         """Whether there ever was padding."""
 
-    def begin(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def flush_pending(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Nothing ever waits, and nothing has to be recorded to be removed later."""
         return new
 
@@ -62,7 +62,7 @@ class KeyBlocks(State):
         if self.tensors:
             self.tensors["start"].fill_(-1)
 
-    def take(
+    def append(
         self,
         k_BGKD: torch.Tensor,
         v_BGKV: torch.Tensor,
@@ -84,13 +84,13 @@ class KeyBlocks(State):
                 first = int(start_B[0])
                 self.shared_start = first if bool((start_B == first).all()) else None
         position = torch.arange(new, device=k_BGKD.device) + self.position
-        self.put("k", 2, position, k_BGKD)
-        self.put("v", 2, position, v_BGKV)
+        self.write("k", 2, position, k_BGKD)
+        self.write("v", 2, position, v_BGKV)
         if mask.padding_BK is None:
-            real_BK = torch.ones(1, 1, dtype=torch.bool, device=k_BGKD.device).expand(mask.batch_size, new)
+            not_padding_BK = torch.ones(1, 1, dtype=torch.bool, device=k_BGKD.device).expand(mask.batch_size, new)
         else:
-            real_BK = mask.padding_BK.index_select(1, position).expand(mask.batch_size, -1)
-        self.put("real", 1, position, real_BK)
+            not_padding_BK = mask.padding_BK.index_select(1, position).expand(mask.batch_size, -1)
+        self.write("not_padding", 1, position, not_padding_BK)
         self.advance(new)
         self._summarise(new, weights)
 
@@ -115,24 +115,26 @@ class KeyBlocks(State):
     def _summarise(self, new: int, weights: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         size = self.block_size
         for index_BN, position_BNC in self._completed(size, size, new):
-            real_BNC = _at(self.tensors["real"].unsqueeze(1).unsqueeze(3), position_BNC).squeeze(4)
-            self._put_rows("filled", index_BN, real_BNC.any(dim=3))
+            not_padding_BNC = _at(self.tensors["not_padding"].unsqueeze(1).unsqueeze(3), position_BNC).squeeze(4)
+            self._write_rows("filled", index_BN, not_padding_BNC.any(dim=3))
             if self.kernel is None:
-                real_BNC = real_BNC.to(self.tensors["mean"].dtype)
-                keys = _at(self.tensors["k"], position_BNC).to(real_BNC.dtype)
-                mean = torch.einsum("bgncd,bxnc->bgnd", keys, real_BNC) / real_BNC.sum(dim=3).clamp(min=1).unsqueeze(3)
-                self._put_rows("mean", index_BN, mean)
+                not_padding_BNC = not_padding_BNC.to(self.tensors["mean"].dtype)
+                keys = _at(self.tensors["k"], position_BNC).to(not_padding_BNC.dtype)
+                mean = torch.einsum("bgncd,bxnc->bgnd", keys, not_padding_BNC) / not_padding_BNC.sum(dim=3).clamp(
+                    min=1
+                ).unsqueeze(3)
+                self._write_rows("mean", index_BN, mean)
         if self.kernel is None:
             return
         assert weights is not None
         for index_BM, position_BMC in self._completed(*self.kernel, new):
-            real_BMC = _at(self.tensors["real"].unsqueeze(1).unsqueeze(3), position_BMC).squeeze(4)
-            self._put_rows("whole", index_BM, real_BMC.all(dim=3))
+            not_padding_BMC = _at(self.tensors["not_padding"].unsqueeze(1).unsqueeze(3), position_BMC).squeeze(4)
+            self._write_rows("whole", index_BM, not_padding_BMC.all(dim=3))
             for name, weight_GC in zip("kv", weights, strict=True):
                 held = self.tensors[f"{name}_compressed"]
                 x = _at(self.tensors[name], position_BMC).to(held.dtype)
                 summed = torch.einsum("bgmcd,gc->bgmd", x, weight_GC.to(held.dtype))
-                self._put_rows(f"{name}_compressed", index_BM, summed)
+                self._write_rows(f"{name}_compressed", index_BM, summed)
 
     def _completed(self, size: int, stride: int, new: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(B, N) numbers and (B, N, size) keys of the blocks whose last key may be one of the ``new`` last ones."""
@@ -165,7 +167,7 @@ class KeyBlocks(State):
         made = {
             "k": k_BGKD.new_zeros(batch, groups, room, head_dim),
             "v": v_BGKV.new_zeros(batch, groups, room, value_dim),
-            "real": k_BGKD.new_zeros(batch, room, dtype=torch.bool),
+            "not_padding": k_BGKD.new_zeros(batch, room, dtype=torch.bool),
             "start": torch.full((batch,), -1, device=k_BGKD.device),
             "filled": k_BGKD.new_zeros(batch, number, dtype=torch.bool),
         }
@@ -180,7 +182,7 @@ class KeyBlocks(State):
             made[name][tuple(slice(size) for size in old.shape)].copy_(old)
         self.tensors = made
 
-    def _put_rows(self, name: str, index_BN: torch.Tensor, x_BGND: torch.Tensor) -> None:
+    def _write_rows(self, name: str, index_BN: torch.Tensor, x_BGND: torch.Tensor) -> None:
         """Into (B, G, rows, D) at (B, N); what goes into a table of (B, rows) comes as (B, 1, N)."""
         held = self.tensors[name]
         index, dim = index_BN.unsqueeze(1).expand(x_BGND.shape[:3]), x_BGND.shape[3:]
@@ -276,18 +278,18 @@ def chosen_attention(
     index, visible = torch.where(visible, index, own).flatten(3), visible.flatten(3)
     k, v = (rows_at(state.tensors[name], index) for name in "kv")
     if state.padded:
-        real = state.tensors["real"][:, None, :, None]
-        visible = visible & rows_at(real, index.flatten(1).unsqueeze(1)).view(index.shape)
+        not_padding = state.tensors["not_padding"][:, None, :, None]
+        visible = visible & rows_at(not_padding, index.flatten(1).unsqueeze(1)).view(index.shape)
     # Each query has its own keys, which the heads that share a choice share: as if it were these heads' only one.
     batch, shared, queries, keys = index.shape
     q = q_BHQD.unflatten(1, (shared, -1)).transpose(2, 3).flatten(1, 3).unsqueeze(2)
-    out, _ = few_attention(
+    out, _ = grouped_attention(
         q, k.flatten(1, 2), v.flatten(1, 2), visible.view(batch, -1, 1, 1, keys), scale=scale, dropout=dropout
     )
     return out.view(batch, shared, queries, -1, out.shape[3]).transpose(2, 3).flatten(1, 2)
 
 
-def few_attention(
+def grouped_attention(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
     v_BGKV: torch.Tensor,
@@ -324,7 +326,7 @@ def attention_from_blocks(
     mask: AttentionMask,
     state: KeyBlocks,
     attend: Callable[..., torch.Tensor],
-    attend_few: Callable[..., torch.Tensor],
+    gather_attend: Callable[..., torch.Tensor],
     weights: tuple[torch.Tensor, torch.Tensor] | None = None,
     **options: Any,
 ) -> torch.Tensor:
@@ -333,17 +335,17 @@ def attention_from_blocks(
     Args:
         attend: the attention over all keys, for many queries.
         attend_few: the attention of ``(q_BHQD, position_Q, state)``, for a few.
-        weights: as :meth:`KeyBlocks.take` wants them.
+        weights: as :meth:`KeyBlocks.append` wants them.
         options: of both.
 
     Returns:
         out_BHQV in the dtype of v.
     """
     queries = q_BHQD.shape[2]
-    state.take(k_BGKD, v_BGKV, mask, weights)
-    if queries <= FEW:
+    state.append(k_BGKD, v_BGKV, mask, weights)
+    if queries <= MAX_GATHER_QUERIES:
         position_Q = torch.arange(queries, device=q_BHQD.device) + (state.position - queries)
-        return attend_few(q_BHQD, position_Q, state, **options).to(v_BGKV.dtype)
+        return gather_attend(q_BHQD, position_Q, state, **options).to(v_BGKV.dtype)
     if state.length > k_BGKD.shape[2]:
         k_BGKD, v_BGKV = (state.tensors[name][:, :, : state.length] for name in "kv")
     return attend(q_BHQD, k_BGKD, v_BGKV, mask=mask, **options)

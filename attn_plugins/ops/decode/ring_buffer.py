@@ -26,12 +26,12 @@ GROWTH = 64
 class KeyWindow(State):
     """Keys and values of the first ``num_first`` real tokens of each row, and of the last ``num_before`` + 1 tokens.
 
-    ``tensors``: k (B, G, num_first + ring, D), v likewise, real (B, num_first + ring), False where there is no key or
-    padding, and start (B,), each row's first real position. The ring has room for ``num_before`` + 1 keys, less while
+    ``tensors``: k (B, G, num_first + ring, D), v likewise, not_padding (B, num_first + ring), False where there is no
+    key too, and start (B,), each row's first real position. The ring has room for ``num_before`` + 1 keys, less while
     fewer have come; the key of position p is in its place p modulo its size.
     """
 
-    serves_fixed_length = True
+    supports_fixed_length = True
 
     def __init__(self, num_first: int, num_before: int, fixed_length: int | None = None):
         super().__init__(fixed_length)
@@ -71,21 +71,21 @@ class KeyWindow(State):
             return self.size
         return held if tokens <= held else min(self.size, max(GROWTH, 2 * held, tokens))
 
-    def take(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+    def append(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         """Take in the next tokens, the last of ``mask``'s."""
         new = k_BGKD.shape[2]
-        self.meet(k_BGKD, v_BGKV, mask)
+        self.reserve(k_BGKD, v_BGKV, mask)
         size = self.tensors["k"].shape[2] - self.num_first
         position = torch.arange(new, device=k_BGKD.device) + self.position
-        real_BK = self._real(mask, position)
+        not_padding_BK = self._not_padding(mask, position)
         last = slice(max(0, new - size), None)
         index = position[last] % size + self.num_first
-        self.put("k", 2, index, k_BGKD[:, :, last])
-        self.put("v", 2, index, v_BGKV[:, :, last])
-        self.put("real", 1, index, real_BK[:, last])
+        self.write("k", 2, index, k_BGKD[:, :, last])
+        self.write("v", 2, index, v_BGKV[:, :, last])
+        self.write("not_padding", 1, index, not_padding_BK[:, last])
         self.advance(new)
 
-    def meet(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+    def reserve(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         """Take out of the next tokens what are first ones, and make room for the others. Does no harm twice."""
         new = k_BGKD.shape[2]
         self.padded = self.padded or mask.padding_BK is not None
@@ -93,7 +93,7 @@ class KeyWindow(State):
         if not self.started:
             self.started = self.find_starts(self.tensors["start"], mask, new)
         if self.num_first and not self.complete:
-            self._take_first(k_BGKD, v_BGKV, mask)
+            self._write_first(k_BGKD, v_BGKV, mask)
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().apply(change)
@@ -115,44 +115,51 @@ class KeyWindow(State):
         rows = mask.at(start_B.unsqueeze(1), start_B.unsqueeze(1) >= 0, start_B)
         return turned(q_BHQD, rows, rotary, Pivot(self.pivot["cos"], self.pivot["sin"]), last)
 
-    def held(self, mask: AttentionMask) -> AttentionMask:
+    def kept_mask(self, mask: AttentionMask) -> AttentionMask:
         """The mask of the keys in ``tensors``, in their order."""
         size = self.tensors["k"].shape[2] - self.num_first
         place = torch.arange(size, device=mask.device)
         last = self.position - 1
         position = last - (last - place) % size
-        return self._mask(mask, position, self.tensors["real"][:, self.num_first :], self.position - size)
+        return self._mask(mask, position, self.tensors["not_padding"][:, self.num_first :], self.position - size)
 
-    def followed_by(
+    def concatenated(
         self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask
     ) -> tuple[torch.Tensor, torch.Tensor, AttentionMask]:
         """The first keys, the ring's in order, the new ones; their values; their mask.
 
         First keys may be among the others too.
         """
-        self.meet(k_BGKD, v_BGKV, mask)
+        self.reserve(k_BGKD, v_BGKV, mask)
         size = self.tensors["k"].shape[2] - self.num_first
         oldest = max(0, self.length - size)
         position = torch.arange(oldest, self.length + k_BGKD.shape[2], device=k_BGKD.device)
         places = position[: self.length - oldest] % size + self.num_first
         index = torch.cat([torch.arange(self.num_first, device=places.device), places])
-        k, v, real = (self.tensors[name].index_select(axis, index) for name, axis in (("k", 2), ("v", 2), ("real", 1)))
-        new_real = self._real(mask, position[self.length - oldest :])
+        k, v, not_padding = (
+            self.tensors[name].index_select(axis, index) for name, axis in (("k", 2), ("v", 2), ("not_padding", 1))
+        )
+        new_not_padding = self._not_padding(mask, position[self.length - oldest :])
         both = self._mask(
-            mask, position, torch.cat([real[:, self.num_first :], new_real], dim=1), len(position) + oldest
+            mask,
+            position,
+            torch.cat([not_padding[:, self.num_first :], new_not_padding], dim=1),
+            len(position) + oldest,
         )
         return torch.cat([k, k_BGKD], dim=2), torch.cat([v, v_BGKV], dim=2), both
 
-    def _mask(self, mask: AttentionMask, position: torch.Tensor, real_BK: torch.Tensor, oldest: Any) -> AttentionMask:
+    def _mask(
+        self, mask: AttentionMask, position: torch.Tensor, not_padding_BK: torch.Tensor, oldest: Any
+    ) -> AttentionMask:
         """Of the first keys, as far as they are older than ``oldest``, and of those at ``position``."""
         start_B, rows = self.tensors["start"], slice(None) if self.padded else slice(1)
         first = start_B[rows].unsqueeze(1) + torch.arange(self.num_first, device=start_B.device)
-        real_first = self.tensors["real"][rows, : self.num_first] & (first < oldest)
+        not_padding_first = self.tensors["not_padding"][rows, : self.num_first] & (first < oldest)
         position_BK = torch.cat([first, position.expand(len(first), -1)], dim=1)
-        real = torch.cat([real_first, real_BK[rows] & (position >= 0)], dim=1)
-        return mask.at(position_BK, real, start_B[rows])
+        not_padding = torch.cat([not_padding_first, not_padding_BK[rows] & (position >= 0)], dim=1)
+        return mask.at(position_BK, not_padding, start_B[rows])
 
-    def _real(self, mask: AttentionMask, position: torch.Tensor) -> torch.Tensor:
+    def _not_padding(self, mask: AttentionMask, position: torch.Tensor) -> torch.Tensor:
         """Which tokens at these positions are no padding, (B, as many)."""
         if mask.padding_BK is None:
             return position.new_ones(1, 1, dtype=torch.bool).expand(mask.batch_size, len(position))
@@ -164,28 +171,30 @@ class KeyWindow(State):
             self.tensors = {
                 "k": k_BGKD.new_zeros(*k_BGKD.shape[:2], places, k_BGKD.shape[3]),
                 "v": v_BGKV.new_zeros(*v_BGKV.shape[:2], places, v_BGKV.shape[3]),
-                "real": k_BGKD.new_zeros(batch, places, dtype=torch.bool),
+                "not_padding": k_BGKD.new_zeros(batch, places, dtype=torch.bool),
                 "start": torch.full((batch,), -1, device=k_BGKD.device),
             }
         elif (more := places - self.tensors["k"].shape[2]) > 0:
             # So far nothing has come round in the ring: positions keep their places.
-            for name, axis in (("k", 2), ("v", 2), ("real", 1)):
+            for name, axis in (("k", 2), ("v", 2), ("not_padding", 1)):
                 held = self.tensors[name]
                 shape = (*held.shape[:axis], more, *held.shape[axis + 1 :])
                 self.tensors[name] = torch.cat([held, held.new_zeros(shape)], dim=axis)
 
-    def _take_first(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+    def _write_first(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         start_B, new = self.tensors["start"], k_BGKD.shape[2]
-        real_BK = self._real(mask, torch.arange(new, device=k_BGKD.device) + self.position)
+        not_padding_BK = self._not_padding(mask, torch.arange(new, device=k_BGKD.device) + self.position)
         index = start_B.unsqueeze(1) + torch.arange(self.num_first, device=start_B.device) - self.position
         here = (index >= 0) & (index < new) & (start_B >= 0).unsqueeze(1)
         index = index.clamp(0, new - 1)
         for name, x in (("k", k_BGKD), ("v", v_BGKV)):
             at = index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
             first = torch.where(here[:, None, :, None], x.gather(2, at), self.tensors[name][:, :, : self.num_first])
-            self.put(name, 2, torch.arange(self.num_first, device=x.device), first)
-        real = torch.where(here, real_BK.gather(1, index), self.tensors["real"][:, : self.num_first])
-        self.put("real", 1, torch.arange(self.num_first, device=real.device), real)
+            self.write(name, 2, torch.arange(self.num_first, device=x.device), first)
+        not_padding = torch.where(
+            here, not_padding_BK.gather(1, index), self.tensors["not_padding"][:, : self.num_first]
+        )
+        self.write("not_padding", 1, torch.arange(self.num_first, device=not_padding.device), not_padding)
         if self.started and not torch.compiler.is_compiling():
             self.complete = bool((start_B + self.num_first <= self.length + new).all())
 
@@ -260,7 +269,7 @@ def window_attention(
     key = (pattern, state.num_first, state.size)
     turned_BHQD = None
     if rotary is not None:
-        state.meet(k_BGKD, v_BGKV, mask)
+        state.reserve(k_BGKD, v_BGKV, mask)
         turned_BHQD = state.turn(q_BHQD, mask, rotary)
 
     def place(q: torch.Tensor, k: torch.Tensor, keys: AttentionMask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,25 +279,25 @@ def window_attention(
         return apart(q, turned_BHQD, k, in_row(keys, index) < state.num_first)
 
     if new == 1:
-        state.take(k_BGKD, v_BGKV, mask)
-        held, visible = mask.cached(("held", *key), lambda: _held(mask, pattern, state))
+        state.append(k_BGKD, v_BGKV, mask)
+        held, visible = mask.cached(("held", *key), lambda: _kept(mask, pattern, state))
         q, k = place(q_BHQD, state.tensors["k"], held)
         return one_query(q, k, state.tensors["v"], visible, **options)
     if state.length:
-        k, v, both = state.followed_by(k_BGKD, v_BGKV, mask)
+        k, v, both = state.concatenated(k_BGKD, v_BGKV, mask)
         both = mask.cached(("following", *key), lambda: both)
         q, k = place(q_BHQD, k, both)
         out_BHQV = tiled_attention(q, k, v, both, Following(pattern, state.num_first, state.size - 1), **options)
     else:
         q, k = place(q_BHQD, k_BGKD, mask)
         out_BHQV = tiled_attention(q, k, v_BGKV, mask, pattern, **options)
-    state.take(k_BGKD, v_BGKV, mask)
+    state.append(k_BGKD, v_BGKV, mask)
     return out_BHQV
 
 
-def _held(mask: AttentionMask, pattern: Pattern, state: KeyWindow) -> tuple[AttentionMask, torch.Tensor | None]:
+def _kept(mask: AttentionMask, pattern: Pattern, state: KeyWindow) -> tuple[AttentionMask, torch.Tensor | None]:
     """The mask of what the state holds, and what of it the one query sees, (B or 1, 1, 1, K); None if that is all."""
-    held = state.held(mask)
+    held = state.kept_mask(mask)
     if state.full and mask.plain and isinstance(pattern, Band) and pattern.dilation == 1:
         return held, None
     q_index = torch.zeros(1, 1, 1, dtype=torch.long, device=mask.device)

@@ -6,14 +6,13 @@ import torch
 
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.linear.feature_maps import NO_KEYS
 from attn_plugins.ops.linear.features import check_length, row_positions
-from attn_plugins.ops.reference import accumulation_dtype
+from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype
 
-PIECE = 4096
+PREFILL_CHUNK = 4096
 """Tokens that are taken in at once: what is made of each of them is held for as many."""
 
-Piece = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+AttendChunk = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q_BHQD, k_BGKD, v_BGKV), the queries the last of the keys' tokens -> out_BHQV; takes the tokens in."""
 
 
@@ -29,7 +28,7 @@ class Sums(State):
         max_length: most tokens that a row may have, where the attention's options set a limit (cosformer).
     """
 
-    serves_fixed_length = True
+    supports_fixed_length = True
 
     def __init__(self, fixed_length: int | None = None, *, window_size: int = 0, max_length: int | None = None):
         super().__init__(fixed_length)
@@ -39,7 +38,7 @@ class Sums(State):
     def start(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """The tensors, made if they are not there: besides k and v, (B, *shape) under each name.
 
-        They begin with zeros, those whose name ends in "level" with NO_KEYS.
+        They begin with zeros, those whose name ends in "max" with MASKED_SCORE.
         """
         if not self.tensors:
             (batch, groups), dtype = k_BGKD.shape[:2], accumulation_dtype(k_BGKD, v_BGKV)
@@ -51,7 +50,7 @@ class Sums(State):
                 self.tensors[name] = k_BGKD.new_full((batch, *shape), _empty(name), dtype=dtype)
         return self.tensors
 
-    def become(self, number: int, **sums: torch.Tensor | None) -> None:
+    def commit(self, number: int, **sums: torch.Tensor | None) -> None:
         """Take in ``number`` tokens: the sums with them."""
         for name, x in sums.items():
             if x is None:
@@ -64,7 +63,7 @@ class Sums(State):
                 held.copy_(x)
         self.advance(number)
 
-    def real(self, mask: AttentionMask, number: int) -> torch.Tensor | None:
+    def not_padding(self, mask: AttentionMask, number: int) -> torch.Tensor | None:
         """Which of the next ``number`` tokens are no padding, (B, number); None if all are."""
         if mask.padding_BK is None:
             return None
@@ -80,7 +79,7 @@ class Sums(State):
         super().check(q_BHQD, k_BGKD, v_BGKV, mask)
         if self.max_length is None or mask.kv_length <= self.max_length:
             return
-        last = row_positions(mask, self.position + self.number_waiting + k_BGKD.shape[2] - 1, 1).max()
+        last = row_positions(mask, self.position + self.num_pending + k_BGKD.shape[2] - 1, 1).max()
         if torch.compiler.is_compiling():
             torch._assert_async(last < self.max_length, "feature_map='cosformer' got more tokens than its max_length")
         else:
@@ -91,16 +90,18 @@ class Sums(State):
 
 
 def _empty(name: str) -> float:
-    return NO_KEYS if name.endswith("level") else 0.0
+    return MASKED_SCORE if name.endswith("max") else 0.0
 
 
-def in_pieces(attend: Piece, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor) -> torch.Tensor:
+def chunked_prefill(
+    attend: AttendChunk, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor
+) -> torch.Tensor:
     """``attend`` on a few thousand queries after another, the first with all tokens that come without."""
     queries, before = q_BHQD.shape[2], k_BGKD.shape[2] - q_BHQD.shape[2]
-    if queries <= PIECE:
+    if queries <= PREFILL_CHUNK:
         return attend(q_BHQD, k_BGKD, v_BGKV)
     outs = []
-    for low in range(0, queries, PIECE):
-        own, new = slice(low, low + PIECE), slice(before + low if low else 0, before + low + PIECE)
+    for low in range(0, queries, PREFILL_CHUNK):
+        own, new = slice(low, low + PREFILL_CHUNK), slice(before + low if low else 0, before + low + PREFILL_CHUNK)
         outs.append(attend(q_BHQD[:, :, own], k_BGKD[:, :, new], v_BGKV[:, :, new]).transpose(1, 2))
     return torch.cat(outs, dim=1).transpose(1, 2)

@@ -10,9 +10,9 @@ from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import readable
-from attn_plugins.ops.decode.running_sums import Sums, in_pieces
+from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
 from attn_plugins.ops.linear.chunked import causal_linear
-from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS, above_level, level_of
+from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS, exp_minus_max, max_exponent
 from attn_plugins.ops.linear.features import Prepared
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
@@ -50,9 +50,9 @@ def dense_linear_attention(
         fq_BHQF, fk_BGKF = project(q_BHQD, query_projection), project(k_BGKD, key_projection)
         if phi.exponential:
             seen = visible.any(dim=2).unsqueeze(3)
-            level = level_of(fk_BGKF, seen)
-            fk_BGKF = torch.exp(fk_BGKF.masked_fill(~seen, -torch.inf) - level)
-            fq_BHQF, _ = above_level(fq_BHQF, expand_heads(level, heads))
+            running_max = max_exponent(fk_BGKF, seen)
+            fk_BGKF = torch.exp(fk_BGKF.masked_fill(~seen, -torch.inf) - running_max)
+            fq_BHQF, _ = exp_minus_max(fq_BHQF, expand_heads(running_max, heads))
         else:
             fq_BHQF, fk_BGKF = phi.features(fq_BHQF), phi.features(fk_BGKF)
         a_BHQK = fq_BHQF @ expand_heads(fk_BGKF, heads).mT
@@ -91,11 +91,11 @@ def linear_attention(
     """
     queries = q_BHQD.shape[2]
     projections = {"query_projection": query_projection, "key_projection": key_projection}
-    if few_queries(q_BHQD, v_BGKV, feature_map, query_projection):
+    if dense_is_cheaper(q_BHQD, v_BGKV, feature_map, query_projection):
         return dense_linear_attention(
             q_BHQD, k_BGKD, v_BGKV, mask.dense(), feature_map=feature_map, eps=eps, **projections
         )[0]
-    padding_BK, segments_BK = real_keys(mask), contiguous_segments(mask)
+    padding_BK, segments_BK = padding_of(mask), contiguous_segments(mask)
     with torch.autocast(q_BHQD.device.type, enabled=False):
         dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
         w_q, w_k = (None if w is None else w.to(dtype) for w in (query_projection, key_projection))
@@ -130,24 +130,24 @@ def linear_attention_from(
 
     Args:
         mask: of all tokens, which may end with some that come later.
-        state: ``sums`` over the tokens before, (B, G, F, V + 1), and of exponents their ``level``, (B, G, F).
+        state: ``sums`` over the tokens before, (B, G, F, V + 1), and of exponents their ``running_max``, (B, G, F).
         prepare: (queries, keys, mask, scale, which token the keys begin with) -> what linear attention takes of them.
     """
 
-    def piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        prepared, real_BK = prepare(q, k, mask, scale, state.position), state.real(mask, k.shape[2])
+    def attend_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        prepared, not_padding_BK = prepare(q, k, mask, scale, state.position), state.not_padding(mask, k.shape[2])
         held = state.start(k, v, **sums_shapes(prepared, v))
-        (q, k, options), (w_q, w_k), before = prepared, projections(prepared), (held["sums"], held.get("level"))
+        (q, k, options), (w_q, w_k), before = prepared, projections(prepared), (held["sums"], held.get("running_max"))
         feature_map, eps = options["feature_map"], options["eps"]
-        sums, level = absorb(*before, k, v, w_k, feature_map, real_BK)
+        sums, running_max = absorb(*before, k, v, w_k, feature_map, not_padding_BK)
         if q.shape[2] == 1:  # sees all that is in the sums by now
-            out = _read(q, w_q, feature_map, sums, level, eps).to(v.dtype)
+            out = _read(q, w_q, feature_map, sums, running_max, eps).to(v.dtype)
         else:
-            out, _ = last_queries(q, k, v, w_q, w_k, real_BK, None, feature_map, chunk_size, eps, *before)
-        state.become(k.shape[2], sums=sums, level=level)
+            out, _ = last_queries(q, k, v, w_q, w_k, not_padding_BK, None, feature_map, chunk_size, eps, *before)
+        state.commit(k.shape[2], sums=sums, running_max=running_max)
         return out
 
-    return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)
+    return chunked_prefill(attend_chunk, q_BHQD, k_BGKD, v_BGKV)
 
 
 def projections(prepared: Prepared) -> tuple[Projection, Projection]:
@@ -159,33 +159,33 @@ def projections(prepared: Prepared) -> tuple[Projection, Projection]:
 
 
 def sums_shapes(prepared: Prepared, v_BGKV: torch.Tensor) -> dict[str, tuple[int, ...]]:
-    """Shapes of a row's sums, and of the level of exponents."""
+    """Shapes of a row's sums, and of the running maximum of exponents."""
     _, k_BGKD, options = prepared
     phi, groups, w_k = FEATURE_MAPS[options["feature_map"]], k_BGKD.shape[1], options.get("key_projection")
     features = phi.size(k_BGKD.shape[3] if w_k is None else w_k.shape[1])
     shapes: dict[str, tuple[int, ...]] = {"sums": (groups, features, v_BGKV.shape[3] + 1)}
-    return {**shapes, "level": (groups, features)} if phi.exponential else shapes
+    return {**shapes, "running_max": (groups, features)} if phi.exponential else shapes
 
 
 def absorb(
     sums_BGFV: torch.Tensor,
-    level_BGF: torch.Tensor | None,
+    running_max_BGF: torch.Tensor | None,
     k_BGKD: torch.Tensor,
     v_BGKV: torch.Tensor,
     w_k: Projection,
     feature_map: str,
     seen_BK: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(sums, level) with these keys too, those that are seen."""
-    more_BGFV, level_of_more = _sum_keys(k_BGKD, v_BGKV, w_k, feature_map, seen_BK)
-    if level_BGF is None or level_of_more is None:
+    """(sums, running maximum) with these keys too, those that are seen."""
+    more_BGFV, max_of_more = _sum_keys(k_BGKD, v_BGKV, w_k, feature_map, seen_BK)
+    if running_max_BGF is None or max_of_more is None:
         return sums_BGFV + more_BGFV, None
-    risen = torch.maximum(level_BGF, level_of_more)
-    before, here = (torch.exp(level - risen).unsqueeze(3) for level in (level_BGF, level_of_more))
-    return sums_BGFV * before + more_BGFV * here, risen
+    new_max = torch.maximum(running_max_BGF, max_of_more)
+    before, here = (torch.exp(running_max - new_max).unsqueeze(3) for running_max in (running_max_BGF, max_of_more))
+    return sums_BGFV * before + more_BGFV * here, new_max
 
 
-def few_queries(q_BHQD: torch.Tensor, v_BGKV: torch.Tensor, feature_map: str, projection: Projection) -> bool:
+def dense_is_cheaper(q_BHQD: torch.Tensor, v_BGKV: torch.Tensor, feature_map: str, projection: Projection) -> bool:
     """Whether to read keys one by one is less work than a state of them."""
     features = FEATURE_MAPS[feature_map].size(q_BHQD.shape[3] if projection is None else projection.shape[1])
     return q_BHQD.shape[2] * (features + v_BGKV.shape[3]) <= features * v_BGKV.shape[3]
@@ -203,7 +203,7 @@ def last_queries(
     chunk_size: int,
     eps: float,
     state_BGFV: torch.Tensor | None = None,
-    level_BGF: torch.Tensor | None = None,
+    running_max_BGF: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal linear attention of the last Q of K tokens, which may follow those of a state.
 
@@ -219,18 +219,18 @@ def last_queries(
             seen_BK = goes_on if seen_BK is None else seen_BK & goes_on
         earlier = (k_BGKD[:, :, old], v_BGKV[:, :, old], w_k, feature_map, seen_BK)
         if state_BGFV is None:
-            state_BGFV, level_BGF = _sum_keys(*earlier)
+            state_BGFV, running_max_BGF = _sum_keys(*earlier)
         else:
-            state_BGFV, level_BGF = absorb(state_BGFV, level_BGF, *earlier)
+            state_BGFV, running_max_BGF = absorb(state_BGFV, running_max_BGF, *earlier)
     padding_BT, segments_BT = (None if x is None else x[:, new] for x in (padding_BK, segments_BK))
     k_BGTD, v_BGTV, options = k_BGKD[:, :, new], v_BGKV[:, :, new], (feature_map, chunk_size, eps)
     out_BHTV, den_BHT, _, _ = causal_linear(
-        q_BHQD, k_BGTD, v_BGTV, w_q, w_k, padding_BT, segments_BT, state_BGFV, level_BGF, *options, diagonal=0
+        q_BHQD, k_BGTD, v_BGTV, w_q, w_k, padding_BT, segments_BT, state_BGFV, running_max_BGF, *options, diagonal=0
     )
     return out_BHTV, den_BHT
 
 
-def real_keys(mask: AttentionMask) -> torch.Tensor | None:
+def padding_of(mask: AttentionMask) -> torch.Tensor | None:
     """The mask's padding, a row for each of the batch."""
     return None if mask.padding_BK is None else mask.padding_BK.expand(mask.batch_size, -1)
 
@@ -258,10 +258,10 @@ def contiguous_segments(mask: AttentionMask) -> torch.Tensor | None:
     return None if mask.segments_BK is None else mask.segments_BK.expand(mask.batch_size, -1)
 
 
-def _distinct(number_BK: torch.Tensor, real_BK: torch.Tensor | None) -> torch.Tensor:
+def _distinct(number_BK: torch.Tensor, not_padding_BK: torch.Tensor | None) -> torch.Tensor:
     """How many different numbers each row has where it is real, (B,)."""
     none = torch.iinfo(torch.long).max
-    number_BK = number_BK.long() if real_BK is None else torch.where(real_BK, number_BK.long(), none)
+    number_BK = number_BK.long() if not_padding_BK is None else torch.where(not_padding_BK, number_BK.long(), none)
     ordered_BK = pad(number_BK.sort(dim=1).values, (0, 1), value=none)
     return (ordered_BK[:, 1:] != ordered_BK[:, :-1]).sum(dim=1)
 
@@ -269,19 +269,19 @@ def _distinct(number_BK: torch.Tensor, real_BK: torch.Tensor | None) -> torch.Te
 def _sum_keys(
     k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, w_k: Projection, feature_map: str, seen_BK: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """State of all keys that are seen, sums of phi(k) [v, 1]^T, (B, G, F, V + 1); level of exponents, (B, G, F)."""
-    phi, level = FEATURE_MAPS[feature_map], None
+    """(sums of phi(k) [v, 1]^T over the keys seen, (B, G, F, V + 1); maximum of their exponents, (B, G, F))."""
+    phi, running_max = FEATURE_MAPS[feature_map], None
     fk_BGKF = project(k_BGKD, w_k)
     seen = None if seen_BK is None else seen_BK[:, None, :, None]
     if phi.exponential:
-        level = level_of(fk_BGKF, seen)
+        running_max = max_exponent(fk_BGKF, seen)
         fk_BGKF = fk_BGKF if seen is None else fk_BGKF.masked_fill(~seen, -torch.inf)
-        fk_BGKF = torch.exp(fk_BGKF - level)
+        fk_BGKF = torch.exp(fk_BGKF - running_max)
     else:
         fk_BGKF = phi.features(fk_BGKF)
         fk_BGKF = fk_BGKF if seen is None else fk_BGKF * seen
     v_one = pad(v_BGKV.to(fk_BGKF.dtype), (0, 1), value=1.0)
-    return fk_BGKF.mT @ v_one, None if level is None else level.squeeze(2)
+    return fk_BGKF.mT @ v_one, None if running_max is None else running_max.squeeze(2)
 
 
 def _read(
@@ -289,11 +289,11 @@ def _read(
     w_q: Projection,
     feature_map: str,
     state_BGFV: torch.Tensor,
-    level_BGF: torch.Tensor | None,
+    running_max_BGF: torch.Tensor | None,
     eps: float,
 ) -> torch.Tensor:
     """What queries read from one state, (B, H, Q, V)."""
-    totals = read_sums(q_BHQD, w_q, feature_map, state_BGFV, level_BGF)
+    totals = read_sums(q_BHQD, w_q, feature_map, state_BGFV, running_max_BGF)
     return (totals[..., :-1] / (totals[..., -1:] + eps)).view(*q_BHQD.shape[:3], -1)
 
 
@@ -302,14 +302,14 @@ def read_sums(
     w_q: Projection,
     feature_map: str,
     state_BGFV: torch.Tensor,
-    level_BGF: torch.Tensor | None,
+    running_max_BGF: torch.Tensor | None,
 ) -> torch.Tensor:
     """Sums of phi(q).phi(k) [v, 1] for queries, (B, G, query heads that share a key/value head x Q, V + 1)."""
     q_BHQE, heads = project(q_BHQD, w_q), q_BHQD.shape[1]
-    if level_BGF is None:
+    if running_max_BGF is None:
         fq_BHQF = FEATURE_MAPS[feature_map].features(q_BHQE)
     else:
-        fq_BHQF, _ = above_level(q_BHQE, expand_heads(level_BGF.unsqueeze(2), heads))
+        fq_BHQF, _ = exp_minus_max(q_BHQE, expand_heads(running_max_BGF.unsqueeze(2), heads))
     return fq_BHQF.reshape(len(fq_BHQF), state_BGFV.shape[1], -1, fq_BHQF.shape[3]) @ state_BGFV
 
 

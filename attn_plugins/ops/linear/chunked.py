@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS, NO_KEYS, FeatureMap, above_level
-from attn_plugins.ops.reference import accumulation_dtype
+from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS, FeatureMap, exp_minus_max
+from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype
 
 ROWS_A_BLOCK = {"cpu": 1 << 11}
 """Tokens times query heads of one block, by type of device: on CPU what the nearer caches hold."""
@@ -42,8 +42,8 @@ class _Place(NamedTuple):
 class _Block(NamedTuple):
     """What a block's forward and backward both need; fk has zeros where keys are padding.
 
-    Of exponents, fk is the exponential of what is left above ``level`` (P, F), and fq that of what is left above
-    ``top``, see :func:`attn_plugins.ops.linear.feature_maps.above_level`; None for other maps.
+    Of exponents, fk is the exponential of what is left above ``running_max`` (P, F), and fq that of what is left above
+    ``top``, see :func:`attn_plugins.ops.linear.feature_maps.exp_minus_max`; None for other maps.
     """
 
     q_in: torch.Tensor
@@ -51,12 +51,12 @@ class _Block(NamedTuple):
     fq: torch.Tensor
     fk: torch.Tensor
     v: torch.Tensor
-    real: torch.Tensor | None
+    not_padding: torch.Tensor | None
     link: torch.Tensor
     same: torch.Tensor | None
     query_goes_on: torch.Tensor | None
     key_goes_on: torch.Tensor | None
-    level: torch.Tensor | None
+    running_max: torch.Tensor | None
     top: torch.Tensor | None
 
 
@@ -120,11 +120,11 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(3, 4).flatten(0, 2)
 
 
-def _tile(x: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
+def _chunk_rows(x: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
     return _flat(_chunks(x, at, p).to(p.dtype))
 
 
-def _untile(tile: torch.Tensor, like: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
+def _from_chunk_rows(tile: torch.Tensor, like: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
     """(P N, R C, any) -> (b, g, R, L, any), for a target of the shape of ``like``."""
     b, g, group, length, _ = like.shape
     x = tile.view(b, g, at.chunks, group, p.chunk_size, -1).transpose(2, 3)
@@ -140,12 +140,12 @@ def _over_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     return x.unsqueeze(1).expand(-1, heads, *x.shape[1:]).flatten(0, 2)
 
 
-def _load(p: _Problem, at: _Place, level: torch.Tensor | None) -> _Block:
-    """A block; ``level`` is that of the exponents of all keys before it, (P, F)."""
+def _load(p: _Problem, at: _Place, running_max: torch.Tensor | None) -> _Block:
+    """A block; ``running_max`` is that of the exponents of all keys before it, (P, F)."""
     q_in, k_in = _part(p.q, at), _part(p.k, at)
     q = q_in if p.w_q is None else q_in.to(p.dtype) @ p.w_q[at.heads].mT
     k = k_in if p.w_k is None else k_in.to(p.dtype) @ p.w_k[at.heads].mT
-    fq, fk, top = _tile(q, at, p), _tile(k, at, p), None
+    fq, fk, top = _chunk_rows(q, at, p), _chunk_rows(k, at, p), None
     v_in = _chunks(_part(p.v, at), at, p)
     v = v_in.new_empty(*v_in.shape[:-1], v_in.shape[-1] + 1, dtype=p.dtype)
     v[..., :-1] = v_in
@@ -154,18 +154,18 @@ def _load(p: _Problem, at: _Place, level: torch.Tensor | None) -> _Block:
     b, heads, _, length, _ = k_in.shape
     rest = at.chunks * p.chunk_size - length
 
-    real = None
-    if p.padding is not None or (rest and level is not None):
+    not_padding = None
+    if p.padding is not None or (rest and running_max is not None):
         own = k_in.new_ones(b, length, dtype=torch.bool) if p.padding is None else p.padding[at.batch, at.tokens]
-        real = _over_heads(pad(own, (0, rest)).view(b, at.chunks, p.chunk_size, 1), heads)
-    if level is None:
-        fq, fk = p.phi.fast_features(fq), _only(p.phi.fast_features(fk), real)
+        not_padding = _over_heads(pad(own, (0, rest)).view(b, at.chunks, p.chunk_size, 1), heads)
+    if running_max is None:
+        fq, fk = p.phi.fast_features(fq), _only(p.phi.fast_features(fk), not_padding)
     else:
-        if real is not None:
-            fk = fk.masked_fill(~real, -torch.inf)
-        level = torch.maximum(level, fk.reshape(b * heads, -1, fk.shape[-1]).amax(dim=1))
-        each = level.repeat_interleave(at.chunks, dim=0).unsqueeze(1)
-        fq, top = above_level(fq, each)
+        if not_padding is not None:
+            fk = fk.masked_fill(~not_padding, -torch.inf)
+        running_max = torch.maximum(running_max, fk.reshape(b * heads, -1, fk.shape[-1]).amax(dim=1))
+        each = running_max.repeat_interleave(at.chunks, dim=0).unsqueeze(1)
+        fq, top = exp_minus_max(fq, each)
         fk = torch.exp(fk - each)
 
     link = torch.ones(at.chunks + 1, at.chunks + 1, dtype=p.dtype, device=fk.device).tril_()
@@ -186,7 +186,7 @@ def _load(p: _Problem, at: _Place, level: torch.Tensor | None) -> _Block:
         group = q_in.shape[2]
         query_goes_on = _over_heads((own == last[:, :-1].unsqueeze(2)).repeat(1, 1, group).unsqueeze(3), heads)
         key_goes_on = _over_heads((own == last[:, 1:].unsqueeze(2)).unsqueeze(3), heads)
-    return _Block(q_in, k_in, fq, fk, v, real, link, same, query_goes_on, key_goes_on, level, top)
+    return _Block(q_in, k_in, fq, fk, v, not_padding, link, same, query_goes_on, key_goes_on, running_max, top)
 
 
 def _only(x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
@@ -228,20 +228,20 @@ def _sums(
     return link, s.flatten(2)
 
 
-def _first_level(p: _Problem, at: _Place, level: torch.Tensor | None) -> torch.Tensor | None:
+def _initial_max(p: _Problem, at: _Place, running_max: torch.Tensor | None) -> torch.Tensor | None:
     """Level of the exponents before the first block, (P, F), or None where phi has none."""
     if not p.phi.exponential:
         return None
-    if level is not None:
-        return level[at.batch, at.heads].flatten(0, 1)
+    if running_max is not None:
+        return running_max[at.batch, at.heads].flatten(0, 1)
     k = _part(p.k, at)
     features = p.phi.size(k.shape[-1] if p.w_k is None else p.w_k.shape[-2])
-    return k.new_full((k.shape[0] * k.shape[1], features), NO_KEYS, dtype=p.dtype)
+    return k.new_full((k.shape[0] * k.shape[1], features), MASKED_SCORE, dtype=p.dtype)
 
 
-def _lower(x: torch.Tensor | None, level: torch.Tensor | None, to: torch.Tensor | None) -> torch.Tensor | None:
+def _rescale(x: torch.Tensor | None, running_max: torch.Tensor | None, to: torch.Tensor | None) -> torch.Tensor | None:
     """What was carried, (P, F, V + 1), put from one level of exponents to a higher one."""
-    return x if x is None or level is None or to is None else x * torch.exp(level - to).unsqueeze(2)
+    return x if x is None or running_max is None or to is None else x * torch.exp(running_max - to).unsqueeze(2)
 
 
 def _problem(
@@ -301,7 +301,7 @@ def causal_linear(
     padding: torch.Tensor | None,
     segments: torch.Tensor | None,
     state: torch.Tensor | None,
-    level: torch.Tensor | None,
+    running_max: torch.Tensor | None,
     feature_map: str,
     chunk_size: int,
     eps: float,
@@ -327,15 +327,15 @@ def causal_linear(
         from, and the level of each block.
     """
     p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
-    out, den, states, levels = _empty_outputs(q, k, v, w_q, feature_map, chunk_size)
+    out, den, states, block_max = _empty_outputs(q, k, v, w_q, feature_map, chunk_size)
     out_BGRTV, den_BGRT1 = out.unflatten(1, (k.shape[1], -1)), den.unflatten(1, (k.shape[1], -1)).unsqueeze(4)
     with torch.autocast(q.device.type, enabled=False):
         for places in _places(p):
             carried = None if state is None else state[places[0].batch, places[0].heads].flatten(0, 1)
-            reached = _first_level(p, places[0], level)
+            current_max = _initial_max(p, places[0], running_max)
             for at in places:
-                block = _load(p, at, reached)
-                carried = _lower(carried, reached, block.level)
+                block = _load(p, at, current_max)
+                carried = _rescale(carried, current_max, block.running_max)
                 link, sums = _sums(_only(block.fk, block.key_goes_on), block.v, carried, block.link, end=0)
                 before = states[at.batch, at.heads, at.chunk_slice].view(len(sums), at.chunks, -1)
                 torch.bmm(link[:, :-1], sums, out=before)
@@ -344,17 +344,17 @@ def causal_linear(
                     carried = torch.bmm(link[:, -1:], sums).view(len(sums), *before.shape[1:])
                 weights = _limit(torch.bmm(block.fq, block.fk.mT), block, p)
                 totals = torch.bmm(weights, block.v).baddbmm_(_only(block.fq, block.query_goes_on), before)
-                totals = _untile(totals, block.q_in, at, p)
+                totals = _from_chunk_rows(totals, block.q_in, at, p)
                 num, total = totals[..., :-1], totals[..., -1:]
                 total_eps = total + eps
                 torch.div(num, total_eps, out=_part(out_BGRTV, at))
-                if block.level is not None and block.top is not None:
-                    stored = levels[at.batch, at.heads, at.span]
-                    stored.copy_(block.level.view(stored.shape))
-                    total = total_eps.log_() + _untile(block.top, block.q_in, at, p)
+                if block.running_max is not None and block.top is not None:
+                    stored = block_max[at.batch, at.heads, at.span]
+                    stored.copy_(block.running_max.view(stored.shape))
+                    total = total_eps.log_() + _from_chunk_rows(block.top, block.q_in, at, p)
                 _part(den_BGRT1, at).copy_(total)
-                reached = block.level
-    return out, den, states, levels
+                current_max = block.running_max
+    return out, den, states, block_max
 
 
 @torch.library.custom_op("attn_plugins::causal_linear_backward", mutates_args=())
@@ -368,11 +368,11 @@ def causal_linear_backward(
     w_k: torch.Tensor | None,
     padding: torch.Tensor | None,
     segments: torch.Tensor | None,
-    level: torch.Tensor | None,
+    running_max: torch.Tensor | None,
     out: torch.Tensor,
     den: torch.Tensor,
     states: torch.Tensor,
-    levels: torch.Tensor,
+    block_max: torch.Tensor,
     learned: bool,
     feature_map: str,
     chunk_size: int,
@@ -392,10 +392,10 @@ def causal_linear_backward(
         for places in _places(p):
             brought = None
             for at in reversed(places):
-                reached = None
+                current_max = None
                 if p.phi.exponential:
-                    reached = levels[at.batch, at.heads, at.span].flatten(0, 1)
-                block = _load(p, at, reached)
+                    current_max = block_max[at.batch, at.heads, at.span].flatten(0, 1)
+                block = _load(p, at, current_max)
                 fq, fk, v_one = block.fq, block.fk, block.v
                 fq_on, fk_on = _only(fq, block.query_goes_on), _only(fk, block.key_goes_on)
                 before = states[at.batch, at.heads, at.chunk_slice].flatten(0, 2)
@@ -418,14 +418,14 @@ def causal_linear_backward(
                 d_after, brought = d_sums[:, 1:].flatten(0, 1), d_sums[:, 0]
                 weights = _limit(torch.bmm(fq, fk.mT), block, p)
                 d_v = torch.bmm(weights.mT, d_totals[..., :-1]).baddbmm_(fk_on, d_after[..., :-1])
-                _part(dv_BG1TV, at).copy_(_untile(d_v, block.k_in, at, p))
+                _part(dv_BG1TV, at).copy_(_from_chunk_rows(d_v, block.k_in, at, p))
                 d_weights = _limit(torch.bmm(d_totals, v_one.mT), block, p)
                 d_fq = torch.bmm(d_weights, fk)
                 d_fk = torch.bmm(d_weights.mT, fq)
                 d_fq = d_fq.baddbmm_(_only(d_totals, block.query_goes_on), before.mT)
                 d_fk = d_fk.baddbmm_(_only(v_one, block.key_goes_on), d_after.mT)
-                d_q = _untile(gradient_of(fq, d_fq), block.q_in, at, p)
-                d_k = _untile(gradient_of(fk, _only(d_fk, block.real)), block.k_in, at, p)
+                d_q = _from_chunk_rows(gradient_of(fq, d_fq), block.q_in, at, p)
+                d_k = _from_chunk_rows(gradient_of(fk, _only(d_fk, block.not_padding)), block.k_in, at, p)
                 if p.w_q is not None:
                     if learned:
                         dw_q_GRED[at.heads] += (d_q.mT @ block.q_in.to(p.dtype)).sum(0)
@@ -437,27 +437,27 @@ def causal_linear_backward(
                 _part(dq_BGRTD, at).copy_(d_q)
                 _part(dk_BG1TD, at).copy_(d_k)
                 if p.phi.exponential and at.span:
-                    brought = _lower(brought, levels[at.batch, at.heads, at.span - 1].flatten(0, 1), reached)
+                    brought = _rescale(brought, block_max[at.batch, at.heads, at.span - 1].flatten(0, 1), current_max)
             at = places[0]
-            brought = _lower(brought, _first_level(p, at, level), reached)
+            brought = _rescale(brought, _initial_max(p, at, running_max), current_max)
             if brought is not None:
                 d_state[at.batch, at.heads] = brought.view(d_state[at.batch, at.heads].shape)
     return dq, dk, dv, dw_q, dw_k, d_state
 
 
 @causal_linear.register_fake
-def _(q, k, v, w_q, w_k, padding, segments, state, level, feature_map, chunk_size, eps, diagonal):
+def _(q, k, v, w_q, w_k, padding, segments, state, running_max, feature_map, chunk_size, eps, diagonal):
     return _empty_outputs(q, k, v, w_q, feature_map, chunk_size)
 
 
 @causal_linear_backward.register_fake
-def _(d_out, d_den, q, k, v, w_q, w_k, padding, segments, level, out, den, states, levels, learned, *options):
+def _(d_out, d_den, q, k, v, w_q, w_k, padding, segments, running_max, out, den, states, block_max, learned, *options):
     return _empty_gradients(q, k, v, w_q, w_k, states, learned)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, w_q, w_k, padding, segments, state, level, *options = inputs
-    ctx.save_for_backward(q, k, v, w_q, w_k, padding, segments, level, *output)
+    q, k, v, w_q, w_k, padding, segments, state, running_max, *options = inputs
+    ctx.save_for_backward(q, k, v, w_q, w_k, padding, segments, running_max, *output)
     ctx.options, ctx.from_state = options, state is not None
     ctx.set_materialize_grads(True)
 

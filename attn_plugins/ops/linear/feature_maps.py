@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import elu, relu
 
+from attn_plugins.ops.reference import MASKED_SCORE
+
 LOG2_E = 1.4426950408889634
 SMALLEST_FEATURE = 1e-12
-NO_KEYS = -1e30
-"""Level of exponents where no key was seen yet: finite, so that differences of levels are numbers."""
 
 
 class FeatureMap(NamedTuple):
@@ -30,7 +30,7 @@ class FeatureMap(NamedTuple):
     size: Callable[[int], int]
     """F of E."""
     exponential: bool = False
-    """phi is exp: it may be taken of differences from a level, which keeps it finite, see :func:`above_level`."""
+    """phi is exp, taken of differences from a running maximum, which keeps it finite: see :func:`exp_minus_max`."""
 
 
 def _same(size: int) -> int:
@@ -126,27 +126,27 @@ FEATURE_MAPS = {
 as FAVOR+ has them. identity: of features that were made before."""
 
 
-def level_of(exponents_BGKF: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
-    """Largest exponent of each feature over the keys that are seen, (B, G, 1, F), at least NO_KEYS. Has no gradient.
+def max_exponent(exponents_BGKF: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    """Largest exponent of each feature over the keys seen, (B, G, 1, F), at least MASKED_SCORE. Has no gradient.
 
     Args:
         seen: bool, broadcastable to (B, G, K, 1), or None for all.
     """
     u = exponents_BGKF.detach()
     if seen is not None:
-        u = u.masked_fill(~seen, NO_KEYS)
-    return u.amax(dim=2, keepdim=True).clamp(min=NO_KEYS)
+        u = u.masked_fill(~seen, MASKED_SCORE)
+    return u.amax(dim=2, keepdim=True).clamp(min=MASKED_SCORE)
 
 
-def above_level(exponents: torch.Tensor, level: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of queries for keys' features that are ``exp(exponents - level)``.
+def exp_minus_max(exponents: torch.Tensor, running_max: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of queries for keys' features that are ``exp(exponents - running_max)``.
 
-    What a query reads is a sum over features of ``exp(its exponent + level) * (what the keys add up to)``. The largest
-    of these exponents is taken out, which scales numerator and denominator alike.
+    What a query reads is a sum over features of ``exp(its exponent + running_max) * (what the keys add up to)``. The
+    largest of these exponents is taken out, which scales numerator and denominator alike.
 
     Returns:
         (features, the exponent (..., 1) that was taken out).
     """
-    raised = exponents + level
+    raised = exponents + running_max
     top = raised.detach().amax(dim=-1, keepdim=True)
     return torch.exp(raised - top), top

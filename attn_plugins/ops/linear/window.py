@@ -11,13 +11,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.linear.attention import contiguous_segments, few_queries, last_queries, project, real_keys
+from attn_plugins.ops.linear.attention import contiguous_segments, dense_is_cheaper, last_queries, padding_of, project
 from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS
 from attn_plugins.ops.linear.features import Prepared
-from attn_plugins.ops.reference import accumulation_dtype, expand_heads, outside_autocast, scores
+from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, expand_heads, outside_autocast, scores
 
-HIDDEN = -1e30
-"""Added to the score of a key that is not seen. Finite: a row that sees nothing is no NaN before it is zeroed."""
 ROWS_A_TILE = 64
 """Queries of a tile: it computes (window + rows) scores a query, so few, yet enough for the products to dominate."""
 
@@ -28,7 +26,7 @@ class _Tile(NamedTuple):
     queries: slice
     keys: slice
     hidden: torch.Tensor
-    """(B or 1, 1, 1, queries, keys): 0 where visible, HIDDEN elsewhere."""
+    """(B or 1, 1, 1, queries, keys): 0 where visible, MASKED_SCORE elsewhere."""
     empty: torch.Tensor | None
     """(B or 1, 1, 1, queries, 1): True for a query that sees nothing; None where all see something."""
 
@@ -46,7 +44,7 @@ def _tiles(mask: AttentionMask, window_size: int, dtype: torch.dtype) -> list[_T
         k_index = torch.arange(keys.start, keys.stop, device=mask.device).view(1, 1, -1)
         visible = mask.visible(q_index, k_index) & _in_window(mask, q_index, k_index, window_size)
         seen = visible.any(dim=-1, keepdim=True)
-        hidden = torch.zeros(visible.shape, dtype=dtype, device=mask.device).masked_fill_(~visible, HIDDEN)
+        hidden = torch.zeros(visible.shape, dtype=dtype, device=mask.device).masked_fill_(~visible, MASKED_SCORE)
         return _Tile(queries, keys, hidden[:, None, None], None if bool(seen.all()) else ~seen[:, None, None])
 
     def build() -> list[_Tile]:
@@ -56,10 +54,10 @@ def _tiles(mask: AttentionMask, window_size: int, dtype: torch.dtype) -> list[_T
             queries = slice(low, min(low + ROWS_A_TILE, mask.q_length))
             keys = slice(max(0, first + low - window_size + 1), min(mask.kv_length, first + queries.stop + ahead))
             # Without padding or segments only distances matter: almost all tiles look the same.
-            alike = (queries.stop - low, keys.start - low, keys.stop - low)
-            if mask.row_starts or alike not in known:
-                known[alike] = tile(queries, keys)
-            tiles.append(known[alike]._replace(queries=queries, keys=keys))
+            same_shape = (queries.stop - low, keys.start - low, keys.stop - low)
+            if mask.row_starts or same_shape not in known:
+                known[same_shape] = tile(queries, keys)
+            tiles.append(known[same_shape]._replace(queries=queries, keys=keys))
         return tiles
 
     return mask.cached(("linear window", window_size, dtype), build)
@@ -132,7 +130,7 @@ def linear_window_attention(
         ValueError: a packed segment goes on after another one began.
     """
     linear = (prepared.options["feature_map"], prepared.options.get("query_projection"))
-    if sums is None and few_queries(prepared.q_BHQD, v_BGKV, *linear):
+    if sums is None and dense_is_cheaper(prepared.q_BHQD, v_BGKV, *linear):
         return dense_linear_window(
             q_BHQD,
             k_BGKD,
@@ -168,7 +166,7 @@ def _far(
     sums: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over the keys outside the window: of phi(q).phi(k) v, (B, H, Q, V), and without v, (B, H, Q, 1)."""
-    padding_BK, segments_BK = real_keys(mask), contiguous_segments(mask)
+    padding_BK, segments_BK = padding_of(mask), contiguous_segments(mask)
     tokens = (prepared.q_BHQD, prepared.k_BGKD, v_BGKV)
     before, sizes = mask.q_offset - mask.kv_offset, (window_size, chunk_size)
     far, total = _lagging(*tokens, padding_BK, segments_BK, prepared.options, before, *sizes, sums)

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.decode.running_sums import Sums, in_pieces
+from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
 from attn_plugins.ops.linear.attention import absorb, projections, read_sums, sums_shapes
 from attn_plugins.ops.linear.features import Prepared
-from attn_plugins.ops.linear.window import HIDDEN, linear_window_attention
-from attn_plugins.ops.reference import accumulation_dtype
+from attn_plugins.ops.linear.window import linear_window_attention
+from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype
 
 Prepare = Callable[[torch.Tensor, torch.Tensor], tuple[Prepared, dict[str, Any]]]
 """(queries, keys) -> what the linear part takes of them, and the other options of linear_window_attention."""
@@ -37,7 +37,7 @@ def linear_window_attention_from(
         out_BHQV in the dtype of v.
     """
 
-    def piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if not state.tensors:
             state.start(k, v, **sums_shapes(prepare(q, k)[0], v))
         if k.shape[2] == 1:
@@ -53,17 +53,17 @@ def linear_window_attention_from(
         sums = state.tensors["sums"]
         out = linear_window_attention(q, k, v, prepared, near, chunk_size=chunk_size, sums=sums, **options)
         if left > 0:
-            real_BK = None if near.padding_BK is None else near.padding_BK[:, :left]
+            not_padding_BK = None if near.padding_BK is None else near.padding_BK[:, :left]
             feature_map = prepared.options["feature_map"]
-            gone = (prepared.k_BGKD[:, :, :left], v[:, :, :left], projections(prepared)[1], feature_map, real_BK)
+            gone = (prepared.k_BGKD[:, :, :left], v[:, :, :left], projections(prepared)[1], feature_map, not_padding_BK)
             sums, _ = absorb(sums, None, *gone)
         last = slice(max(before, left), None)
-        state.put("k", 2, position[last] % state.window, k[:, :, last])
-        state.put("v", 2, position[last] % state.window, v[:, :, last])
-        state.become(number, sums=sums)
+        state.write("k", 2, position[last] % state.window, k[:, :, last])
+        state.write("v", 2, position[last] % state.window, v[:, :, last])
+        state.commit(number, sums=sums)
         return out
 
-    return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)
+    return chunked_prefill(attend_chunk, q_BHQD, k_BGKD, v_BGKV)
 
 
 def _last(mask: AttentionMask, queries: int, position: torch.Tensor) -> AttentionMask:
@@ -86,9 +86,9 @@ def _one_token(
     prepared, options = prepare(q_BH1D, k)
     (q, k, linear), (w_q, w_k) = prepared, projections(prepared)
     sums, _ = absorb(state.tensors["sums"], None, k, v, w_k, linear["feature_map"], leaves)
-    state.put("k", 2, place, k_BG1D)
-    state.put("v", 2, place, v_BG1V)
-    state.become(1, sums=sums)
+    state.write("k", 2, place, k_BG1D)
+    state.write("v", 2, place, v_BG1V)
+    state.commit(1, sums=sums)
 
     dtype, (batch, groups, _, value_dim), branch = accumulation_dtype(q, k, v), v.shape, options["branch"]
     total = sums.new_zeros(())
@@ -97,7 +97,7 @@ def _one_token(
     if branch != "linear":
         k, v, hidden = state.tensors["k"].to(dtype), state.tensors["v"].to(dtype), ~seen[:, None, None]
         s = (q_BH1D.to(dtype).reshape(batch, groups, -1, k.shape[3]) * options["scale"]) @ k.mT
-        s = s.masked_fill(hidden, HIDDEN)
+        s = s.masked_fill(hidden, MASKED_SCORE)
         e = torch.exp(s - s.amax(dim=3, keepdim=True)).masked_fill(hidden, 0.0)
         e = e * options["factor_H"].to(dtype).view(groups, -1, 1)
         total = total + torch.cat([e @ v, e.sum(dim=3, keepdim=True)], dim=3)
@@ -113,7 +113,7 @@ def _places(mask: AttentionMask, state: Sums) -> tuple[torch.Tensor, torch.Tenso
     now = torch.arange(1, device=mask.device) + state.position
     place = torch.arange(window, device=mask.device)
     position = torch.cat([now - (now - place) % window, now - window])
-    real = (position >= 0).unsqueeze(0)
+    not_padding = (position >= 0).unsqueeze(0)
     if mask.padding_BK is not None:
-        real = real & mask.padding_BK.index_select(1, position.clamp_min(0))
-    return now % window, real[:, :-1], real[:, -1:]
+        not_padding = not_padding & mask.padding_BK.index_select(1, position.clamp_min(0))
+    return now % window, not_padding[:, :-1], not_padding[:, -1:]

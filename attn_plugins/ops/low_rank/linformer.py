@@ -18,7 +18,7 @@ class Projection(NamedTuple):
 
     position_BK: torch.Tensor
     """(B or 1, K): position of each key."""
-    real_BK: torch.Tensor
+    not_padding_BK: torch.Tensor
     """(B or 1, K): whether it is no padding."""
     keys: tuple[torch.Tensor, torch.Tensor] | None
     """(B or 1, L): key at each position, and whether there is a real one; None where all keys are real."""
@@ -37,17 +37,17 @@ def projection_of(mask: AttentionMask, max_length: int, projected_length: int, d
 
     def build() -> Projection:
         index = torch.arange(mask.kv_length, device=mask.device).unsqueeze(0)
-        position_BK, real_BK, keys = index, torch.ones_like(index, dtype=torch.bool), None
+        position_BK, not_padding_BK, keys = index, torch.ones_like(index, dtype=torch.bool), None
         if mask.padding_BK is not None:
-            real_BK = mask.padding_BK
+            not_padding_BK = mask.padding_BK
             start_B1 = mask.starts_BK()[:, -1:]
             position_BK = index - start_B1
             key_BL = index[:, :max_length] + start_B1
             inside_BL = key_BL.clamp(max=mask.kv_length - 1)
-            keys = inside_BL, real_BK.gather(1, inside_BL) & (key_BL == inside_BL)
+            keys = inside_BL, not_padding_BK.gather(1, inside_BL) & (key_BL == inside_BL)
         longest = mask.kv_length
-        if longest > max_length and not recorded(real_BK):  # unless the rest is padding
-            longest = int(position_BK.masked_fill(~real_BK, -1).max()) + 1
+        if longest > max_length and not recorded(not_padding_BK):  # unless the rest is padding
+            longest = int(position_BK.masked_fill(~not_padding_BK, -1).max()) + 1
         if longest > max_length:
             raise ValueError(
                 f"linformer has weights for {max_length} positions, got a sequence of {longest} tokens; "
@@ -57,10 +57,10 @@ def projection_of(mask: AttentionMask, max_length: int, projected_length: int, d
         member_PL = run_L == torch.arange(projected_length, device=mask.device).unsqueeze(1)
         size_P = member_PL.sum(dim=1, keepdim=True).to(dtype)
         run_BK = run_L[position_BK.clamp(0, max_length - 1)]
-        count_BP = torch.zeros(len(real_BK), projected_length, dtype=dtype, device=mask.device)
-        count_BP = count_BP.scatter_add(1, run_BK, real_BK.to(dtype))
+        count_BP = torch.zeros(len(not_padding_BK), projected_length, dtype=dtype, device=mask.device)
+        count_BP = count_BP.scatter_add(1, run_BK, not_padding_BK.to(dtype))
         factor_BP = torch.where(count_BP > 0, size_P.squeeze(1) / count_BP, 0.0)
-        return Projection(position_BK, real_BK, keys, member_PL / size_P, factor_BP)
+        return Projection(position_BK, not_padding_BK, keys, member_PL / size_P, factor_BP)
 
     return mask.cached(("linformer", max_length, projected_length, dtype), build)
 
@@ -83,7 +83,7 @@ def dense_linformer_attention(
 
     def matrix(weight_GPL):
         e_GPL = made.averages_PL + weight_GPL.to(dtype)
-        e_GPBK = e_GPL[:, :, made.position_BK.clamp(0, max_length - 1)] * made.real_BK
+        e_GPBK = e_GPL[:, :, made.position_BK.clamp(0, max_length - 1)] * made.not_padding_BK
         return e_GPBK.permute(2, 0, 1, 3) * made.factor_BP[:, None, :, None]
 
     k_BHPD = expand_heads(matrix(key_weight_GPL) @ k_BGKD.to(dtype), heads)
@@ -123,9 +123,9 @@ def linformer_attention(
     def project(weight_GPL, x_BGKD):
         x_BGLD = x_BGKD[:, :, :length]
         if made.keys is not None:
-            key_BL, real_BL = made.keys
+            key_BL, not_padding_BL = made.keys
             index = key_BL[:, None, :, None].expand(*x_BGKD.shape[:2], -1, x_BGKD.shape[3])
-            x_BGLD = x_BGKD.gather(2, index).masked_fill(~real_BL[:, None, :, None], 0.0)
+            x_BGLD = x_BGKD.gather(2, index).masked_fill(~not_padding_BL[:, None, :, None], 0.0)
         e_GPL = made.averages_PL[:, :length] + weight_GPL[:, :, :length].to(dtype)
         return expand_heads((e_GPL @ x_BGLD.to(dtype)) * made.factor_BP[:, None, :, None], heads)
 

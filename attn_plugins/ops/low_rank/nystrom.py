@@ -20,7 +20,7 @@ class Landmarks(NamedTuple):
     """(B or 1, K): number of the landmark, M for padding."""
     count_BM: torch.Tensor
     """(B or 1, M): tokens that a landmark is the mean of; 0 where a row has fewer real tokens than landmarks."""
-    real_BK: torch.Tensor
+    not_padding_BK: torch.Tensor
     """(B or 1, K): whether a token is no padding."""
 
 
@@ -32,15 +32,15 @@ def landmarks_of(mask: AttentionMask, number: int) -> Landmarks:
     number = min(number, mask.kv_length)
 
     def build() -> Landmarks:
-        real_BK = mask.padding_BK
-        if real_BK is None:
-            real_BK = torch.ones(1, mask.kv_length, dtype=torch.bool, device=mask.device)
-        rank_BK = real_BK.long().cumsum(dim=1) - 1
-        at_BK = rank_BK * number // real_BK.sum(dim=1, keepdim=True).clamp(min=1)
-        at_BK = at_BK.masked_fill(~real_BK, number)
-        count_BM = real_BK.new_zeros(real_BK.shape[0], number + 1, dtype=torch.long)
-        count_BM = count_BM.scatter_add(1, at_BK, real_BK.long())[:, :-1]
-        return Landmarks(at_BK, count_BM, real_BK)
+        not_padding_BK = mask.padding_BK
+        if not_padding_BK is None:
+            not_padding_BK = torch.ones(1, mask.kv_length, dtype=torch.bool, device=mask.device)
+        rank_BK = not_padding_BK.long().cumsum(dim=1) - 1
+        at_BK = rank_BK * number // not_padding_BK.sum(dim=1, keepdim=True).clamp(min=1)
+        at_BK = at_BK.masked_fill(~not_padding_BK, number)
+        count_BM = not_padding_BK.new_zeros(not_padding_BK.shape[0], number + 1, dtype=torch.long)
+        count_BM = count_BM.scatter_add(1, at_BK, not_padding_BK.long())[:, :-1]
+        return Landmarks(at_BK, count_BM, not_padding_BK)
 
     return mask.cached(("landmarks", number), build)
 
@@ -88,9 +88,9 @@ def dense_nystrom_attention(
     landmarks = landmarks_of(mask, num_landmarks)
     q, k = q_BHQD.to(dtype), expand_heads(k_BGKD, heads).to(dtype)
     q_BHMD, k_BHMD = run_means(q, landmarks), run_means(k, landmarks)
-    held, real = (landmarks.count_BM > 0)[:, None, None], landmarks.real_BK[:, None, None]
+    held, not_padding = (landmarks.count_BM > 0)[:, None, None], landmarks.not_padding_BK[:, None, None]
     near = masked_softmax(q @ k_BHMD.mT * scale, held)
-    far = masked_softmax(q_BHMD @ k.mT * scale, real & held.mT)
+    far = masked_softmax(q_BHMD @ k.mT * scale, not_padding & held.mT)
     inverse = inverse_of_core(q_BHMD, k_BHMD, held, scale, num_iterations)
     weights_BHQK = ((near.to(inverse.dtype) @ inverse) @ far.to(inverse.dtype)).to(dtype)
     if conv_HC is not None:
@@ -98,7 +98,7 @@ def dense_nystrom_attention(
         tap = index - index.unsqueeze(1) + conv_HC.shape[1] // 2
         inside = (tap >= 0) & (tap < conv_HC.shape[1])
         band_HQK = torch.where(inside, conv_HC.to(dtype)[:, tap.clamp(0, conv_HC.shape[1] - 1)], 0.0)
-        weights_BHQK = weights_BHQK + band_HQK * real
+        weights_BHQK = weights_BHQK + band_HQK * not_padding
     out_BHQV = weights_BHQK @ expand_heads(v_BGKV, heads).to(dtype)
     return out_BHQV.to(v_BGKV.dtype), weights_BHQK
 
@@ -126,11 +126,11 @@ def nystrom_attention(
     landmarks = landmarks_of(mask, num_landmarks)
     q, k, v = q_BHQD.to(dtype), k_BGKD.to(dtype), v_BGKV.to(dtype)
     q_BHMD, k_BHMD = run_means(q, landmarks), expand_heads(run_means(k, landmarks), heads)
-    held, real = (landmarks.count_BM > 0)[:, None, None], landmarks.real_BK[:, None, None]
+    held, not_padding = (landmarks.count_BM > 0)[:, None, None], landmarks.not_padding_BK[:, None, None]
     # Fused softmax attention twice: landmarks to all keys, and all queries to landmarks. A row without a real token
     # sees something in both, so that nothing is NaN, and its inverse is zero.
     nobody = ~held.any(dim=-1, keepdim=True)
-    far_mask = None if mask.padding_BK is None else real | nobody
+    far_mask = None if mask.padding_BK is None else not_padding | nobody
     far = scaled_dot_product_attention(
         q_BHMD.reshape(batch, groups, -1, q.shape[3]), k, v, attn_mask=far_mask, scale=scale
     )
@@ -139,7 +139,7 @@ def nystrom_attention(
     out_BHQV = scaled_dot_product_attention(q, k_BHMD, value_BHMV, attn_mask=held | nobody, scale=scale)
     if conv_HC is not None:
         if mask.padding_BK is not None:
-            v = v.masked_fill(~real.mT, 0.0)
+            v = v.masked_fill(~not_padding.mT, 0.0)
         taps = conv_HC.to(dtype)[:, None, :, None]
         out_BHQV = out_BHQV + conv2d(v, taps, padding=(taps.shape[2] // 2, 0), groups=groups)
     return out_BHQV.to(v_BGKV.dtype)

@@ -92,11 +92,11 @@ def dense_recurrent_attention(
     """
     with torch.autocast(q_BHQD.device.type, enabled=False):
         before, end = _reach(q_BHQD, k_BGKD, mask)
-        real, fresh = _rows(mask)
+        not_padding, segment_start = _rows(mask)
         q = pad(q_BHQD, (0, 0, before, 0))
         k, v = k_BGKD[:, :, :end], v_BGKV[:, :, :end]
-        real, fresh = (None if x is None else x[:, :, :end] for x in (real, fresh))
-        tokens, enters = hide(prepare(q, k, v, *weights), real, fresh)
+        not_padding, segment_start = (None if x is None else x[:, :, :end] for x in (not_padding, segment_start))
+        tokens, counts = hide(prepare(q, k, v, *weights), not_padding, segment_start)
         batch, heads, length, features = tokens.k.shape
         state_BGFK = tokens.k.new_zeros(batch, heads, features, k_BGKD.shape[2])
         count_BGF = tokens.k.new_zeros(batch, heads, features if tokens.beta is None else 1)
@@ -109,14 +109,14 @@ def dense_recurrent_attention(
                 gate_BGF = tokens.log_gate[:, :, t if tokens.log_gate.shape[2] > 1 else 0].exp()
                 state_BGFK, count_BGF = gate_BGF.unsqueeze(3) * state_BGFK, gate_BGF * count_BGF
                 total_BGK = gate_BGF * total_BGK if tokens.beta is not None else total_BGK
-            enters_BG1 = torch.ones_like(count_BGF[:, :, :1]) if enters is None else enters[:, :, t]
-            count_BGF = count_BGF + enters_BG1
+            counts_BG1 = torch.ones_like(count_BGF[:, :, :1]) if counts is None else counts[:, :, t]
+            count_BGF = count_BGF + counts_BG1
             if tokens.beta is None:
                 state_BGFK = state_BGFK + k_BGF1 * value_K
             else:
                 error_BG1K = k_BGF1.mT @ state_BGFK - value_K
                 state_BGFK = state_BGFK - tokens.beta[:, :, t].unsqueeze(3) * k_BGF1 * error_BG1K
-                total_BGK = total_BGK + enters_BG1 * value_K
+                total_BGK = total_BGK + counts_BG1 * value_K
             if t >= before:
                 q_BGRF, n_BG1F = tokens.q[:, :, t].unflatten(1, (heads, -1)), count_BGF.clamp_min(1.0).unsqueeze(2)
                 if tokens.beta is None:
@@ -181,8 +181,8 @@ def scan_from(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
     v_BGKV: torch.Tensor,
-    real: torch.Tensor | None,
-    fresh: torch.Tensor | None,
+    not_padding: torch.Tensor | None,
+    segment_start: torch.Tensor | None,
     prepare: Prepare,
     weights: Sequence[torch.Tensor],
     chunk_size: int,
@@ -192,18 +192,18 @@ def scan_from(
     before = k_BGKD.shape[2] - queries
     rows = ROWS_A_SPAN.get(q_BHQD.device.type, ROWS_A_SPAN_ELSEWHERE)
     span = max(1, rows // (batch * num_heads * chunk_size)) * chunk_size
-    sequences = [None, k_BGKD, v_BGKV, real, fresh]
+    sequences = [None, k_BGKD, v_BGKV, not_padding, segment_start]
 
     def step(state, parts, weights):
-        q, k, v, real, fresh = parts
+        q, k, v, not_padding, segment_start = parts
         silent = q is None
         if silent:
             q = k.new_empty(batch, num_heads, 0, k.shape[3])
-        tokens, enters = hide(prepare(q, k, v, *weights), real, fresh)
+        tokens, counts = hide(prepare(q, k, v, *weights), not_padding, segment_start)
         rule = _average if tokens.beta is None else _delta
         # A short span, such as one token in decoding, makes one chunk no longer than it has to be.
         size = min(chunk_size, 1 << (k.shape[2] - 1).bit_length())
-        out, after = rule(_tile(tokens, enters, size), state, silent)
+        out, after = rule(_to_chunks(tokens, counts, size), state, silent)
         return out[:, :, : 0 if silent else v.shape[2]].to(v.dtype), after
 
     if before:
@@ -223,32 +223,34 @@ def _reach(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask) -> t
 def _rows(mask: AttentionMask) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Which keys are real and which start a segment, (B or 1, 1, K, 1) each; None for all and for none."""
     segments_BK = contiguous_segments(mask)
-    real = None if mask.padding_BK is None else mask.padding_BK[:, None, :, None]
+    not_padding = None if mask.padding_BK is None else mask.padding_BK[:, None, :, None]
     if segments_BK is None:
-        return real, None
-    fresh_BK = pad(segments_BK[:, 1:] != segments_BK[:, :-1], (1, 0), value=True)
-    return real, fresh_BK[:, None, :, None]
+        return not_padding, None
+    segment_start_BK = pad(segments_BK[:, 1:] != segments_BK[:, :-1], (1, 0), value=True)
+    return not_padding, segment_start_BK[:, None, :, None]
 
 
-def hide(tokens: Tokens, real: torch.Tensor | None, fresh: torch.Tensor | None) -> tuple[Tokens, torch.Tensor | None]:
+def hide(
+    tokens: Tokens, not_padding: torch.Tensor | None, segment_start: torch.Tensor | None
+) -> tuple[Tokens, torch.Tensor | None]:
     """Padding neither enters the state nor decays it; a new segment starts from an empty one.
 
     Returns:
         (tokens, 1 for each token that counts and 0 for padding, or None where all count).
     """
     k, log_gate, beta = tokens.k, tokens.log_gate, tokens.beta
-    if real is not None:
-        k = k * real
-        beta = None if beta is None else beta * real
-        log_gate = None if log_gate is None else log_gate.masked_fill(~real, 0.0)
-    if fresh is not None:
+    if not_padding is not None:
+        k = k * not_padding
+        beta = None if beta is None else beta * not_padding
+        log_gate = None if log_gate is None else log_gate.masked_fill(~not_padding, 0.0)
+    if segment_start is not None:
         log_gate = k.new_zeros(1, 1, 1, 1) if log_gate is None else log_gate
-        log_gate = log_gate.masked_fill(fresh, -torch.inf)
+        log_gate = log_gate.masked_fill(segment_start, -torch.inf)
     tokens = tokens._replace(k=k, log_gate=log_gate, beta=beta)
-    return tokens, None if real is None else real.to(k.dtype)
+    return tokens, None if not_padding is None else not_padding.to(k.dtype)
 
 
-class _Tiles(NamedTuple):
+class _Chunks(NamedTuple):
     """Tokens of a span by chunks; zeros after the end, which like padding neither enter nor decay."""
 
     q: torch.Tensor
@@ -261,13 +263,13 @@ class _Tiles(NamedTuple):
     """(B or 1, G or 1, N or 1, C, F or 1)"""
     beta: torch.Tensor | None
     """(B, G, N, C, 1)"""
-    enters: torch.Tensor | None
+    counts: torch.Tensor | None
     """(B or 1, 1, N, C, 1), 1 where a token counts and 0 where not; None where all count."""
     average_weight: torch.Tensor | None
     """(G, R)"""
 
 
-def _tile(tokens: Tokens, enters: torch.Tensor | None, chunk_size: int) -> _Tiles:
+def _to_chunks(tokens: Tokens, counts: torch.Tensor | None, chunk_size: int) -> _Chunks:
     length = tokens.k.shape[2]
     rest = -length % chunk_size
 
@@ -277,17 +279,17 @@ def _tile(tokens: Tokens, enters: torch.Tensor | None, chunk_size: int) -> _Tile
     log_gate = tokens.log_gate
     if log_gate is not None and log_gate.shape[2] == 1:
         log_gate = log_gate.expand(-1, -1, length if rest else chunk_size, -1)
-    if enters is None and rest:
-        enters = tokens.k.new_ones(1, 1, length, 1)
+    if counts is None and rest:
+        counts = tokens.k.new_ones(1, 1, length, 1)
     q = pad(tokens.q, (0, 0, 0, length + rest - tokens.q.shape[2] if tokens.q.shape[2] else 0))
     q = q.unflatten(1, (tokens.k.shape[1], -1)).unflatten(3, (-1, chunk_size)).permute(0, 1, 3, 4, 2, 5)
     b = tokens.average_weight
     b = None if b is None else b.view(tokens.k.shape[1], -1)
-    log_gate, beta, enters = (None if x is None else tile(x) for x in (log_gate, tokens.beta, enters))
-    return _Tiles(q, tile(tokens.k), tile(tokens.v), log_gate, beta, enters, b)
+    log_gate, beta, counts = (None if x is None else tile(x) for x in (log_gate, tokens.beta, counts))
+    return _Chunks(q, tile(tokens.k), tile(tokens.v), log_gate, beta, counts, b)
 
 
-def _untile(out_BGNCRV: torch.Tensor) -> torch.Tensor:
+def _from_chunks(out_BGNCRV: torch.Tensor) -> torch.Tensor:
     """(B, H, N C, V), laid out as (B, N C, H, V)."""
     return out_BGNCRV.permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2).transpose(1, 2)
 
@@ -307,10 +309,10 @@ class _Decay(NamedTuple):
     """The decayed number of tokens of the chunk up to each."""
 
 
-def _decay(log_gate: torch.Tensor, enters: torch.Tensor | None) -> _Decay:
+def _decay(log_gate: torch.Tensor, counts: torch.Tensor | None) -> _Decay:
     since = log_gate.unsqueeze(-2)
     until = torch.zeros_like(since)
-    count = torch.ones_like(since) if enters is None else enters.unsqueeze(-2) + torch.zeros_like(since)
+    count = torch.ones_like(since) if counts is None else counts.unsqueeze(-2) + torch.zeros_like(since)
     halves = []
     while since.shape[-3] > 1:
         (since_1, since_2), (until_1, until_2), (count_1, count_2) = (
@@ -359,14 +361,14 @@ def _products(q: torch.Tensor, k: torch.Tensor, decay: _Decay) -> torch.Tensor:
     return _triangle((q * k.unsqueeze(-2)).sum(-1), lower)
 
 
-def _average(tiles: _Tiles, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _average(tiles: _Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """One span. The state is S and, as its last column, n."""
-    q, k, v, log_gate, _, enters, _ = tiles
+    q, k, v, log_gate, _, counts, _ = tiles
     assert log_gate is not None
-    decay = _decay(log_gate, enters)
+    decay = _decay(log_gate, counts)
     chunks = k.shape[2]
     added = (k * decay.until).mT @ v
-    counted = (decay.until if enters is None else decay.until * enters).sum(-2).unsqueeze(-1)
+    counted = (decay.until if counts is None else decay.until * counts).sum(-2).unsqueeze(-1)
     added = torch.cat([added, counted.expand(*added.shape[:-1], 1)], dim=-1)
     whole = decay.whole.unsqueeze(-1).expand(-1, -1, chunks, -1, -1)
     before = []
@@ -387,15 +389,15 @@ def _average(tiles: _Tiles, state: torch.Tensor, silent: bool) -> tuple[torch.Te
         weights = _products(q, k, decay)
     q = q * decay.since.unsqueeze(-2)
     out = weights.flatten(3, 4) @ v + q.flatten(3, 4) @ states[..., :-1]
-    return _untile(out.unflatten(3, q.shape[3:5])), state
+    return _from_chunks(out.unflatten(3, q.shape[3:5])), state
 
 
-def _delta(tiles: _Tiles, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _delta(tiles: _Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """One span. What a chunk writes depends on the state before it: values U - W S, with U and W known beforehand.
 
     The state is S and, as its last row, the sum of the values and their number.
     """
-    q, k, v, log_gate, beta, enters, average_weight = tiles
+    q, k, v, log_gate, beta, counts, average_weight = tiles
     assert beta is not None
     assert average_weight is not None
     chunk_size = k.shape[3]
@@ -411,7 +413,7 @@ def _delta(tiles: _Tiles, state: torch.Tensor, silent: bool) -> tuple[torch.Tens
         [v.shape[-1], k.shape[-1]], dim=-1
     )
     counted = pad(v, (0, 1), value=1.0)
-    counted = counted if enters is None else counted * enters
+    counted = counted if counts is None else counted * counts
     added = (counted * until).sum(dim=-2, keepdim=True)
     whole = whole.expand(*k.shape[:3], 1, 1)
     memory, total = state[..., :-1, :-1], state[..., -1:, :]
@@ -432,4 +434,4 @@ def _delta(tiles: _Tiles, state: torch.Tensor, silent: bool) -> tuple[torch.Tens
     sums = between @ counted + since * torch.stack(totals, dim=2)
     average = sums[..., :-1] / sums[..., -1:].clamp_min(1.0)
     out = recalled.unflatten(3, q.shape[3:5]) + average_weight[:, None, None, :, None] * average.unsqueeze(-2)
-    return _untile(out), state
+    return _from_chunks(out), state

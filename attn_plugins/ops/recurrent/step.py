@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.decode.running_sums import Sums, in_pieces
+from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
 from attn_plugins.ops.recurrent.chunked import Prepare, Tokens, hide, scan_from, state_shape
 from attn_plugins.ops.reference import accumulation_dtype
 
@@ -35,26 +35,26 @@ def recurrent_attention_from(
     if not state.tensors:
         state.start(k_BGKD, v_BGKV, memory=state_shape(q_BHQD, k_BGKD, v_BGKV, prepare, weights))
 
-    def piece(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def attend_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         memory, number = state.tensors["memory"], k.shape[2]
-        real = state.real(mask, number)
-        real = None if real is None else real[:, None, :, None]
+        not_padding = state.not_padding(mask, number)
+        not_padding = None if not_padding is None else not_padding[:, None, :, None]
         if number == 1:
-            tokens, enters = hide(prepare(q, k, v, *weights), real, None)
-            out, memory = (_average if tokens.beta is None else _delta)(tokens, enters, memory)
+            tokens, counts = hide(prepare(q, k, v, *weights), not_padding, None)
+            out, memory = (_average if tokens.beta is None else _delta)(tokens, counts, memory)
         else:
-            out, memory = scan_from(memory, q, k, v, real, None, prepare, weights, chunk_size)
-        state.become(number, memory=memory)
+            out, memory = scan_from(memory, q, k, v, not_padding, None, prepare, weights, chunk_size)
+        state.commit(number, memory=memory)
         return out.to(v.dtype)
 
-    return in_pieces(piece, q_BHQD, k_BGKD, v_BGKV)
+    return chunked_prefill(attend_chunk, q_BHQD, k_BGKD, v_BGKV)
 
 
-def _average(tokens: Tokens, enters: torch.Tensor | None, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _average(tokens: Tokens, counts: torch.Tensor | None, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One token. The state is S and, as its last column, n."""
     q, k, v, log_gate, _, _ = tokens
     assert log_gate is not None
-    counted = torch.ones_like(k) if enters is None else enters.expand_as(k)
+    counted = torch.ones_like(k) if counts is None else counts.expand_as(k)
     added = torch.cat([k.mT * v, counted.mT], dim=3)
     state = torch.addcmul(added, log_gate.mT.exp(), state)
     count = state[..., -1].unsqueeze(2)
@@ -62,7 +62,7 @@ def _average(tokens: Tokens, enters: torch.Tensor | None, state: torch.Tensor) -
     return out.flatten(1, 2).unsqueeze(2), state
 
 
-def _delta(tokens: Tokens, enters: torch.Tensor | None, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _delta(tokens: Tokens, counts: torch.Tensor | None, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One token. The state is S and, as its last row, the sum of the values and their number."""
     q, k, v, log_gate, beta, average_weight = tokens
     assert beta is not None
@@ -72,7 +72,7 @@ def _delta(tokens: Tokens, enters: torch.Tensor | None, state: torch.Tensor) -> 
     memory, total = state[..., :-1, :-1], state[..., -1:, :]
     memory = torch.addcmul(memory, (beta * k).mT, v - k @ memory)
     counted = pad(v, (0, 1), value=1.0)
-    total = total + (counted if enters is None else counted * enters)
+    total = total + (counted if counts is None else counted * counts)
     average = total[..., :-1] / total[..., -1:].clamp_min(1.0)
     out = _by_group(q, k) @ memory + average_weight.view(k.shape[1], -1, 1) * average
     return out.flatten(1, 2).unsqueeze(2), torch.cat([pad(memory, (0, 1)), total], dim=2)

@@ -13,10 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.reference import accumulation_dtype, outside_autocast
-
-HIDDEN = -1e30
-"""Added to the score of an invisible key. Finite, so that a row that sees nothing is no NaN before it is zeroed."""
+from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, outside_autocast
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Tile:
     extra: torch.Tensor | None
     """(B or 1, S): indices of keys beside those, which come before them among the C columns."""
     hidden: torch.Tensor | None
-    """(B or 1, 1, 1, R, C): 0 where visible, HIDDEN elsewhere; None where all are visible."""
+    """(B or 1, 1, 1, R, C): 0 where visible, MASKED_SCORE elsewhere; None where all are visible."""
     empty: torch.Tensor | None
     """(B or 1, 1, 1, R, 1): True for a query that sees nothing; None where all see something."""
 
@@ -100,7 +97,7 @@ def make_tile(
     visible = torch.cat([part.expand(batch, -1, -1) for part in parts], dim=2)
     hidden = None
     if not bool(visible.all()):
-        hidden = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, HIDDEN)[:, None, None]
+        hidden = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, MASKED_SCORE)[:, None, None]
     seen = visible.any(dim=2, keepdim=True)
     empty = None if bool(seen.all()) else ~seen[:, None, None]
     return Tile(queries, tuple(keys), None if extra is None else extra.clamp(min=0), hidden, empty)
@@ -231,7 +228,7 @@ def _rows_to_fill(tiles, shape, dtype, device):
 
 def _merged_forward(call, tiles, dtype):
     """(out in ``dtype``, log of the sum of exponentials, infinite where nothing is seen)."""
-    top = call.k.new_full((*call.q.shape[:3], 1), HIDDEN)
+    top = call.k.new_full((*call.q.shape[:3], 1), MASKED_SCORE)
     total, out = torch.zeros_like(top), top.new_zeros((*call.q.shape[:3], call.v.shape[-1]))
     for tile in tiles:
         scores, _ = call.scores(call.queries(tile), call.columns(call.k, tile), tile)
@@ -317,7 +314,7 @@ class _Call:
             at += here.shape[1]
 
     def scores(self, q, k, tile):
-        """(scores of the tile, HIDDEN where invisible; tanh of the softcap or None)."""
+        """(scores of the tile, MASKED_SCORE where invisible; tanh of the softcap or None)."""
         scores, tanh = torch.bmm(q, k.transpose(1, 2)), None
         if self.softcap is not None:
             tanh = scores.div_(self.softcap).tanh_()

@@ -30,7 +30,7 @@ def pieces(number: int, size: int) -> Iterator[slice]:
         yield slice(low, min(low + size, number))
 
 
-def few_sizes(seen: int, total: int) -> int:
+def round_up(seen: int, total: int) -> int:
     """``seen`` or somewhat more, one of 8 sizes up to ``total``.
 
     Tiles that grow one by one would each find what the last one freed too small, and the heap would grow with them.
@@ -39,7 +39,7 @@ def few_sizes(seen: int, total: int) -> int:
     return min(-(-max(seen, 1) // step) * step, total)
 
 
-def even_scores(
+def tie_stable_scores(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
     *,
@@ -57,22 +57,22 @@ def even_scores(
     return s_BHQK if position_bias is None else s_BHQK + position_bias.to(s_BHQK.dtype)
 
 
-def least_chosen(s_BHQK: torch.Tensor, topk: int) -> torch.Tensor:
+def topk_threshold(s_BHQK: torch.Tensor, topk: int) -> torch.Tensor:
     """(B, H, Q, 1): the ``topk``-th highest score of each query; -inf where fewer are visible, as the others are."""
     if topk >= s_BHQK.shape[-1]:
         return s_BHQK.new_full((*s_BHQK.shape[:-1], 1), -torch.inf)
     return s_BHQK.topk(topk, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
 
 
-def highest(s_BHQK: torch.Tensor, least_BHQ1: torch.Tensor, topk: int) -> torch.Tensor:
-    """(B, H, Q, K) bool: scores from :func:`least_chosen` on up, ``topk`` at most, of equal ones the first."""
+def topk_mask(s_BHQK: torch.Tensor, least_BHQ1: torch.Tensor, topk: int) -> torch.Tensor:
+    """(B, H, Q, K) bool: scores from :func:`topk_threshold` on up, ``topk`` at most, of equal ones the first."""
     # What is not a number comes first, as topk has it, so that it is read and not left out.
     s_BHQK, least_BHQ1 = (x.masked_fill(x.isnan(), torch.inf) for x in (s_BHQK, least_BHQ1))
     chosen = (s_BHQK >= least_BHQ1) & (s_BHQK > -torch.inf)
     if recorded(chosen) or bool((chosen.sum(dim=-1) > topk).any()):
         above = s_BHQK > least_BHQ1
-        level = chosen & ~above
-        chosen = above | (level & (level.cumsum(dim=-1) <= topk - above.sum(dim=-1, keepdim=True)))
+        tied = chosen & ~above
+        chosen = above | (tied & (tied.cumsum(dim=-1) <= topk - above.sum(dim=-1, keepdim=True)))
     return chosen
 
 
@@ -109,7 +109,7 @@ def topk_attention(
     size = min(LARGEST_TILE, max(1, SCORES_AT_ONCE // (rows[0].stop * shared * at_once * keys)))
     tiles = []
     for t in pieces(queries, size):
-        seen = few_sizes(t.stop + mask.q_offset - mask.kv_offset, keys) if mask.causal else keys
+        seen = round_up(t.stop + mask.q_offset - mask.kv_offset, keys) if mask.causal else keys
         tiles += [Tile(b, g, t, seen) for b in rows for g in pieces(groups, at_once)]
 
     @functools.lru_cache(maxsize=1)  # for the rows and heads that have the same
@@ -187,8 +187,8 @@ class _ByTiles(torch.autograd.Function):
             at = call.at(tile)
             s_BHTK, _ = call.scores(call.queries(tile), tile)
             if least is not None:
-                least[at] = least_chosen(s_BHTK, call.topk)
-                call.hide_others(s_BHTK, least[at])
+                least[at] = topk_threshold(s_BHTK, call.topk)
+                call.mask_others(s_BHTK, least[at])
             top = s_BHTK.amax(dim=-1, keepdim=True)
             if call.sinks is not None:
                 top = torch.maximum(top, call.sinks[:, at[1]])
@@ -229,7 +229,7 @@ class _ByTiles(torch.autograd.Function):
             q, g = call.queries(tile), call.by_group(grad_BHQV[at].to(call.dtype), tile)
             s_BHTK, tanh = call.scores(q, tile)
             if least is not None:
-                call.hide_others(s_BHTK, least[at])
+                call.mask_others(s_BHTK, least[at])
             weights_BHTK = s_BHTK.sub_(lse[at]).exp_()
             ds = torch.bmm(g, call.columns(call.v, tile).mT).view(weights_BHTK.shape)
             keep, dropped = call.keep(weights_BHTK), weights_BHTK
@@ -315,8 +315,8 @@ class _Call:
         visible = self.visible(tile)
         return scores.masked_fill_(~(visible if len(visible) == 1 else visible[rows]), -torch.inf), tanh
 
-    def hide_others(self, s_BHTK, least_BHT1):
-        s_BHTK.masked_fill_(~highest(s_BHTK, least_BHT1, self.topk), -torch.inf)
+    def mask_others(self, s_BHTK, least_BHT1):
+        s_BHTK.masked_fill_(~topk_mask(s_BHTK, least_BHT1, self.topk), -torch.inf)
 
     def bias_of(self, bias, tile):
         """A tile's part of what broadcasts to (B, H, Q, K)."""

@@ -72,16 +72,16 @@ def first_keys(mask: AttentionMask, queries: range, number: int) -> torch.Tensor
     starts = mask.starts_BK()
     own = starts[:, first_query(mask) + queries.start : first_query(mask) + queries[-1] + 1]
     if mask.segments_BK is None:
-        fresh = own[:, -1:]  # what is before it is padding
-        keys = fresh.unsqueeze(2) + count
+        start = own[:, -1:]  # what is before it is padding
+        keys = start.unsqueeze(2) + count
     else:
         changes = torch.cat([torch.ones_like(own[:, :1], dtype=torch.bool), own[:, 1:] != own[:, :-1]], dim=1)
         index = places(changes)
-        fresh = own.gather(1, index.clamp(min=0)).masked_fill(index < 0, -number)
-        keys = fresh.unsqueeze(2) + count
+        start = own.gather(1, index.clamp(min=0)).masked_fill(index < 0, -number)
+        keys = start.unsqueeze(2) + count
     inside = (keys >= 0) & (keys < mask.kv_length)
     keys = keys.masked_fill(~inside, 0)
-    same = starts.gather(1, keys.flatten(1)).view(keys.shape) == fresh.unsqueeze(2)
+    same = starts.gather(1, keys.flatten(1)).view(keys.shape) == start.unsqueeze(2)
     return keys.masked_fill(~(inside & same), -1).flatten(1)
 
 
@@ -138,13 +138,18 @@ class Band:
                     low if low >= 0 else low % step, min(mask.kv_length, first + part[-1] + ahead * step + 1), step
                 )
                 # Without padding or rules only distances matter: almost all tiles look the same, and so do their masks.
-                alike = (len(part), keys.start - part.start, keys.stop - part.start, min(keys.start, self.num_first))
-                if mask.plain and not mask.row_starts and alike in known:
-                    yield dataclasses.replace(known[alike], queries=queries, keys=(keys,))
+                same_shape = (
+                    len(part),
+                    keys.start - part.start,
+                    keys.stop - part.start,
+                    min(keys.start, self.num_first),
+                )
+                if mask.plain and not mask.row_starts and same_shape in known:
+                    yield dataclasses.replace(known[same_shape], queries=queries, keys=(keys,))
                     continue
                 extra = first_keys(mask, part, self.num_first) if self.num_first else None
-                known[alike] = make_tile(mask, sees, queries, (keys,), extra)
-                yield known[alike]
+                known[same_shape] = make_tile(mask, sees, queries, (keys,), extra)
+                yield known[same_shape]
         if apart:
             yield from global_tiles(mask, self.sees, self.num_first)
 
@@ -165,7 +170,7 @@ def global_tiles(mask: AttentionMask, sees: Sees, num_global: int) -> Iterator[T
 
 
 @dataclass(frozen=True)
-class Blocks:
+class BlockBand:
     """The blocks around a query's own, counted from the beginning of the row or segment.
 
     ``look_forward`` holds where the mask is not causal; blocks begin ``shift`` positions early.
@@ -185,13 +190,13 @@ class Blocks:
         known: dict[tuple[int, ...], Tile] = {}
         for queries, keys in self.slices(mask):
             # As in a band, but the place in the block matters too; it is the same at the same distance of the keys.
-            alike = (queries.stop - queries.start, keys.start - queries.start, keys.stop - queries.start)
-            if keys.start and mask.plain and not mask.row_starts and alike in known:
-                yield dataclasses.replace(known[alike], queries=queries, keys=(keys,))
+            same_shape = (queries.stop - queries.start, keys.start - queries.start, keys.stop - queries.start)
+            if keys.start and mask.plain and not mask.row_starts and same_shape in known:
+                yield dataclasses.replace(known[same_shape], queries=queries, keys=(keys,))
                 continue
             tile = make_tile(mask, self.sees, queries, (keys,))
             if keys.start:
-                known[alike] = tile
+                known[same_shape] = tile
             yield tile
 
     def slices(self, mask: AttentionMask) -> Iterator[tuple[slice, slice]]:

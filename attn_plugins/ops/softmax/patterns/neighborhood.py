@@ -60,12 +60,12 @@ class Neighborhood:
                 queries = indices(q_rows, q_columns)
                 extra = torch.cat([first, indices(k_rows, k_columns)], dim=1)
                 # Almost all tiles hide the same: where each patch's neighbourhood begins within the keys says it all.
-                alike = (row_starts, column_starts, (len(k_rows), len(k_columns)))
-                if mask.plain and not mask.row_starts and alike in known:
-                    yield dataclasses.replace(known[alike], queries=queries, extra=extra)
+                same_shape = (row_starts, column_starts, (len(k_rows), len(k_columns)))
+                if mask.plain and not mask.row_starts and same_shape in known:
+                    yield dataclasses.replace(known[same_shape], queries=queries, extra=extra)
                     continue
-                known[alike] = make_tile(mask, self.sees, queries, extra=extra)
-                yield known[alike]
+                known[same_shape] = make_tile(mask, self.sees, queries, extra=extra)
+                yield known[same_shape]
 
     def _pieces(self, length: int) -> Iterator[tuple[range, range, tuple[int, ...]]]:
         """Of one direction: a tile's places, those that they see, and where among these each one's neighbours begin."""

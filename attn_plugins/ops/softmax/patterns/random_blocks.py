@@ -98,12 +98,12 @@ class RandomBlocks:
                 needed = sorted({*range(self.num_global), *near, *(number for number in chosen[low] if number >= 0)})
             keys = _joined([slice(n * size, min((n + 1) * size, stop)) for n in needed if n * size < stop])
             # The own block comes last where not everything that a tile holds is visible, which is where it is causal.
-            alike = (high - low, into, sum(part.stop - part.start for part in keys))
-            if mask.plain and alike in known:
-                yield dataclasses.replace(known[alike], queries=queries, keys=keys)
+            same_shape = (high - low, into, sum(part.stop - part.start for part in keys))
+            if mask.plain and same_shape in known:
+                yield dataclasses.replace(known[same_shape], queries=queries, keys=keys)
             else:
-                known[alike] = make_tile(mask, self.sees, queries, keys)
-                yield known[alike]
+                known[same_shape] = make_tile(mask, self.sees, queries, keys)
+                yield known[same_shape]
             low = high
 
     def _scattered_tiles(self, mask: AttentionMask) -> Iterator[Tile]:

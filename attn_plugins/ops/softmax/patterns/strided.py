@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.softmax.patterns.band import Band, Blocks, ends_BK, first_query, in_row, places
+from attn_plugins.ops.softmax.patterns.band import Band, BlockBand, ends_BK, first_query, in_row, places
 from attn_plugins.ops.softmax.tiles import Tile, make_tile
 
 
@@ -61,20 +61,20 @@ class Fixed:
             high = keys.start if mask.causal else int(ends[:, own].max())
             needed = ((summaries >= int(starts[:, own].min())) & (summaries < high)).any(dim=0)
             extra = summaries[:, needed]
-            alike = (queries.stop - queries.start, keys.start - queries.start, keys.stop - queries.start)
+            same_shape = (queries.stop - queries.start, keys.start - queries.start, keys.stop - queries.start)
             if keys.start and mask.causal and mask.plain and not mask.row_starts:
-                if alike not in known:
-                    known[alike] = make_tile(mask, self.sees, queries, (keys,), extra)
-                hidden = known[alike].hidden
+                if same_shape not in known:
+                    known[same_shape] = make_tile(mask, self.sees, queries, (keys,), extra)
+                hidden = known[same_shape].hidden
                 if hidden is not None:
                     hidden = hidden[..., -(extra.shape[1] + keys.stop - keys.start) :]
                 beside = extra if extra.shape[1] else None
-                yield dataclasses.replace(known[alike], queries=queries, keys=(keys,), extra=beside, hidden=hidden)
+                yield dataclasses.replace(known[same_shape], queries=queries, keys=(keys,), extra=beside, hidden=hidden)
             else:
                 yield make_tile(mask, self.sees, queries, (keys,), extra)
 
-    def _near(self) -> Blocks:
-        return Blocks(self.block_size, self.look_backward, self.look_backward)
+    def _near(self) -> BlockBand:
+        return BlockBand(self.block_size, self.look_backward, self.look_backward)
 
     def _sums_up(self, mask: AttentionMask, k_index: torch.Tensor) -> torch.Tensor:
         return in_row(mask, k_index) % self.block_size >= self.block_size - self.summary
