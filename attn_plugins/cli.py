@@ -276,7 +276,7 @@ def compare(
 
         parsed = build(CompareConfig, settings(config, {"output_dir": output_dir}, assignments))
         results = prepare_compare(parsed)
-        running = results.alone()
+        running = results.lock()
     from attn_plugins.benchmark.compare_report import write_report
 
     with running:
@@ -333,21 +333,21 @@ def bench(
             alone = build(BenchConfig, tree)
             results = prepare_bench(alone)
         need("matplotlib", "compare")
-        running = results.alone()
+        running = results.lock()
     with running:
         if decode:
             from attn_plugins.benchmark.decode import run_decode
-            from attn_plugins.benchmark.decode_report import Decoded, write_decode_report
+            from attn_plugins.benchmark.decode_report import DecodeResults, write_decode_report
 
             run_decode(generation, results, fresh=fresh)
-            found = Decoded(generation, results)
+            found = DecodeResults(generation, results)
             tables, files = write_decode_report(found, results.path.parent)
         else:
             from attn_plugins.benchmark.kernels import run_bench
-            from attn_plugins.benchmark.kernels_report import Measured, write_bench_report
+            from attn_plugins.benchmark.kernels_report import KernelResults, write_bench_report
 
             run_bench(alone, results, fresh=fresh)
-            found = Measured(alone, results)
+            found = KernelResults(alone, results)
             tables, files = write_bench_report(found, results.path.parent)
     for table in tables:
         console.print(table.rich())

@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/long_document"))
     args = parser.parse_args()
     results = Results(args.output_dir / "results.jsonl")
-    with results.alone():
+    with results.lock():
         found = measure(args, results)
     limit = getattr(skeleton(args.model).config.get_text_config(), "max_position_embeddings", None)
     plot(found, args.output_dir / "long_document.png", limit)

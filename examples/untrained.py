@@ -485,7 +485,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     results = Results(args.output_dir / "untrained.jsonl")
     try:
-        with results.alone():
+        with results.lock():
             run(args, results)
     except ValueError as error:
         parser.error(str(error))

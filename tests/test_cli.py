@@ -221,7 +221,7 @@ def test_where_results_cannot_go_is_one_line(llama, text, tmp_path):
 
 
 def test_a_second_run_is_one_line(tmp_path):
-    with Results(tmp_path / "results.jsonl").alone():
+    with Results(tmp_path / "results.jsonl").lock():
         assert "another run is measuring into" in refused("bench", "-a", "local", "-o", tmp_path)
 
 

@@ -50,8 +50,8 @@ def run_cells(
     groups = list(groups)
     cells = [cell for group in groups for cell in group]
     numbered = {cell.key: f"[{number}/{len(cells)}] {cell}" for number, cell in enumerate(cells, 1)}
-    with results.alone():
-        for line in [] if fresh else results.told(cell.key for cell in cells):
+    with results.lock():
+        for line in [] if fresh else results.resume_summary(cell.key for cell in cells):
             say(line)
         for group in groups:
             todo = [cell for cell in group if fresh or not results.done(cell.key)]
@@ -60,14 +60,14 @@ def run_cells(
                     say(numbered[cell.key])
             for cell, outcome in measure(todo) if todo else ():
                 if isinstance(outcome, str):
-                    said = outcome
+                    text = outcome
                 else:
                     finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
                     record = {"key": cell.key, **cell.labels, **outcome, "finished": finished}
                     results.add({**record, "settings": cell.settings, "versions": versions()})
-                    said = note(cell, outcome["result"]) if outcome["status"] == "ok" else outcome["error"]
-                    said += f" ({outcome['seconds']:.0f} s)" if "seconds" in outcome else ""
-                say(f"      {said}" if announce else f"{numbered[cell.key]}: {said}")
+                    text = note(cell, outcome["result"]) if outcome["status"] == "ok" else outcome["error"]
+                    text += f" ({outcome['seconds']:.0f} s)" if "seconds" in outcome else ""
+                say(f"      {text}" if announce else f"{numbered[cell.key]}: {text}")
 
 
 def described(error: Exception) -> str:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from attn_plugins.benchmark import timing as measuring
+from attn_plugins.benchmark import timing
 from attn_plugins.benchmark.cells import described, run_cells
 from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.benchmark.timing import Pass, Scope
@@ -155,7 +155,7 @@ Measure = Literal["evaluate", "finetune", "speed", "memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class CompareCell:
     """One figure, or one set of them, that is measured at a time."""
 
     model: str
@@ -181,25 +181,25 @@ class Cell:
         return " · ".join([self.model, self.attention, self.measure, *place, f"seed {self.seed}"])
 
 
-def cells(config: CompareConfig) -> list[Cell]:
+def cells(config: CompareConfig) -> list[CompareCell]:
     """All cells of a comparison, attention by attention; fine-tunes last, since they take longest."""
-    found: list[Cell] = []
+    found: list[CompareCell] = []
     for label, source in config.models.items():
         for attention in config.attentions:
             found += _cells_of(config, label, source, attention)
     return sorted(found, key=lambda cell: cell.measure == "finetune")
 
 
-def _cells_of(config: CompareConfig, model: str, source: str, attention: str) -> Iterator[Cell]:
+def _cells_of(config: CompareConfig, model: str, source: str, attention: str) -> Iterator[CompareCell]:
     base = {"model": source, "rules": config.attentions[attention], "dtype": config.dtype}
     data = None if config.data is None else dataclasses.asdict(config.data)
     names = {"model": model, "attention": attention}
     for seed in config.seeds:
         quality = {**base, "data": data, "evaluation": config.evaluation}
         if config.untrained and config.data is not None:
-            yield Cell(**names, measure="evaluate", seed=seed, settings=quality)
+            yield CompareCell(**names, measure="evaluate", seed=seed, settings=quality)
         if config.finetune is not None:
-            yield Cell(**names, measure="finetune", seed=seed, settings={**quality, "finetune": config.finetune})
+            yield CompareCell(**names, measure="finetune", seed=seed, settings={**quality, "finetune": config.finetune})
     for measure, passes in (("speed", config.speed), ("memory", config.memory)):
         if passes is None:
             continue
@@ -209,7 +209,7 @@ def _cells_of(config: CompareConfig, model: str, source: str, attention: str) ->
         for scope, lengths in passes.lengths.items():
             for length in lengths:
                 where = {"scope": scope, "length": length, "passes": passes.passes_of(scope)}
-                yield Cell(**names, measure=measure, seed=config.seeds[0], settings={**base, **options, **where})  # type: ignore[arg-type]
+                yield CompareCell(**names, measure=measure, seed=config.seeds[0], settings={**base, **options, **where})  # type: ignore[arg-type]
 
 
 def finetune_config(config: CompareConfig, source: str, rules: Any, seed: int, output_dir: str) -> FinetuneConfig:
@@ -258,17 +258,17 @@ def run_compare(
     Raises:
         ValueError: another run is measuring into the same file.
     """
-    held = _Held(config, fresh)
+    models = _LoadedModels(config, fresh)
 
-    def measure(group: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+    def measure(group: list[CompareCell]) -> Iterator[tuple[CompareCell, dict[str, Any]]]:
         (cell,) = group
         started = time.perf_counter()
         outcome: dict[str, Any]
         try:
-            outcome = {"status": "ok", "result": _MEASURES[cell.measure](config, cell, held)}
+            outcome = {"status": "ok", "result": _MEASURES[cell.measure](config, cell, models)}
         except Exception as error:  # what one attention cannot do must not end the others
             outcome = {"status": "error", "error": described(error), "traceback": traceback.format_exc()}
-            held.drop()
+            models.drop()
         yield cell, {**outcome, "seconds": round(time.perf_counter() - started, 2)}
 
     _quiet_loading()
@@ -284,8 +284,8 @@ def _quiet_loading() -> None:
     need("datasets", "train").disable_progress_bars()
 
 
-class _Held:
-    """What a run holds: the models in memory, which are the baseline and the one that was asked for last."""
+class _LoadedModels:
+    """The models in memory: the baseline, and the one that was asked for last."""
 
     def __init__(self, config: CompareConfig, fresh: bool):
         self.config, self.fresh = config, fresh
@@ -310,10 +310,10 @@ class _Held:
             torch.cuda.empty_cache()
 
 
-def _evaluate(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
+def _evaluate(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> dict[str, Any]:
     assert config.data is not None
     task = config.task
-    loaded = held.get(cell.settings["model"], cell.attention, cell.seed)
+    loaded = models.get(cell.settings["model"], cell.attention, cell.seed)
     untrained = [name for name in loaded.fresh if not in_slot(name)]
     if untrained:
         raise ValueError(
@@ -325,11 +325,11 @@ def _evaluate(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
     return {**_headline(task, figures), "figures": figures, "attention": attention_summary(loaded.model)}
 
 
-def _finetune(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
-    held.drop()
+def _finetune(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> dict[str, Any]:
+    models.drop()
     name = f"{file_stem(cell.model)}-{file_stem(cell.attention)}-seed{cell.seed}-{cell.key[:6]}"
     folder = Path(config.output_dir).expanduser() / "finetuned" / name
-    if folder.exists() and (held.fresh or not same_versions(folder)):
+    if folder.exists() and (models.fresh or not same_versions(folder)):
         shutil.rmtree(folder)  # its checkpoints are of a run that does not count any more
     settings = finetune_config(config, cell.settings["model"], cell.settings["rules"], cell.seed, str(folder))
     metrics = finished(settings)
@@ -340,34 +340,34 @@ def _finetune(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
     return {**_headline(config.task, figures), "figures": figures, **kept, "folder": str(folder)}
 
 
-def _speed(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
-    base = held.get(cell.settings["model"], config.baseline, config.seeds[0])
-    own, input_ids, device = _model_and_tokens(cell, held)
+def _speed(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> dict[str, Any]:
+    base = models.get(cell.settings["model"], config.baseline, config.seeds[0])
+    own, input_ids, device = _model_and_tokens(cell, models)
     scope: Scope = cell.settings["scope"]
     found = {}
     for which in cell.settings["passes"]:
         contenders = {
-            "baseline": measuring.parts(base.model, input_ids, scope, which),
-            "own": measuring.parts(own.model, input_ids, scope, which),
+            "baseline": timing.parts(base.model, input_ids, scope, which),
+            "own": timing.parts(own.model, input_ids, scope, which),
         }
-        seconds = measuring.interleaved(contenders, cell.settings["rounds"], device)
-        found[which] = measuring.compared(seconds["own"], seconds["baseline"])
+        seconds = timing.interleaved(contenders, cell.settings["rounds"], device)
+        found[which] = timing.compared(seconds["own"], seconds["baseline"])
     return {"passes": found}
 
 
-def _memory(config: CompareConfig, cell: Cell, held: _Held) -> dict[str, Any]:
-    own, input_ids, device = _model_and_tokens(cell, held)
+def _memory(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> dict[str, Any]:
+    own, input_ids, device = _model_and_tokens(cell, models)
     found = {}
     for which in cell.settings["passes"]:
         found[which] = {
-            "bytes": measuring.peak_bytes(measuring.parts(own.model, input_ids, cell.settings["scope"], which), device)
+            "bytes": timing.peak_bytes(timing.parts(own.model, input_ids, cell.settings["scope"], which), device)
         }
     return {"passes": found}
 
 
-def _model_and_tokens(cell: Cell, held: _Held) -> tuple[Loaded, torch.Tensor, torch.device]:
+def _model_and_tokens(cell: CompareCell, models: _LoadedModels) -> tuple[Loaded, torch.Tensor, torch.device]:
     """The cell's model, random tokens for it, and where it is."""
-    own = held.get(cell.settings["model"], cell.attention, cell.seed)
+    own = models.get(cell.settings["model"], cell.attention, cell.seed)
     text: Any = own.model.config.get_text_config()  # type: ignore[operator, union-attr]
     length, limit = cell.settings["length"], getattr(text, "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -378,7 +378,7 @@ def _model_and_tokens(cell: Cell, held: _Held) -> tuple[Loaded, torch.Tensor, to
     return own, input_ids.to(device), device
 
 
-_MEASURES: dict[str, Callable[[CompareConfig, Cell, _Held], dict[str, Any]]] = {
+_MEASURES: dict[str, Callable[[CompareConfig, CompareCell, _LoadedModels], dict[str, Any]]] = {
     "evaluate": _evaluate,
     "finetune": _finetune,
     "speed": _speed,
@@ -390,7 +390,7 @@ def _headline(task: Task, figures: dict[str, Any]) -> dict[str, Any]:
     return {"metric": task.metric, "better": task.better, "value": figures[task.metric]}
 
 
-def _note(cell: Cell, result: dict[str, Any]) -> str:
+def _note(cell: CompareCell, result: dict[str, Any]) -> str:
     if cell.measure == "speed":
         return ", ".join(
             f"{which} {found['times_as_fast']:.2f}x the baseline" for which, found in result["passes"].items()

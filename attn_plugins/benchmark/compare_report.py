@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.benchmark.compare import Cell, CompareConfig, cells, file_stem
+from attn_plugins.benchmark.compare import CompareCell, CompareConfig, cells, file_stem
 from attn_plugins.benchmark.store import Results
 from attn_plugins.benchmark.tables import Table, brief_number, duration, frame
 from attn_plugins.config.extras import need
@@ -16,7 +16,7 @@ PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 SCOPES = {"model": "whole model", "attention": "attention layer"}
 
 
-class Found:
+class CompareResults:
     """The records of a comparison's cells, as tables and plots ask for them."""
 
     def __init__(self, config: CompareConfig, results: Results):
@@ -33,7 +33,7 @@ class Found:
             if cell.key in self.record
         ]
 
-    def _matching(self, model: str, attention: str, measure: str, settings: dict[str, Any]) -> Iterable[Cell]:
+    def _matching(self, model: str, attention: str, measure: str, settings: dict[str, Any]) -> Iterable[CompareCell]:
         for cell in self.cells:
             if (cell.model, cell.attention, cell.measure) == (model, attention, measure) and all(
                 cell.settings[name] == value for name, value in settings.items()
@@ -53,7 +53,7 @@ class Found:
         return records[0]["result"]["passes"][which][name] if records else None
 
     @property
-    def errors(self) -> list[tuple[Cell, str]]:
+    def errors(self) -> list[tuple[CompareCell, str]]:
         """The cells that failed, with their messages."""
         found = [(cell, self.record[cell.key]) for cell in self.cells if cell.key in self.record]
         return [(cell, record["error"]) for cell, record in found if record["status"] == "error"]
@@ -73,7 +73,7 @@ def write_report(config: CompareConfig, results: Results) -> tuple[list[Table], 
     Raises:
         ValueError: matplotlib is not installed.
     """
-    found = Found(config, results)
+    found = CompareResults(config, results)
     out = results.path.parent
     out.mkdir(parents=True, exist_ok=True)
     shown = tables(found)
@@ -87,7 +87,7 @@ def write_report(config: CompareConfig, results: Results) -> tuple[list[Table], 
     return shown, [report, *plots]
 
 
-def tables(found: Found) -> list[Table]:
+def tables(found: CompareResults) -> list[Table]:
     """Quality, speed, memory and errors, of those that were measured."""
     config, shown = found.config, []
     if any(cell.measure in STAGES for cell in found.cells):
@@ -98,17 +98,17 @@ def tables(found: Found) -> list[Table]:
             shown.append(_pass_table(found, measure, title, scope))
     if found.errors:
         table = Table("Errors", "These cells failed; the next run tries them again.", ["cells", "error"])
-        alike: dict[tuple[str, str, str], list[Cell]] = {}
+        by_error: dict[tuple[str, str, str], list[CompareCell]] = {}
         for cell, error in found.errors:
-            alike.setdefault((cell.model, cell.attention, error), []).append(cell)
-        for (_, _, error), failed in alike.items():
+            by_error.setdefault((cell.model, cell.attention, error), []).append(cell)
+        for (_, _, error), failed in by_error.items():
             others = f" and {len(failed) - 1} more of {failed[0].attention}" if len(failed) > 1 else ""
             table.rows.append([f"{failed[0]}{others}", error])
         shown.append(table)
     return shown
 
 
-def _quality(found: Found) -> Table:
+def _quality(found: CompareResults) -> Table:
     config, task = found.config, found.config.task
     seeds = len(config.seeds)
     better = "lower" if task.better == "lower" else "higher"
@@ -158,14 +158,14 @@ def _branches(records: list[dict[str, Any]]) -> str:
     return ", ".join(f"{branch} {_spread([part[branch] for part in parts])}" for branch in (parts[0] if parts else ()))
 
 
-def _positions(found: Found) -> list[dict[str, Any]]:
+def _positions(found: CompareResults) -> list[dict[str, Any]]:
     for record in found.record.values():
         if record["status"] == "ok" and "figures" in record["result"]:
             return record["result"]["figures"].get("by_position", [])
     return []
 
 
-def _pass_table(found: Found, measure: str, title: str, scope: str) -> Table:
+def _pass_table(found: CompareResults, measure: str, title: str, scope: str) -> Table:
     config = found.config
     passes = getattr(config, measure)
     places = [(scope, length, which) for which in passes.passes_of(scope) for length in passes.lengths[scope]]
@@ -186,7 +186,7 @@ def _pass_table(found: Found, measure: str, title: str, scope: str) -> Table:
     return table
 
 
-def _pass_cell(found: Found, measure: str, model: str, attention: str, place: tuple[str, int, str]) -> str:
+def _pass_cell(found: CompareResults, measure: str, model: str, attention: str, place: tuple[str, int, str]) -> str:
     records = found.of(model, attention, measure, scope=place[0], length=place[1])
     if not _ok(records):
         return _why(records)
@@ -200,7 +200,7 @@ def _pass_cell(found: Found, measure: str, model: str, attention: str, place: tu
     return brief_number(own / 2**20) + (f" ({own / base:.2f})" if base else "")
 
 
-def draw(found: Found, out: Path) -> list[Path]:
+def draw(found: CompareResults, out: Path) -> list[Path]:
     """The plots that what was measured allows, a PNG each: quality against time, memory and speed against length."""
     need("matplotlib", "compare")
     drawn = []
@@ -218,7 +218,7 @@ def draw(found: Found, out: Path) -> list[Path]:
     return drawn
 
 
-def _quality_plot(found: Found, model: str) -> Any:
+def _quality_plot(found: CompareResults, model: str) -> Any:
     """One point an attention and stage: what it costs, as a multiple of the baseline's time, and how good it is."""
     config, task = found.config, found.config.task
     place = _longest(config)
@@ -259,7 +259,7 @@ def _quality_plot(found: Found, model: str) -> Any:
     return figure
 
 
-def _length_plot(found: Found, model: str, measure: str) -> Any:
+def _length_plot(found: CompareResults, model: str, measure: str) -> Any:
     """A panel for each pass: memory, or times as fast as the baseline, at each length."""
     config = found.config
     passes = getattr(config, measure)
@@ -302,7 +302,7 @@ def _longest(config: CompareConfig) -> tuple[str, int, str] | None:
     return scope, max(config.speed.lengths[scope]), which
 
 
-def _facts(found: Found) -> list[str]:
+def _facts(found: CompareResults) -> list[str]:
     config = found.config
     lines = [f"- Model {label}: {source}" for label, source in config.models.items()]
     lines += [f"- Attention {label}: {_rules(rules)}" for label, rules in config.attentions.items()]
@@ -313,7 +313,7 @@ def _facts(found: Found) -> list[str]:
     if config.finetune is not None:
         lines.append(f"- Fine-tune: {_inline(config.finetune)}")
     lines.append(f"- Seeds: {', '.join(map(str, config.seeds))}; weights in {config.dtype}")
-    lines += found.results.made_with(found.record)
+    lines += found.results.provenance(found.record)
     lines.append(f"- Time of all cells: {sum(record['seconds'] for record in found.record.values()) / 60:.1f} minutes")
     if found.unfinished:
         lines.append(f"- {found.unfinished} of {len(found.cells)} cells have not been run")

@@ -14,11 +14,11 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from attn_plugins.benchmark import timing as measuring
+from attn_plugins.benchmark import timing
 from attn_plugins.benchmark.cells import described, run_cells
 from attn_plugins.benchmark.kernels import DTYPES, check_place
 from attn_plugins.benchmark.store import Results, hash_of
-from attn_plugins.benchmark.timing import Part
+from attn_plugins.benchmark.timing import Workload
 from attn_plugins.config.output import check_folder
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
@@ -30,7 +30,7 @@ from attn_plugins.hf.swap import describe_attention, swap_attention
 from attn_plugins.training.models import load, read_attention, skeleton
 
 FORMAT = 1
-"""Part of every cell's key: raise it when a measurement changes its meaning."""
+"""Workload of every cell's key: raise it when a measurement changes its meaning."""
 
 VOCABULARY = 1024
 
@@ -209,7 +209,7 @@ def _measure(config: DecodeConfig, group: list[DecodeCell]) -> Iterator[tuple[De
     """The outcomes of cells that share rounds, timed all together, beside the dense model."""
     here, first = group[0].context, config.first
     contexts = sorted({here, first})
-    ready: dict[tuple[int, str], list[Part]] = {}
+    ready: dict[tuple[int, str], list[Workload]] = {}
     bytes_of: dict[tuple[int, str], int] = {}
     errors: dict[str, str] = {}
     for label, rules in [(DENSE, None), *((cell.label, cell.rules) for cell in group if cell.rules is not None)]:
@@ -219,7 +219,7 @@ def _measure(config: DecodeConfig, group: list[DecodeCell]) -> Iterator[tuple[De
             for context in contexts:
                 cache = filled_cache(model, context, config.batch_size, config.chunk)
                 bytes_of[context, label] = cache_bytes(cache)
-                runs[context, label] = [Part(run=_decode(model, cache, config), count=1)]
+                runs[context, label] = [Workload(run=_decode(model, cache, config), count=1)]
                 runs[context, label][0].run()
             ready |= runs
         except Exception as error:  # what one attention cannot do must not end the others' measurement
@@ -228,18 +228,18 @@ def _measure(config: DecodeConfig, group: list[DecodeCell]) -> Iterator[tuple[De
                 break
     # Two runs of one model don't follow each other where there are others: each finds the processor's caches cold.
     ready = {place: ready[place] for place in sorted(ready, key=lambda place: place[0])}
-    seconds = measuring.interleaved(ready, config.rounds, torch.device(config.device)) if ready else {}
+    seconds = timing.interleaved(ready, config.rounds, torch.device(config.device)) if ready else {}
     for cell in group:
         label = DENSE if cell.rules is None else cell.label
         if DENSE in errors or label in errors:
-            said = f"the dense model: {errors[DENSE]}" if DENSE in errors and label != DENSE else errors[label]
-            yield cell, {"status": "error", "error": said}
+            text = f"the dense model: {errors[DENSE]}" if DENSE in errors and label != DENSE else errors[label]
+            yield cell, {"status": "error", "error": text}
             continue
         own, dense, before = (here, label), (here, DENSE), (first, label)
-        result = measuring.compared(seconds[own], seconds[dense])
+        result = timing.compared(seconds[own], seconds[dense])
         times = {"seconds": result.pop("seconds") / config.tokens}
         times["baseline_seconds"] = result.pop("baseline_seconds") / config.tokens
-        growth = measuring.compared(seconds[before], seconds[own])  # of the shortest context, beside this one
+        growth = timing.compared(seconds[before], seconds[own])  # of the shortest context, beside this one
         grown = {
             "first_seconds": growth["seconds"] / config.tokens,
             "growth": growth["times_as_fast"],
@@ -252,10 +252,10 @@ def _measure(config: DecodeConfig, group: list[DecodeCell]) -> Iterator[tuple[De
 
 def _note(cell: DecodeCell, first: int, result: dict[str, Any]) -> str:
     ratio = f"{result['times_as_fast']:.2f}x ({result['lowest']:.2f} to {result['highest']:.2f})"
-    said = f"{result['seconds'] * 1000:.2f} ms a token, {ratio}"
+    text = f"{result['seconds'] * 1000:.2f} ms a token, {ratio}"
     if cell.context != first:
-        said += f", {result['growth']:.2f} times its time at {first}"
-    return f"{said}, {result['bytes']:,} bytes"
+        text += f", {result['growth']:.2f} times its time at {first}"
+    return f"{text}, {result['bytes']:,} bytes"
 
 
 def build_model(config: DecodeConfig, rules: list[dict[str, Any]] | None) -> Any:

@@ -10,7 +10,7 @@ from attn_plugins.benchmark.tables import Table, brief_number, duration, frame
 from attn_plugins.config.extras import need
 
 
-class Decoded:
+class DecodeResults:
     """The records of a benchmark's cells, as tables and plots ask for them."""
 
     def __init__(self, config: DecodeConfig, results: Results):
@@ -41,7 +41,7 @@ class Decoded:
         return any(not message.startswith("ValueError: ") for by in self.errors().values() for message in by)
 
 
-def write_decode_report(found: Decoded, out: Path) -> tuple[list[Table], list[Path]]:
+def write_decode_report(found: DecodeResults, out: Path) -> tuple[list[Table], list[Path]]:
     """Write report.md and the plots into ``out``.
 
     Returns:
@@ -57,7 +57,7 @@ def write_decode_report(found: Decoded, out: Path) -> tuple[list[Table], list[Pa
     return tables, [report, *plots]
 
 
-def decode_tables(found: Decoded) -> list[Table]:
+def decode_tables(found: DecodeResults) -> list[Table]:
     """Time, its growth, bytes, and what failed."""
     config, first = found.config, found.config.first
     spread = f"In brackets the lowest and highest of {config.rounds} rounds."
@@ -96,7 +96,7 @@ def decode_tables(found: Decoded) -> list[Table]:
 
 
 def _table(
-    found: Decoded,
+    found: DecodeResults,
     title: str,
     note: str,
     show: Callable[[dict[str, Any]], str],
@@ -121,7 +121,7 @@ def _ratio(result: dict[str, Any], *names: str) -> str:
     return f"{median}x ({lowest} to {highest})"
 
 
-def draw(found: Decoded, out: Path) -> list[Path]:
+def draw(found: DecodeResults, out: Path) -> list[Path]:
     """A PNG of the time of a token and one of the cache's size, over the context."""
     need("matplotlib", "compare")
     drawn = []
@@ -146,7 +146,7 @@ def draw(found: Decoded, out: Path) -> list[Path]:
     return drawn
 
 
-def _facts(found: Decoded) -> list[str]:
+def _facts(found: DecodeResults) -> list[str]:
     config, shape = found.config, found.config.model
     model = shape
     if not isinstance(shape, str):
@@ -163,12 +163,12 @@ def _facts(found: Decoded) -> list[str]:
         "- Contexts are random keys and values: neither time nor bytes depend on them. Layers that keep all tokens are "
         f"given them at once, states take them in through their attention, {config.chunk} at a time.",
     ]
-    lines += found.results.made_with(record["key"] for record in found.record.values())
+    lines += found.results.provenance(record["key"] for record in found.record.values())
     if len(found.record) < found.number:
         lines.append(f"- {found.number - len(found.record)} of {found.number} cells have no result")
     for label, rules in config.attentions.items():
-        said = "the model's own attention" if rules is None else "; ".join(_inline(rule) for rule in rules)
-        lines.append(f"- {label}: {said}")
+        rules_text = "the model's own attention" if rules is None else "; ".join(_inline(rule) for rule in rules)
+        lines.append(f"- {label}: {rules_text}")
     return lines
 
 

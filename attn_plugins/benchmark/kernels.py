@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from attn_plugins.benchmark import timing as measuring
+from attn_plugins.benchmark import timing
 from attn_plugins.benchmark.cells import described, run_cells
 from attn_plugins.benchmark.peers import PEERS, Attend
 from attn_plugins.benchmark.store import Results, hash_of
-from attn_plugins.benchmark.timing import Part, Pass
+from attn_plugins.benchmark.timing import Pass, Workload
 from attn_plugins.config.output import check_folder
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
@@ -27,7 +27,7 @@ from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.core.rules import Rule, parse_rules
 
 FORMAT = 1
-"""Part of every cell's key: raise it when a measurement changes its meaning."""
+"""Workload of every cell's key: raise it when a measurement changes its meaning."""
 
 ALL = "all"
 """In place of a rule: every attention that has none."""
@@ -192,7 +192,7 @@ def _attend(config: BenchConfig, rule: Rule, *, causal: bool) -> Attend:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class KernelCell:
     """One contender at one length in one pass."""
 
     contender: Contender
@@ -214,7 +214,7 @@ class Cell:
         return f"{self.contender.label} · {self.which} · {self.length}"
 
 
-def cells(config: BenchConfig) -> Iterator[list[Cell]]:
+def cells(config: BenchConfig) -> Iterator[list[KernelCell]]:
     """The cells of a benchmark in groups that share rounds: of one length, one pass, causal or not."""
     shape = {name: getattr(config, name) for name in ("batch_size", "num_heads", "num_key_value_heads", "head_dim")}
     how = {name: getattr(config, name) for name in ("dtype", "device", "rounds", "memory")}
@@ -224,7 +224,7 @@ def cells(config: BenchConfig) -> Iterator[list[Cell]]:
                 same = [contender for contender in contenders(config) if contender.causal == causal]
                 for start in range(0, len(same), config.together):
                     yield [
-                        Cell(
+                        KernelCell(
                             contender=contender,
                             length=length,
                             which=which,
@@ -252,18 +252,18 @@ def run_bench(
         ValueError: another run is measuring into the same file.
     """
     groups = list(cells(config))
-    shorter: dict[tuple[str, Pass], list[Cell]] = {}
+    shorter: dict[tuple[str, Pass], list[KernelCell]] = {}
 
-    def measure(group: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
+    def measure(group: list[KernelCell]) -> Iterator[tuple[KernelCell, dict[str, Any] | str]]:
         """The group without the contenders that the next shorter length shows to be too slow."""
         quick = []
         for cell in group:
             before = [other for other in shorter[cell.contender.label, cell.which] if other.length < cell.length]
             measured = [other for other in before if results.done(other.key)]
             last = max(measured, key=lambda other: other.length, default=cell)
-            spent = results.records[last.key]["result"]["seconds"] if measured else 0.0
-            if spent * (cell.length / last.length) ** 2 > config.patience:
-                took = f"left out, a pass took {spent:.0f} s at {last.length} tokens"
+            elapsed = results.records[last.key]["result"]["seconds"] if measured else 0.0
+            if elapsed * (cell.length / last.length) ** 2 > config.patience:
+                took = f"left out, a pass took {elapsed:.0f} s at {last.length} tokens"
                 yield cell, f"{took} (patience={config.patience:g} s)"
             else:
                 quick.append(cell)
@@ -276,7 +276,7 @@ def run_bench(
     run_cells(groups, results, measure, _note, fresh=fresh, say=say)
 
 
-def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
+def _measure(config: BenchConfig, group: list[KernelCell]) -> Iterator[tuple[KernelCell, dict[str, Any]]]:
     """The outcomes of cells that share rounds, timed all together."""
     device, length, which = torch.device(config.device), group[0].length, group[0].which
     tensors = _tensors(config, length, gradients=which == "forward_backward")
@@ -287,8 +287,8 @@ def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dic
         grouped = config.num_heads != config.num_key_value_heads
         return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
 
-    baseline = [_part(own, tensors, which)]
-    ready: dict[str, list[Part]] = {}
+    baseline = [_workload(own, tensors, which)]
+    ready: dict[str, list[Workload]] = {}
     errors: dict[str, str] = {}
     first: dict[str, float] = {}
     for cell in group:
@@ -296,7 +296,7 @@ def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dic
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                part = _part(cell.contender.build(max(config.lengths)), tensors, which)
+                part = _workload(cell.contender.build(max(config.lengths)), tensors, which)
             started = time.perf_counter()
             part.run()
             first[label] = time.perf_counter() - started
@@ -305,9 +305,9 @@ def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dic
             errors[label] = described(error)
     bytes_of = {}
     if config.memory:
-        bytes_of = {label: measuring.peak_bytes(parts, device) for label, parts in ready.items()}
-        bytes_of[""] = measuring.peak_bytes(baseline, device)
-    seconds = measuring.interleaved({"": baseline, **ready}, config.rounds, device) if ready and config.rounds else {}
+        bytes_of = {label: timing.peak_bytes(parts, device) for label, parts in ready.items()}
+        bytes_of[""] = timing.peak_bytes(baseline, device)
+    seconds = timing.interleaved({"": baseline, **ready}, config.rounds, device) if ready and config.rounds else {}
     for cell in group:
         label = cell.contender.label
         if label in errors:
@@ -315,7 +315,7 @@ def _measure(config: BenchConfig, group: list[Cell]) -> Iterator[tuple[Cell, dic
             continue
         result: dict[str, Any] = {"seconds": first[label]}
         if config.rounds:
-            result = dict(measuring.compared(seconds[label], seconds[""]))
+            result = dict(timing.compared(seconds[label], seconds[""]))
         if config.memory:
             result |= {"bytes": bytes_of[label], "baseline_bytes": bytes_of[""], "tensor_bytes": size}
         yield cell, {"status": "ok", "result": result}
@@ -331,7 +331,7 @@ def _tensors(config: BenchConfig, length: int, *, gradients: bool) -> list[torch
     return made
 
 
-def _part(attend: Attend, tensors: list[torch.Tensor], which: Pass) -> Part:
+def _workload(attend: Attend, tensors: list[torch.Tensor], which: Pass) -> Workload:
     q, k, v = tensors
 
     def forward() -> None:
@@ -344,16 +344,16 @@ def _part(attend: Attend, tensors: list[torch.Tensor], which: Pass) -> Part:
         for x in tensors:
             x.grad = None
 
-    return Part(run=forward if which == "forward" else forward_backward, count=1)
+    return Workload(run=forward if which == "forward" else forward_backward, count=1)
 
 
-def _note(cell: Cell, result: dict[str, Any]) -> str:
-    said = []
+def _note(cell: KernelCell, result: dict[str, Any]) -> str:
+    parts = []
     if "times_as_fast" in result:
-        said.append(f"{result['times_as_fast']:.2f}x ({result['lowest']:.2f} to {result['highest']:.2f})")
+        parts.append(f"{result['times_as_fast']:.2f}x ({result['lowest']:.2f} to {result['highest']:.2f})")
     if "bytes" in result:
-        said.append(f"{result['bytes'] / result['tensor_bytes']:.1f} x the tensors' bytes")
-    return ", ".join(said)
+        parts.append(f"{result['bytes'] / result['tensor_bytes']:.1f} x the tensors' bytes")
+    return ", ".join(parts)
 
 
 def prepare_bench(config: BenchConfig) -> Results:

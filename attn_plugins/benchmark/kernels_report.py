@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.benchmark.kernels import BenchConfig, Cell, Contender, cells, contenders
+from attn_plugins.benchmark.kernels import BenchConfig, Contender, KernelCell, cells, contenders
 from attn_plugins.benchmark.store import Results
 from attn_plugins.benchmark.tables import Table, brief_number, duration, frame
 from attn_plugins.config.extras import need
@@ -12,7 +12,7 @@ from attn_plugins.config.extras import need
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 
 
-class Measured:
+class KernelResults:
     """The records of a benchmark's cells, as tables and plots ask for them."""
 
     def __init__(self, config: BenchConfig, results: Results):
@@ -51,7 +51,7 @@ class Measured:
         return any(not message.startswith("ValueError: ") for label in ours for message in errors.get(label, ()))
 
 
-def _place(cell: Cell) -> tuple[str, str, int]:
+def _place(cell: KernelCell) -> tuple[str, str, int]:
     return cell.contender.label, cell.which, cell.length
 
 
@@ -73,7 +73,7 @@ def says_pays_from(lowest: dict[int, float]) -> str:
     return f"not up to {max(lowest)}" if pays is None else f"{pays}"
 
 
-def write_bench_report(found: Measured, out: Path) -> tuple[list[Table], list[Path]]:
+def write_bench_report(found: KernelResults, out: Path) -> tuple[list[Table], list[Path]]:
     """Write report.md and the plots into ``out``.
 
     Returns:
@@ -90,7 +90,7 @@ def write_bench_report(found: Measured, out: Path) -> tuple[list[Table], list[Pa
     return tables, [report, *plots]
 
 
-def bench_tables(found: Measured) -> list[Table]:
+def bench_tables(found: KernelResults) -> list[Table]:
     """Speed for each pass, memory for each pass where it was measured, and what failed."""
     config = found.config
     tables = [_speed(found, which) for which in config.passes if config.rounds]
@@ -103,7 +103,7 @@ def bench_tables(found: Measured) -> list[Table]:
     return tables
 
 
-def _speed(found: Measured, which: str) -> Table:
+def _speed(found: KernelResults, which: str) -> Table:
     config = found.config
     table = Table(
         f"Speed, {PASSES[which]}",
@@ -122,7 +122,7 @@ def _speed(found: Measured, which: str) -> Table:
     return table
 
 
-def _memory(found: Measured, which: str) -> Table:
+def _memory(found: KernelResults, which: str) -> Table:
     config = found.config
     table = Table(
         f"Peak memory, {PASSES[which]}",
@@ -153,11 +153,11 @@ def _ratio(result: dict[str, Any]) -> str:
     return f"{brief_number(result['times_as_fast'])}x ({spread}; {duration(result['seconds'])})"
 
 
-def _why(found: Measured, label: str, which: str, length: int) -> str:
+def _why(found: KernelResults, label: str, which: str, length: int) -> str:
     return "cannot" if (label, which, length) in found.record else ""
 
 
-def draw(found: Measured, out: Path) -> list[Path]:
+def draw(found: KernelResults, out: Path) -> list[Path]:
     """A PNG for speed and one for memory of each pass, a panel for each family."""
     need("matplotlib", "compare")
     families: dict[str, list[Contender]] = {}
@@ -174,7 +174,7 @@ def draw(found: Measured, out: Path) -> list[Path]:
     return drawn
 
 
-def _plot(found: Measured, families: dict[str, list[Contender]], which: str, what: str) -> Any:
+def _plot(found: KernelResults, families: dict[str, list[Contender]], which: str, what: str) -> Any:
     lines: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for family, members in families.items():
         for member in members:
@@ -201,26 +201,26 @@ def _plot(found: Measured, families: dict[str, list[Contender]], which: str, wha
     return figure
 
 
-def _line(found: Measured, label: str, which: str, what: str) -> list[tuple[int, float]]:
+def _line(found: KernelResults, label: str, which: str, what: str) -> list[tuple[int, float]]:
     if what == "speed":
         return sorted(found.ratios(label, which).items())
     results = {length: found.result(label, which, length) for length in sorted(found.config.lengths)}
     return [(length, r["bytes"] / r["tensor_bytes"]) for length, r in results.items() if r]
 
 
-def _facts(found: Measured) -> list[str]:
+def _facts(found: KernelResults) -> list[str]:
     config = found.config
     shape = f"batch {config.batch_size}, {config.num_heads} heads of {config.head_dim}"
     if config.num_key_value_heads != config.num_heads:
         shape += f" that share {config.num_key_value_heads} key/value heads"
     lines = [f"- {shape}, {config.dtype}, on {config.device}; one attention alone, its mask included"]
-    lines += found.results.made_with(record["key"] for record in found.record.values())
+    lines += found.results.provenance(record["key"] for record in found.record.values())
     if len(found.record) < found.number:
         lines.append(f"- {found.number - len(found.record)} of {found.number} cells have no result")
     for contender in contenders(config):
         source = contender.source
-        said = source["note"] if "peer" in source else _inline(source.items())
-        lines.append(f"- {contender.label}: {said}")
+        source_text = source["note"] if "peer" in source else _inline(source.items())
+        lines.append(f"- {contender.label}: {source_text}")
     return lines
 
 

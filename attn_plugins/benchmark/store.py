@@ -1,4 +1,4 @@
-"""Results that are kept: one line of JSON a cell, found again by a hash of all that the result depends on."""
+"""Results on disk: one line of JSON a cell, found again by a hash of all that the result depends on."""
 
 import hashlib
 import json
@@ -58,7 +58,7 @@ class Results:
         if last is not None:
             self.records[last["key"]] = last
 
-    def alone(self) -> Any:
+    def lock(self) -> Any:
         """A lock on the file for the length of a run, to be used in a ``with``; what it holds by now is read again.
 
         Taken a second time by the same object, it is the same lock.
@@ -70,7 +70,7 @@ class Results:
         self._running = self._running or filelock.FileLock(self._beside("running"), timeout=0)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            held = self._running.acquire()
+            lock = self._running.acquire()
             self.path.open("ab").close()
         except filelock.Timeout:
             raise ValueError(
@@ -79,7 +79,7 @@ class Results:
         except OSError as error:
             raise ValueError(f"cannot write {self.path}: {error.strerror}") from None
         self._read()
-        return held
+        return lock
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a record. Other processes may do the same at the same time: each waits until the other's is there."""
@@ -117,22 +117,22 @@ class Results:
             if key in self.records and self.records[key]["status"] == "ok" and self.current(key) is None
         ]
 
-    def told(self, keys: Iterable[str]) -> list[str]:
+    def resume_summary(self, keys: Iterable[str]) -> list[str]:
         """What a run has to say before it starts: how many of its cells are there, and how many are stale."""
         keys = list(keys)
-        held, stale = sum(map(self.done, keys)), self.stale(keys)
-        said = []
-        if held:
-            said.append(f"{held} of {len(keys)} cells are in {self.path} already (--fresh measures them again)")
+        done, stale = sum(map(self.done, keys)), self.stale(keys)
+        lines = []
+        if done:
+            lines.append(f"{done} of {len(keys)} cells are in {self.path} already (--fresh measures them again)")
         if stale:
             made = "; ".join(dict.fromkeys(spelled(self.records[key].get("versions", {})) for key in stale))
-            said.append(
+            lines.append(
                 f"{len(stale)} of {len(keys)} cells in {self.path} are stale and are measured again: they are of "
                 f"{made}; now it is {spelled(versions())}"
             )
-        return said
+        return lines
 
-    def made_with(self, keys: Iterable[str]) -> list[str]:
+    def provenance(self, keys: Iterable[str]) -> list[str]:
         """Lines for a report: what the results of its cells were measured with, and which are not of these versions."""
         keys = [key for key in keys if key in self.records]
         made = sorted({spelled(self.records[key].get("versions", {})) for key in keys})

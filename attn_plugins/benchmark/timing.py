@@ -27,14 +27,14 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class Workload:
     """A piece of work and how often it occurs in what is measured."""
 
     run: Run
     count: int
 
 
-def parts(model: nn.Module, input_ids: torch.Tensor, scope: Scope, which: Pass) -> list[Part]:
+def parts(model: nn.Module, input_ids: torch.Tensor, scope: Scope, which: Pass) -> list[Workload]:
     """What is to be run for one pass. The model is put into evaluation mode, its weights outside attentions are frozen.
 
     Args:
@@ -51,11 +51,13 @@ def parts(model: nn.Module, input_ids: torch.Tensor, scope: Scope, which: Pass) 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(in_slot(name))
     if scope == "model":
-        return [Part(run=_model_run(model, input_ids, which), count=1)]
-    return [Part(run=_module_run(call, which), count=call.count) for call in attention_calls(model, input_ids)]
+        return [Workload(run=_model_run(model, input_ids, which), count=1)]
+    return [Workload(run=_module_run(call, which), count=call.count) for call in attention_calls(model, input_ids)]
 
 
-def interleaved(contenders: Mapping[Name, list[Part]], rounds: int, device: torch.device) -> dict[Name, list[float]]:
+def interleaved(
+    contenders: Mapping[Name, list[Workload]], rounds: int, device: torch.device
+) -> dict[Name, list[float]]:
     """Seconds of each contender in each of ``rounds`` rounds, after one round that is thrown away.
 
     Several parts count as the mean of a part, weighted by how often each occurs.
@@ -67,9 +69,9 @@ def interleaved(contenders: Mapping[Name, list[Part]], rounds: int, device: torc
     for number in range(rounds + 1):
         for name in order if number % 2 else reversed(order):
             total = sum(part.count for part in contenders[name])
-            spent = sum(_seconds(part.run, device) * part.count for part in contenders[name]) / total
+            elapsed = sum(_seconds(part.run, device) * part.count for part in contenders[name]) / total
             if number > 0:
-                seconds[name].append(spent)
+                seconds[name].append(elapsed)
     return seconds
 
 
@@ -85,7 +87,7 @@ def compared(seconds: list[float], baseline: list[float]) -> dict[str, float]:
     }
 
 
-def peak_bytes(work: list[Part], device: torch.device) -> int:
+def peak_bytes(work: list[Workload], device: torch.device) -> int:
     """Peak of the memory that torch allocates during a pass above what it held before; of several parts, the largest.
 
     It is summed up from the allocator's own reports to torch's profiler, so scratch memory of kernels counts
@@ -109,14 +111,14 @@ def _peak(run: Run) -> int:
 
 
 def _seconds(run: Run, device: torch.device) -> float:
-    _finish(device)
+    _synchronize(device)
     started = time.perf_counter()
     run()
-    _finish(device)
+    _synchronize(device)
     return time.perf_counter() - started
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.synchronize()
 
@@ -137,7 +139,7 @@ def _model_run(model: Any, input_ids: torch.Tensor, which: Pass) -> Run:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Call:
+class ModuleCall:
     """One call of an attention module, as the model makes it."""
 
     module: nn.Module
@@ -151,7 +153,7 @@ class _EnoughError(Exception):
     """Ends a forward pass whose inputs have all been seen."""
 
 
-def attention_calls(model: nn.Module, input_ids: torch.Tensor) -> list[Call]:
+def attention_calls(model: nn.Module, input_ids: torch.Tensor) -> list[ModuleCall]:
     """The inputs that the first attention module of each kind gets.
 
     Modules are of one kind if class, attention, options and the model's own sliding window are the same. The model runs
@@ -164,11 +166,11 @@ def attention_calls(model: nn.Module, input_ids: torch.Tensor) -> list[Call]:
         groups.setdefault(repr(kind), []).append(row.path)
     if not groups:
         raise ValueError(f"{type(model).__name__} has no attention that can be measured alone")
-    calls: list[Call] = []
+    calls: list[ModuleCall] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         paths = next(paths for paths in groups.values() if model.get_submodule(paths[0]) is module)
-        calls.append(Call(module=module, args=_detached(args), kwargs=_detached(kwargs), count=len(paths)))
+        calls.append(ModuleCall(module=module, args=_detached(args), kwargs=_detached(kwargs), count=len(paths)))
         if len(calls) == len(groups):
             raise _EnoughError
 
@@ -185,7 +187,7 @@ def attention_calls(model: nn.Module, input_ids: torch.Tensor) -> list[Call]:
     return calls
 
 
-def _module_run(call: Call, which: Pass) -> Run:
+def _module_run(call: ModuleCall, which: Pass) -> Run:
     def forward() -> None:
         with torch.no_grad():
             call.module(*call.args, **call.kwargs)

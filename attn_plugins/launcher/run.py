@@ -41,8 +41,8 @@ def prepare_program(arguments: list[str]) -> Callable[[], None]:
         raise ValueError(f"no such program: {name!r}; allowed: -m MODULE, a script, or the name of a command")
 
     def run() -> None:
-        held = os.environ.get("PYTHONPATH")
-        os.environ["PYTHONPATH"] = str(CHILDREN) if not held else f"{CHILDREN}{os.pathsep}{held}"
+        before = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = str(CHILDREN) if not before else f"{CHILDREN}{os.pathsep}{before}"
         os.environ["ATTN_PLUGINS_RUN"] = sys.prefix
         sys.argv = [name, *others]
         if not getattr(sys.flags, "safe_path", False):
@@ -55,11 +55,11 @@ def prepare_program(arguments: list[str]) -> Callable[[], None]:
 
 
 def _is_module(name: str, place: str) -> bool:
-    held = list(sys.path)
+    before = list(sys.path)
     sys.path.insert(0, place)
     try:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # its package
         return False
     finally:
-        sys.path[:] = held
+        sys.path[:] = before

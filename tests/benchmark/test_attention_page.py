@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from attn_plugins import list_attentions
-from attn_plugins.benchmark import attention_page as docs
+from attn_plugins.benchmark import attention_page
 from attn_plugins.benchmark.attention_tables import with_tables
 from attn_plugins.benchmark.store import Results
 from attn_plugins.core.attention import Attention, AttentionConfig
@@ -17,12 +17,12 @@ from attn_plugins.core.registry import get_attention
 
 PAGE = Path(__file__).parents[2] / "docs" / "attentions.md"
 FIGURES = PAGE.parent / "benchmarks" / "cpu" / "results.jsonl"
-OWN = [name for name in list_attentions() if get_attention(name).__module__.startswith(docs.OWN)]
+OWN = [name for name in list_attentions() if get_attention(name).__module__.startswith(attention_page.OWN)]
 
 
 @pytest.mark.of_the_registry
 def test_the_pages_are_up_to_date():
-    for path, text in docs.pages(PAGE.parents[1]).items():
+    for path, text in attention_page.pages(PAGE.parents[1]).items():
         assert path.read_text(encoding="utf8") == text, (
             f"{path.name} is not what the registry says now: run `make docs`"
         )
@@ -75,10 +75,10 @@ def test_figures_are_those_of_the_forward_and_backward_pass(tmp_path):
     results.add(record("c", "forward_backward", 16, 2.0, type="local"))
     results.add(record("d", "forward_backward", 32, 2.0, status="error", type="local"))
     results.add(record("e", "forward_backward", 8, 2.0, peer="local-attention"))
-    assert docs.timed(results) == {
-        "local": [docs.Timed(label="l", causal=True, ratios={8: 0.5, 16: 2.0}, lowest={8: 0.4, 16: 1.9})]
+    assert attention_page.timed(results) == {
+        "local": [attention_page.Timed(label="l", causal=True, ratios={8: 0.5, 16: 2.0}, lowest={8: 0.4, 16: 1.9})]
     }
-    page = docs.page(results.path)
+    page = attention_page.page(results.path)
     assert "batch 1, 8 heads of 64, float32, on an abacus, 2 threads, torch 9.9." in page
     assert "- Measured, `l`, beside torch's causal attention: 0.500x at 8, 2.00x at 16" in page
     assert re.search(r"\| \[local\]\(#local\) \| local \| [^|]* \| 16 \|", page)
@@ -116,6 +116,6 @@ def test_options_come_from_the_source():
 
 def test_a_plug_in_is_not_in_our_page(monkeypatch):
     sample = type("Elsewhere", (get_attention("softmax"),), {"__module__": "someone.else"})
-    monkeypatch.setattr(docs, "list_attentions", lambda: ["softmax", "elsewhere"])
-    monkeypatch.setattr(docs, "get_attention", {"softmax": get_attention("softmax"), "elsewhere": sample}.get)
-    assert docs.page(FIGURES).count("\n## ") == 1
+    monkeypatch.setattr(attention_page, "list_attentions", lambda: ["softmax", "elsewhere"])
+    monkeypatch.setattr(attention_page, "get_attention", {"softmax": get_attention("softmax"), "elsewhere": sample}.get)
+    assert attention_page.page(FIGURES).count("\n## ") == 1

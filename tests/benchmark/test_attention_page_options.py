@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attn_plugins import HeadShape
-from attn_plugins.benchmark import attention_page as docs
+from attn_plugins.benchmark import attention_page
 from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.hf.caches.state_layer import StateLayer
 
@@ -39,7 +39,7 @@ def test_the_python_runs(tmp_path, monkeypatch, capsys, one_thread):
 def test_the_table_holds_every_causal_attention_and_says_whether_its_cache_grows():
     rows = [line for line in TEXT.splitlines() if re.match(r"\| `", line)]
     told = {name: row.endswith("| yes |") for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
-    own = [name for name in list_attentions() if get_attention(name).__module__.startswith(docs.OWN)]
+    own = [name for name in list_attentions() if get_attention(name).__module__.startswith(attention_page.OWN)]
     assert set(told) == {name for name in own if get_attention(name).causal}
     for name, stays in told.items():
         cls = get_attention(name)

@@ -14,7 +14,7 @@ import yaml
 
 from attn_plugins.benchmark import compare
 from attn_plugins.benchmark.compare import CompareConfig, cells, prepare_compare, run_compare
-from attn_plugins.benchmark.compare_report import Found, write_report
+from attn_plugins.benchmark.compare_report import CompareResults, write_report
 from attn_plugins.benchmark.store import Results
 from attn_plugins.core.options import build
 
@@ -131,7 +131,7 @@ def test_results_are_those_of_the_single_commands(llama, text, tmp_path):
     for label, rules in config.attentions.items():
         alone = {"model": llama, "attention": rules, "data": {"source": text}, "evaluation": config.evaluation}
         figures = prepare_evaluation(build(EvaluateConfig, alone)).run()["result"]
-        (record,) = Found(config, results).of("tiny", label, "evaluate")
+        (record,) = CompareResults(config, results).of("tiny", label, "evaluate")
         assert record["result"]["figures"] == figures
 
 
@@ -284,7 +284,7 @@ def test_two_runs_do_not_measure_into_one_file(llama, text, tmp_path, monkeypatc
     monkeypatch.setitem(compare._MEASURES, "evaluate", lambda *arguments: FIGURES)
     first, second = prepare_compare(config), prepare_compare(config)
     with (
-        first.alone(),
+        first.lock(),
         pytest.raises(ValueError, match=r"another run is measuring into .*results\.jsonl; wait until it ends, or"),
     ):
         run_compare(config, second)

@@ -7,8 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 from attn_plugins import cli
-from attn_plugins.benchmark import decode as bench_decode
-from attn_plugins.benchmark import timing as measuring
+from attn_plugins.benchmark import decode, timing
 from attn_plugins.benchmark.decode import (
     DecodeConfig,
     build_model,
@@ -17,7 +16,7 @@ from attn_plugins.benchmark.decode import (
     prepare_decode,
     run_decode,
 )
-from attn_plugins.benchmark.decode_report import Decoded, decode_tables, write_decode_report
+from attn_plugins.benchmark.decode_report import DecodeResults, decode_tables, write_decode_report
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention
@@ -64,7 +63,7 @@ def test_a_run_writes_times_and_bytes_and_is_not_run_again(tmp_path, monkeypatch
     results, said = run(config)
     written = [json.loads(line) for line in results.path.read_text().splitlines()]
     assert len(written) == len(said) == 6
-    found = Decoded(config, results)
+    found = DecodeResults(config, results)
     for (_, context), record in found.record.items():
         result = record["result"]
         assert result["seconds"] > 0
@@ -77,7 +76,7 @@ def test_a_run_writes_times_and_bytes_and_is_not_run_again(tmp_path, monkeypatch
     assert found.result("local", 32)["bytes"] == found.result("local", 64)["bytes"] < DENSE_BYTES * 32
     halves = [found.result(label, 64)["bytes"] for label in ("dense", "local")]
     assert found.result("half", 64)["bytes"] == sum(halves) / 2
-    monkeypatch.setattr(bench_decode, "_measure", None)  # nothing is left to measure
+    monkeypatch.setattr(decode, "_measure", None)  # nothing is left to measure
     _, said = run(config)
     assert said == [f"6 of 6 cells are in {results.path} already (--fresh measures them again)"]
 
@@ -89,7 +88,7 @@ def test_bytes_are_those_of_all_tensors_of_a_cache_with_that_many_tokens(tmp_pat
     cache = filled_cache(model, 45, 3, 20)
     assert [layer.get_seq_length() for layer in cache.layers] == [45, 45]
     held = sum(t.numel() * t.element_size() for t in tensors(cache.layers, {}) if t.ndim)
-    assert Decoded(config, run(config)[0]).result(label, 45)["bytes"] == held
+    assert DecodeResults(config, run(config)[0]).result(label, 45)["bytes"] == held
 
 
 @torch.no_grad()
@@ -112,18 +111,18 @@ def test_a_state_has_taken_in_all_tokens_in_their_places(tmp_path):
 def test_ratios_are_to_the_dense_model_and_to_the_own_time_at_the_first_context(tmp_path, monkeypatch):
     costs = {(False, 32): 3.0, (False, 64): 12.0, (True, 32): 6.0, (True, 64): 8.0}  # (swapped, context) -> seconds
 
-    def decode(model, cache, config):
+    def timed_decode(model, cache, config):
         def timed():
             pass
 
         timed.cost = costs[model.config.attn_plugin is not None, cache.get_seq_length()]
         return timed
 
-    monkeypatch.setattr(bench_decode, "_decode", decode)
-    monkeypatch.setattr(measuring, "_seconds", lambda run, device: order.append(run.cost) or run.cost)
+    monkeypatch.setattr(decode, "_decode", timed_decode)
+    monkeypatch.setattr(timing, "_seconds", lambda run, device: order.append(run.cost) or run.cost)
     order = []
     config = config_of(tmp_path, attentions={"dense": None, "local": LOCAL})
-    found = Decoded(config, run(config)[0])
+    found = DecodeResults(config, run(config)[0])
     assert order[-4:] == [8, 12, 6, 3], "runs of one model don't follow each other"
     local, dense = found.result("local", 64), found.result("dense", 64)
     assert (local["seconds"], local["baseline_seconds"], local["first_seconds"]) == (4.0, 6.0, 3.0)  # a round has 2
@@ -142,7 +141,7 @@ def test_a_round_is_so_many_tokens_and_they_lengthen_the_context(tmp_path):
     config = config_of(tmp_path, tokens=3)
     model = build_model(config, config.attentions["half"])
     cache = filled_cache(model, 32, 1, 20)
-    bench_decode._decode(model, cache, config)()
+    decode._decode(model, cache, config)()
     assert [layer.get_seq_length() for layer in cache.layers] == [35, 35]
 
 
@@ -153,7 +152,7 @@ def test_an_attention_that_fails_is_recorded_and_the_others_go_on(tmp_path, monk
     monkeypatch.setattr(get_attention("local"), "attend_from", broken)
     config = config_of(tmp_path)
     results, _ = run(config)
-    found = Decoded(config, results)
+    found = DecodeResults(config, results)
     assert found.errors() == {label: {"RuntimeError: planted failure": ["32", "64"]} for label in ("local", "half")}
     assert found.failed
     assert found.result("dense", 64)
@@ -164,12 +163,12 @@ def test_an_attention_that_fails_is_recorded_and_the_others_go_on(tmp_path, monk
     monkeypatch.undo()
     results, said = run(config)
     assert len(said) == 1 + 4, "what failed is measured again, what did not is not"
-    assert not Decoded(config, results).failed
+    assert not DecodeResults(config, results).failed
 
 
 def test_what_does_not_serve_the_model_is_no_failure(tmp_path):
     config = config_of(tmp_path, attentions={"nystrom": "nystrom"}, contexts=[32])
-    found = Decoded(config, run(config)[0])
+    found = DecodeResults(config, run(config)[0])
     (message,) = found.errors()["nystrom"]
     assert message.startswith("ValueError: ")
     assert not found.failed
@@ -179,9 +178,9 @@ def test_nothing_is_measured_without_the_dense_model(tmp_path, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(bench_decode, "build_model", broken)
+    monkeypatch.setattr(decode, "build_model", broken)
     config = config_of(tmp_path, contexts=[32])
-    found = Decoded(config, run(config)[0])
+    found = DecodeResults(config, run(config)[0])
     assert found.errors() == {
         "dense": {"RuntimeError: planted": ["32"]},
         "local": {"the dense model: RuntimeError: planted": ["32"]},
@@ -190,7 +189,7 @@ def test_nothing_is_measured_without_the_dense_model(tmp_path, monkeypatch):
 
 
 def test_a_layer_of_another_kind_is_refused(tmp_path, monkeypatch):
-    class Odd(bench_decode.DynamicLayer):
+    class Odd(decode.DynamicLayer):
         pass
 
     config = config_of(tmp_path)
@@ -201,8 +200,8 @@ def test_a_layer_of_another_kind_is_refused(tmp_path, monkeypatch):
         cache.layers[1] = Odd()
         return cache
 
-    cache_class = bench_decode.DynamicCache
-    monkeypatch.setattr(bench_decode, "DynamicCache", cache_with_odd)
+    cache_class = decode.DynamicCache
+    monkeypatch.setattr(decode, "DynamicCache", cache_with_odd)
     with pytest.raises(ValueError, match="layer 1 of the cache is a Odd; allowed: states of attentions, DynamicLayer"):
         filled_cache(model, 32, 1, 20)
 

@@ -8,10 +8,15 @@ from torch.nn.functional import scaled_dot_product_attention
 from typer.testing import CliRunner
 
 from attn_plugins import cli
-from attn_plugins.benchmark import kernels as bench
-from attn_plugins.benchmark import peers
+from attn_plugins.benchmark import kernels, peers
 from attn_plugins.benchmark.kernels import BenchConfig, cells, contenders, prepare_bench, run_bench
-from attn_plugins.benchmark.kernels_report import Measured, bench_tables, pays_from, says_pays_from, write_bench_report
+from attn_plugins.benchmark.kernels_report import (
+    KernelResults,
+    bench_tables,
+    pays_from,
+    says_pays_from,
+    write_bench_report,
+)
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention, list_attentions
@@ -58,14 +63,14 @@ def test_results_are_kept_and_not_measured_again(tmp_path, monkeypatch):
         n, heads = record["settings"]["length"], 2 * (2 + 1)  # q and out have two heads, k and v one
         assert record["result"]["tensor_bytes"] == n * heads * 8 * 4
         assert record["versions"]["torch"] == torch.__version__
-    monkeypatch.setattr(bench, "_measure", None)  # nothing is left to measure
+    monkeypatch.setattr(kernels, "_measure", None)  # nothing is left to measure
     _, said = run(config)
     assert said == [f"8 of 8 cells are in {results.path} already (--fresh measures them again)"]
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     config = config_of(tmp_path, attentions={"local": "local"})
-    measure, calls = bench._measure, []
+    measure, calls = kernels._measure, []
 
     def dies(config, group):
         if len(calls) == 2:
@@ -73,10 +78,10 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
         calls.append(group)
         return measure(config, group)
 
-    monkeypatch.setattr(bench, "_measure", dies)
+    monkeypatch.setattr(kernels, "_measure", dies)
     with pytest.raises(KeyboardInterrupt):
         run(config)
-    monkeypatch.setattr(bench, "_measure", measure)
+    monkeypatch.setattr(kernels, "_measure", measure)
     results, said = run(config)
     assert said[0].startswith("2 of 4 cells are in ")
     assert len(results.path.read_text().splitlines()) == 4
@@ -89,7 +94,7 @@ def test_an_attention_that_fails_is_recorded_and_the_others_go_on(tmp_path, monk
     monkeypatch.setattr(get_attention("linear"), "attend", broken)
     config = config_of(tmp_path, attentions={"linear": "linear", "local": "local"}, lengths=[16], passes=["forward"])
     results, _ = run(config)
-    found = Measured(config, results)
+    found = KernelResults(config, results)
     assert found.errors() == {"linear": {"RuntimeError: planted failure": ["forward 16"]}}
     assert found.failed
     assert found.result("local", "forward", 16)
@@ -99,7 +104,7 @@ def test_an_attention_that_fails_is_recorded_and_the_others_go_on(tmp_path, monk
     monkeypatch.undo()
     results, said = run(config)
     assert len(said) == 2, "what failed is measured again, what did not is not"
-    assert not Measured(config, results).failed
+    assert not KernelResults(config, results).failed
 
 
 def test_a_length_that_an_attention_does_not_serve_is_no_failure(tmp_path, monkeypatch):
@@ -111,14 +116,14 @@ def test_a_length_that_an_attention_does_not_serve_is_no_failure(tmp_path, monke
     monkeypatch.setattr(get_attention("local"), "attend", short_only)
     config = config_of(tmp_path, attentions={"local": "local"}, passes=["forward"])
     results, _ = run(config)
-    found = Measured(config, results)
+    found = KernelResults(config, results)
     assert not found.failed
     (speed, *_) = bench_tables(found)
     assert speed.rows[0][3] == "cannot"
 
 
 def test_what_takes_too_long_is_left_out_at_longer_lengths(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench.measuring, "_seconds", lambda run, device: 8.0)
+    monkeypatch.setattr(kernels.timing, "_seconds", lambda run, device: 8.0)
     config = config_of(tmp_path, attentions={"local": "local"}, passes=["forward"], patience=31.0)
     results, said = run(config)
     assert "local · forward · 48: left out, a pass took 8 s at 24 tokens (patience=31 s)" in said[-1]
@@ -131,7 +136,7 @@ def test_no_rounds_measure_memory_alone(tmp_path):
     config = config_of(tmp_path, attentions={"local": "local"}, rounds=0)
     results, said = run(config)
     assert all("the tensors' bytes" in line and "x (" not in line for line in said)
-    tables, files = write_bench_report(Measured(config, results), tmp_path)
+    tables, files = write_bench_report(KernelResults(config, results), tmp_path)
     assert [table.title.split(",")[0] for table in tables] == ["Peak memory"] * 2
     assert sorted(path.name for path in files) == ["memory_forward.png", "memory_forward_backward.png", "report.md"]
 
@@ -143,9 +148,9 @@ def test_an_attention_runs_against_torch_with_the_same_direction(tmp_path, monke
         seen.append((is_causal, enable_gqa))
         return scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=enable_gqa)
 
-    monkeypatch.setattr(bench, "scaled_dot_product_attention", sdpa)
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", sdpa)
     masks = []
-    monkeypatch.setattr(bench, "AttentionMask", lambda *a, **o: masks.append(o["causal"]) or AttentionMask(*a, **o))
+    monkeypatch.setattr(kernels, "AttentionMask", lambda *a, **o: masks.append(o["causal"]) or AttentionMask(*a, **o))
     causal = {"lengths": [16], "passes": ["forward"], "attentions": {"local": "local"}, "memory": False}
     run(config_of(tmp_path, **causal))
     assert set(seen) == {(True, True)}
@@ -172,8 +177,8 @@ def test_gradients_reach_queries_keys_and_values_in_the_backward_pass(tmp_path, 
 
     for which, expected in (("forward", 0), ("forward_backward", 3)):
         ran.clear()
-        tensors = bench._tensors(config_of(tmp_path), 16, gradients=which == "forward_backward")
-        bench._part(lambda q, k, v: Spy.apply(q) + Spy.apply(k) + Spy.apply(v), tensors, which).run()
+        tensors = kernels._tensors(config_of(tmp_path), 16, gradients=which == "forward_backward")
+        kernels._workload(lambda q, k, v: Spy.apply(q) + Spy.apply(k) + Spy.apply(v), tensors, which).run()
         assert len(ran) == expected
         assert all(x.grad is None for x in tensors)
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from attn_plugins.benchmark import store as module
+from attn_plugins.benchmark import store
 from attn_plugins.benchmark.kernels import BenchConfig, cells, prepare_bench, run_bench
-from attn_plugins.benchmark.kernels_report import Measured, write_bench_report
+from attn_plugins.benchmark.kernels_report import KernelResults, write_bench_report
 from attn_plugins.benchmark.store import Results
 from attn_plugins.config import versions as version_file
 from attn_plugins.config.versions import commit, spelled, versions
@@ -80,11 +80,11 @@ def test_one_run_at_a_time(tmp_path):
     path = tmp_path / "out" / "results.jsonl"
     one, other = Results(path), Results(path)
     refused = r"another run is measuring into .*results\.jsonl; wait until it ends, or name another output_dir"
-    with one.alone(), one.alone():
+    with one.lock(), one.alone():
         one.add({"key": "a", "status": "ok"})
         with pytest.raises(ValueError, match=refused):
-            other.alone()
-    with other.alone():
+            other.lock()
+    with other.lock():
         assert list(other.records) == ["a"], "what the first has left is read when the second's turn comes"
 
 
@@ -95,7 +95,7 @@ def test_where_nothing_can_be_written_it_is_said_before_work(tmp_path):
     results = Results(tmp_path / "later" / "results.jsonl")
     (tmp_path / "later").touch()
     with pytest.raises(ValueError, match=r"cannot write .*later/results\.jsonl: File exists"):
-        results.alone()
+        results.lock()
     (tmp_path / "results.jsonl").mkdir()
     with pytest.raises(ValueError, match=r"cannot read .*results\.jsonl: Is a directory"):
         Results(tmp_path / "results.jsonl")
@@ -168,23 +168,23 @@ SMALL = {"lengths": [16], "passes": ["forward"], "rounds": 1, "peers": False, "a
 @pytest.mark.parametrize("name", ["attn_plugins", "commit", "torch", "transformers", "python", "device", "threads"])
 def test_what_other_versions_measured_is_measured_again_and_said(tmp_path, monkeypatch, name):
     config = build(BenchConfig, {**SMALL, "output_dir": str(tmp_path)})
-    monkeypatch.setattr(module, "versions", lambda: {**versions(), "commit": "abc", name: "another"})
-    monkeypatch.setattr("attn_plugins.benchmark.cells.versions", module.versions)
+    monkeypatch.setattr(store, "versions", lambda: {**versions(), "commit": "abc", name: "another"})
+    monkeypatch.setattr("attn_plugins.benchmark.cells.versions", store.versions)
     run_bench(config, prepare_bench(config), say=lambda line: None)
     monkeypatch.undo()
-    monkeypatch.setattr(module, "versions", lambda: {**versions(), "commit": "abc"})
+    monkeypatch.setattr(store, "versions", lambda: {**versions(), "commit": "abc"})
     results, said = prepare_bench(config), []
-    (report, *_) = write_bench_report(Measured(config, results), tmp_path)[1]
+    (report, *_) = write_bench_report(KernelResults(config, results), tmp_path)[1]
     assert f"- Measured with {spelled(results.records[next(iter(results.records))]['versions'])}" in report.read_text()
     assert "- Stale: 1 of 1 cells were not measured with attn_plugins " in report.read_text()
-    monkeypatch.setattr("attn_plugins.benchmark.cells.versions", module.versions)
+    monkeypatch.setattr("attn_plugins.benchmark.cells.versions", store.versions)
     run_bench(config, results, say=said.append)
     assert said[0].startswith(f"1 of 1 cells in {results.path} are stale and are measured again: they are of ")
     assert "another" in said[0].partition("; now it is")[0]
     assert len(said) == 2
     run_bench(config, results, say=said.append)
     assert said[2:] == [f"1 of 1 cells are in {results.path} already (--fresh measures them again)"]
-    (report, *_) = write_bench_report(Measured(config, results), tmp_path)[1]
+    (report, *_) = write_bench_report(KernelResults(config, results), tmp_path)[1]
     assert "Stale" not in report.read_text()
 
 
@@ -195,9 +195,9 @@ def test_results_from_before_versions_were_recorded_say_so(tmp_path):
     ((cell,),) = cells(config)
     old = {name: value for name, value in versions().items() if name not in version_file.OWN}
     results.add({**results.records[cell.key], "versions": old})
-    assert results.told([cell.key])[0].startswith("1 of 1 cells in ")
-    assert "they are of attn_plugins version not recorded, " in results.told([cell.key])[0]
-    assert results.made_with([cell.key])[0].startswith("- Measured with attn_plugins version not recorded, python ")
+    assert results.resume_summary([cell.key])[0].startswith("1 of 1 cells in ")
+    assert "they are of attn_plugins version not recorded, " in results.resume_summary([cell.key])[0]
+    assert results.provenance([cell.key])[0].startswith("- Measured with attn_plugins version not recorded, python ")
 
 
 def test_plug_ins_are_recorded_too(monkeypatch):

@@ -6,15 +6,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import attn_plugins as ap
-from attn_plugins.benchmark import timing as measuring
-from attn_plugins.benchmark.timing import Part
+from attn_plugins.benchmark import timing
+from attn_plugins.benchmark.timing import Workload
 
 CPU = torch.device("cpu")
 HYBRID = [{"type": "local", "window_size": 4, "layers": 0}]
 
 
 def peak(run):
-    return measuring.peak_bytes([Part(run=run, count=1)], CPU)
+    return timing.peak_bytes([Workload(run=run, count=1)], CPU)
 
 
 def test_peak_memory_of_dense_attention_is_known():
@@ -45,39 +45,39 @@ def test_peak_memory_is_not_the_sum_nor_what_was_there_before():
 
     assert peak(one_after_another) <= 2 * 4000
     assert peak(lambda: held.add_(1)) < 100
-    larger = [Part(run=lambda: torch.zeros(10), count=9), Part(run=lambda: torch.zeros(1000), count=1)]
-    assert measuring.peak_bytes(larger, CPU) == 4000
+    larger = [Workload(run=lambda: torch.zeros(10), count=9), Workload(run=lambda: torch.zeros(1000), count=1)]
+    assert timing.peak_bytes(larger, CPU) == 4000
 
 
 def test_rounds_alternate_and_the_first_is_thrown_away():
     order = []
-    contenders = {name: [Part(run=lambda name=name: order.append(name), count=1)] for name in ("a", "b")}
-    seconds = measuring.interleaved(contenders, 3, CPU)
+    contenders = {name: [Workload(run=lambda name=name: order.append(name), count=1)] for name in ("a", "b")}
+    seconds = timing.interleaved(contenders, 3, CPU)
     assert order == ["b", "a", "a", "b", "b", "a", "a", "b"]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
     with pytest.raises(ValueError, match="rounds=0; allowed: at least 1"):
-        measuring.interleaved(contenders, 0, CPU)
+        timing.interleaved(contenders, 0, CPU)
 
 
 def test_parts_count_as_often_as_they_occur(monkeypatch):
-    monkeypatch.setattr(measuring, "_seconds", lambda run, device: run)
-    seconds = measuring.interleaved({"a": [Part(run=1.0, count=3), Part(run=5.0, count=1)]}, 2, CPU)
+    monkeypatch.setattr(timing, "_seconds", lambda run, device: run)
+    seconds = timing.interleaved({"a": [Workload(run=1.0, count=3), Workload(run=5.0, count=1)]}, 2, CPU)
     assert seconds == {"a": [2.0, 2.0]}
 
 
 def test_ratios_are_taken_within_a_round():
     # the machine slows down tenfold after the first round: the ratio of medians would say 1.0
-    found = measuring.compared([1.0, 10.0, 30.0], [2.0, 10.0, 60.0])
+    found = timing.compared([1.0, 10.0, 30.0], [2.0, 10.0, 60.0])
     assert found == {"seconds": 10.0, "baseline_seconds": 10.0, "times_as_fast": 2.0, "lowest": 1.0, "highest": 2.0}
 
 
 def test_one_call_for_each_kind_of_attention_module(llama):
     model = AutoModelForCausalLM.from_pretrained(llama)
     ids = torch.randint(20, (1, 12))
-    (own,) = measuring.attention_calls(model, ids)
+    (own,) = timing.attention_calls(model, ids)
     assert own.count == 2
     ap.swap_attention(model, HYBRID)
-    calls = measuring.attention_calls(model, ids)
+    calls = timing.attention_calls(model, ids)
     assert [call.count for call in calls] == [1, 1]
     assert [call.module.layer_idx for call in calls] == [0, 1]
     seen = []
@@ -92,11 +92,11 @@ def test_a_model_stops_where_the_last_kind_has_been_seen(llama):
     model = AutoModelForCausalLM.from_pretrained(llama)
     ran = []
     model.model.layers[1].register_forward_hook(lambda *_: ran.append(1))
-    measuring.attention_calls(model, torch.randint(20, (1, 12)))
+    timing.attention_calls(model, torch.randint(20, (1, 12)))
     assert ran == []
     assert not any(module._forward_pre_hooks for module in model.modules()), "hooks stay behind"
     with pytest.raises(ValueError, match="PreTrainedModel"):
-        measuring.attention_calls(nn.Linear(1, 1), torch.zeros(1, 1))
+        timing.attention_calls(nn.Linear(1, 1), torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize("scope", ["model", "attention"])
@@ -105,7 +105,7 @@ def test_a_backward_pass_trains_the_attentions_weights_alone(llama, scope):
     seen = set()
     for name, parameter in model.named_parameters():
         parameter.register_hook(lambda _, name=name: seen.add(name)) if "attn_plugin" in name else None
-    for part in measuring.parts(model, torch.randint(20, (1, 12)), scope, "forward_backward"):
+    for part in timing.parts(model, torch.randint(20, (1, 12)), scope, "forward_backward"):
         part.run()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained
@@ -119,7 +119,7 @@ def test_a_backward_pass_trains_the_attentions_weights_alone(llama, scope):
 def test_an_encoder_is_measured_too(bert, scope):
     model = AutoModelForSequenceClassification.from_pretrained(bert)
     for which in ("forward", "forward_backward"):
-        parts = measuring.parts(model, torch.randint(20, (2, 12)), scope, which)
+        parts = timing.parts(model, torch.randint(20, (2, 12)), scope, which)
         assert sum(part.count for part in parts) == (1 if scope == "model" else model.config.num_hidden_layers)
         for part in parts:
             part.run()
@@ -129,6 +129,6 @@ def test_forward_keeps_no_graph(llama, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(llama)
     states = []
     model.lm_head.register_forward_hook(lambda *_: states.append(torch.is_grad_enabled()))
-    (part,) = measuring.parts(model, torch.randint(20, (1, 12)), "model", "forward")
+    (part,) = timing.parts(model, torch.randint(20, (1, 12)), "model", "forward")
     part.run()
     assert states == [False]
