@@ -80,7 +80,7 @@ def test_one_run_at_a_time(tmp_path):
     path = tmp_path / "out" / "results.jsonl"
     one, other = Results(path), Results(path)
     refused = r"another run is measuring into .*results\.jsonl; wait until it ends, or name another output_dir"
-    with one.lock(), one.alone():
+    with one.lock(), one.lock():
         one.add({"key": "a", "status": "ok"})
         with pytest.raises(ValueError, match=refused):
             other.lock()
