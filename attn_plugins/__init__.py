@@ -1,14 +1,23 @@
-"""Put another attention into a Hugging Face model that already exists. Importing this makes the flag known."""
+"""Put another attention into a Hugging Face model that already exists. Importing this makes the flag known.
 
-from importlib import metadata as _metadata
+Nothing else is imported at once, so that the command line answers without torch: the public names bring their modules
+when they are asked for, and transformers learns of the flag as soon as anything has imported it.
+"""
 
-from attn_plugins.core.attention import Attention, AttentionConfig, HeadShape
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from attn_plugins.config.after_import import once_imported
 from attn_plugins.core.former_names import install as _install_former_names
-from attn_plugins.core.mask import AttentionMask
-from attn_plugins.core.registry import get_attention, list_attentions, register_attention
-from attn_plugins.hf.caches.cache_layers import cache_bytes
-from attn_plugins.hf.patches import install as _install
-from attn_plugins.hf.swap import describe_attention, restore_attention, swap_attention
+
+if TYPE_CHECKING:
+    from attn_plugins.core.attention import Attention, AttentionConfig, HeadShape
+    from attn_plugins.core.mask import AttentionMask
+    from attn_plugins.core.registry import get_attention, list_attentions, register_attention
+    from attn_plugins.hf.caches.cache_layers import cache_bytes
+    from attn_plugins.hf.swap import describe_attention, restore_attention, swap_attention
+
+    __version__: str
 
 __all__ = [
     "Attention",
@@ -24,10 +33,48 @@ __all__ = [
     "swap_attention",
 ]
 
-try:
-    __version__ = _metadata.version("attn-plugins")
-except _metadata.PackageNotFoundError:  # run from its sources
-    __version__ = "0+unknown"
+_HOMES = {
+    "Attention": "attn_plugins.core.attention",
+    "AttentionConfig": "attn_plugins.core.attention",
+    "AttentionMask": "attn_plugins.core.mask",
+    "HeadShape": "attn_plugins.core.attention",
+    "cache_bytes": "attn_plugins.hf.caches.cache_layers",
+    "describe_attention": "attn_plugins.hf.swap",
+    "get_attention": "attn_plugins.core.registry",
+    "list_attentions": "attn_plugins.core.registry",
+    "register_attention": "attn_plugins.core.registry",
+    "restore_attention": "attn_plugins.hf.swap",
+    "swap_attention": "attn_plugins.hf.swap",
+}
+"""Where a public name comes from."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version("attn-plugins")
+    except metadata.PackageNotFoundError:  # run from its sources
+        return "0+unknown"
+
+
+def _install() -> None:
+    from attn_plugins.hf.patches import install
+
+    install()
+
 
 _install_former_names()
-_install()
+once_imported("transformers", _install)

@@ -16,10 +16,10 @@ import typer
 
 from attn_plugins.config.extras import need
 from attn_plugins.config.yaml import override, parse_yaml, read_yaml
+from attn_plugins.core.catalogue import declared
 from attn_plugins.core.options import build, did_you_mean
-from attn_plugins.core.registry import get_attention, list_attentions
 
-# Only what every verb needs is imported above: `list` must be quick, and works without the extras.
+# Nothing above brings torch or transformers: `list` and --help must be quick. Each verb imports what it needs.
 
 app = typer.Typer(
     name="attn-plugins",
@@ -118,40 +118,46 @@ def settings(
 
 def attention_flag(attn: str) -> Any:
     """What --attn says. A bare name becomes a rule, so that ``--attn local --set attention.window_size=64`` works."""
+    from attn_plugins.core.registry import list_attentions
+
     value = attn if attn.endswith((".yaml", ".yml")) else parse_yaml(attn)
     return {"type": value} if isinstance(value, str) and value in list_attentions() else value
 
 
 @app.command("list")
 def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, everything included.")] = False) -> None:
-    """List the attentions: name, cost, what each can serve, and its paper, family by family."""
+    """List the attentions: name, what each supports, its cost and its paper, family by family."""
+    if as_json:
+        from attn_plugins.core.registry import get_attention, list_attentions
+
+        print(json.dumps([facts(get_attention(name)) for name in list_attentions()], indent=2))
+        return
     from rich.console import Console
     from rich.table import Table
 
-    attentions = [get_attention(name) for name in list_attentions()]
-    if as_json:
-        print(json.dumps([facts(attention) for attention in attentions], indent=2))
-        return
-    legend = ", ".join(f"{letter} {name.replace('_', ' ')}" for name, letter in LETTERS.items())
-    caption = f"serves: {legend}\nattn-plugins describe NAME tells what it is: formula, options, limits, source"
-    table = Table(caption=caption, caption_justify="left")
-    for column in ("name", "family", "cost of a head", "serves", "paper"):
-        table.add_column(column, no_wrap=column in ("name", "family", "serves"))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for column in ("name", "supports", "cost of a head", "paper"):
+        table.add_column(column, no_wrap=column in ("name", "supports"), overflow="fold")
     family = None
-    for attention in sorted(attentions, key=lambda a: (a.family, a.name)):
-        if family not in (None, attention.family):
-            table.add_section()
-        family = attention.family
-        serves = "".join(letter if getattr(attention, name) else "·" for name, letter in LETTERS.items())
-        table.add_row(attention.name, family, attention.cost, serves, brief_paper(attention.paper))
-    Console().print(table)
+    attentions = declared(("family", "cost", "paper", *LETTERS))
+    for attention in sorted(attentions, key=lambda one: (one["family"], one["name"])):
+        if attention["family"] != family:
+            family = attention["family"]
+            table.add_row(f"[bold]{family.replace('_', ' ')}[/bold]")
+        supports = "".join(letter if attention[name] else "·" for name, letter in LETTERS.items())
+        table.add_row(f"  {attention['name']}", supports, attention["cost"], brief_paper(attention["paper"]))
+    legend = ", ".join(f"{letter} {name.replace('_', ' ')}" for name, letter in LETTERS.items())
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"\nsupports: {legend}\nattn-plugins describe NAME tells what it is: formula, options, limits, source"
+    )
 
 
 def brief_paper(paper: str) -> str:
-    """Authors and year of the first paper, and where to find it: 'Lu et al. 2025, arXiv:2502.13189'."""
+    """Authors and year of the first paper: 'Lu et al. 2025'."""
     authors = re.match(r".*?\b\d{4}\b", paper)
-    place = re.search(r"arXiv:\S*\d", paper)
-    return ", ".join(match.group() for match in (authors, place) if match) or paper
+    return authors.group() if authors else paper
 
 
 @app.command()
@@ -161,6 +167,8 @@ def describe(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe an attention, or which attention serves each module of a model (with --attn: would serve)."""
+    from attn_plugins.core.registry import get_attention, list_attentions
+
     if what in list_attentions() and attn is None:
         _print_attention(facts(get_attention(what)), as_json)
         return
@@ -401,11 +409,11 @@ def _print_attention(known: dict[str, Any], as_json: bool) -> None:
     doc = "\n\n".join(text if "\n " in text or "\n-" in text else " ".join(text.split()) for text in paragraphs)
     console.print(f"[bold]{known['name']}[/bold] ({known['family']}), cost of a head {escape(known['cost'])}\n")
     console.print(doc + "\n", markup=False)
-    console.print(f"honours: {', '.join(known['capabilities'])}", markup=False)
+    console.print(f"supports: {', '.join(known['capabilities'])}", markup=False)
     if known["keeps"]:
-        console.print(f"keeps:   {known['keeps']} (when text is generated, a key/value head)", markup=False)
-    console.print(f"paper:   {known['paper']}", markup=False)
-    console.print(f"source:  {known['source']}\n", markup=False, soft_wrap=True)
+        console.print(f"keeps:    {known['keeps']} (when text is generated, a key/value head)", markup=False)
+    console.print(f"paper:    {known['paper']}", markup=False)
+    console.print(f"source:   {known['source']}\n", markup=False, soft_wrap=True)
     if not known["options"]:
         console.print("no options")
         return

@@ -28,8 +28,8 @@ VERBS = ["bench", "compare", "describe", "evaluate", "finetune", "list", "run"]
 SHORT = ["-s", "evaluation.length=16", "-s", "evaluation.max_tokens=64"]
 
 
-def call(*arguments, status=0):
-    ran = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+def call(*arguments, status=0, columns=200):
+    ran = CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": str(columns)})
     assert ran.exit_code == status, ran.output + str(ran.exception)
     return ran
 
@@ -61,14 +61,30 @@ def test_help_tells_what_there_is():
     assert all(mode in finetune for mode in typing.get_args(typing.get_type_hints(FinetuneConfig)["tune"]))
 
 
-def test_list_shows_the_registry():
-    text = call("list").output
-    for name in ap.list_attentions():
-        attention = ap.get_attention(name)
-        (row,) = [line for line in text.splitlines() if line.startswith(f"│ {name} ")]
-        serves = "".join(letter if getattr(attention, what) else "·" for what, letter in cli.LETTERS.items())
-        assert serves in row
-        assert cli.brief_paper(attention.paper)[:20] in row
+def test_list_shows_the_registry_in_80_columns():
+    lines = call("list", columns=80).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert not any("…" in line for line in lines)
+    families, seen = set(), []
+    for line in lines[1 : lines.index("")]:  # below the names of the columns
+        if not line.startswith(" "):
+            family = line.strip().replace(" ", "_")
+            families.add(family)
+        elif line[2] != " ":  # else the rest of a cell
+            name, supports = line.split()[:2]
+            attention = ap.get_attention(name)
+            seen.append(name)
+            assert attention.family == family
+            assert supports == "".join(
+                letter if getattr(attention, what) else "·" for what, letter in cli.LETTERS.items()
+            )
+            assert cli.brief_paper(attention.paper)[:20] in line
+            assert attention.cost[:12] in line
+    assert sorted(seen) == ap.list_attentions()
+    assert families == {ap.get_attention(name).family for name in ap.list_attentions()}
+
+
+def test_list_tells_everything_as_json():
     assert list(cli.LETTERS) == list(CAPABILITIES)
     known = json.loads(call("list", "--json").output)
     assert [entry["name"] for entry in known] == ap.list_attentions()

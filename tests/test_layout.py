@@ -25,7 +25,7 @@ ROOMS = {
     "launcher": set(),
     "cli": {"benchmark", "config", "core", "data", "hf", "launcher", "tasks", "training"},
     "__main__": {"cli"},
-    "__init__": {"core", "hf"},
+    "__init__": {"config", "core", "hf"},
 }
 """What the files of a room, or a file at the root, may import of the package."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from attn_plugins.core.registry import ENTRY_POINT_GROUP
+from attn_plugins.core.catalogue import ENTRY_POINT_GROUP
 
 PACKAGE = Path(__file__).parents[1]
 

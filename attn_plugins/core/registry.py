@@ -9,12 +9,11 @@ from importlib import metadata
 from typing import Any, Generic, TypeVar
 
 from attn_plugins.core.attention import Attention
+from attn_plugins.core.catalogue import ENTRY_POINT_GROUP
 from attn_plugins.core.options import did_you_mean, shown
 
 C = TypeVar("C", bound=type)
 Registered = TypeVar("Registered")
-
-ENTRY_POINT_GROUP = "attn_plugins"
 
 
 class Registry(Generic[Registered]):

@@ -23,7 +23,7 @@ def bring() -> None:
 
 
 if os.environ.get("ATTN_PLUGINS_RUN") == sys.prefix:  # another environment may have other packages, or none of them
-    # Not as a part of attn_plugins, since to import that takes seconds and brings torch.
+    # Not as a part of attn_plugins: a process that never imports transformers is left without it.
     place = here.parents[1] / "config" / "after_import.py"
     spec = importlib.util.spec_from_file_location("attn_plugins_after_import", place)
     assert spec is not None
