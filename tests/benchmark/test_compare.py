@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 import yaml
@@ -218,16 +217,14 @@ def test_a_killed_run_goes_on_where_it_was(llama, text, tmp_path):
     attentions = {"dense": None, **{f"local{size}": {**LOCAL, "window_size": size} for size in range(1, 9)}}
     settings = tree(llama, text, tmp_path / "out", attentions=attentions, bar=None)
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "attn_plugins", "compare", "--config", str(tmp_path / "compare.yaml")]
     path = tmp_path / "out" / "results.jsonl"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    program = programs.start("-m", "attn_plugins", "compare", "--config", tmp_path / "compare.yaml")
     deadline = time.monotonic() + 120
     while not (path.exists() and path.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    os.kill(program.pid, signal.SIGKILL)
+    assert program.wait().returncode == -signal.SIGKILL, "it ended before it could be killed"
     config = build(CompareConfig, settings)
     before = [json.loads(line)["key"] for line in path.read_bytes().rpartition(b"\n")[0].splitlines()]
     assert 2 <= len(before) < 9

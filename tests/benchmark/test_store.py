@@ -3,8 +3,10 @@
 import json
 import os
 import subprocess
-import sys
+import time
+from pathlib import Path
 
+import programs
 import pytest
 
 from attn_plugins.benchmark import store
@@ -51,8 +53,9 @@ class Halves(io.FileIO):  # writes in two parts, as a disk may
 
 results = Results(Path(sys.argv[1]))
 Path.open = lambda path, mode: Halves(path, mode)
-print("ready", flush=True)
-sys.stdin.readline()
+Path(f"{sys.argv[1]}.{sys.argv[2]}").touch()
+while not Path(f"{sys.argv[1]}.go").exists():
+    pass
 for number in range(60):
     results.add({"key": f"{sys.argv[2]}{number}", "status": "ok"})
 """
@@ -61,18 +64,18 @@ for number in range(60):
 def test_two_processes_that_write_lose_nothing_and_a_reader_takes_nothing_away(tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_text(WHOLE[:9])  # of a run that was killed
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), name], **pipes) for name in "pq"]
-    for writer in writers:
-        assert writer.stdout.readline() == "ready\n"
-    for writer in writers:
-        writer.stdin.write("\n")
-        writer.stdin.flush()
-    while any(writer.poll() is None for writer in writers):
+    writers = [programs.start("-c", WRITER, path, name) for name in "pq"]
+    deadline = time.monotonic() + 120
+    while any(not Path(f"{path}.{name}").exists() for name in "pq"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    Path(f"{path}.go").touch()
+    while path.read_bytes().count(b"\n") < 2 * 60:
+        assert time.monotonic() < deadline
         Results(path)
     for writer in writers:
-        writer.communicate()
-        assert writer.returncode == 0
+        done = writer.wait()
+        assert done.returncode == 0, done.stderr
     assert sorted(keys(path)) == sorted(f"{name}{number}" for name in "pq" for number in range(60))
 
 

@@ -2,9 +2,8 @@
 
 import json
 import os
-import subprocess
-import sys
 
+import programs
 import pytest
 
 import attn_plugins as ap
@@ -74,9 +73,7 @@ def test_third_party_by_entry_point(tmp_path, broken):
     (info / "entry_points.txt").write_text("[attn_plugins]\ntheirs = their_plugin\n")
     code = "import attn_plugins as ap, json; print(json.dumps(ap.list_attentions()))"
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
-    )
+    done = programs.run("-c", code, env={"PYTHONPATH": path})
     names = json.loads(done.stdout.splitlines()[-1])
     assert ("theirs" in names) != broken
     assert "softmax" in names

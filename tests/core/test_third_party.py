@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import yaml
 
@@ -27,15 +28,9 @@ def plugin(tmp_path_factory):
     return folder
 
 
-def run(plugin, *command):
+def run(plugin, *command, **environment):
     path = os.pathsep.join(filter(None, [str(plugin), str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, command)],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = programs.run("-m", *command, env={"PYTHONPATH": path, **environment}, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -51,7 +46,7 @@ def test_it_is_listed(plugin):
 def test_the_contract_tests_run_over_it(plugin):
     names = ("contract", "capabilities", "every_weight", "dropping")
     chosen = [*(f"tests/attentions/test_{name}.py" for name in names), "-k", "relu"]
-    said = run(plugin, "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *chosen)
+    said = run(plugin, "pytest", "-q", "-p", "no:cacheprovider", *chosen, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
     assert int(said.split(" passed")[0].split()[-1]) > 150, said
 
 

@@ -2,10 +2,10 @@
 
 import importlib.util
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 from conftest import tokenizer
@@ -58,13 +58,7 @@ TURNS = ["the cat is red", "one two three", "a good dog . a bad dog ."]
 
 def test_turns_from_a_pipe_share_one_bounded_cache(llama, stream):
     options = ["--model", llama, "--window-size", "8", "--num-sink-tokens", "2", "--max-new-tokens", "9"]
-    ran = subprocess.run(
-        [sys.executable, str(EXAMPLE), *options],
-        input="\n\n".join(TURNS) + "\n",
-        capture_output=True,
-        text=True,
-        cwd=EXAMPLE.parent.parent,
-    )
+    ran = programs.run(EXAMPLE, *options, stdin="\n\n".join(TURNS) + "\n", cwd=EXAMPLE.parent.parent)
     assert ran.returncode == 0, ran.stderr
     replies = re.split(COUNTS, ran.stdout)
     rule = {"type": "local", "window_size": 8, "num_sink_tokens": 2, "positions": "cache"}

@@ -3,10 +3,10 @@
 import copy
 import inspect
 import pickle
-import subprocess
 import sys
 from typing import Any
 
+import programs
 import pytest
 import tiny
 import torch
@@ -316,8 +316,8 @@ def test_what_an_adapter_cannot_serve_is_refused_before_anything_changes():
 
 def test_importing_the_package_imports_no_modeling_file():
     told = "import sys, attn_plugins; print([m for m in sys.modules if '.modeling_' in m and '.models.' in m])"
-    ran = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    ran = programs.run("-c", told)
+    assert ran.stdout.strip() == "[]", ran.stderr
 
 
 def test_a_model_of_another_class_is_refused_with_the_families():

@@ -1,8 +1,6 @@
 """Training on two processes: each waits for a gradient to every weight, however short its texts are."""
 
-import subprocess
-import sys
-
+import programs
 import torch
 
 WORKER = """
@@ -37,11 +35,9 @@ dist.destroy_process_group()
 
 
 def test_short_texts_beside_long_ones(tmp_path):
-    command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    first = subprocess.Popen([*command, "0"], stderr=subprocess.PIPE, text=True)
-    second = subprocess.run([*command, "1"], capture_output=True, text=True, timeout=240)
-    said = first.communicate(timeout=240)[1]
-    assert (first.returncode, second.returncode) == (0, 0), said + second.stderr
+    started = [programs.start("-c", WORKER, tmp_path, rank) for rank in range(2)]
+    done = [program.wait() for program in started]
+    assert [one.returncode for one in done] == [0, 0], "".join(one.stderr for one in done)
     together, alone = torch.load(tmp_path / "gradients.pt")
     for name, gradient in together.items():
         torch.testing.assert_close(gradient, (alone[0][name] + alone[1][name]) / 2, msg=name)

@@ -3,9 +3,8 @@
 import copy
 import inspect
 import pickle
-import subprocess
-import sys
 
+import programs
 import pytest
 import tiny
 import torch
@@ -36,13 +35,7 @@ for name in ("llama", "gemma3", "bert", "t5", "vit", "llava"):
 def test_importing_changes_nothing_for_models_without_the_flag():
     folder = tiny.__file__.rpartition("/")[0]
     found = [
-        subprocess.run(
-            [sys.executable, "-c", WITHOUT_FLAG.format(folder=folder, imported=imported)],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for imported in (False, True)
+        programs.run("-c", WITHOUT_FLAG.format(folder=folder, imported=imported)).stdout for imported in (False, True)
     ]
     assert found[0].count("|") == 18
     assert found[0] == found[1]
@@ -184,4 +177,5 @@ def test_what_mask_functions_say_is_known_of_those_made_by_names_taken_before():
         "said = read_rule(and_masks(causal_mask_function, packed_sequence_mask_function(torch.zeros(1, 4))))\n"
         "assert (said.causal, said.plain, said.segments_BK.shape) == (True, True, (1, 4)), said\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = programs.run("-c", code)
+    assert done.returncode == 0, done.stderr

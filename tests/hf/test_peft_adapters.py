@@ -1,11 +1,10 @@
 """Adapters of swapped models: wherever they are loaded, they run with the attention that they were trained under."""
 
 import json
-import subprocess
-import sys
 import warnings
 
 import peft
+import programs
 import pytest
 import tiny
 import torch
@@ -284,8 +283,7 @@ assert {row.plugin for row in attn_plugins.describe_attention(PeftModel.from_pre
 def test_a_process_without_the_package_is_told_what_it_lacks(tmp_path, base):
     """And one that imports it after PEFT gets the attention."""
     _, folder = saved(base, tmp_path / "adapter", "local")
-    command = [sys.executable, "-W", "ignore", "-c", WITHOUT, str(base), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = programs.run("-c", WITHOUT, base, folder)
     assert done.returncode == 0, done.stderr
     told = "Invalid task type: 'CAUSAL_LM under attn_plugins (pip install attn-plugins, then import attn_plugins before"
     assert [line.startswith(told) for line in done.stdout.splitlines()] == [True] * 3

@@ -1,9 +1,8 @@
 """Save and load: the variant, its options and its learned weights come back; a process without the package fails."""
 
 import json
-import subprocess
-import sys
 
+import programs
 import pytest
 import tiny
 import torch
@@ -161,10 +160,8 @@ def test_a_process_without_the_package_fails_loudly(tmp_path, name):
         "AutoModelForImageTextToText" if name == "llava" else "AutoModelForSeq2SeqLM" if name == "t5" else "AutoModel"
     )
     code = f"from transformers import {load} as m; m.from_pretrained({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = programs.run("-c", code)
     assert done.returncode != 0
     assert 'attn_implementation="attn_plugins"` is not supported' in done.stderr
-    done = subprocess.run(
-        [sys.executable, "-c", "import attn_plugins; " + code], capture_output=True, text=True, check=False
-    )
+    done = programs.run("-c", "import attn_plugins; " + code)
     assert done.returncode == 0, done.stderr
