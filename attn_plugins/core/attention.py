@@ -9,6 +9,7 @@
 
 import contextlib
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -214,9 +215,12 @@ class Attention(nn.Module):
             ValueError: the call needs something that this attention cannot honour.
         """
         extras: dict[str, Any] = {}
-        for extra, value in (("position_bias", position_bias), ("softcap", softcap), ("sinks", sinks)):
-            if value is not None:
-                extras[extra] = value
+        if position_bias is not None:
+            extras["position_bias"] = position_bias
+        if softcap is not None:
+            extras["softcap"] = softcap
+        if sinks is not None:
+            extras["sinks"] = sinks
         self._refuse(q_BHQD, k_BGKD, mask, extras)
         _check_numbers(scale, dropout, softcap)
         if dropout > 0 and not type(self).dropout and not torch.compiler.is_compiling():
@@ -368,29 +372,26 @@ class Attention(nn.Module):
         return not self.heads_alike or next(self.parameters(), None) is not None
 
     def _refuse(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, extras: dict[str, Any]) -> None:
-        needs = {
-            "position_bias": "a position bias added to the scores" if "position_bias" in extras else None,
-            "softcap": "a softcap on the scores" if "softcap" in extras else None,
-            "sinks": "learned sink logits" if "sinks" in extras else None,
-            "segments": "packed sequences" if mask.segments_BK is not None else None,
-            "any_mask": None if mask.plain else "a mask beyond causal, padding and segments",
-            "cross": "keys of another sequence" if mask.cross else None,
-        }
-        if not mask.cross and mask.plain:
-            needs["causal" if mask.causal else "bidirectional"] = (
-                "causal attention" if mask.causal else "bidirectional attention"
-            )
-        for capability, need in needs.items():
-            if need is not None and not getattr(type(self), capability):
+        needs = [*extras]
+        if mask.segments_BK is not None:
+            needs.append("segments")
+        if not mask.plain:
+            needs.append("any_mask")
+        if mask.cross:
+            needs.append("cross")
+        elif mask.plain:
+            needs.append("causal" if mask.causal else "bidirectional")
+        for capability in needs:
+            if not getattr(type(self), capability):
                 raise ValueError(
-                    f"this call needs {need}, which attention {self.name!r} cannot honour; "
+                    f"this call needs {NEEDS[capability]}, which attention {self.name!r} cannot honour; "
                     f"it can honour: {', '.join(capabilities(type(self)))}"
                 )
         self._check_heads(q_BHQD.shape[1])
-        got = (q_BHQD.shape[1], k_BGKD.shape[1], q_BHQD.shape[3])
-        if self.heads is not None and self.needs_all_heads:
+        if self.heads is not None:
+            got = (q_BHQD.shape[1], k_BGKD.shape[1], q_BHQD.shape[3])
             want = (self.heads.num_heads, self.heads.num_key_value_heads, self.heads.head_dim)
-            if got != want:
+            if got != want and self.needs_all_heads:
                 raise ValueError(
                     f"attention {self.name!r} was built for "
                     f"(query heads, key/value heads, head dimension) = {want}, got {got}"
@@ -403,6 +404,18 @@ class Attention(nn.Module):
                 f"{self.heads_multiple_of}, got {number}"
             )
 
+
+NEEDS = {
+    "position_bias": "a position bias added to the scores",
+    "softcap": "a softcap on the scores",
+    "sinks": "learned sink logits",
+    "segments": "packed sequences",
+    "any_mask": "a mask beyond causal, padding and segments",
+    "cross": "keys of another sequence",
+    "causal": "causal attention",
+    "bidirectional": "bidirectional attention",
+}
+"""What a call needs of an attention, by the capability that it has for that."""
 
 CAPABILITIES = (
     "causal",
@@ -423,9 +436,10 @@ def capabilities(attention: type[Attention]) -> list[str]:
 
 
 def _check_numbers(scale: Any, dropout: Any, softcap: Any) -> None:
-    for name, value in (("scale", scale), ("softcap", softcap)):
-        if isinstance(value, (int, float)) and not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value!r}; allowed: a finite number above 0")
+    if isinstance(scale, (int, float)) and not 0 < scale < math.inf:
+        raise ValueError(f"scale={scale!r}; allowed: a finite number above 0")
+    if isinstance(softcap, (int, float)) and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap={softcap!r}; allowed: a finite number above 0")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r}; allowed: a probability from 0 to below 1")
 

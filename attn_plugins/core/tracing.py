@@ -21,6 +21,8 @@ def recorded(*tensors: torch.Tensor) -> bool:
         return not torch.compiler.is_dynamo_compiling() or torch.compiler._is_exporting_flag
     if torch.jit.is_tracing() or get_proxy_mode() is not None:
         return True
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 

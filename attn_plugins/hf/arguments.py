@@ -1,85 +1,99 @@
-"""What a module gives its attention function beside queries, keys and values: what of it is honoured, and what refused.
+"""Refuse keyword arguments of which nothing is known that a module gives its attention function.
 
-An argument of which nothing is known here may change what attention computes. Where a module makes one itself, that is
+Such an argument may change what attention computes. Where a module makes one itself, that is
 seen when it arrives, by what the module was given, so that no class needs to show its code.
 """
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from attn_plugins.hf.call import Call
 from attn_plugins.hf.discovery.by_code import told
-from attn_plugins.hf.discovery.interface import call_of
+from attn_plugins.hf.discovery.interface import dispatch_of
 
-KNOWN = {
+SUPPORTED = {
     *("query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "output_attentions"),
     *("position_bias", "softcap", "s_aux", "indices", "block_indices"),
     *("sliding_window", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
     "deterministic",
 }
-"""Arguments of attention functions that are honoured, or that say what the mask says as well."""
+"""Keyword arguments of attention functions that are supported, or that say what the mask says as well."""
 
-NAMED = "_attn_plugin_named"
-"""Attribute of an attention module: names of arguments that its code spells out and KNOWN lacks."""
+SIGNATURE = "_attn_plugin_signature"
+"""Attribute of an attention module with a slot: its :class:`Signature`."""
 
-OWN = "_attn_plugin_own"
-"""Attribute of an attention module: names of the arguments that its forward takes by name."""
 
-HANDED = "_attn_plugin_handed"
-"""Keyword that goes along with a module's own ones: those of them that it may hand on without a look at them."""
+class Argument(NamedTuple):
+    """One of a forward's arguments."""
+
+    name: str
+    place: int
+
+
+class Signature(NamedTuple):
+    """Arguments of a class of attention modules, by name."""
+
+    parameters: frozenset[str]
+    """Those that its forward spells out."""
+    unsupported: frozenset[str]
+    """Those that its code, or its function for "eager", gives to attention, and SUPPORTED lacks."""
+    hidden: Argument | None
+    """The one that holds the states of its queries, None where the forward names none.
+
+    The first one is, of all that transformers has, but where they come after values and keys (CTRL)."""
 
 
 def watch(module: nn.Module) -> None:
-    """Have :func:`refuse_unknown` know what this module is given, in every call."""
+    """Note what the class of a module names, for :func:`refuse_unsupported` and hidden states."""
     cls: Any = type(module)
-    call = call_of(cls)
-    own = [] if call is None or call.eager is None else list(inspect.signature(call.eager).parameters.values())[5:]
-    spelled = {parameter.name for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
-    takes = inspect.signature(inspect.unwrap(cls.forward)).parameters.values()
-    setattr(module, NAMED, frozenset((told(cls) | spelled) - KNOWN))
-    setattr(module, OWN, frozenset(parameter.name for parameter in takes))
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes):
-        module.register_forward_pre_hook(before_attention, with_kwargs=True)
+    call = dispatch_of(cls)
+    eager = [] if call is None or call.eager is None else list(inspect.signature(call.eager).parameters.values())[5:]
+    spelled = {parameter.name for parameter in eager if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
+    forward = list(inspect.signature(inspect.unwrap(cls.forward)).parameters.values())
+    names = frozenset(parameter.name for parameter in forward)
+    setattr(module, SIGNATURE, Signature(names, frozenset((told(cls) | spelled) - SUPPORTED), hidden_argument(cls)))
 
 
 def unwatch(module: nn.Module) -> None:
     """Undo :func:`watch`."""
-    for attribute in (NAMED, OWN):
-        vars(module).pop(attribute, None)
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is before_attention:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    vars(module).pop(SIGNATURE, None)
 
 
-def before_attention(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Send along what the module is given and does not name: it can only hand that on."""
-    known = KNOWN | getattr(module, OWN)
-    handed = {name: value for name, value in kwargs.items() if name not in known and _says(value)}
-    return args, {**kwargs, HANDED: handed}
+def hidden_argument(cls: type[nn.Module]) -> Argument | None:
+    """As :attr:`Signature.hidden`."""
+    _, *forward = inspect.signature(inspect.unwrap(cls.forward)).parameters.values()
+    named = [Argument(one.name, place) for place, one in enumerate(forward) if one.kind is one.POSITIONAL_OR_KEYWORD]
+    return next((one for one in named if one.name == "q"), named[0] if named and named[0].place == 0 else None)
 
 
-def refuse_unknown(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Refuse what the module itself gives its attention function and nothing is known of; takes HANDED out.
+def refuse_unsupported(module: nn.Module, call: Call | None, kwargs: dict[str, Any]) -> None:
+    """Refuse keyword arguments that a module itself gives its attention function and that SUPPORTED lacks.
+
+    Args:
+        call: of the module; what it was given and does not name, it can only hand on.
 
     Raises:
-        ValueError: an argument that is not in KNOWN has a value, and it is not one that the module was given.
+        ValueError: such an argument has a value.
     """
-    handed, named = kwargs.pop(HANDED, {}), getattr(module, NAMED, ())
     for name, value in kwargs.items():
-        if name in KNOWN or not _says(value):
+        if name in SUPPORTED or value is None or value is False:
             continue
-        if name in named or name not in handed or not _same(value, handed[name]):
+        signature: Signature | None = getattr(module, SIGNATURE, None)
+        handed_on = (
+            signature is not None
+            and call is not None
+            and name not in signature.unsupported
+            and name not in signature.parameters
+            and name in call.kwargs
+            and _same(value, call.kwargs[name])
+        )
+        if not handed_on:
             raise ValueError(
                 f"{type(module).__name__} gives {name}= to its attention, of which attn_plugins does not know what it "
                 "would change; leave its modules out with layers, roles or modules"
             )
-
-
-def _says(value: Any) -> bool:
-    return value is not None and value is not False
 
 
 def _same(value: Any, given: Any) -> bool:

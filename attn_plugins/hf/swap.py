@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from attn_plugins.core.rules import Flag, Rule, Target, assign, by_own_paths, parse_rules
-from attn_plugins.hf import adapters, arguments, grids, hidden_states, recording
+from attn_plugins.hf import adapters, arguments, call, grids, recording
 from attn_plugins.hf.caches import prefixes
 from attn_plugins.hf.caches.cache_layers import leave, make_tensor, serve
 from attn_plugins.hf.checkpoints import configs, live
@@ -273,7 +273,7 @@ def _attach(plan: _Plan) -> None:
         held = configs.configs_of(model, target.path, module)
         arguments.unwatch(module)
         prefixes.unwatch(module)
-        hidden_states.unwatch(module)
+        call.unwatch(module)
         if hasattr(module, SLOT):
             delattr(module, SLOT)
         if not any(id(config) in ours for config in held):
@@ -290,8 +290,7 @@ def _attach(plan: _Plan) -> None:
         if target.path in plan.slots:
             setattr(module, SLOT, plan.slots[target.path])
             arguments.watch(module)
-            if (slot := slot_of(module)) is not None and slot.wants_hidden:
-                hidden_states.watch(module)
+            call.watch(module)
             if target.role == "encoder":
                 prefixes.watch(module)
     for target in plan.targets:
@@ -322,7 +321,7 @@ def _restore(model: PreTrainedModel) -> None:
         leave(discovery.owner(model, path), [module])
         arguments.unwatch(module)
         prefixes.unwatch(module)
-        hidden_states.unwatch(module)
+        call.unwatch(module)
         adapters.take_off(module)
         for attribute in (SLOT, BASE, ROLE):
             if hasattr(module, attribute):

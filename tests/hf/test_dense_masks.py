@@ -11,8 +11,8 @@ import torch
 from transformers import DynamicCache
 
 import attn_plugins as ap
-from attn_plugins.hf.attention_function import as_mask
 from attn_plugins.hf.masks import dense_masks
+from attn_plugins.hf.masks.given import as_mask
 
 Q = 8
 CAUSAL = torch.ones(1, 1, Q, Q, dtype=torch.bool).tril()

@@ -8,13 +8,20 @@ import transformers as tf
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import attn_plugins as ap
-from attn_plugins.hf.heads import fitted
+from attn_plugins.hf.grouped_keys import fitted
+
+
+class Some(torch.nn.Module):
+    """A module that gives its attention something."""
+
+
+SOME = Some()
 
 
 @pytest.mark.parametrize("shared", [(2, 4), (4, 2), (1, 4), (2, 2), (4, 4), (2, 8)])
 def test_keys_and_values_may_have_numbers_of_heads_of_their_own(shared):
     query, key, value = torch.randn(2, 8, 5, 4), torch.randn(2, shared[0], 5, 4), torch.randn(2, shared[1], 5, 3)
-    _, keys, values = fitted("", query, key, value)
+    _, keys, values = fitted(SOME, query, key, value)
     assert keys.shape[1] == values.shape[1] == max(shared)
     expected = sdpa(query, key, value, enable_gqa=True)
     torch.testing.assert_close(sdpa(query, keys, values, enable_gqa=True), expected)
@@ -35,13 +42,13 @@ def test_keys_and_values_may_have_numbers_of_heads_of_their_own(shared):
 def test_what_does_not_fit_is_refused(query, key, value, allowed):
     message = f"Some gives its attention queries {query}, keys {key}, values {value}; allowed: {allowed}"
     with pytest.raises(ValueError, match=re.escape(message)):
-        fitted("Some", torch.zeros(query), torch.zeros(key), torch.zeros(value))
+        fitted(SOME, torch.zeros(query), torch.zeros(key), torch.zeros(value))
 
 
 def test_devices_that_differ_are_refused():
     here, there = torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4, device="meta")
     with pytest.raises(ValueError, match="queries on cpu, keys on meta, values on cpu; allowed: one device"):
-        fitted("Some", here, there, here)
+        fitted(SOME, here, there, here)
 
 
 @pytest.mark.parametrize("model_type", ["nemotron3_diarization_audio", "nemotron3_5_transcribe_asr_audio"])

@@ -9,7 +9,8 @@ from transformers import LlamaConfig, masking_utils
 
 import attn_plugins as ap
 from attn_plugins.core.attention import HeadShape
-from attn_plugins.hf.attention_function import as_mask, attention_forward
+from attn_plugins.hf.attention_function import attention_forward
+from attn_plugins.hf.masks.given import as_mask
 from attn_plugins.hf.masks.mask_function import lazy_mask
 from attn_plugins.hf.masks.rules import read_rule
 

@@ -15,7 +15,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import attn_plugins as ap
 from attn_plugins.core import registry
-from attn_plugins.hf import hidden_states
+from attn_plugins.hf import arguments
+from attn_plugins.hf import call as calls
+from attn_plugins.hf.arguments import Argument, hidden_argument
+from attn_plugins.hf.call import innermost
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*torch.jit.script.*:DeprecationWarning"
@@ -43,7 +46,7 @@ def watched(model, **rule):
         module = model.get_submodule(row.path)
 
         def before(module, args, kwargs):
-            name, place = hidden_states.input_of(type(module))
+            name, place = hidden_argument(type(module))
             seen[module] = args[place] if place < len(args) else kwargs[name]
 
         def arrived(slot, args, kwargs, module=module):
@@ -64,7 +67,7 @@ def check(model, given, **rule):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
         assert module.attn_plugin.heads.hidden_size == got.shape[-1]
     assert [model.get_submodule(row.path).attn_plugin.heads.layer for row in rows] == [row.layer for row in rows]
-    assert hidden_states._thread.calls.innermost is None
+    assert innermost() is None
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -85,7 +88,7 @@ def test_queries_that_come_after_values_and_keys():
     sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48, "n_positions": 64}
     model = tf.CTRLLMHeadModel(tf.CTRLConfig(**sizes)).eval()
     (row, *_) = ap.describe_attention(model)
-    assert hidden_states.input_of(type(model.get_submodule(row.path))) == hidden_states.Argument("q", 2)
+    assert hidden_argument(type(model.get_submodule(row.path))) == Argument("q", 2)
     check(model, {"input_ids": torch.randint(3, 90, (2, 7))})
 
 
@@ -150,7 +153,7 @@ def test_gradient_checkpointing_changes_nothing(flag, reentrant):
     assert found[0]["model.layers.0.self_attn.attn_plugin.gate_weight"].any()
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient)
-    assert hidden_states._thread.calls.innermost is None
+    assert innermost() is None
 
 
 @pytest.mark.parametrize("flag", FLAGS)
@@ -195,9 +198,9 @@ def test_saved_copied_and_restored_models(tmp_path):
     module = model.model.layers[0].self_attn
     ap.restore_attention(model)
     assert torch.equal(tiny.output(model, given), tiny.output(plain, given))
-    assert not hasattr(module, hidden_states.INPUT)
+    assert not hasattr(module, arguments.SIGNATURE)
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    assert not {hidden_states._note, hidden_states._forget} & set(hooks)
+    assert not {calls._begin, calls._end} & set(hooks)
 
 
 @torch.no_grad()
@@ -211,7 +214,7 @@ def test_a_cache_of_keys_and_values_has_no_hidden_states():
         ValueError, match="needs the hidden states of all 9 keys, got those of 1 queries: a cache of keys"
     ):
         model(ids[:, 8:9], past_key_values=cache)
-    assert hidden_states._thread.calls.innermost is None
+    assert innermost() is None
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -271,7 +274,7 @@ def test_an_input_of_other_sizes_is_refused_at_the_first_forward():
     )
     with pytest.raises(ValueError, match=message):
         model(torch.randn(6, 32))
-    assert hidden_states._thread.calls.innermost is None
+    assert innermost() is None
 
 
 class Nested(Flat):

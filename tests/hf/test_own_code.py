@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KERNELS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 import attn_plugins as ap
-from attn_plugins.hf.discovery.interface import call_of
+from attn_plugins.hf.discovery.interface import dispatch_of
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "own_model.py"
 
@@ -234,7 +234,7 @@ def test_the_interface_is_found_however_it_is_called(cls, implementation):
 
 def test_what_does_not_call_it_is_not_found():
     for cls in (Inline, LlamaDecoderLayer, transformers.LlamaModel, transformers.LlamaForCausalLM, nn.Linear):
-        assert call_of(cls) is None
+        assert dispatch_of(cls) is None
     with pytest.raises(ValueError, match="no attention that can be swapped"):
         ap.swap_attention(model_with(Inline), "softmax")
 

@@ -69,4 +69,4 @@ def _windowed(mask: Any, window: int) -> LazyMask:
     def build() -> LazyMask:
         return mask._copy(plain=False, rule=and_masks(mask.arguments["mask_function"], sliding_window_overlay(window)))
 
-    return mask.cached(("window", window), build).sent(state=mask.state, rotary=mask.rotary, release=mask.release)
+    return mask.cached(("window", window), build)

@@ -29,11 +29,10 @@ from attn_plugins.core.attention import Attention
 from attn_plugins.core.tracing import recorded
 from attn_plugins.hf.caches import rollback
 from attn_plugins.hf.caches.state_layer import StateLayer, rule_of, spell
+from attn_plugins.hf.call import Call, call_of
 from attn_plugins.hf.discovery.by_code import attends_repeatedly
 from attn_plugins.hf.discovery.modules import biased
-from attn_plugins.hf.discovery.rotary import rotary_of
 from attn_plugins.hf.masks.mask_function import LazyMask
-from attn_plugins.hf.masks.packing import PACKED
 from attn_plugins.hf.names import slot_of
 from attn_plugins.hf.recording import weights_wanted, weights_wanted_of
 
@@ -63,10 +62,11 @@ def serve(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = Fa
         # A stack that is run several times over keeps each pass in a layer of its own (HRM): one state cannot serve it.
         if ordinary or layers[getattr(module, "layer_idx", None)] > 1 or needs_all_keys(module):
             setattr(module, ORDINARY, True)
-    for module in modules:
+    watched = [module for module in modules if _needs_its_layer(slot_of(module))]
+    for module in watched:
         module.register_forward_pre_hook(before_attention, with_kwargs=True)
     if modules:
-        setattr(model, GENERATING, _paths(model, modules))
+        setattr(model, GENERATING, _paths(model, watched))
         model.register_forward_pre_hook(before_model, with_kwargs=True)
         model.register_forward_hook(after_model, with_kwargs=True, always_call=True)
 
@@ -154,34 +154,27 @@ def make_tensor(
     return args, {name: made if x is mask else x for name, x in kwargs.items()}
 
 
-def before_attention(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Send the state, and what else the attention wants to know, along with the mask: it is given nothing of it."""
-    cache, mask, slot = _find(Cache, args, kwargs), _find(LazyMask, args, kwargs), slot_of(module)
-    layer = None if cache is None or mask is None else layer_of(module, cache, weights_wanted(module, kwargs))
-    packed = cache is not None and mask is not None and mask.segments_BK is not None
-    if packed:
-        setattr(cache, PACKED, True)
-    if cache is not None and (mask is None or not mask.causal or packed):
+def _needs_its_layer(slot: Attention | None) -> bool:
+    """Whether an attention may keep a state, or cannot follow every mask over a static layer."""
+    return slot is not None and (type(slot).new_state is not Attention.new_state or not slot.unwritten_keys)
+
+
+def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Note the state in the module's call, and how to give it up."""
+    call, slot = call_of(module), slot_of(module)
+    cache = None if call is None else call.find(Cache)
+    if call is None or slot is None or cache is None:
+        return
+    mask = call.find(LazyMask)
+    layer = None if mask is None else layer_of(module, cache, weights_wanted(module, kwargs))
+    if mask is None or not mask.causal or mask.segments_BK is not None:
         give_up(module, cache)  # what a later token sees of the image, prefix or text before it, no state knows
         layer = None
-    room = None if layer is not None or slot is None else static_room(module, cache)
-    refuse = None if room is None or slot is None else functools.partial(refuse_static, module, slot)
-    if refuse is not None and mask is None:
-        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim == 4)
-        if slot is None or not slot.unwritten_keys or not any(x.shape[-1] == room for x in tensors):
-            refuse()  # a mask of the model's own, which this attention cannot follow, or none at all
-    if mask is None or slot is None or (layer is None and refuse is None and not slot.wants_rotary):
-        return None
-    sent = mask if refuse is None or slot.unwritten_keys else mask.sent(release=refuse)
     if layer is not None:
-        sent = sent.with_state(layer.state).sent(release=functools.partial(give_up, module, cache))
-        layer.expected = True
-    if slot.wants_rotary:
-        sent = sent.sent(rotary=rotary_of(module, kwargs))
-    args = tuple(sent if x is mask else x for x in args)
-    return args, {name: sent if x is mask else x for name, x in kwargs.items()}
+        call.state, call.awaiting_update = layer.state, True
+        call.release = functools.partial(give_up, module, cache)
+    elif not slot.unwritten_keys and static_room(module, cache) is not None:
+        call.release = functools.partial(refuse_static, module, slot)
 
 
 def layer_of(module: nn.Module, cache: Cache, weighed: bool = False) -> StateLayer | None:
@@ -199,24 +192,27 @@ def layer_of(module: nn.Module, cache: Cache, weighed: bool = False) -> StateLay
         ValueError: the cache cannot serve the module.
     """
     slot, index = slot_of(module), getattr(module, "layer_idx", None)
-    if slot is None or index is None or getattr(module, "is_kv_shared_layer", False):
-        return None  # the last reads what another module lends it (Gemma 3n)
+    if slot is None or index is None:
+        return None
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= index:
         cache.layers.append(cache.layer_class_to_replicate())
-    if index >= len(cache.layers):
+    layers: Any = cache.layers
+    if index >= len(layers):
+        if lent_its_keys(module):
+            return None
         raise ValueError(
-            f"the cache has {len(cache.layers)} layers and layer {index} needs one; it was made for another model"
+            f"the cache has {len(layers)} layers and layer {index} needs one; it was made for another model"
         )
-    layer = cache.layers[index]
+    layer = layers[index]
     if isinstance(layer, StateLayer):
         if layer.attention != rule_of(slot):
             raise ValueError(
                 f"layer {index} of the cache holds the state of {layer.owner}, not of {spell(slot)}; use a new cache"
             )
         return layer
-    if weighed or recorded():
+    if lent_its_keys(module) or weighed or recorded():
         return None  # a state is updated by code that is no part of a graph
     if type(layer) not in EXCHANGED:
         _tell(type(layer), slot.name, None if hasattr(module, ORDINARY) else slot.new_state())
@@ -234,8 +230,8 @@ def layer_of(module: nn.Module, cache: Cache, weighed: bool = False) -> StateLay
     if layer.is_initialized and int(layer.get_seq_length()):
         return None
     state.recording = getattr(cache, RECORDING, False)
-    cache.layers[index] = StateLayer(state, slot, max_length, layer)
-    return cache.layers[index]
+    layers[index] = StateLayer(state, slot, max_length, layer)
+    return layers[index]
 
 
 def static_room(module: nn.Module, cache: Cache | None) -> int | None:
@@ -246,6 +242,19 @@ def static_room(module: nn.Module, cache: Cache | None) -> int | None:
         return None  # a module that is lent its keys may have no layer (Gemma 3n on transformers 5.17)
     layer = held.layers[index]
     return layer.max_cache_len if isinstance(layer, StaticLayer) else None
+
+
+def check_ends(module: nn.Module, call: Call, slot: Attention) -> None:
+    """Refuse to attend over a static layer with a mask of the model's own that this attention cannot follow, or none.
+
+    Raises:
+        ValueError: names the module and its attention.
+    """
+    room = None if call.find(LazyMask) is not None else static_room(module, call.find(Cache))
+    if room is not None:
+        tensors = (x for x in (*call.args, *call.kwargs.values()) if isinstance(x, torch.Tensor) and x.ndim == 4)
+        if not slot.unwritten_keys or not any(x.shape[-1] == room for x in tensors):
+            refuse_static(module, slot)
 
 
 def refuse_static(module: nn.Module, slot: Attention) -> None:
@@ -269,6 +278,11 @@ def _tell(kind: type, name: str, state: Any) -> None:
 
 
 _told: set[tuple[type, str]] = set()
+
+
+def lent_its_keys(module: nn.Module) -> bool:
+    """Whether a module attends to keys that another one has put into the cache (Gemma 3n)."""
+    return getattr(module, "is_kv_shared_layer", False)
 
 
 def needs_all_keys(module: nn.Module) -> bool:

@@ -81,7 +81,6 @@ def _undo_state(layer: StateLayer) -> Callable[[], None]:
     seen = layer.state.seen
 
     def undo() -> None:
-        layer.expected = False
         grown = layer.state.seen - seen
         try:
             layer.check_crop(-grown)

@@ -8,6 +8,7 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.decode_state import State
+from attn_plugins.hf.call import innermost
 
 
 class StateLayer(CacheLayerMixin):
@@ -25,8 +26,6 @@ class StateLayer(CacheLayerMixin):
         """What has to be the same in every call."""
         self.owner = spell(slot)
         """The same for people."""
-        self.expected = False
-        """Whether the module about to update the layer is one that has this attention."""
         self.is_compileable = state.fixed_length is not None
         self.is_sliding = getattr(instead, "is_sliding", False)
         """As the layer in whose place it is: models size their masks by the first layer of a kind, for all of them."""
@@ -91,12 +90,13 @@ class StateLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The new keys and values as they are; the attention takes them in."""
-        if not self.expected:
+        call = innermost()
+        if call is None or call.state is not self.state or not call.awaiting_update:
             raise ValueError(
                 f"this layer of the cache holds the state of {self.owner}, which the module that is to use it does not "
                 "have; use a new cache"
             )
-        self.expected = False
+        call.awaiting_update = False
         if not (self.is_initialized or isinstance(self.instead, StaticLayer) or torch.compiler.is_compiling()):
             self.given = weakref.ref(key_states), weakref.ref(value_states)
         return key_states, value_states

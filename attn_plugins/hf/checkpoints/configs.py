@@ -169,25 +169,29 @@ def check(model: nn.Module) -> None:
         ValueError: a config was edited without the modules being told.
     """
     for part, entries in written(model):
-        name = type(part).__name__
-        for config, rules, implementation in entries:
-            if config.attn_plugin != rules or part.config is not entries[0][0]:
-                now = part.config.attn_plugin if part.config is not entries[0][0] else config.attn_plugin
-                raise ValueError(
-                    f"the config of this {name} has attn_plugin={now!r}, but its modules were given {rules!r}; assign "
-                    "the whole flag (model.config.attn_plugin = ...), which swaps them, rather than edit it in place "
-                    "or exchange the config"
-                )
-            if rules is not None and not from_file(config):
-                raise ValueError(
-                    f"attn_implementation of the config of this {name} is no longer {IMPLEMENTATION!r}, by which "
-                    "other processes know that they need attn_plugins; leave it, or call restore_attention(model)"
-                )
-            if implementation == IMPLEMENTATION != config._attn_implementation:
-                raise ValueError(
-                    f"the config of this {name} says {config._attn_implementation!r}, which bypasses its attn_plugin; "
-                    "call attn_plugins.restore_attention(model) first, or leave _attn_implementation as it was"
-                )
+        _compare(part, entries)
+
+
+def _compare(part: PreTrainedModel, entries: list[tuple[Any, Any, Any]]) -> None:
+    name = type(part).__name__
+    for config, rules, implementation in entries:
+        if config.attn_plugin != rules or part.config is not entries[0][0]:
+            now = part.config.attn_plugin if part.config is not entries[0][0] else config.attn_plugin
+            raise ValueError(
+                f"the config of this {name} has attn_plugin={now!r}, but its modules were given {rules!r}; assign "
+                "the whole flag (model.config.attn_plugin = ...), which swaps them, rather than edit it in place "
+                "or exchange the config"
+            )
+        if rules is not None and not from_file(config):
+            raise ValueError(
+                f"attn_implementation of the config of this {name} is no longer {IMPLEMENTATION!r}, by which "
+                "other processes know that they need attn_plugins; leave it, or call restore_attention(model)"
+            )
+        if implementation == IMPLEMENTATION != config._attn_implementation:
+            raise ValueError(
+                f"the config of this {name} says {config._attn_implementation!r}, which bypasses its attn_plugin; "
+                "call attn_plugins.restore_attention(model) first, or leave _attn_implementation as it was"
+            )
 
 
 def check_flags(model: PreTrainedModel) -> None:
@@ -208,7 +212,7 @@ def check_flags(model: PreTrainedModel) -> None:
         )
 
 
-def before_forward(model: nn.Module, args: tuple[Any, ...]) -> None:
+def before_forward(model: Any, args: tuple[Any, ...]) -> None:
     """Runs before each forward of a swapped model, but where it is compiled: a graph is made once."""
     if not torch.compiler.is_compiling():
-        check(model)
+        _compare(model, getattr(model, WRITTEN))  # parts that were swapped alone have this hook too

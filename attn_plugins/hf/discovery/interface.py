@@ -19,7 +19,7 @@ GENERAL = {*sys.stdlib_module_names, "torch", "numpy"}
 """Packages whose functions call no attention of a model."""
 
 
-class Call(NamedTuple):
+class Dispatch(NamedTuple):
     """What a class calls the interface by."""
 
     interface: AttentionInterface
@@ -27,17 +27,17 @@ class Call(NamedTuple):
     """What it gives as the function for "eager", which the interface does not hold."""
 
 
-def call_of(cls: type[nn.Module]) -> Call | None:
+def dispatch_of(cls: type[nn.Module]) -> Dispatch | None:
     """How a class of modules calls the interface, under whatever name it knows it, or None where it does not."""
-    if cls not in _calls:
-        _calls[cls] = _call_of(cls)
-    return _calls[cls]
+    if cls not in _dispatches:
+        _dispatches[cls] = _dispatch_of(cls)
+    return _dispatches[cls]
 
 
-_calls: dict[type[nn.Module], Call | None] = {}
+_dispatches: dict[type[nn.Module], Dispatch | None] = {}
 
 
-def _call_of(cls: type[nn.Module]) -> Call | None:
+def _dispatch_of(cls: type[nn.Module]) -> Dispatch | None:
     functions = functions_of(cls)
     used = {function: _held(cls, function) for function in functions}
     asking = [f for f in functions if any(isinstance(held, AttentionInterface) for held in used[f])]
@@ -48,8 +48,8 @@ def _call_of(cls: type[nn.Module]) -> Call | None:
         usual = next((f.__globals__[USUAL] for f in near if USUAL in f.__globals__), None)
         others = (held for f in near for held in used[f] if inspect.isfunction(held) and _attends(held))
         if (eager := usual or next(others, None)) is not None:
-            return Call(interface, eager)
-    return Call(interface, None)
+            return Dispatch(interface, eager)
+    return Dispatch(interface, None)
 
 
 def functions_of(cls: Any) -> list[types.FunctionType]:

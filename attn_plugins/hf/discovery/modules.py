@@ -13,7 +13,7 @@ from attn_plugins.core.attention import HeadShape, warn_of_dropout
 from attn_plugins.core.rules import Rule, Target
 from attn_plugins.hf.adapters import adapted, adapter_of
 from attn_plugins.hf.discovery import by_code as sources
-from attn_plugins.hf.discovery.interface import call_of
+from attn_plugins.hf.discovery.interface import dispatch_of
 
 
 def reached(module: nn.Module) -> str | None:
@@ -24,7 +24,7 @@ def reached(module: nn.Module) -> str | None:
     """
     if adapter_of(type(module)) is not None:
         return "adapter"
-    return None if call_of(type(module)) is None else "interface"
+    return None if dispatch_of(type(module)) is None else "interface"
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

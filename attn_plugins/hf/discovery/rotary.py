@@ -1,11 +1,11 @@
 """Rotary positions of a module: whether it applies them to its queries, and by what."""
 
 import inspect
-from typing import Any
 
 from torch import nn
 
 from attn_plugins.core.rotary import Rotary
+from attn_plugins.hf.call import Call
 
 
 def turns(module: nn.Module) -> bool:
@@ -16,9 +16,9 @@ def turns(module: nn.Module) -> bool:
     )
 
 
-def rotary_of(module: nn.Module, kwargs: dict[str, Any]) -> Rotary | None:
+def rotary_of(module: nn.Module, call: Call | None) -> Rotary | None:
     """What a module was told to turn its queries by, and its own function that does it, where it has both."""
-    given = kwargs.get("position_embeddings")
+    given = None if call is None else call.kwargs.get("position_embeddings")
     turn = inspect.unwrap(type(module).forward).__globals__.get("apply_rotary_pos_emb")
     if turn is None or not isinstance(given, tuple):
         return None

@@ -10,8 +10,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.core.rotary import Rotary
 from attn_plugins.core.tracing import readable
+from attn_plugins.hf.call import innermost
 from attn_plugins.hf.masks import packing
 from attn_plugins.hf.masks.dense_masks import additive
 from attn_plugins.hf.masks.rules import read_rule
@@ -32,20 +32,12 @@ class LazyMask(AttentionMask):
     def __init__(self, *args: Any, arguments: dict[str, Any], **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.arguments = arguments
-        self.state: State | None = None
-        """What the module that it was sent to has kept, where it attends from a state."""
-        self.spent = False
-        """Whether the module has attended from it: the state has taken the new tokens in."""
-        self.rotary: Rotary | None = None
-        """What that module turns its queries by, where its attention wants to know."""
         self.fixed_length = isinstance(self.q_offset, torch.Tensor) or (
             self.causal and self.kv_offset + self.kv_length > self.q_offset + self.q_length
         )
         """Whether it is for a cache of fixed length, with room for tokens to come."""
         self.last_queries = False
         """Whether queries are known to be the last of more keys, where nothing follows them (prefix tuning)."""
-        self.release: Callable[[], None] | None = None
-        """Gives the state up for an ordinary cache: a dense mask would be read beside the keys of all tokens."""
 
     @property
     def shape(self) -> torch.Size:
@@ -70,10 +62,9 @@ class LazyMask(AttentionMask):
         return super().to(device)
 
     def touch(self) -> None:
-        """To be said before it is used as a tensor."""
-        if self.release is not None:
-            self.release()
-            self.state = self.release = None
+        """To be called before it is used as a tensor."""
+        if (call := innermost()) is not None:
+            call.give_up_state()
 
     def as_tensor(self) -> torch.Tensor:
         """The boolean mask that it stands for."""
@@ -85,13 +76,17 @@ class LazyMask(AttentionMask):
         self.touch()
         return self.cached(("additive", dtype), lambda: additive(self.as_tensor(), dtype))
 
-    def with_state(self, state: State) -> "LazyMask":
-        """For the module whose state this is: the mask of its queries and of all tokens so far, whatever is cached.
+    def over_all_tokens(self, state: State) -> "LazyMask":
+        """The mask of the queries and of all tokens so far, whatever other layers of the cache hold of them.
 
-        Layers of one model share what is computed from it. That of one token of a static cache is as long as the cache:
-        no shape and no number changes from token to token.
+        That of one token of a static cache is as long as the cache: no shape and no number changes from token to token.
+
+        Args:
+            state: of the attention, which stands for the tokens before the queries.
+
+        Raises:
+            ValueError: it has seen other tokens than the cache that the mask was made for.
         """
-        one = self.fixed_length and self.q_length == 1
         if not torch.compiler.is_compiling():
             seen, before = state.seen, self.cached("q_offset", lambda: int(self.q_offset))
             if seen != before:
@@ -99,12 +94,11 @@ class LazyMask(AttentionMask):
                     f"the cache has seen {before} tokens, and {seen} in the layer of this attention; it is of "
                     "another model, or broken by an error in an earlier call"
                 )
-        whole: LazyMask = self
-        if one:
-            whole = self.cached(("one", state.fixed_length), lambda: self._for_one(state))
-        elif self.kv_offset or self.fixed_length:
-            whole = self.cached("whole", lambda: self._for_all(state.seen))
-        return whole.sent(state=state)
+        if self.fixed_length and self.q_length == 1:
+            return self.cached(("one", state.fixed_length), lambda: self._for_one(state))
+        if self.kv_offset or self.fixed_length:
+            return self.cached("whole", lambda: self._for_all(state.seen))
+        return self
 
     def _for_one(self, state: State) -> "LazyMask":
         sizes: dict[str, Any] = {"kv_length": state.fixed_length, "kv_offset": 0}
@@ -136,12 +130,6 @@ class LazyMask(AttentionMask):
         written_BK = (position < self.q_offset + self.q_length).unsqueeze(0)
         padding_BK = written_BK if self.padding_BK is None else self.padding_BK & written_BK
         return self._copy(padding_BK=padding_BK, fixed_length=False)
-
-    def sent(self, **along: Any) -> "LazyMask":
-        """The same mask, for one module, with what goes along; all share what is computed from it."""
-        copied = self._copy(**along)
-        copied.memo = self.memo
-        return copied
 
     def contiguous(self) -> "LazyMask":
         """Itself: generate() says it to the masks that it prepares for static caches."""

@@ -18,6 +18,7 @@ from transformers.masking_utils import and_masks, packed_sequence_mask_function
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import readable
+from attn_plugins.hf.call import Call
 
 TELLINGS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """Arguments of a model that may tell of packed texts."""
@@ -77,7 +78,7 @@ def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     Raises:
         ValueError: what tells of texts contradicts itself, the mask or the cache; nothing has changed then.
     """
-    named = {**dict(zip(_parameters(model), args, strict=False)), **kwargs} if args else kwargs
+    named = {**dict(zip(_parameters(type(model)), args, strict=False)), **kwargs} if args else kwargs
     cache = next((held for held in named.values() if isinstance(held, Cache)), None)
     if cache is not None and getattr(cache, PACKED, False) and int(cache.get_seq_length()):
         raise ValueError(
@@ -241,8 +242,20 @@ def check(segmented: bool | None) -> None:
     )
 
 
-def _parameters(model: nn.Module) -> list[str]:
-    return list(inspect.signature(inspect.unwrap(type(model).forward)).parameters)[1:]
+def mark_cache(call: Call) -> None:
+    """Note on the cache that a module was given that it holds packed texts."""
+    if (cache := call.find(Cache)) is not None:
+        setattr(cache, PACKED, True)
+
+
+def _parameters(cls: type[nn.Module]) -> list[str]:
+    if cls not in _names:
+        _names[cls] = list(inspect.signature(inspect.unwrap(cls.forward)).parameters)[1:]
+    return _names[cls]
+
+
+_names: dict[type[nn.Module], list[str]] = {}
+"""Dynamo follows a dict, and not functools.cache."""
 
 
 def _padding(mask: Any, first: int) -> tuple[torch.Tensor | None, int]:

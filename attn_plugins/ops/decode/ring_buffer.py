@@ -76,13 +76,18 @@ class KeyWindow(State):
         new = k_BGKD.shape[2]
         self.reserve(k_BGKD, v_BGKV, mask)
         size = self.tensors["k"].shape[2] - self.num_first
-        position = torch.arange(new, device=k_BGKD.device) + self.position
-        not_padding_BK = self._not_padding(mask, position)
         last = slice(max(0, new - size), None)
-        index = position[last] % size + self.num_first
+
+        def places() -> tuple[torch.Tensor, torch.Tensor]:
+            position = torch.arange(new, device=k_BGKD.device)[last] + self.position
+            return position % size + self.num_first, self._not_padding(mask, position)
+
+        before = None if torch.compiler.is_compiling() else self.length
+        index, not_padding_BK = mask.cached(("places", before, new, size, self.num_first), places)
         self.write("k", 2, index, k_BGKD[:, :, last])
         self.write("v", 2, index, v_BGKV[:, :, last])
-        self.write("not_padding", 1, index, not_padding_BK[:, last])
+        if not self.full:
+            self.write("not_padding", 1, index, not_padding_BK)
         self.advance(new)
 
     def reserve(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:

@@ -1,0 +1,92 @@
+"""What goes along with a call of a swapped module: transformers gives an attention function none of it.
+
+Hooks around the module's forward note the call for its thread, and for as long as that lasts. Neither masks nor keyword
+arguments reach an attention function in every call, and threads may share a model.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from attn_plugins.core.decode_state import State
+
+
+class Call:
+    """The forward of an attention module, under way."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outer: "Call | None"):
+        self.module, self.args, self.kwargs = module, args, kwargs
+        self.outer = outer
+        """The call of the module that has called this one, where that is swapped too."""
+        self.state: State | None = None
+        """What a cache holds for the module's attention in place of keys and values."""
+        self.awaiting_update = False
+        """Whether the cache's layer with the state is still to be given the new keys and values."""
+        self.consumed = False
+        """Whether the state has taken the new tokens in."""
+        self.release: Callable[[], None] | None = None
+        """Gives the state up for an ordinary layer: a dense mask would be read beside the keys of all tokens."""
+
+    def find(self, kind: type) -> Any:
+        """The first of the module's arguments of a type, or None."""
+        return next((x for x in (*self.kwargs.values(), *self.args) if isinstance(x, kind)), None)
+
+    def give_up_state(self) -> None:
+        """To be called before the module's mask is used as a tensor."""
+        if self.release is not None:
+            self.release()
+            self.state = self.release = None
+
+
+class _Calls:
+    """Those under way."""
+
+    innermost: Call | None = None
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.calls = _Calls()
+
+
+_thread = _Thread()
+"""An attribute of a thread's own object, not of this one, is what torch.compile keeps over the breaks of its graphs."""
+
+
+def innermost() -> Call | None:
+    """The innermost call under way in this thread."""
+    return _thread.calls.innermost
+
+
+def call_of(module: nn.Module) -> Call | None:
+    """The call of this module, None where its forward was not called as a module's."""
+    call = _thread.calls.innermost
+    return call if call is not None and call.module is module else None
+
+
+def watch(module: nn.Module) -> None:
+    """Note the calls of a module."""
+    module.register_forward_pre_hook(_begin, with_kwargs=True)
+    module.register_forward_hook(_end, always_call=True)
+
+
+def unwatch(module: nn.Module) -> None:
+    """Undo :func:`watch`."""
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if hook is _begin:
+            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    for key, hook in list(module._forward_hooks.items()):
+        if hook is _end:
+            del module._forward_hooks[key], module._forward_hooks_always_called[key]
+
+
+def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    calls = _thread.calls
+    calls.innermost = Call(module, args, kwargs, calls.innermost)
+
+
+def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    calls = _thread.calls
+    calls.innermost = None if calls.innermost is None else calls.innermost.outer
