@@ -6,8 +6,6 @@ What an attention declares is what it is tested for. The attribute is the last l
 import pytest
 
 ASKED = {
-    "test_fast_form_equals_reference_in_float32": "any_length = False (other tests call it at lengths that it serves)",
-    "test_fast_form_equals_reference_for_any_shape": "heads_multiple_of (a number of heads), or any_length = False",
     "test_future_tokens_do_not_matter_when_causal": "causal = False",
     "test_half_of_the_heads_is_attended_to_alone_alike_or_refused": "heads_alike = False",
     "test_packed_segments_do_not_leak": "segments = False",
@@ -27,13 +25,19 @@ ASKED = {
 }
 """Test -> what to set if the attention is meant to be as it is; a parameter of the test in braces."""
 
+REFUSED = "heads_multiple_of (a number of heads), or any_length = False (it is tested at lengths of its own, then)"
+"""What to set where an attention refuses the sizes of a call."""
+
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_call(item):
     outcome = yield
-    asked = ASKED.get(getattr(item, "originalname", item.name))
-    if asked is None or outcome.excinfo is None or not issubclass(outcome.excinfo[0], Exception):
+    if outcome.excinfo is None or not issubclass(outcome.excinfo[0], Exception):
         return
-    error = outcome.excinfo[1]
+    name, error = getattr(item, "originalname", item.name), outcome.excinfo[1]
+    refused = name.startswith("test_fast_form") and "ValueError" in f"{type(error).__name__}: {error}"
+    asked = REFUSED if refused else ASKED.get(name)
+    if asked is None:
+        return
     asked = asked.format_map(getattr(getattr(item, "callspec", None), "params", {}))
     error.args = (f"{error}\nIf the attention is meant to do this, set in its class: {asked}",)

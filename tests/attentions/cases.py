@@ -279,7 +279,7 @@ def cotangent_for(given, mask, seed=7):
 
 def assert_forms_agree(case, given, mask, *, dtype=torch.float64, tolerance=EXACT, **shape):
     """``attend`` in ``dtype`` equals ``reference`` in float64: outputs of real queries, and all gradients."""
-    cotangent = cotangent_for(given, mask)
+    cotangent = cotangent_for(given, mask).to(dtype)  # rounded for both, as what is given
     given = given.to(dtype)
     module = case.module(dtype=dtype, **shape)
     oracle = copy.deepcopy(module).double()

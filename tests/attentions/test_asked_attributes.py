@@ -4,7 +4,7 @@ import pytest
 import test_contract
 import test_states
 import torch
-from asked_attributes import ASKED
+from asked_attributes import ASKED, REFUSED
 from cases import Case
 from hidden_attentions import GatedOutput
 from pages import ROOT
@@ -17,7 +17,9 @@ pytest_plugins = ["pytester"]
 def test_every_test_exists():
     sources = "".join(path.read_text(encoding="utf8") for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name in ASKED if f"def {name}(" not in sources] == []
-    attributes = {part.split(" ")[0] for asked in ASKED.values() for part in asked.replace(", or ", "|").split("|")}
+    attributes = {
+        part.split(" ")[0] for asked in (REFUSED, *ASKED.values()) for part in asked.replace(", or ", "|").split("|")
+    }
     assert {name for name in attributes if "{" not in name and not hasattr(Attention, name)} == set()
 
 
@@ -34,7 +36,10 @@ def test_a_failure_ends_with_what_to_set(pytester):
         def test_honours_what_it_declares_and_refuses_the_rest(capability):
             raise TypeError("unexpected keyword")
 
-        def test_others():
+        def test_fast_form_equals_reference():
+            raise ValueError("grid of 7")
+
+        def test_fast_form_equals_reference_again():
             assert 1 == 2
 
         def test_future_tokens_do_not_matter_when_causal():
@@ -42,9 +47,9 @@ def test_a_failure_ends_with_what_to_set(pytester):
         """
     )
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "no:xdist")
-    result.assert_outcomes(failed=3, skipped=1)
+    result.assert_outcomes(failed=4, skipped=1)
     said = [line for line in result.outlines if "set in its class" in line and line.startswith("E")]
-    assert [line.split("class: ")[1] for line in said] == ["segments = False", "softcap = False"]
+    assert [line.split("class: ")[1] for line in said] == ["segments = False", "softcap = False", REFUSED]
 
 
 def failing(cls, test, message, causal=True):
