@@ -61,7 +61,7 @@ def test_help_tells_what_there_is():
     assert all(mode in finetune for mode in typing.get_args(typing.get_type_hints(FinetuneConfig)["tune"]))
 
 
-def test_list_shows_the_registry_in_80_columns():
+def test_list_shows_all_of_the_registry_in_80_columns():
     lines = call("list", columns=80).output.splitlines()
     assert max(map(len, lines)) <= 80
     assert not any("…" in line for line in lines)

@@ -11,7 +11,7 @@ from attn_plugins.core.registry import get_attention, list_attentions
 ATTRIBUTES = ("family", "cost", "paper", "when", "keeps", *CAPABILITIES)
 
 
-def test_the_sources_tell_what_the_classes_say():
+def test_the_sources_tell_what_the_classes_of_the_registry_say():
     own = [name for name in list_attentions() if get_attention(name).__module__.startswith("attn_plugins.attentions.")]
     said = [{one: getattr(get_attention(name), one) for one in ("name", *ATTRIBUTES)} for name in own]
     assert catalogue.from_sources(ATTRIBUTES) == said, "list would import torch, or show something else"
