@@ -63,8 +63,9 @@ def test_compare(path, monkeypatch):
 def test_bench(path):
     tree = read_yaml(path)
     assert tree["output_dir"] == f"runs/bench/{path.stem}"
-    if path.stem == "decode":
-        assert build(DecodeConfig, tree) == DecodeConfig(), "the file and the defaults say the same"
+    if "contexts" in tree:
+        built = build(DecodeConfig, tree)
+        assert path.stem != "decode" or built == DecodeConfig(), "the file and the defaults say the same"
         return
     # What is meant for another device is checked on this one, as far as it is there.
     config = build(BenchConfig, tree if tree["device"] == "cpu" else {**tree, "device": "cpu"})
