@@ -30,7 +30,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from attn_plugins import describe_attention, swap_attention
 from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.benchmark.tables import Table, brief_number
-from attn_plugins.benchmark.timing import Part, compared, interleaved, parts
+from attn_plugins.benchmark.timing import Workload, compared, interleaved, parts
 from attn_plugins.config.extras import need
 from attn_plugins.config.versions import versions
 from attn_plugins.config.yaml import parse_yaml
@@ -388,7 +388,7 @@ def _speed(subject: Subject, other: nn.Module, args: argparse.Namespace) -> dict
     return {"scope": args.scope, "rounds": args.rounds, **compared(seconds["other"], seconds["own"])}
 
 
-def _work(model: nn.Module, sample: Inputs, scope: str) -> list[Part]:
+def _work(model: nn.Module, sample: Inputs, scope: str) -> list[Workload]:
     if scope == "attention":
         return parts(model, sample["input_ids"], "attention", "forward")
 
@@ -396,7 +396,7 @@ def _work(model: nn.Module, sample: Inputs, scope: str) -> list[Part]:
     def forward() -> None:
         model(**sample)
 
-    return [Part(run=forward, count=1)]
+    return [Workload(run=forward, count=1)]
 
 
 def report(records: list[dict[str, Any]]) -> str:

@@ -5,7 +5,7 @@ import torch
 from cases import SCALE, Case, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.native_sparse import NativeSparseAttention
-from attn_plugins.benchmark.timing import Part, peak_bytes
+from attn_plugins.benchmark.timing import Workload, peak_bytes
 from attn_plugins.ops.blocks import native_sparse as ops
 from attn_plugins.ops.reference import dense_attention
 
@@ -144,7 +144,7 @@ def test_compression_keeps_its_inputs_only_and_copies_no_key_twice():
     length, heads, size = 4096, 2, 16
     x_BGKD = torch.randn(1, length, heads, size).transpose(1, 2).requires_grad_()
     weight_GC, keys_BMC = torch.randn(heads, 32), torch.arange(length).unfold(0, 32, 8).unsqueeze(0)
-    run = Part(run=lambda: ops.compress(x_BGKD, weight_GC, keys_BMC).sum().backward(), count=1)
+    run = Workload(run=lambda: ops.compress(x_BGKD, weight_GC, keys_BMC).sum().backward(), count=1)
     assert peak_bytes([run], torch.device("cpu")) < 3 * x_BGKD.nbytes  # blocks overlap: their keys are 4 times as many
 
 

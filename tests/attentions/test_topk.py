@@ -5,7 +5,7 @@ import torch
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.topk import TopkAttention
-from attn_plugins.benchmark.timing import Part, peak_bytes
+from attn_plugins.benchmark.timing import Workload, peak_bytes
 from attn_plugins.ops.softmax import topk as ops
 
 
@@ -87,7 +87,7 @@ def test_nothing_of_queries_times_keys_is_kept(monkeypatch):
     monkeypatch.setattr(ops, "SCORES_AT_ONCE", 2**14)
     for x in given.tensors():
         x.requires_grad_()
-    run = Part(run=lambda: given.run(module, case.mask(1, length, length)).sum().backward(), count=1)
+    run = Workload(run=lambda: given.run(module, case.mask(1, length, length)).sum().backward(), count=1)
     assert peak_bytes([run], torch.device("cpu")) < length * length
 
 
