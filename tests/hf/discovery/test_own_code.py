@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecode
 import attn_plugins as ap
 from attn_plugins.hf.discovery.interface import dispatch_of
 
-EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "own_model.py"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "own_model.py"
 
 
 def plain(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:

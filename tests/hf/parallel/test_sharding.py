@@ -71,7 +71,7 @@ dist.destroy_process_group()
 
 
 def on_two_processes(code: str, folder: Path) -> None:
-    where = str(Path(__file__).parent)
+    where = str(Path(tiny.__file__).parent)
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {where!r})\n{code}", str(folder)]
     told = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     first, second = (
