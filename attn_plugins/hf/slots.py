@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from attn_plugins.core.rules import Rule
 from attn_plugins.hf import adapters, hidden_states
 from attn_plugins.hf.discovery import modules as discovery
-from attn_plugins.hf.discovery.rotary import turns
+from attn_plugins.hf.discovery.rotary import applies_rotary
 from attn_plugins.hf.names import SLOT, slot_of
 from attn_plugins.hf.parallel.sharding import refuse_split_heads
 
@@ -43,7 +43,7 @@ def build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str, laye
         raise untold or error from None
     if untold is not None and next(slot.parameters(), None) is not None:
         raise untold  # these weights need a head shape
-    if slot.wants_rotary and not turns(module):
+    if slot.wants_rotary and not applies_rotary(module):
         raise ValueError(
             f"{rule.type}({slot.extra_repr()}) needs rotary positions, and {path} ({type(module).__name__}) has none "
             "that attn_plugins can find; leave that option at its default for this model"

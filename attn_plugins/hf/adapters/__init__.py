@@ -1,10 +1,11 @@
-"""Attention classes that compute attention inline, made to call transformers' attention interface: one file a family.
+"""Attention classes that compute attention inline, made to call transformers' attention interface.
 
-The file is named after the package under ``transformers.models`` whose classes it serves, and imported when a model has
-a module of that package. It holds *adapters*: subclasses of the family's own attention classes, of the same name, whose
-``forward`` is decorated with :func:`slotted`, computes queries, keys, values and biases as the family's does, and gives
-them to ``ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]``. A module becomes its adapter by an exchange of ``__class__``, which
-keeps its weights, hooks and place, and is exchanged back when the model is restored.
+A file names in ``FAMILIES``, a literal, the packages under ``transformers.models`` whose classes it adapts; it is
+imported when a model has a module of one of them. It holds *adapters*: subclasses of the families' own attention
+classes, of the same name, whose ``forward`` is decorated with :func:`slotted`, computes queries, keys, values and
+biases as the family's does, and gives them to ``ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]``. A module becomes its adapter
+by an exchange of ``__class__``, which keeps its weights, hooks and place, and is exchanged back when the model is
+restored.
 
 An adapter may state what its module's attributes don't, as class attributes or properties: ``is_causal`` (or
 ``is_causal_in(model, path)``, where that depends on the model that holds it), ``adds_position_bias`` where it gives a
@@ -12,6 +13,7 @@ An adapter may state what its module's attributes don't, as class attributes or 
 does to a mask before its modules get it, for those that run the family's own ``forward``.
 """
 
+import ast
 import copy
 import functools
 import importlib
@@ -31,9 +33,19 @@ from attn_plugins.hf.names import BASE, IMPLEMENTATION, SLOT
 
 
 @functools.cache
-def families() -> tuple[str, ...]:
-    """Names of the families that have adapters."""
-    return tuple(sorted(file.name for file in pkgutil.iter_modules(__path__)))
+def families() -> dict[str, str]:
+    """Each family that has adapters, and the name of the file that holds them.
+
+    Read from the files without importing them, which would import the families' own.
+    """
+    found = {}
+    for file in pkgutil.iter_modules(__path__):
+        source = pkgutil.get_data(__name__, f"{file.name}.py")
+        assert source is not None
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FAMILIES":
+                found.update(dict.fromkeys(ast.literal_eval(node.value), file.name))
+    return dict(sorted(found.items()))
 
 
 def adapter_of(cls: type[nn.Module]) -> type[nn.Module] | None:
@@ -53,7 +65,7 @@ def _find(cls: type[nn.Module]) -> type[nn.Module] | None:
     package = re.match(r"transformers\.models\.(\w+)\.", cls.__module__)
     if package is None or package[1] not in families():
         return None
-    file = importlib.import_module(f"{__name__}.{package[1]}")
+    file = importlib.import_module(f"{__name__}.{families()[package[1]]}")
     own = (c for c in vars(file).values() if isinstance(c, type) and c.__module__ == file.__name__)
     return next((c for c in own if c.__base__ is cls), None)
 
@@ -151,7 +163,7 @@ def attend_as_bert(
     *,
     source: torch.Tensor | None = None,
     cache: Any = None,
-    turned: Callable[..., tuple[Heads, ...]] | None = None,
+    rotate: Callable[..., tuple[Heads, ...]] | None = None,
     position_bias: torch.Tensor | None = None,
     output_attentions: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -159,7 +171,7 @@ def attend_as_bert(
 
     Args:
         source: the states of an encoder, where keys and values are of these.
-        turned: gives queries, keys and values their positions, where these are not of an encoder.
+        rotate: gives queries, keys and values their rotary positions, where these are not of an encoder.
     """
 
     def heads(project: nn.Module, states: torch.Tensor) -> Heads:
@@ -170,8 +182,8 @@ def attend_as_bert(
     def made() -> tuple[Heads, Heads]:
         nonlocal query
         key, value = heads(module.key, states), heads(module.value, states)
-        if turned is not None and source is None:
-            query, key, value = turned(query, key, value)
+        if rotate is not None and source is None:
+            query, key, value = rotate(query, key, value)
         return key, value
 
     key, value = cached(cache, getattr(module, "layer_idx", None), source is not None, made)

@@ -13,6 +13,8 @@ from transformers.models.blip import modeling_blip, modeling_blip_text
 from attn_plugins.hf.adapters import cached, slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("blip",)
+
 
 class BlipAttention(modeling_blip.BlipAttention):
     is_causal = False

@@ -11,6 +11,8 @@ from transformers.models.bloom import modeling_bloom
 from attn_plugins.hf.adapters import slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("bloom",)
+
 
 class BloomAttention(modeling_bloom.BloomAttention):
     is_causal = True

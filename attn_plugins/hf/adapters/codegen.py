@@ -10,6 +10,8 @@ from transformers.models.codegen import modeling_codegen
 from attn_plugins.hf.adapters import slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("codegen",)
+
 
 class CodeGenAttention(modeling_codegen.CodeGenAttention):
     is_causal = True
@@ -28,12 +30,12 @@ class CodeGenAttention(modeling_codegen.CodeGenAttention):
         query, value, key = (x.flatten(2, 3) for x in parts.unbind(3))
         sin, cos = self.embed_positions.to(position_ids.device)[position_ids].chunk(2, dim=-1)
 
-        def turned(x: torch.Tensor) -> torch.Tensor:
+        def rotate(x: torch.Tensor) -> torch.Tensor:
             width = x.shape[-1] if self.rotary_dim is None else self.rotary_dim
-            turning = modeling_codegen.apply_rotary_pos_emb(x[..., :width], sin, cos)
-            return torch.cat([turning, x[..., width:]], dim=-1).to(x.dtype).transpose(1, 2)
+            rotated = modeling_codegen.apply_rotary_pos_emb(x[..., :width], sin, cos)
+            return torch.cat([rotated, x[..., width:]], dim=-1).to(x.dtype).transpose(1, 2)
 
-        query, key, value = turned(query), turned(key), value.transpose(1, 2)
+        query, key, value = rotate(query), rotate(key), value.transpose(1, 2)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](

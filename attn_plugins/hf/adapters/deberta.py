@@ -10,6 +10,8 @@ from transformers.models.deberta import modeling_deberta
 from attn_plugins.hf.adapters import padding_of, slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("deberta",)
+
 
 class DisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention):
     is_causal = False

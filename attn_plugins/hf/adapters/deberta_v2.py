@@ -11,6 +11,8 @@ from transformers.models.deberta_v2 import modeling_deberta_v2
 from attn_plugins.hf.adapters import padding_of, slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("deberta_v2",)
+
 
 class DisentangledSelfAttention(modeling_deberta_v2.DisentangledSelfAttention):
     is_causal = False

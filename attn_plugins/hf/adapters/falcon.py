@@ -14,6 +14,8 @@ from transformers.models.falcon import modeling_falcon
 from attn_plugins.hf.adapters import slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("falcon",)
+
 
 class FalconAttention(modeling_falcon.FalconAttention):
     @property

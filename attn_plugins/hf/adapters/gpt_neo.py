@@ -12,6 +12,8 @@ from attn_plugins.hf.adapters import slotted
 from attn_plugins.hf.masks.mask_function import LazyMask
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("gpt_neo",)
+
 
 class GPTNeoSelfAttention(modeling_gpt_neo.GPTNeoSelfAttention):
     @property

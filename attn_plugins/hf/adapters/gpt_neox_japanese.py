@@ -10,6 +10,8 @@ from transformers.models.gpt_neox_japanese import modeling_gpt_neox_japanese
 from attn_plugins.hf.adapters import slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("gpt_neox_japanese",)
+
 
 class GPTNeoXJapaneseAttention(modeling_gpt_neox_japanese.GPTNeoXJapaneseAttention):
     is_causal = True
@@ -29,10 +31,10 @@ class GPTNeoXJapaneseAttention(modeling_gpt_neox_japanese.GPTNeoXJapaneseAttenti
         fused = self.query_key_value(hidden_states).unflatten(-1, (-1, 3, self.head_size))
         query, key, value = fused.transpose(1, 2).unbind(3)
         width = self.rotary_ndims
-        turning = modeling_gpt_neox_japanese.apply_rotary_pos_emb(
+        rotated = modeling_gpt_neox_japanese.apply_rotary_pos_emb(
             query[..., :width], key[..., :width], *position_embeddings
         )
-        query, key = (torch.cat([t, x[..., width:]], dim=-1) for t, x in zip(turning, (query, key), strict=True))
+        query, key = (torch.cat([t, x[..., width:]], dim=-1) for t, x in zip(rotated, (query, key), strict=True))
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](

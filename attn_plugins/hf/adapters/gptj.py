@@ -10,6 +10,8 @@ from transformers.models.gptj import modeling_gptj
 from attn_plugins.hf.adapters import slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("gptj",)
+
 
 class GPTJAttention(modeling_gptj.GPTJAttention):
     @slotted
@@ -29,12 +31,12 @@ class GPTJAttention(modeling_gptj.GPTJAttention):
         index = position_ids.unsqueeze(-1).repeat(1, 1, table.shape[-1])
         sin, cos = torch.gather(table, 1, index).to(key.dtype).chunk(2, dim=-1)
 
-        def turned(x: torch.Tensor) -> torch.Tensor:
+        def rotate(x: torch.Tensor) -> torch.Tensor:
             width = x.shape[-1] if self.rotary_dim is None else self.rotary_dim
-            turning = modeling_gptj.apply_rotary_pos_emb(x[..., :width], sin, cos)
-            return torch.cat([turning, x[..., width:]], dim=-1).transpose(1, 2)
+            rotated = modeling_gptj.apply_rotary_pos_emb(x[..., :width], sin, cos)
+            return torch.cat([rotated, x[..., width:]], dim=-1).transpose(1, 2)
 
-        query, key, value = turned(query), turned(key), value.transpose(1, 2)
+        query, key, value = rotate(query), rotate(key), value.transpose(1, 2)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
         out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](

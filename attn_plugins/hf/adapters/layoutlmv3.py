@@ -10,6 +10,8 @@ from transformers.models.layoutlmv3 import modeling_layoutlmv3
 
 from attn_plugins.hf.adapters import attend_as_bert, slotted
 
+FAMILIES = ("layoutlmv3",)
+
 
 class LayoutLMv3SelfAttention(modeling_layoutlmv3.LayoutLMv3SelfAttention):
     is_causal = False

@@ -9,6 +9,8 @@ from transformers.models.mpnet import modeling_mpnet
 from attn_plugins.hf.adapters import slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("mpnet",)
+
 
 class MPNetSelfAttention(modeling_mpnet.MPNetSelfAttention):
     is_causal = False

@@ -9,6 +9,8 @@ from transformers.models.mpt import modeling_mpt
 from attn_plugins.hf.adapters import slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("mpt",)
+
 
 class MptAttention(modeling_mpt.MptAttention):
     is_causal = True

@@ -7,6 +7,8 @@ from transformers.models.roformer import modeling_roformer
 
 from attn_plugins.hf.adapters import attend_as_bert, slotted
 
+FAMILIES = ("roformer",)
+
 
 class RoFormerSelfAttention(modeling_roformer.RoFormerSelfAttention):
     @slotted
@@ -20,7 +22,7 @@ class RoFormerSelfAttention(modeling_roformer.RoFormerSelfAttention):
         output_attentions: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        def turned(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def rotate(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
             if sinusoidal_pos is None:
                 return query, key, value
             if self.rotary_value:
@@ -33,6 +35,6 @@ class RoFormerSelfAttention(modeling_roformer.RoFormerSelfAttention):
             attention_mask,
             source=encoder_hidden_states,
             cache=past_key_values,
-            turned=turned,
+            rotate=rotate,
             output_attentions=output_attentions,
         )

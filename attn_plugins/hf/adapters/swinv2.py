@@ -10,6 +10,8 @@ from transformers.models.swinv2 import modeling_swinv2
 from attn_plugins.hf.adapters import slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("swinv2",)
+
 
 class Swinv2SelfAttention(modeling_swinv2.Swinv2SelfAttention):
     is_causal = False

@@ -10,6 +10,8 @@ from transformers.models.xlm import modeling_xlm
 from attn_plugins.hf.adapters import cached, slotted
 from attn_plugins.hf.names import IMPLEMENTATION
 
+FAMILIES = ("xlm",)
+
 
 class MultiHeadAttention(modeling_xlm.MultiHeadAttention):
     def is_causal_in(self, model: nn.Module, path: str) -> bool:

@@ -8,7 +8,7 @@ from attn_plugins.core.rotary import Rotary
 from attn_plugins.hf.call import Call
 
 
-def turns(module: nn.Module) -> bool:
+def applies_rotary(module: nn.Module) -> bool:
     """Whether a module gives its queries rotary positions in a way that :func:`rotary_of` knows."""
     forward = inspect.unwrap(type(module).forward)
     return (
@@ -17,9 +17,9 @@ def turns(module: nn.Module) -> bool:
 
 
 def rotary_of(module: nn.Module, call: Call | None) -> Rotary | None:
-    """What a module was told to turn its queries by, and its own function that does it, where it has both."""
+    """The rotary positions in a module's call, and its own function that applies them, where it has both."""
     given = None if call is None else call.kwargs.get("position_embeddings")
-    turn = inspect.unwrap(type(module).forward).__globals__.get("apply_rotary_pos_emb")
-    if turn is None or not isinstance(given, tuple):
+    apply = inspect.unwrap(type(module).forward).__globals__.get("apply_rotary_pos_emb")
+    if apply is None or not isinstance(given, tuple):
         return None
-    return Rotary(given[0], given[1], lambda x, cos, sin: turn(x, x, cos, sin)[0])
+    return Rotary(given[0], given[1], lambda x, cos, sin: apply(x, x, cos, sin)[0])

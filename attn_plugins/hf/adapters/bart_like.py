@@ -1,11 +1,14 @@
-"""TrOCR: a decoder of text, and from it to the states of the patches that an encoder has seen."""
+"""Modules that name their parts as BART's does: a decoder, and from it to the states of an encoder."""
 
 from typing import Any
 
 import torch
 from transformers.models.trocr import modeling_trocr
+from transformers.models.xglm import modeling_xglm
 
 from attn_plugins.hf.adapters import attend_as_bart, slotted
+
+FAMILIES = ("trocr", "xglm")
 
 
 class TrOCRAttention(modeling_trocr.TrOCRAttention):
@@ -19,3 +22,7 @@ class TrOCRAttention(modeling_trocr.TrOCRAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return attend_as_bart(self, hidden_states, key_value_states, past_key_values, attention_mask, **kwargs)
+
+
+class XGLMAttention(modeling_xglm.XGLMAttention):
+    forward = TrOCRAttention.forward
