@@ -6,7 +6,8 @@ import torch
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.reference import dense_attention
-from attn_plugins.ops.softmax.topk import tie_stable_scores, topk_attention, topk_mask, topk_threshold
+from attn_plugins.ops.softmax.tile_engine import topk_mask, topk_threshold
+from attn_plugins.ops.softmax.topk import tie_stable_scores, topk_attention
 
 
 @register_attention("topk")

@@ -7,8 +7,8 @@ from torch.nn.functional import elu
 from attn_plugins.attentions.linear_window import LinearWindowAttention
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.linear import window as ops
 from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.patterns.band import ROWS, Band
 
 SCALE = 0.4
 
@@ -149,8 +149,10 @@ def run_weights(module, q, k, v):
 def test_scores_are_made_for_the_window_only():
     for causal, sides in ((True, 1), (False, 2)):
         mask = AttentionMask(1, 4096, 4096, causal=causal)
-        pairs = sum(tile.hidden[0].numel() for tile in ops._tiles(mask, 100, torch.float32))
-        assert pairs <= 4096 * (sides * 100 + ops.ROWS_A_TILE)
+        run(attention(window_size=100), *tensors(4096), mask)
+        tiles = mask.memo[Band(100, 99)]
+        pairs = sum((t.queries.stop - t.queries.start) * (t.keys[0].stop - t.keys[0].start) for t in tiles)
+        assert pairs <= 4096 * (sides * 100 + ROWS)
 
 
 def test_the_state_is_float32_in_half_precision():

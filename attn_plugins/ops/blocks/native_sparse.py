@@ -4,6 +4,7 @@ Letter beside the legend's: M compressed blocks.
 """
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,9 @@ from attn_plugins.ops.reference import (
     scores,
 )
 from attn_plugins.ops.softmax.patterns.band import Band
+from attn_plugins.ops.softmax.tile_engine import Tile, attend_tiles, slices, visible_tile
 from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
-from attn_plugins.ops.softmax.topk import Tile, attention_by_tiles, pieces, round_up
+from attn_plugins.ops.softmax.topk import round_up
 
 SCORES_AT_ONCE = 2**19
 """Scores with compressed blocks that are worked on at a time."""
@@ -61,7 +63,7 @@ class Compression:
 
     keys_BMC: torch.Tensor
     """(B, M, kernel_size): the keys of each, 0 where a row has fewer blocks."""
-    not_padding_BM: torch.Tensor
+    exists_BM: torch.Tensor
     """(B, M): whether there is such a block."""
     last_BM: torch.Tensor
     """(B, M): its last key."""
@@ -94,25 +96,25 @@ def compression_of(mask: AttentionMask, kernel_size: int, kernel_stride: int, bl
         # The first keys of whole blocks, in order; rows with fewer end with keys that begin none.
         most = length if recorded(whole_BK) else max(1, int(whole_BK.sum(dim=1).max()))
         first_BM = torch.where(whole_BK, index, length).sort(dim=1).values[:, :most]
-        not_padding_BM = first_BM < length
-        first_BM = first_BM.masked_fill(~not_padding_BM, 0)
-        keys_BMC = (first_BM.unsqueeze(-1) + torch.arange(kernel_size, device=device)) * not_padding_BM.unsqueeze(-1)
+        exists_BM = first_BM < length
+        first_BM = first_BM.masked_fill(~exists_BM, 0)
+        keys_BMC = (first_BM.unsqueeze(-1) + torch.arange(kernel_size, device=device)) * exists_BM.unsqueeze(-1)
         # Of blocks that share keys with [low, low + block_size), the first begins after low - kernel_size.
         low_BN = blocks.keys_BNC[..., 0]
         reach = (block_size + kernel_size - 2) // kernel_stride + 1
-        from_BN = torch.searchsorted(torch.where(not_padding_BM, first_BM, length), low_BN - kernel_size + 1)
+        from_BN = torch.searchsorted(torch.where(exists_BM, first_BM, length), low_BN - kernel_size + 1)
         over_BNW = from_BN.unsqueeze(-1) + torch.arange(reach, device=device)
         there = over_BNW < first_BM.shape[1]
         over_BNW = over_BNW.masked_fill(~there, 0)
         begin_BNW = first_BM.gather(1, over_BNW.flatten(1)).view(over_BNW.shape)
-        there &= not_padding_BM.gather(1, over_BNW.flatten(1)).view(over_BNW.shape)
+        there &= exists_BM.gather(1, over_BNW.flatten(1)).view(over_BNW.shape)
         low = low_BN.unsqueeze(-1)
         shared = torch.minimum(begin_BNW + kernel_size, low + block_size) - torch.maximum(begin_BNW, low)
         share_BNW = shared.clamp(min=0).masked_fill(~there, 0) / kernel_size
         start_BM = starts_BK.gather(1, first_BM)
         return Compression(
             keys_BMC,
-            not_padding_BM,
+            exists_BM,
             first_BM + kernel_size - 1,
             start_BM,
             over_BNW,
@@ -175,7 +177,7 @@ def visible_blocks(at: slice, number: int, compression: Compression) -> torch.Te
     blocks, seen = compression.blocks, slice(number)
     position = blocks.position_Q[at]
     start_BT = blocks.start_BN.gather(1, blocks.block_BK[:, position])
-    visible = compression.not_padding_BM[:, None, seen] & (compression.start_BM[:, None, seen] == start_BT.unsqueeze(2))
+    visible = compression.exists_BM[:, None, seen] & (compression.start_BM[:, None, seen] == start_BT.unsqueeze(2))
     if blocks.causal:
         visible = visible & (compression.last_BM[:, None, seen] <= position.view(1, -1, 1))
     return visible
@@ -239,30 +241,23 @@ def compressed_attention(
     """
     batch, heads, queries = q_BHQD.shape[:3]
     groups, number = k_BGMD.shape[1:3]
-    blocks, tiles = compression.blocks, []
-    for at in pieces(queries, max(1, SCORES_AT_ONCE // (batch * heads * number))):
-        seen = number
-        if blocks.causal:
-            past = compression.not_padding_BM & (compression.last_BM <= blocks.position_Q[at][-1])
-            seen = round_up(int(past.sum(dim=1).max()), number)
-        tiles.append(Tile(slice(0, batch), slice(0, groups), at, seen))
-    chosen_BGQT = torch.empty(
-        (batch, groups, queries, min(choice["topk"], blocks.start_BN.shape[1])), dtype=torch.long, device=q_BHQD.device
+    blocks = compression.blocks
+    chosen_BGQT = torch.full(
+        (batch, groups, queries, min(choice["topk"], blocks.start_BN.shape[1])), -1, device=q_BHQD.device
     )
 
-    def choose(tile: Tile, p_BHTM: torch.Tensor) -> None:
-        chosen_BGQT[:, :, tile.queries] = choose_by_weights(p_BHTM, groups, tile.queries, compression, **choice)
+    def tiles() -> Iterator[Tile]:
+        for at in slices(queries, max(1, SCORES_AT_ONCE // (batch * heads * number))):
+            seen = number
+            if blocks.causal:
+                past = compression.exists_BM & (compression.last_BM <= blocks.position_Q[at][-1])
+                seen = round_up(int(past.sum(dim=1).max()), number)
+            yield visible_tile(visible_blocks(at, seen, compression), at, slice(0, seen))
 
-    out_BHQV = attention_by_tiles(
-        q_BHQD,
-        k_BGMD,
-        v_BGMV,
-        tiles,
-        lambda tile: visible_blocks(tile.queries, tile.keys, compression).unsqueeze(1),
-        look=choose,
-        scale=scale,
-        dropout=dropout,
-    )
+    def choose(queries: slice, p_BHTM: torch.Tensor) -> None:
+        chosen_BGQT[:, :, queries] = choose_by_weights(p_BHTM, groups, queries, compression, **choice)
+
+    out_BHQV = attend_tiles(q_BHQD, k_BGMD, v_BGMV, tiles, look=choose, scale=scale, dropout=dropout)
     return out_BHQV, chosen_BGQT
 
 
@@ -423,7 +418,7 @@ def dense_native_sparse_attention(
 
     def spread(weight_GC: torch.Tensor) -> torch.Tensor:
         """(B, G, M, K): the weight of each key in each compressed block."""
-        weight_BGMC = weight_GC.to(dtype)[:, None] * compression.not_padding_BM[:, None, :, None]
+        weight_BGMC = weight_GC.to(dtype)[:, None] * compression.exists_BM[:, None, :, None]
         zeros = weight_BGMC.new_zeros(*weight_BGMC.shape[:3], k_BGKD.shape[2])
         return zeros.scatter_add(3, keys, weight_BGMC)
 
