@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ def test_every_public_name_has_a_home():
 def test_a_name_that_is_not_there():
     with pytest.raises(AttributeError, match="module 'attn_plugins' has no attribute 'swap'"):
         _ = ap.swap
+
+
+def test_a_checkout_that_is_not_installed_has_no_version(monkeypatch):
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert ap.__version__ == "0+unknown"
 
 
 def test_the_command_line_answers_without_torch():

@@ -65,7 +65,7 @@ def _lineage(path: Path, name: str) -> Iterator[ast.ClassDef | None]:
 
     None for one that is found nowhere.
     """
-    for node in ast.walk(_parsed(path)):
+    for node in _parsed(path).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             yield node
             for base in map(ast.unparse, node.bases):
@@ -80,6 +80,7 @@ def _lineage(path: Path, name: str) -> Iterator[ast.ClassDef | None]:
     yield None
 
 
+@functools.cache
 def _assigned(node: ast.ClassDef) -> dict[str, Any]:
     """Attributes that the body of a class sets, with their values where these are literals."""
     values: dict[str, Any] = {}
