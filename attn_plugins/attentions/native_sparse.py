@@ -8,6 +8,7 @@ from torch import nn
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.blocks.native_sparse import (
+    NativeSparseSizes,
     NativeSparseWeights,
     dense_native_sparse_attention,
     native_sparse_attention,
@@ -99,21 +100,20 @@ class NativeSparseAttention(Attention):
         nn.init.constant_(self.value_weight, 1 / self.config.kernel_size)
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return dense_native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._weights(), **self._sizes(), **options)
+        return dense_native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, *self._weights_and_sizes(), **options)
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._weights(), **self._sizes(), **options)
+        return native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, *self._weights_and_sizes(), **options)
 
     def new_state(self, fixed_length=None):
         kernel = (self.config.kernel_size, self.config.kernel_stride)
         return KeyBlocks(self.config.block_size, kernel, fixed_length)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, **options):
-        return native_sparse_from(q_BHQD, k_BGKD, v_BGKV, mask, state, self._weights(), **self._sizes(), **options)
+        return native_sparse_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *self._weights_and_sizes(), **options)
 
-    def _weights(self):
+    def _weights_and_sizes(self):
         gates = torch.stack([self.compressed_gate, self.selected_gate, self.window_gate], dim=1)
-        return NativeSparseWeights(self.gate_weight, gates, self.key_weight, self.value_weight)
-
-    def _sizes(self):
-        return dataclasses.asdict(self.config)
+        weights = NativeSparseWeights(self.gate_weight, gates, self.key_weight, self.value_weight)
+        names = [field.name for field in dataclasses.fields(NativeSparseSizes)]
+        return weights, NativeSparseSizes(**{name: getattr(self.config, name) for name in names})

@@ -58,6 +58,19 @@ class NativeSparseWeights:
 
 
 @dataclass(frozen=True)
+class NativeSparseSizes:
+    """Sizes of the three branches in keys and blocks, as the attention's options say them."""
+
+    kernel_size: int
+    kernel_stride: int
+    block_size: int
+    topk: int
+    init_blocks: int
+    local_blocks: int
+    window_size: int
+
+
+@dataclass(frozen=True)
 class Compression:
     """Where the compressed blocks of a mask's keys lie: all of real keys of one row or segment, in order."""
 
@@ -77,10 +90,10 @@ class Compression:
     """The blocks of the selection."""
 
 
-def compression_of(mask: AttentionMask, kernel_size: int, kernel_stride: int, block_size: int) -> Compression:
+def compression_of(mask: AttentionMask, sizes: NativeSparseSizes) -> Compression:
     """Compressed blocks at multiples of the stride from where a row or segment starts; made once a forward pass."""
-
-    block_size = min(block_size, mask.kv_length)
+    kernel_size, kernel_stride = sizes.kernel_size, sizes.kernel_stride
+    block_size = min(sizes.block_size, mask.kv_length)
 
     def build() -> Compression:
         blocks, device, length = block_layout(mask, block_size), mask.device, mask.kv_length
@@ -189,10 +202,7 @@ def choose_by_weights(
     groups: int,
     at: slice,
     compression: Compression,
-    *,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
+    sizes: NativeSparseSizes,
 ) -> torch.Tensor:
     """The blocks that queries of one key/value head see: (B, G, T, topk), own first, -1 where there are fewer.
 
@@ -202,7 +212,7 @@ def choose_by_weights(
     blocks, (batch, _, queries, number) = compression.blocks, p_BHTM.shape
     own = blocks.block_BK[:, blocks.position_Q[at]].unsqueeze(2)
     start = blocks.start_BN.gather(1, own.squeeze(2)).unsqueeze(2)
-    chosen = own.new_full((batch, groups, queries, min(topk, blocks.start_BN.shape[1])), -1)
+    chosen = own.new_full((batch, groups, queries, min(sizes.topk, blocks.start_BN.shape[1])), -1)
     chosen[..., 0] = own.squeeze(2).unsqueeze(1)
     last = int(own.max()) if blocks.causal and not recorded(own) else blocks.start_BN.shape[1]
     block = torch.arange(last, device=own.device)
@@ -215,8 +225,8 @@ def choose_by_weights(
     score = (p_BGTM.gather(-1, index).unflatten(-1, over.shape[1:]) * share[:, None, None]).sum(dim=-1)
     there = blocks.not_padding_BNC[:, block].any(dim=-1).unsqueeze(1) & (blocks.start_BN[:, None, block] == start)
     there &= (block < own) if blocks.causal else (block != own)
-    near = (own - block).abs() < local_blocks
-    near |= (blocks.keys_BNC[:, None, block, 0] - start) < init_blocks * blocks.keys_BNC.shape[-1]
+    near = (own - block).abs() < sizes.local_blocks
+    near |= (blocks.keys_BNC[:, None, block, 0] - start) < sizes.init_blocks * blocks.keys_BNC.shape[-1]
     score = score.masked_fill(near.unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
     best = score.topk(min(chosen.shape[-1] - 1, len(block)), dim=-1)
     chosen[..., 1 : 1 + best.indices.shape[-1]] = best.indices.masked_fill(best.values == 0, -1)
@@ -229,10 +239,10 @@ def compressed_attention(
     k_BGMD: torch.Tensor,
     v_BGMV: torch.Tensor,
     compression: Compression,
+    sizes: NativeSparseSizes,
     *,
     scale: float,
     dropout: float,
-    **choice: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over compressed blocks, a tile of queries at a time, and the choice by its weights.
 
@@ -243,7 +253,7 @@ def compressed_attention(
     groups, number = k_BGMD.shape[1:3]
     blocks = compression.blocks
     chosen_BGQT = torch.full(
-        (batch, groups, queries, min(choice["topk"], blocks.start_BN.shape[1])), -1, device=q_BHQD.device
+        (batch, groups, queries, min(sizes.topk, blocks.start_BN.shape[1])), -1, device=q_BHQD.device
     )
 
     def tiles() -> Iterator[Tile]:
@@ -255,7 +265,7 @@ def compressed_attention(
             yield visible_tile(visible_blocks(at, seen, compression), at, slice(0, seen))
 
     def choose(queries: slice, p_BHTM: torch.Tensor) -> None:
-        chosen_BGQT[:, :, queries] = choose_by_weights(p_BHTM, groups, queries, compression, **choice)
+        chosen_BGQT[:, :, queries] = choose_by_weights(p_BHTM, groups, queries, compression, sizes)
 
     out_BHQV = attend_tiles(q_BHQD, k_BGMD, v_BGMV, tiles, look=choose, scale=scale, dropout=dropout)
     return out_BHQV, chosen_BGQT
@@ -267,31 +277,24 @@ def native_sparse_attention(
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
     weights: NativeSparseWeights,
+    sizes: NativeSparseSizes,
     *,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    window_size: int,
     scale: float,
     dropout: float,
-    **choice: int,
 ) -> torch.Tensor:
     """The gated sum of the three branches, for masks of causality, padding and segments only.
-
-    Args:
-        choice: topk, init_blocks and local_blocks.
 
     Returns:
         out_BHQV in the dtype of v. Sums are taken in at least float32.
     """
-    compression = compression_of(mask, kernel_size, kernel_stride, block_size)
+    compression = compression_of(mask, sizes)
     k_BGMD = compress(k_BGKD, weights.key_weight_GC, compression.keys_BMC)
     v_BGMV = compress(v_BGKV, weights.value_weight_GC, compression.keys_BMC)
     options = {"scale": scale, "dropout": dropout}
-    compressed, chosen_BGQT = compressed_attention(q_BHQD, k_BGMD, v_BGMV, compression, **choice, **options)
+    compressed, chosen_BGQT = compressed_attention(q_BHQD, k_BGMD, v_BGMV, compression, sizes, **options)
     chosen = expand_heads(chosen_BGQT, q_BHQD.shape[1])
-    selected = block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=block_size, **options)
-    window = tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, Band(window_size, window_size - 1), **options)
+    selected = block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=sizes.block_size, **options)
+    window = tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, Band(sizes.window_size, sizes.window_size - 1), **options)
     gates = weights.gates(q_BHQD)
     out = sum(gates[..., [b]] * branch.to(gates.dtype) for b, branch in enumerate((compressed, selected, window)))
     return torch.as_tensor(out).to(v_BGKV.dtype)
@@ -304,11 +307,12 @@ def native_sparse_from(
     mask: AttentionMask,
     state: KeyBlocks,
     weights: NativeSparseWeights,
+    sizes: NativeSparseSizes,
     **options: Any,
 ) -> torch.Tensor:
     """The same for the last Q of K new tokens and all before them, which ``state`` keeps; it takes the new ones in."""
-    attend = functools.partial(native_sparse_attention, weights=weights)
-    gather_attend = functools.partial(gather_native_sparse_attention, weights=weights)
+    attend = functools.partial(native_sparse_attention, weights=weights, sizes=sizes)
+    gather_attend = functools.partial(gather_native_sparse_attention, weights=weights, sizes=sizes)
     kernels = (weights.key_weight_GC, weights.value_weight_GC)
     return attention_from_blocks(q_BHQD, k_BGKD, v_BGKV, mask, state, attend, gather_attend, kernels, **options)
 
@@ -318,14 +322,10 @@ def gather_native_sparse_attention(
     position_Q: torch.Tensor,
     state: KeyBlocks,
     weights: NativeSparseWeights,
+    sizes: NativeSparseSizes,
     *,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    window_size: int,
     scale: float,
     dropout: float,
-    **choice: int,
 ) -> torch.Tensor:
     """The same for a few causal queries, the last tokens of ``state``, from what that keeps.
 
@@ -335,13 +335,14 @@ def gather_native_sparse_attention(
         out_BHQV in at least float32.
     """
     held, at_Q1 = state.tensors, position_Q.unsqueeze(1)
+    kernel_size, kernel_stride, window_size = sizes.kernel_size, sizes.kernel_stride, sizes.window_size
     number = state.blocks_seen(kernel_stride, held["whole"].shape[1])
     k_BGMD, v_BGMV = (held[name][:, :, :number] for name in ("k_compressed", "v_compressed"))
     last_M = torch.arange(number, device=at_Q1.device) * kernel_stride + kernel_size - 1
     visible_BQM = held["whole"][:, None, :number] & (last_M + state.starts().view(-1, 1, 1) <= at_Q1)
     options = {"scale": scale, "dropout": dropout}
     compressed, p_BHQM = grouped_attention(q_BHQD, k_BGMD, v_BGMV, visible_BQM[:, None, None], **options)
-    chosen_BGQT = gather_choose(p_BHQM, position_Q, state, kernel_size, kernel_stride, **choice)
+    chosen_BGQT = gather_choose(p_BHQM, position_Q, state, sizes)
     selected = chosen_attention(q_BHQD, position_Q, state, chosen_BGQT, **options)
     k, v, near_K = state.last(window_size + len(position_Q) - 1)
     visible = (near_K <= at_Q1) & (near_K > at_Q1 - window_size) & (near_K >= 0)
@@ -357,19 +358,15 @@ def gather_choose(
     p_BHQM: torch.Tensor,
     position_Q: torch.Tensor,
     state: KeyBlocks,
-    kernel_size: int,
-    kernel_stride: int,
-    *,
-    topk: int,
-    init_blocks: int,
-    local_blocks: int,
+    sizes: NativeSparseSizes,
 ) -> torch.Tensor:
     """(B, G, Q, at most topk) blocks, as :func:`choose_by_weights` chooses them."""
+    kernel_size, kernel_stride = sizes.kernel_size, sizes.kernel_stride
     groups, size, compressed = state.tensors["k"].shape[1], state.block_size, p_BHQM.shape[3]
     own_BQ1 = own_blocks(position_Q, state).unsqueeze(2)
     own_BGQ1 = own_BQ1.unsqueeze(1).expand(-1, groups, -1, -1)
     number = state.blocks_seen(size, state.tensors["filled"].shape[1])
-    width = min(topk - 1, number)
+    width = min(sizes.topk - 1, number)
     if not width:
         return own_BGQ1
     # Blocks and compressed blocks count from the same start: which of them share keys is the same in every row.
@@ -388,7 +385,7 @@ def gather_choose(
     given = p_BGQM.flatten(0, 2).index_select(1, over_NW.clamp(max=compressed - 1).flatten())
     score = (given.view(*p_BGQM.shape[:3], *over_NW.shape) * share_NW).sum(dim=4)
     there = state.tensors["filled"][:, None, :number] & (block < own_BQ1)
-    near = (own_BQ1 - block < local_blocks) | (block < init_blocks)
+    near = (own_BQ1 - block < sizes.local_blocks) | (block < sizes.init_blocks)
     score = score.masked_fill(near.unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
     best = score.topk(width, dim=-1)
     return torch.cat([own_BGQ1, best.indices.masked_fill(best.values == 0, -1)], dim=3)
@@ -400,17 +397,13 @@ def dense_native_sparse_attention(
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
     weights: NativeSparseWeights,
+    sizes: NativeSparseSizes,
     *,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    window_size: int,
     scale: float,
     dropout: float,
-    **choice: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, through the whole matrix: (out_BHQV in the dtype of v, weights_BHQK in at least float32)."""
-    compression, everywhere = compression_of(mask, kernel_size, kernel_stride, block_size), slice(None)
+    compression, everywhere = compression_of(mask, sizes), slice(None)
     heads, groups = q_BHQD.shape[1], k_BGKD.shape[1]
     options: dict[str, Any] = {"scale": scale, "dropout": dropout}
     dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
@@ -425,13 +418,13 @@ def dense_native_sparse_attention(
     k_BGMD = spread(weights.key_weight_GC) @ k_BGKD.to(dtype)
     visible = visible_blocks(everywhere, k_BGMD.shape[2], compression).unsqueeze(1)
     p_BHQM = masked_softmax(scores(q_BHQD, k_BGMD, scale=scale), visible)
-    chosen_BGQT = choose_by_weights(p_BHQM, groups, everywhere, compression, **choice)
+    chosen_BGQT = choose_by_weights(p_BHQM, groups, everywhere, compression, sizes)
     # What a compressed block gets goes to its keys as its values are summed.
     spread_BGMK = spread(weights.value_weight_GC)
     compressed = torch.dropout(p_BHQM, dropout, train=dropout > 0) @ expand_heads(spread_BGMK, heads)
     chosen = chosen_keys(expand_heads(chosen_BGQT, heads), compression.blocks)
     selected = dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen, **options)[1]
-    near = dense_pattern(mask, Band(window_size, window_size - 1))
+    near = dense_pattern(mask, Band(sizes.window_size, sizes.window_size - 1))
     window = dense_attention(q_BHQD, k_BGKD, v_BGKV, near, **options)[1]
     gates = weights.gates(q_BHQD)
     weights_BHQK = gates[..., [0]] * compressed + gates[..., [1]] * selected + gates[..., [2]] * window
