@@ -1,6 +1,7 @@
 """Models and texts on disk, as a user would have them: tiny, random, made once a test run."""
 
 import atexit
+import gc
 import json
 import logging
 import os
@@ -61,6 +62,12 @@ def tokenizer(*, encoder=False):
             single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=ends
         )
     return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -9,18 +9,19 @@ import attn_plugins as ap
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
 
-WHOLE = ["softmax", {"type": "linear", "feature_map": "hedgehog"}, "additive"]
+LEARNED = {"type": "linear", "feature_map": "hedgehog"}
+WHOLE = [{"type": "softmax", "layers": 0}, {**LEARNED, "layers": 1}, {"type": "additive", "layers": 2}]
 MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("softmax_plus_one", "fastformer")]
 
 
 def compiled(flag, backend="eager"):
     torch._dynamo.reset()
-    model = ap.swap_attention(tiny.build("llama", num_hidden_layers=1), flag)
+    model = ap.swap_attention(tiny.build("llama", num_hidden_layers=len(flag) if flag is WHOLE else 1), flag)
     count = CompileCounterWithBackend(backend)
     return model, torch.compile(model, backend=count, fullgraph=True), count
 
 
-@pytest.mark.parametrize("flag", [*WHOLE, *MORE], ids=str)
+@pytest.mark.parametrize("flag", [pytest.param(WHOLE, id="softmax, linear and additive"), *MORE])
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_a_prompt_is_one_graph(flag, padded):
@@ -36,7 +37,7 @@ def test_a_prompt_is_one_graph(flag, padded):
     assert count.frame_count == 2
 
 
-@pytest.mark.parametrize("flag", [WHOLE[1], pytest.param("additive", marks=pytest.mark.slow), *MORE], ids=str)
+@pytest.mark.parametrize("flag", [LEARNED, pytest.param("additive", marks=pytest.mark.slow), *MORE], ids=str)
 def test_a_step_of_training_is_one_graph(flag):
     model, call, count = compiled(flag, "aot_eager")
     ids = torch.randint(3, 90, (2, 6))

@@ -50,7 +50,8 @@ def test_what_lacks_a_need_of_the_model_is_refused(model_name):
 def test_cached_equals_uncached_for_greedy_and_beams_with_left_padding(name, model_name):
     model, given = swapped(name, model_name), tiny.inputs(model_name)
     given.pop("decoder_input_ids", None)
-    for how in ({}, {"num_beams": 3}):
+    greedy = [{}] if model_name == "llama" else []  # beams are the same steps, and reorder the cache between them
+    for how in (*greedy, {"num_beams": 3}):
         made = [
             model.generate(**given, **GREEDY, **how, use_cache=cache, output_logits=True, return_dict_in_generate=True)
             for cache in (True, False)

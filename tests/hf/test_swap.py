@@ -175,13 +175,13 @@ def test_threads_share_a_model():
 @pytest.mark.parametrize("flag", ["softmax", "local", "linear"])
 @torch.no_grad()
 def test_compiled_model_equals_eager(flag):
-    given, model = tiny.inputs("llama"), ap.swap_attention(tiny.build("llama"), flag)
+    given, model = tiny.inputs("llama"), ap.swap_attention(tiny.build("llama", num_hidden_layers=1), flag)
     expected = tiny.output(model, given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor's own, about this machine
         compiled = torch.compile(model)
         torch.testing.assert_close(tiny.output(compiled, given), expected, atol=1e-5, rtol=1e-4)
-    assert plugins(compiled) == [flag] * 3
+    assert plugins(compiled) == [flag]
 
 
 def test_the_same_attention_keeps_its_weights_when_rules_change():

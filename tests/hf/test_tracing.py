@@ -22,9 +22,9 @@ KINDS = {"bert": "bidirectional", "llama": "causal"}
 class States(torch.nn.Module):
     """The last hidden states of a model, or what its head makes of them."""
 
-    def __init__(self, name, flag):
+    def __init__(self, name, flag, **config):
         super().__init__()
-        model = tiny.build(name)
+        model = tiny.build(name, **config)
         self.model = ap.swap_attention(model.bert if name == "bert" else model, flag)
         self.options = {"use_cache": False} if name == "llama" else {}
 

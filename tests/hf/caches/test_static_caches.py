@@ -176,7 +176,7 @@ def graphs_of(model, given, backend="eager", **how):
 @pytest.mark.parametrize(("name", "layers"), COMPILED)
 @torch.no_grad()
 def test_one_graph_without_a_break_serves_every_decode_step(name, layers):
-    model = ap.swap_attention(tiny.build("llama"), {**flag(name), "layers": layers})
+    model = ap.swap_attention(tiny.build("llama", num_hidden_layers=2), {**flag(name), "layers": layers})
     for padded in (True, False):
         given = tiny.inputs("llama", length=8, padded=padded)
         made, graphs = graphs_of(model, given)
@@ -186,7 +186,8 @@ def test_one_graph_without_a_break_serves_every_decode_step(name, layers):
 
 @torch.no_grad()
 def test_a_decode_step_is_compiled_before_the_first_keys_of_all_rows_are_there():
-    model = ap.swap_attention(tiny.build("llama"), {"type": "local", "window_size": 2, "num_sink_tokens": 6})
+    rules = {"type": "local", "window_size": 2, "num_sink_tokens": 6}
+    model = ap.swap_attention(tiny.build("llama", num_hidden_layers=1), rules)
     given = tiny.inputs("llama", length=3, padded=False)
     given["attention_mask"][0, :2] = 0
     made, graphs = graphs_of(model, given)
@@ -199,7 +200,8 @@ def test_a_forward_that_a_user_compiles_takes_one_graph_and_no_token_too_many():
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     for rules in (LOCAL, "softmax"):
-        model, ids = ap.swap_attention(tiny.build("llama"), rules), prompt(length=17)["input_ids"]
+        model = ap.swap_attention(tiny.build("llama", num_hidden_layers=1), rules)
+        ids = prompt(length=17)["input_ids"]
         cache, want = StaticCache(config=model.config, max_cache_len=17), model(ids, use_cache=False).logits
         model(ids[:, :10], past_key_values=cache)
         step = torch.compile(model, backend="eager", fullgraph=True)
@@ -214,7 +216,8 @@ def test_a_forward_that_a_user_compiles_takes_one_graph_and_no_token_too_many():
 
 @torch.no_grad()
 def test_attentions_that_need_the_written_keys_alone_are_right_in_a_compiled_step():
-    model, given, how = ap.swap_attention(tiny.build("llama"), "strided"), prompt(), compiled("eager")
+    model = ap.swap_attention(tiny.build("llama", num_hidden_layers=1), "strided")
+    given, how = prompt(), compiled("eager")
     how.fullgraph = False
     torch.compiler.reset()
     made = model.generate(**given, **GREEDY, cache_implementation="static", compile_config=how)
@@ -223,10 +226,10 @@ def test_attentions_that_need_the_written_keys_alone_are_right_in_a_compiled_ste
 
 @torch.no_grad()
 def test_a_step_goes_on_eagerly_after_compiled_ones():
-    model, given = ap.swap_attention(tiny.build("llama"), LOCAL), prompt()
+    model, given = ap.swap_attention(tiny.build("llama", num_hidden_layers=1), LOCAL), prompt()
     cache = StaticCache(config=model.config, max_cache_len=30)
     first = model.generate(**given, **GREEDY, past_key_values=cache, compile_config=compiled("eager"))
-    assert [int(layer.state.length) for layer in cache.layers] == [18] * 3
+    assert [int(layer.state.length) for layer in cache.layers] == [18]
     asked = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
     again = {"input_ids": asked, "attention_mask": torch.ones_like(asked)}
     assert torch.equal(model.generate(**again, **GREEDY, past_key_values=cache), uncached(model, again))
