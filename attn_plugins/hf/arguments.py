@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from attn_plugins.hf.call import Call
-from attn_plugins.hf.discovery.by_code import told
-from attn_plugins.hf.discovery.interface import dispatch_of
+from attn_plugins.hf.discovery.by_code import dispatch_of, keyword_arguments
 
 SUPPORTED = {
     *("query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "output_attentions"),
@@ -53,7 +52,8 @@ def watch(module: nn.Module) -> None:
     spelled = {parameter.name for parameter in eager if parameter.kind is not inspect.Parameter.VAR_KEYWORD}
     forward = list(inspect.signature(inspect.unwrap(cls.forward)).parameters.values())
     names = frozenset(parameter.name for parameter in forward)
-    setattr(module, SIGNATURE, Signature(names, frozenset((told(cls) | spelled) - SUPPORTED), hidden_argument(cls)))
+    unsupported = frozenset((keyword_arguments(cls) | spelled) - SUPPORTED)
+    setattr(module, SIGNATURE, Signature(names, unsupported, hidden_argument(cls)))
 
 
 def unwatch(module: nn.Module) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.hf.discovery.interface import USUAL, dispatch_of
+from attn_plugins.hf.discovery.by_code import dispatch_of
+from attn_plugins.hf.discovery.declared import EAGER_NAME
 from attn_plugins.hf.masks.dense_masks import additive
 from attn_plugins.hf.masks.mask_function import LazyMask
 
@@ -49,8 +50,8 @@ def native_attention(module: nn.Module, implementation: str) -> Callable:
     found = None if dispatch is None else dispatch.interface.get_interface(implementation, default)
     if found is None:
         raise ValueError(
-            f"cannot find the {implementation!r} attention of {type(module).__name__}; name it {USUAL}, in the file "
-            "that calls the attention interface"
+            f"cannot find the {implementation!r} attention of {type(module).__name__}; name it {EAGER_NAME}, in the "
+            "file that calls the attention interface"
         )
     return found
 

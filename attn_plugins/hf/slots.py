@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from attn_plugins.core.rules import Rule
 from attn_plugins.hf import adapters, hidden_states
-from attn_plugins.hf.discovery import modules as discovery
+from attn_plugins.hf.discovery import heads as head_sizes
 from attn_plugins.hf.discovery.rotary import applies_rotary
 from attn_plugins.hf.names import SLOT, slot_of
 from attn_plugins.hf.parallel.sharding import refuse_split_heads
@@ -31,18 +31,18 @@ def build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str, laye
     if (why := getattr(module, "cannot", None)) is not None:
         raise ValueError(f"{path} cannot be swapped: {why}; choose other modules with layers, roles or modules")
     device, dtype = _place(module, model)
-    heads, slot, untold = None, None, None
+    heads, slot, heads_error = None, None, None
     try:
-        heads = dataclasses.replace(discovery.head_shape(module, config), layer=layer)
+        heads = dataclasses.replace(head_sizes.head_shape(module, config), layer=layer)
     except ValueError as error:
-        untold = error
+        heads_error = error
     try:
         with torch.device(device):
             slot = rule.attention(rule.config, heads, backend=rule.backend)
     except ValueError as error:
-        raise untold or error from None
-    if untold is not None and next(slot.parameters(), None) is not None:
-        raise untold  # these weights need a head shape
+        raise heads_error or error from None
+    if heads_error is not None and next(slot.parameters(), None) is not None:
+        raise heads_error  # these weights need a head shape
     if slot.wants_rotary and not applies_rotary(module):
         raise ValueError(
             f"{rule.type}({slot.extra_repr()}) needs rotary positions, and {path} ({type(module).__name__}) has none "

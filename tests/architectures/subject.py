@@ -14,6 +14,7 @@ from transformers import Cache, PreTrainedModel
 
 import attn_plugins as ap
 from attn_plugins.core.attention import HeadShape
+from attn_plugins.hf.discovery import heads as head_sizes
 from attn_plugins.hf.discovery import modules as discovery
 
 TOLERANCE = 1e-4
@@ -76,7 +77,7 @@ class Subject:
             module = self.model.get_submodule(target.path)
             config = getattr(module, "config", self.model.config)
             try:
-                self.found[target.path] = discovery.head_shape(module, config)
+                self.found[target.path] = head_sizes.head_shape(module, config)
             except ValueError as error:
                 self.found[target.path] = error
             module.attn_plugin.register_forward_pre_hook(functools.partial(self._note, target.path), with_kwargs=True)

@@ -80,7 +80,7 @@ def test_checks_tell_what_is_broken(monkeypatch):
         assert "roles" in failing()
     with monkeypatch.context() as patch:
         found = HeadShape(num_heads=4, num_key_value_heads=4, head_dim=8, value_dim=8)
-        patch.setattr("attn_plugins.hf.discovery.modules.head_shape", lambda *given: found)
+        patch.setattr("attn_plugins.hf.discovery.heads.head_shape", lambda *given: found)
         assert failing() == ["shapes", "linear", "additive", "save"]
     with monkeypatch.context() as patch:
         patch.setattr(ap.get_attention("additive"), "attend", lambda self, q, k, v, **by: v.repeat_interleave(2, dim=1))

@@ -44,7 +44,7 @@ def model_with(takes: str, gives: str, eager: str = "eager", then: str = "") -> 
     scope = {**globals()}
     exec(CODE.format(takes=takes, gives=gives, eager=eager, then=then), scope)
     cls = scope["Written"]
-    assert sources.told(cls) == frozenset()
+    assert sources.keyword_arguments(cls) == frozenset()
     model = tiny.build("llama")
     for index, layer in enumerate(model.model.layers):
         weights = layer.self_attn.state_dict()

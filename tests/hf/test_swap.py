@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import attn_plugins as ap
-from attn_plugins.hf.discovery import modules as discovery
+from attn_plugins.hf.discovery.heads import grid_size
 
 
 def plugins(model):
@@ -298,7 +298,7 @@ def test_accelerates_device_hooks_pass_the_mask_on():
     ],
 )
 def test_the_grid_of_patches_comes_from_the_config(settings, grid):
-    assert discovery.grid_size(types.SimpleNamespace(**settings)) == grid
+    assert grid_size(types.SimpleNamespace(**settings)) == grid
 
 
 def test_attentions_of_an_image_model_know_its_grid():

@@ -1,4 +1,4 @@
-"""Find the attention modules of a model, and what each is: role, place, head sizes, what it needs of an attention."""
+"""Find the attention modules of a model, and what each is: its role, its place, what it needs of an attention."""
 
 import inspect
 import operator
@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.core.attention import HeadShape, warn_of_dropout
+from attn_plugins.core.attention import warn_of_dropout
 from attn_plugins.core.rules import Rule, Target
 from attn_plugins.hf.adapters import adapted, adapter_of
-from attn_plugins.hf.discovery import by_code as sources
-from attn_plugins.hf.discovery.interface import dispatch_of
+from attn_plugins.hf.discovery import by_code
+from attn_plugins.hf.discovery.declared import declares_cross_attention
 
 
 def reached(module: nn.Module) -> str | None:
@@ -24,7 +24,7 @@ def reached(module: nn.Module) -> str | None:
     """
     if adapter_of(type(module)) is not None:
         return "adapter"
-    return None if dispatch_of(type(module)) is None else "interface"
+    return None if by_code.dispatch_of(type(module)) is None else "interface"
 
 
 def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -76,6 +76,9 @@ def targets(model: PreTrainedModel) -> list[Target]:
 
 def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
     """ "cross", "decoder" (causal self-attention) or "encoder" (bidirectional self-attention)."""
+    around = _around(model, path)
+    if declares_cross_attention(type(around[0]), path, module):
+        return "cross"
     # Two levels are read, so that .crossattention.self (BERT) and T5LayerCrossAttention's .EncDecAttention count.
     names = [type(module).__name__, *path.split(".")[-2:]]
     spelled = any(re.search(r"cross|enc_?dec_?att|encoder_attn", name, re.IGNORECASE) for name in names)
@@ -86,16 +89,16 @@ def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
         return "cross"  # after the keys of its tokens come those of another sequence, summaries of them (DeepSeek V4)
     if (held := getattr(module, "is_causal_in", None)) is not None:
         return "decoder" if held(model, path) else "encoder"
-    masks = sources.makes_masks(type(part) for part in _around(model, path))
+    masks = by_code.makes_masks(type(part) for part in around)
     if masks == {"bidirectional"}:
         return "encoder"
-    told = [getattr(module, name, None) for name in ("is_causal", "is_decoder")]
-    if told == [None, None]:
+    flags = [getattr(module, name, None) for name in ("is_causal", "is_decoder")]
+    if flags == [None, None]:
         taken = inspect.signature(inspect.unwrap(type(module).forward)).parameters
         # Llama 4's images take a cache too, and have no layer of it.
         cached = hasattr(module, "layer_idx") and any("past" in name or "cache" in name for name in taken)
         return "decoder" if masks == {"causal"} or cached else "encoder"
-    if any(told):
+    if any(flags):
         return "decoder"
     # CLIP's text model has the attention class of its images, which says is_causal=False, and a causal mask.
     return "decoder" if masks == {"causal"} and not _differ(owner(model, path), "is_causal") else "encoder"
@@ -119,76 +122,12 @@ def biased(module: nn.Module) -> bool:
     return hasattr(module, "has_relative_attention_bias") or getattr(module, "adds_position_bias", False)
 
 
-def head_shape(module: nn.Module, config: Any) -> HeadShape:
-    """Head sizes of an attention module, read off its attributes, the layers of its queries and keys, then its config.
-
-    Raises:
-        ValueError: they cannot be found.
-    """
-
-    def find(names: str, *holders: Any) -> int | None:
-        for holder in holders or (module, config):
-            for name in names.split():
-                value = getattr(holder, name, None)
-                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                    return value
-        return None
-
-    head_dims = "qk_head_dim head_dim attention_head_size head_size key_value_proj_dim d_kv dim_head"
-    heads = find("num_heads num_attention_heads n_heads n_head num_q_heads heads encoder_attention_heads")
-    head_dim, made = find(head_dims, module), _features(module)
-    groups = getattr(module, "num_key_value_groups", None)
-    if heads is None and head_dim and "k" in made:
-        heads = made["k"] // head_dim * (groups if isinstance(groups, int) else 1)
-    if not heads:
-        raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
-    shared = heads // groups if isinstance(groups, int) else find("num_key_value_heads num_kv_heads")
-    shared = shared or heads
-    if head_dim is None and made.get("qkv", 1) % (heads + 2 * shared) == 0:
-        head_dim = made["qkv"] // (heads + 2 * shared)
-    if head_dim is None and "q" in made and made["q"] * shared == made.get("k", 0) * heads:
-        head_dim = made["q"] // heads  # SAM's are narrower than its hidden states
-    head_dim = head_dim or find(head_dims, config)
-    if head_dim is None and (width := find("embed_dim hidden_size d_model n_embd all_head_size dim")):
-        head_dim = width // heads
-    if not head_dim:
-        raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
-    value_dim = getattr(module, "v_head_dim", None) or head_dim
-    return HeadShape(
-        num_heads=heads,
-        num_key_value_heads=shared,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        grid_size=grid_size(config),
-        hidden_size=_input_size(module) or find("hidden_size embed_dim d_model n_embd dim"),
-    )
-
-
-def _input_size(module: nn.Module) -> int | None:
-    """Size of what a module's own layer of queries takes; None where no child is one by its name and has a size."""
-    for name, child in module.named_children():
-        size = getattr(child, "in_features", getattr(child, "nx", None))  # the second is transformers' Conv1D's
-        if isinstance(size, int) and re.search(r"(^|_)q(_|$|kv)|query|qkv|c_attn|in_proj", name):
-            return size
-    return None
-
-
-def _features(module: nn.Module) -> dict[str, int]:
-    """Numbers of features of the queries, keys or all three that a module's own linear layers make: q, k, qkv."""
-    found = {}
-    for name, child in module.named_children():
-        match = re.fullmatch(r"(q(?:kv)?|k)(uery|ey)?(_proj|_lin)?", name)
-        if match and isinstance(features := getattr(child, "out_features", None), int):
-            found[match.group(1)] = features
-    return found
-
-
 def dropout(module: nn.Module) -> float:
     """Probability with which a module drops attention weights in training; 0 where its code does not tell."""
     module = adapted(module)
     cls: Any = type(module)
     found = []
-    for name in sources.dropout_names(cls) - {"training"}:
+    for name in by_code.dropout_names(cls) - {"training"}:
         try:
             found.append(operator.attrgetter(name)(module))
         except AttributeError:  # of a branch that this module does not take
@@ -202,19 +141,6 @@ def warn_of_lost_dropout(assigned: Mapping[str, Rule], modules: Mapping[str, nn.
     for attention, probability in sorted(lost, key=lambda pair: (pair[0].name, pair[1])):
         if probability > 0 and not attention.dropout:
             warn_of_dropout(attention, probability)
-
-
-def grid_size(config: Any) -> tuple[int, int] | None:
-    """Rows and columns of patches by the config of a vision model, or None where it does not tell."""
-    pairs = []
-    for name in ("image_size", "patch_size"):
-        value = getattr(config, name, None)
-        pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
-        if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-            return None
-        pairs.append(pair)
-    (height, width), (rows, columns) = pairs
-    return height // rows, width // columns
 
 
 def _config_of(module: nn.Module, model: PreTrainedModel) -> Any:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from attn_plugins.hf.discovery.modules import head_shape
+from attn_plugins.hf.discovery.heads import head_shape
 
 CASES = {
     "what it says": ({"num_heads": 4, "head_dim": 6}, {}, {}, (4, 4, 6)),

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KERNELS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 import attn_plugins as ap
-from attn_plugins.hf.discovery.interface import dispatch_of
+from attn_plugins.hf.discovery.by_code import dispatch_of
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "own_model.py"
 

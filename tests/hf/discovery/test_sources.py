@@ -81,9 +81,9 @@ class MakesEither(MakesMasks):
 
 
 def test_keywords_given_to_the_attention_function_are_those_written_in_its_calls():
-    assert sources.told(Once) == {"dropout", "scaling", "tilt", "s_aux"}
-    assert sources.told(Twice) == {"scaling"}
-    assert sources.told(ByAMethod) == {"scaling", "bend"}
+    assert sources.keyword_arguments(Once) == {"dropout", "scaling", "tilt", "s_aux"}
+    assert sources.keyword_arguments(Twice) == {"scaling"}
+    assert sources.keyword_arguments(ByAMethod) == {"scaling", "bend"}
 
 
 def test_calls_that_follow_each_other_are_told_from_calls_in_branches():
@@ -115,13 +115,13 @@ def test_masks_are_those_that_any_method_makes():
 def test_a_class_without_source_tells_nothing():
     scope = {"nn": nn}
     exec("class Unseen(nn.Module):\n    def forward(self, x):\n        return self.f(self, x, scaling=1)", scope)
-    assert sources.told(scope["Unseen"]) == frozenset()
+    assert sources.keyword_arguments(scope["Unseen"]) == frozenset()
     assert not sources.attends_repeatedly(scope["Unseen"])
 
 
 @pytest.mark.parametrize("value", [torch.zeros(1), 0.5])
 def test_an_argument_of_which_nothing_is_known_is_refused_where_it_has_a_value(value, monkeypatch):
-    monkeypatch.setattr(arguments, "told", lambda cls: frozenset({"scaling", "tilt"}))
+    monkeypatch.setattr(arguments, "keyword_arguments", lambda cls: frozenset({"scaling", "tilt"}))
     model = ap.swap_attention(tiny.build("llama"), "local", layers=1)
     module = model.model.layers[1].self_attn
     q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)

@@ -1,0 +1,85 @@
+"""Sizes of a module's heads: read off its attributes, the layers that make its queries and keys, then its config."""
+
+import re
+from typing import Any
+
+from torch import nn
+
+from attn_plugins.core.attention import HeadShape
+
+
+def head_shape(module: nn.Module, config: Any) -> HeadShape:
+    """Read the head sizes of an attention module.
+
+    Raises:
+        ValueError: they cannot be found.
+    """
+
+    def find(names: str, *holders: Any) -> int | None:
+        for holder in holders or (module, config):
+            for name in names.split():
+                value = getattr(holder, name, None)
+                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                    return value
+        return None
+
+    head_dims = "qk_head_dim head_dim attention_head_size head_size key_value_proj_dim d_kv dim_head"
+    heads = find("num_heads num_attention_heads n_heads n_head num_q_heads heads encoder_attention_heads")
+    head_dim, made = find(head_dims, module), _features(module)
+    groups = getattr(module, "num_key_value_groups", None)
+    if heads is None and head_dim and "k" in made:
+        heads = made["k"] // head_dim * (groups if isinstance(groups, int) else 1)
+    if not heads:
+        raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
+    shared = heads // groups if isinstance(groups, int) else find("num_key_value_heads num_kv_heads")
+    shared = shared or heads
+    if head_dim is None and made.get("qkv", 1) % (heads + 2 * shared) == 0:
+        head_dim = made["qkv"] // (heads + 2 * shared)
+    if head_dim is None and "q" in made and made["q"] * shared == made.get("k", 0) * heads:
+        head_dim = made["q"] // heads  # SAM's are narrower than its hidden states
+    head_dim = head_dim or find(head_dims, config)
+    if head_dim is None and (width := find("embed_dim hidden_size d_model n_embd all_head_size dim")):
+        head_dim = width // heads
+    if not head_dim:
+        raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
+    value_dim = getattr(module, "v_head_dim", None) or head_dim
+    return HeadShape(
+        num_heads=heads,
+        num_key_value_heads=shared,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        grid_size=grid_size(config),
+        hidden_size=_input_size(module) or find("hidden_size embed_dim d_model n_embd dim"),
+    )
+
+
+def _input_size(module: nn.Module) -> int | None:
+    """Size of what a module's own layer of queries takes; None where no child is one by its name and has a size."""
+    for name, child in module.named_children():
+        size = getattr(child, "in_features", getattr(child, "nx", None))  # the second is transformers' Conv1D's
+        if isinstance(size, int) and re.search(r"(^|_)q(_|$|kv)|query|qkv|c_attn|in_proj", name):
+            return size
+    return None
+
+
+def _features(module: nn.Module) -> dict[str, int]:
+    """Numbers of features of the queries, keys or all three that a module's own linear layers make: q, k, qkv."""
+    found = {}
+    for name, child in module.named_children():
+        match = re.fullmatch(r"(q(?:kv)?|k)(uery|ey)?(_proj|_lin)?", name)
+        if match and isinstance(features := getattr(child, "out_features", None), int):
+            found[match.group(1)] = features
+    return found
+
+
+def grid_size(config: Any) -> tuple[int, int] | None:
+    """Rows and columns of patches by the config of a vision model, or None where it does not tell."""
+    pairs = []
+    for name in ("image_size", "patch_size"):
+        value = getattr(config, name, None)
+        pair = tuple(value) if isinstance(value, (list, tuple)) else (value, value)
+        if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+            return None
+        pairs.append(pair)
+    (height, width), (rows, columns) = pairs
+    return height // rows, width // columns
