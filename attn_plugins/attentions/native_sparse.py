@@ -84,6 +84,8 @@ class NativeSparseAttention(Attention):
         super().__init__(config, heads, **options)
         if heads is None:
             raise ValueError("attention 'native_sparse' has weights a head and needs the sizes of the heads, got None")
+        names = [field.name for field in dataclasses.fields(NativeSparseSizes)]
+        self.sizes = NativeSparseSizes(**{name: getattr(config, name) for name in names})
         self.gate_weight = nn.Parameter(torch.empty(heads.num_heads, 3, heads.head_dim))
         self.compressed_gate = nn.Parameter(torch.empty(heads.num_heads))
         self.selected_gate = nn.Parameter(torch.empty(heads.num_heads))
@@ -115,5 +117,4 @@ class NativeSparseAttention(Attention):
     def _weights_and_sizes(self):
         gates = torch.stack([self.compressed_gate, self.selected_gate, self.window_gate], dim=1)
         weights = NativeSparseWeights(self.gate_weight, gates, self.key_weight, self.value_weight)
-        names = [field.name for field in dataclasses.fields(NativeSparseSizes)]
-        return weights, NativeSparseSizes(**{name: getattr(self.config, name) for name in names})
+        return weights, self.sizes
