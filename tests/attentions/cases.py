@@ -14,6 +14,7 @@ import torch
 
 from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.options import shown
 from attn_plugins.core.registry import get_attention, list_attentions
 
 SCALE = 0.4
@@ -28,7 +29,7 @@ class Case:
     options: dict[str, Any]
     causal: bool
 
-    def __str__(self):
+    def __repr__(self):
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.cls.name}({options}) {'causal' if self.causal else 'bidirectional'}"
 
@@ -111,7 +112,7 @@ def rounds(names, values):
         def in_rounds(*args, **arguments):
             every = [dict(zip(names, value if len(names) > 1 else [value], strict=True)) for value in values]
             for chosen in [{}] if names[0] in arguments else every:
-                with naming(*(f"{name} {shown}" for name, shown in chosen.items())):
+                with naming(*(f"{name} {shown(value)}" for name, value in chosen.items())):
                     test(*args, **arguments, **chosen)
 
         signature = inspect.signature(test)

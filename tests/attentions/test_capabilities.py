@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import CASES, assert_forms_agree, every_case, every_class, inputs, left_padding, seeded
+from cases import CASES, assert_forms_agree, every_case, every_class, inputs, left_padding, rounds, seeded
 
 from attn_plugins.core.attention import CAPABILITIES, Attention
 from attn_plugins.core.mask import AttentionMask
@@ -24,8 +24,8 @@ def test_all_capabilities_are_asked_for():
     assert [*NEEDS, "dropout"] == list(CAPABILITIES)
 
 
-@pytest.mark.parametrize("capability", NEEDS)
 @every_class()
+@rounds("capability", NEEDS)
 def test_honours_what_it_declares_and_refuses_the_rest(cls, capability):
     extras, options, need = NEEDS[capability]
     case = next(case for case in CASES if case.cls is cls)
@@ -105,8 +105,8 @@ RULES = {
 
 
 @every_case(any_mask=True)
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("queries", [26, 4])
+@rounds("rule", RULES)
+@rounds("queries", [26, 4])
 def test_masks_beyond_plain_equal_the_reference(case, rule, queries):
     causal, rule = RULES[rule]
     if causal != case.causal:
@@ -119,7 +119,7 @@ def test_masks_beyond_plain_equal_the_reference(case, rule, queries):
 
 
 @every_case(cross=True, causal=False)
-@pytest.mark.parametrize(("queries", "keys"), [(9, 14), (14, 9), (1, 5), (70, 130)])
+@rounds("queries, keys", [(9, 14), (14, 9), (1, 5), (70, 130)])
 def test_cross_attention_equals_the_reference(case, queries, keys):
     mask = case.mask(2, queries, keys, cross=True, padding_BK=left_padding([keys, keys - 3], keys))
     assert_forms_agree(case, inputs(2, queries, keys), mask)

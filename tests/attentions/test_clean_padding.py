@@ -1,13 +1,12 @@
 """What padding holds: infinities and NaN stay where they are in the fast forms that say so."""
 
-import pytest
 import torch
-from cases import every_case, inputs, left_padding
+from cases import every_case, inputs, left_padding, rounds
 
 
 @every_case(clean_padding=True)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("side", ["left", "right"])
+@rounds("value", [float("nan"), float("inf"), -float("inf")])
+@rounds("side", ["left", "right"])
 def test_what_padding_holds_reaches_nobody(case, value, side):
     module, padding = case.module(dtype=torch.float32), left_padding([40, 23], 40)
     padding = padding.flip(1) if side == "right" else padding

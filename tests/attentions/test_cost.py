@@ -2,9 +2,8 @@
 
 import typing
 
-import pytest
 import torch
-from cases import Case, every_case, inputs, outcome
+from cases import Case, every_case, inputs, outcome, rounds
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -64,7 +63,7 @@ def with_option(case, option, value):
 
 
 @every_case()
-@pytest.mark.parametrize("form", ["one pass", "from a state"])
+@rounds("form", ["one pass", "from a state"])
 def test_large_blocks_do_not_make_a_short_text_longer(case, form):
     for option in sizes(case.cls):
         small, large = (with_option(case, option, value) for value in (LENGTH, LARGE))

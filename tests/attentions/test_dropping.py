@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from cases import EXACT, every_case, inputs, seeded
+from cases import EXACT, every_case, inputs, rounds, seeded
 
 
 def run_in(form, case, given, **options):
@@ -21,7 +21,7 @@ def run_in(form, case, given, **options):
 
 
 @every_case()
-@pytest.mark.parametrize("form", ["torch", "reference", "state"])
+@rounds("form", ["torch", "reference", "state"])
 def test_dropout_keeps_the_mean_or_is_left_out_with_a_warning(case, form):
     given = inputs(1, 12)
     want = run_in(form, case, given)

@@ -2,13 +2,12 @@
 
 import itertools
 
-import pytest
 import torch
-from cases import every_case, inputs, left_padding
+from cases import cases_together, inputs, left_padding, rounds
 
 
-@every_case()
-@pytest.mark.parametrize("form", ["torch", "reference"])
+@cases_together()
+@rounds("form", ["torch", "reference"])
 def test_every_weight_gets_a_gradient_whatever_the_length(case, form):
     """Data-parallel training waits for each of them, also where a text is too short for some of the weights."""
     module = case.module(backend=form)
@@ -30,7 +29,7 @@ def test_every_weight_gets_a_gradient_whatever_the_length(case, form):
                 assert gradient.isfinite().all(), f"the gradient is not finite to {what}"
 
 
-@every_case(causal=True)
+@cases_together(causal=True)
 def test_every_weight_gets_a_gradient_from_a_state(case):
     module = case.module()
     state = module.new_state()

@@ -123,7 +123,7 @@ def test_keeps_the_contract(test):
 @pytest.mark.parametrize("form", ["torch", "reference"])
 def test_keeps_the_contract_on_dropout(form):
     case = neighborhood_2d(kernel_size=3, num_prefix_tokens=0, grid_size=(3, 4))
-    test_dropping.test_dropout_keeps_the_mean_or_is_left_out_with_a_warning(case, form)
+    test_dropping.test_dropout_keeps_the_mean_or_is_left_out_with_a_warning(case, form=form)
 
 
 @pytest.mark.parametrize("capability", test_capabilities.NEEDS)

@@ -1,13 +1,12 @@
 """What is not a number stays visible: it comes out where it was read, and is not turned into zeros."""
 
-import pytest
 import torch
-from cases import every_case, inputs
+from cases import every_case, inputs, rounds
 
 
 @every_case()
-@pytest.mark.parametrize("form", ["torch", "reference", "state"])
-@pytest.mark.parametrize("name", ["q", "k", "v"])
+@rounds("form", ["torch", "reference", "state"])
+@rounds("name", ["q", "k", "v"])
 def test_inputs_that_are_not_numbers_give_no_numbers(case, form, name):
     if name != "v" and case.cls.family == "dense" and form != "reference":
         return  # torch's fused attention turns them into zeros by itself

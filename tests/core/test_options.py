@@ -6,7 +6,7 @@ import typing
 
 import pytest
 import torch
-from cases import SCALE, Case, every_case, every_class, inputs
+from cases import SCALE, Case, cases_together, every_case, every_class, inputs, rounds
 
 from attn_plugins.core.attention import AttentionConfig
 from attn_plugins.core.mask import AttentionMask
@@ -21,7 +21,7 @@ def options_of(cls, kind):
 
 
 @every_class()
-@pytest.mark.parametrize("value", [10**30, -(10**30), 10**5000], ids=["1e30", "-1e30", "5,000 digits"])
+@rounds("value", [10**30, -(10**30), 10**5000])
 def test_huge_whole_numbers_are_refused(cls, value):
     for option in options_of(cls, int):
         given = (value, value) if option == "grid_size" else value
@@ -30,7 +30,7 @@ def test_huge_whole_numbers_are_refused(cls, value):
 
 
 @every_class()
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e300, -1e31, 1e-31])
+@rounds("value", [float("nan"), float("inf"), -float("inf"), 1e300, -1e31, 1e-31])
 def test_numbers_that_float32_cannot_compute_with_are_refused(cls, value):
     for option in options_of(cls, float):
         with pytest.raises(ValueError, match=re.escape(f"{option}={value}; allowed: 0, or a number of the size ")):
@@ -50,7 +50,7 @@ def outcome_of(case, given):
     return given.run(case.module(dtype=torch.float32), case.mask(2, 12, 12))
 
 
-@every_case()
+@cases_together()
 def test_the_largest_sizes_run(case):
     given = inputs(2, 12).to(torch.float32)
     for option in options_of(case.cls, int):
@@ -58,8 +58,8 @@ def test_the_largest_sizes_run(case):
         assert out is None or out.isfinite().all(), option
 
 
-@every_case()
-@pytest.mark.parametrize("value", [1e-30, 1e-7, 1e7, 1e30, -1e30])
+@cases_together()
+@rounds("value", [1e-30, 1e-7, 1e7, 1e30, -1e30])
 def test_extreme_numbers_run_or_are_refused(case, value):
     given = inputs(2, 12).to(torch.float32)
     for option in options_of(case.cls, float):
@@ -68,8 +68,8 @@ def test_extreme_numbers_run_or_are_refused(case, value):
 
 
 @every_case(options={})
-@pytest.mark.parametrize(
-    ("number", "value", "allowed"),
+@rounds(
+    "number, value, allowed",
     [
         ("scale", -0.5, "a finite number above 0"),
         ("scale", 0.0, "a finite number above 0"),

@@ -47,7 +47,7 @@ def test_the_contract_tests_run_over_it(plugin):
     names = ("contract", "capabilities", "every_weight", "dropping")
     chosen = [*(f"tests/attentions/test_{name}.py" for name in names), "-k", "relu"]
     said = run(plugin, "pytest", "-q", "-p", "no:cacheprovider", *chosen, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
-    assert int(said.split(" passed")[0].split()[-1]) > 150, said
+    assert int(said.split(" passed")[0].split()[-1]) > 100, said
 
 
 def test_it_is_measured(plugin, tmp_path):
