@@ -10,8 +10,11 @@ from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.running_sums import Sums
 from attn_plugins.ops.linear.features import LEARNED, prepare, reset_weights, weight_shapes, weights
-from attn_plugins.ops.linear.window import dense_linear_window, linear_window_attention
-from attn_plugins.ops.linear.window_state import linear_window_attention_from
+from attn_plugins.ops.linear.window import (
+    dense_linear_window,
+    linear_window_attention,
+    linear_window_attention_from,
+)
 
 
 @register_attention("linear_window")

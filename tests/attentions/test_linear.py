@@ -10,7 +10,7 @@ from attn_plugins.attentions.linear import LinearAttention
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.linear import chunked as kernel
-from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS
+from attn_plugins.ops.linear.features import FEATURE_MAPS
 
 MAPS = ("elu", "hedgehog", "favor", "taylor")
 

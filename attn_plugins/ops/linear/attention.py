@@ -12,8 +12,8 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import readable
 from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
 from attn_plugins.ops.linear.chunked import causal_linear
-from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS, exp_minus_max, max_exponent
-from attn_plugins.ops.linear.features import Prepared
+from attn_plugins.ops.linear.features import FEATURE_MAPS, Prepared
+from attn_plugins.ops.linear.running_max import add_sums, exp_minus_max, max_exponent
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
 Projection = torch.Tensor | None
@@ -177,12 +177,7 @@ def absorb(
     seen_BK: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(sums, running maximum) with these keys too, those that are seen."""
-    more_BGFV, max_of_more = _sum_keys(k_BGKD, v_BGKV, w_k, feature_map, seen_BK)
-    if running_max_BGF is None or max_of_more is None:
-        return sums_BGFV + more_BGFV, None
-    new_max = torch.maximum(running_max_BGF, max_of_more)
-    before, here = (torch.exp(running_max - new_max).unsqueeze(3) for running_max in (running_max_BGF, max_of_more))
-    return sums_BGFV * before + more_BGFV * here, new_max
+    return add_sums(sums_BGFV, running_max_BGF, *_sum_keys(k_BGKD, v_BGKV, w_k, feature_map, seen_BK))
 
 
 def dense_is_cheaper(q_BHQD: torch.Tensor, v_BGKV: torch.Tensor, feature_map: str, projection: Projection) -> bool:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
-from attn_plugins.ops.linear.feature_maps import FEATURE_MAPS, FeatureMap, exp_minus_max
+from attn_plugins.ops.linear.features import FEATURE_MAPS, FeatureMap
+from attn_plugins.ops.linear.running_max import exp_minus_max, rescale
 from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype
 
 ROWS_A_BLOCK = {"cpu": 1 << 11}
@@ -43,7 +44,7 @@ class _Block(NamedTuple):
     """What a block's forward and backward both need; fk has zeros where keys are padding.
 
     Of exponents, fk is the exponential of what is left above ``running_max`` (P, F), and fq that of what is left above
-    ``top``, see :func:`attn_plugins.ops.linear.feature_maps.exp_minus_max`; None for other maps.
+    ``top``, see :func:`attn_plugins.ops.linear.running_max.exp_minus_max`; None for other maps.
     """
 
     q_in: torch.Tensor
@@ -239,11 +240,6 @@ def _initial_max(p: _Problem, at: _Place, running_max: torch.Tensor | None) -> t
     return k.new_full((k.shape[0] * k.shape[1], features), MASKED_SCORE, dtype=p.dtype)
 
 
-def _rescale(x: torch.Tensor | None, running_max: torch.Tensor | None, to: torch.Tensor | None) -> torch.Tensor | None:
-    """What was carried, (P, F, V + 1), put from one level of exponents to a higher one."""
-    return x if x is None or running_max is None or to is None else x * torch.exp(running_max - to).unsqueeze(2)
-
-
 def _problem(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -335,7 +331,7 @@ def causal_linear(
             current_max = _initial_max(p, places[0], running_max)
             for at in places:
                 block = _load(p, at, current_max)
-                carried = _rescale(carried, current_max, block.running_max)
+                carried = rescale(carried, current_max, block.running_max)
                 link, sums = _sums(_only(block.fk, block.key_goes_on), block.v, carried, block.link, end=0)
                 before = states[at.batch, at.heads, at.chunk_slice].view(len(sums), at.chunks, -1)
                 torch.bmm(link[:, :-1], sums, out=before)
@@ -437,9 +433,9 @@ def causal_linear_backward(
                 _part(dq_BGRTD, at).copy_(d_q)
                 _part(dk_BG1TD, at).copy_(d_k)
                 if p.phi.exponential and at.span:
-                    brought = _rescale(brought, block_max[at.batch, at.heads, at.span - 1].flatten(0, 1), current_max)
+                    brought = rescale(brought, block_max[at.batch, at.heads, at.span - 1].flatten(0, 1), current_max)
             at = places[0]
-            brought = _rescale(brought, _initial_max(p, at, running_max), current_max)
+            brought = rescale(brought, _initial_max(p, at, running_max), current_max)
             if brought is not None:
                 d_state[at.batch, at.heads] = brought.view(d_state[at.batch, at.heads].shape)
     return dq, dk, dv, dw_q, dw_k, d_state
