@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from attn_plugins.core.decode_state import State
+from attn_plugins.hf.hooks import remove_hooks
 
 
 class Call:
@@ -74,12 +75,7 @@ def watch(module: nn.Module) -> None:
 
 def unwatch(module: nn.Module) -> None:
     """Undo :func:`watch`."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is _begin:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
-    for key, hook in list(module._forward_hooks.items()):
-        if hook is _end:
-            del module._forward_hooks[key], module._forward_hooks_always_called[key]
+    remove_hooks(module, _begin, _end)
 
 
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -17,18 +17,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attn_plugins.core.attention import Attention
+from attn_plugins.hf.hooks import remove_hooks
 
 Grid = tuple[int, int]
 
 GRID = "_attn_plugin_grid"
-"""Attribute of an attention module whose attention lies on a grid: a :class:`Place`."""
+"""Attribute of an attention module whose attention lies on a grid: a :class:`Grids`."""
 
 
 @dataclass
-class Place:
+class Grids:
     """What is known of the images that a module attends to, beside the forward pass under way."""
 
-    told: bool
+    in_config: bool
     """Whether the model's config tells a grid."""
     trained: dict[int, Grid | None] = field(default_factory=dict)
     """Grids that it was trained on, by their number of tokens; None for several of one number."""
@@ -54,7 +55,7 @@ _thread = _Thread()
 def watch(model: nn.Module, slots: dict[str, Attention]) -> None:
     """Note the images of ``model`` for the modules at these paths, whose attentions want to know."""
     for path, slot in slots.items():
-        setattr(model.get_submodule(path), GRID, Place(slot.heads is not None and slot.heads.grid_size is not None))
+        setattr(model.get_submodule(path), GRID, Grids(slot.heads is not None and slot.heads.grid_size is not None))
         holder = next((part for part in _outwards(model, path) if _embedding(part) is not None), None)
         if holder is not None and _begin not in holder._forward_pre_hooks.values():
             holder.register_forward_pre_hook(_begin, with_kwargs=True)
@@ -66,14 +67,7 @@ def unwatch(model: nn.Module) -> None:
     """Undo :func:`watch`."""
     for module in model.modules():
         vars(module).pop(GRID, None)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _begin:
-                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
-        for key, hook in list(module._forward_hooks.items()):
-            if hook in (_end, _note):
-                del module._forward_hooks[key]
-                for table in (module._forward_hooks_with_kwargs, module._forward_hooks_always_called):
-                    table.pop(key, None)
+        remove_hooks(module, _begin, _end, _note)
 
 
 def grid_of(module: nn.Module, query: torch.Tensor) -> Grid | None:
@@ -83,10 +77,10 @@ def grid_of(module: nn.Module, query: torch.Tensor) -> Grid | None:
         query: (B, H, N, D).
 
     Raises:
-        ValueError: they cannot be told.
+        ValueError: they cannot be found.
     """
-    place: Place | None = getattr(module, GRID, None)
-    if place is None:
+    grids: Grids | None = getattr(module, GRID, None)
+    if grids is None:
         return None
     batch_size, tokens, made = query.shape[0], query.shape[2], _thread.patches
     name = type(module).__name__
@@ -96,7 +90,7 @@ def grid_of(module: nn.Module, query: torch.Tensor) -> Grid | None:
         if window is not None and math.prod(window) == tokens != math.prod(grid):
             return window
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            place.trained[tokens] = grid if place.trained.get(tokens, grid) == grid else None
+            grids.trained[tokens] = grid if grids.trained.get(tokens, grid) == grid else None
         return grid
     if window is not None and math.prod(window) == tokens:
         return window
@@ -106,15 +100,15 @@ def grid_of(module: nn.Module, query: torch.Tensor) -> Grid | None:
             f"{' x '.join(map(str, made.sides))} patches of each of {made.batch_size} images; give the option "
             "grid_size=(height, width), or leave it out with layers, roles or modules"
         )
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0 and tokens in place.trained:
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0 and tokens in grids.trained:
         # Gradient checkpointing calls the layer again, in the backward, without the model around it.
-        if (held := place.trained[tokens]) is None:
+        if (held := grids.trained[tokens]) is None:
             raise ValueError(
                 f"{name} was called with images of several shapes of {tokens} tokens, and gradient checkpointing does "
                 "not tell which is computed again; give it one shape, or train without gradient checkpointing"
             )
         return held
-    if not place.told:
+    if not grids.in_config:
         raise ValueError(
             f"cannot tell rows and columns of the {tokens} tokens that {name} attends to: neither an image nor its "
             "config shows them; give the option grid_size=(height, width)"

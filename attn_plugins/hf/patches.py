@@ -26,7 +26,7 @@ from attn_plugins.hf.checkpoints import peft as adapters
 from attn_plugins.hf.checkpoints.card import write_card
 from attn_plugins.hf.checkpoints.configs import check_flags, erase, from_file, is_flagged, mark_saved, written
 from attn_plugins.hf.masks.mask_function import lazy_mask
-from attn_plugins.hf.masks.rules import COMPOSERS
+from attn_plugins.hf.masks.structure import COMPOSERS
 from attn_plugins.hf.names import IMPLEMENTATION, SLOT, slot_of
 from attn_plugins.hf.parallel.sharding import load_full_state_dict, refuse_split_heads
 from attn_plugins.hf.swap import attach_assigned, attach_from_config

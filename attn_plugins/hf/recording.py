@@ -12,11 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from attn_plugins.hf.hooks import remove_hooks
+
 WEIGHED = "_attn_plugin_weighed"
 """Attribute of an attention module: whether weights were wanted of its last call with gradients."""
 
 
-class Calls:
+class Wanted:
     """Of a thread."""
 
     by: int | None = None
@@ -25,7 +27,7 @@ class Calls:
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.calls = Calls()
+        self.wanted = Wanted()
 
 
 _thread = _Thread()
@@ -45,12 +47,7 @@ def unwatch(model: nn.Module) -> None:
     """Undo :func:`watch`."""
     for module in model.modules():
         vars(module).pop(WEIGHED, None)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _begin:
-                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
-        for key, hook in list(module._forward_hooks.items()):
-            if hook is _end:
-                del module._forward_hooks[key], module._forward_hooks_always_called[key]
+        remove_hooks(module, _begin, _end)
 
 
 def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
@@ -59,7 +56,7 @@ def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     Args:
         kwargs: of the attention function, or of the module.
     """
-    wanted = bool(kwargs.get("output_attentions")) or _thread.calls.by is not None
+    wanted = bool(kwargs.get("output_attentions")) or _thread.wanted.by is not None
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return wanted
     if torch._C._current_graph_task_id() >= 0:
@@ -72,7 +69,7 @@ def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def weights_wanted_of(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     """The same of a model that is about to be called."""
-    return _asked(model, kwargs) or _thread.calls.by is not None
+    return _asked(model, kwargs) or _thread.wanted.by is not None
 
 
 def _asked(model: Any, kwargs: dict[str, Any]) -> bool:
@@ -81,11 +78,11 @@ def _asked(model: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    calls = _thread.calls
-    if calls.by is None or calls.by == id(model):
-        calls.by = id(model) if _asked(model, kwargs) else None
+    wanted = _thread.wanted
+    if wanted.by is None or wanted.by == id(model):
+        wanted.by = id(model) if _asked(model, kwargs) else None
 
 
 def _end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if _thread.calls.by == id(model):
-        _thread.calls.by = None
+    if _thread.wanted.by == id(model):
+        _thread.wanted.by = None

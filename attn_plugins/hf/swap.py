@@ -11,8 +11,7 @@ from transformers.utils import logging
 
 from attn_plugins.core.rules import Flag, Rule, Target, assign, by_own_paths, parse_rules
 from attn_plugins.hf import adapters, arguments, call, grids, recording
-from attn_plugins.hf.caches import prefixes
-from attn_plugins.hf.caches.cache_layers import leave, make_tensor, serve
+from attn_plugins.hf.caches import cache_layers, prefixes
 from attn_plugins.hf.checkpoints import configs, live
 from attn_plugins.hf.discovery import by_code as sources
 from attn_plugins.hf.discovery import modules as discovery
@@ -279,12 +278,12 @@ def _attach(plan: _Plan) -> None:
         if not any(id(config) in ours for config in held):
             for config in held:
                 configs.set_implementation(config, plan.bases[target.path])
-            adapters.take_off(module)
+            adapters.to_own_class(module)
             for attribute in (BASE, ROLE):
                 if hasattr(module, attribute):
                     delattr(module, attribute)
             continue
-        adapters.put_on(module)
+        adapters.to_adapter(module)
         setattr(module, BASE, plan.bases[target.path])
         setattr(module, ROLE, target.role)
         if target.path in plan.slots:
@@ -318,11 +317,11 @@ def _restore(model: PreTrainedModel) -> None:
             for config in configs.configs_of(model, path, module):
                 configs.set_implementation(config, getattr(module, BASE))
     for path, module in discovery.attention_modules(model):
-        leave(discovery.owner(model, path), [module])
+        cache_layers.unwatch(discovery.owner(model, path), [module])
         arguments.unwatch(module)
         prefixes.unwatch(module)
         call.unwatch(module)
-        adapters.take_off(module)
+        adapters.to_own_class(module)
         for attribute in (SLOT, BASE, ROLE):
             if hasattr(module, attribute):
                 delattr(module, attribute)
@@ -340,28 +339,28 @@ def _serve_caches(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None
     held: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
     for path, module in modules.items():
         owner, served = held.setdefault(id(o := discovery.owner(model, path)), (o, []))
-        leave(owner, [module])
+        cache_layers.unwatch(owner, [module])
         if hasattr(module, SLOT) and getattr(module, ROLE, None) == "decoder":
             served.append(module)
     classes: set[Any] = {type(module) for module in modules.values()}
-    borrowed = any(sources.reads_caches(cls) for cls in classes)
+    keys_read_elsewhere = any(sources.reads_caches(cls) for cls in classes)
     for owner, served in held.values():
-        serve(owner, served, ordinary=borrowed)
+        cache_layers.watch(owner, served, ordinary=keys_read_elsewhere)
     for module in modules.values():
         cls: Any = type(module)
         if hasattr(module, BASE) and sources.wants_tensor(cls):
-            module.register_forward_pre_hook(make_tensor, with_kwargs=True)
+            module.register_forward_pre_hook(cache_layers.make_tensor, with_kwargs=True)
 
 
 def _watch(model: PreTrainedModel) -> None:
     """See how the models that hold slots are called: one of them or another makes the masks."""
     parts = {part for part in model.modules() if isinstance(part, PreTrainedModel)}
     for part in parts.union(live.around(model)):
-        packing.deafen(part)
+        packing.unwatch(part)
         sequence_parallel.unguard(part)
         if any(hasattr(module, SLOT) for module in part.modules()):
             sequence_parallel.guard(part)
-            packing.listen(part)
+            packing.watch(part)
 
 
 def _base_of(model: PreTrainedModel, path: str, module: nn.Module) -> str:

@@ -173,8 +173,8 @@ def test_what_mask_functions_say_is_known_of_those_made_by_names_taken_before():
     code = (
         "from transformers.masking_utils import and_masks, causal_mask_function, packed_sequence_mask_function\n"
         "import torch, attn_plugins\n"
-        "from attn_plugins.hf.masks.rules import read_rule\n"
-        "said = read_rule(and_masks(causal_mask_function, packed_sequence_mask_function(torch.zeros(1, 4))))\n"
+        "from attn_plugins.hf.masks.structure import structure_of\n"
+        "said = structure_of(and_masks(causal_mask_function, packed_sequence_mask_function(torch.zeros(1, 4))))\n"
         "assert (said.causal, said.plain, said.segments_BK.shape) == (True, True, (1, 4)), said\n"
     )
     done = programs.run("-c", code)

@@ -83,15 +83,15 @@ def adapted(module: nn.Module) -> nn.Module:
     return view
 
 
-def put_on(module: nn.Module) -> None:
+def to_adapter(module: nn.Module) -> None:
     """Make a module its adapter, where it has one."""
     adapter = adapter_of(type(module))
     if adapter is not None and not isinstance(module, adapter):
         _exchange(module, adapter)
 
 
-def take_off(module: nn.Module) -> None:
-    """Undo :func:`put_on`."""
+def to_own_class(module: nn.Module) -> None:
+    """Undo :func:`to_adapter`."""
     if adapter_of(type(module)) is type(module):
         _exchange(module, own_class(type(module)))
 

@@ -28,10 +28,11 @@ from transformers.cache_utils import (
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.tracing import recorded
 from attn_plugins.hf.caches import rollback
-from attn_plugins.hf.caches.state_layer import StateLayer, rule_of, spell
+from attn_plugins.hf.caches.state_layer import StateLayer, description_of, rule_of
 from attn_plugins.hf.call import Call, call_of
 from attn_plugins.hf.discovery.by_code import attends_repeatedly
 from attn_plugins.hf.discovery.modules import biased
+from attn_plugins.hf.hooks import remove_hooks
 from attn_plugins.hf.masks.mask_function import LazyMask
 from attn_plugins.hf.names import slot_of
 from attn_plugins.hf.recording import weights_wanted, weights_wanted_of
@@ -49,14 +50,14 @@ EXCHANGED = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSliding
 """Kinds of layers in whose place a state can be: keys and values are all that they hold."""
 
 
-def serve(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = False) -> None:
+def watch(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = False) -> None:
     """Have caches hold the states of these modules of ``model``, which are all of its swapped causal ones.
 
     Args:
         ordinary: whether their keys and values have to stay in ordinary layers, because others read them.
     """
     modules = list(modules)
-    leave(model, modules)
+    unwatch(model, modules)
     layers = Counter(getattr(module, "layer_idx", None) for module in modules)
     for module in modules:
         # A stack that is run several times over keeps each pass in a layer of its own (HRM): one state cannot serve it.
@@ -71,24 +72,15 @@ def serve(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = Fa
         model.register_forward_hook(after_model, with_kwargs=True, always_call=True)
 
 
-def leave(model: nn.Module, modules: Iterable[nn.Module]) -> None:
-    """Undo :func:`serve`."""
+def unwatch(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Undo :func:`watch`."""
     vars(model).pop(GENERATING, None)
     for module in (model, *modules):
         vars(module).pop(ORDINARY, None)
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook in (before_model, before_attention, make_tensor):
-                del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
-    for key, hook in list(model._forward_hooks.items()):
-        if hook is after_model:
-            del (
-                model._forward_hooks[key],
-                model._forward_hooks_with_kwargs[key],
-                model._forward_hooks_always_called[key],
-            )
+        remove_hooks(module, before_model, after_model, before_attention, make_tensor)
 
 
-def served(model: nn.Module) -> Collection[nn.Module]:
+def swapped_modules(model: nn.Module) -> Collection[nn.Module]:
     """The swapped modules of a model that caches serve: those that are still in it, where layers were cut off since."""
     held: dict[str, nn.Module] = getattr(model, GENERATING)
     try:
@@ -117,8 +109,8 @@ def before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     if cache is None:
         return
     rollback.begin(cache)
-    weighed = weights_wanted_of(model, kwargs)
-    layers = [layer_of(module, cache, weighed) for module in served(model)]
+    need_weights = weights_wanted_of(model, kwargs)
+    layers = [layer_of(module, cache, need_weights) for module in swapped_modules(model)]
     number = _number(args, kwargs)
     for layer in layers:
         if layer is not None and number is not None and not torch.compiler.is_compiling():
@@ -177,11 +169,11 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         call.release = functools.partial(refuse_static, module, slot)
 
 
-def layer_of(module: nn.Module, cache: Cache, weighed: bool = False) -> StateLayer | None:
+def layer_of(module: nn.Module, cache: Cache, need_weights: bool = False) -> StateLayer | None:
     """The layer with the state of a module's attention, which takes the place of an empty ordinary layer.
 
     Args:
-        weighed: whether attention weights are wanted, which are those of all keys.
+        need_weights: whether attention weights are wanted, which are those of all keys.
 
     Returns:
         None where keys and values are kept in an ordinary way: the attention needs all of them, other modules read
@@ -209,13 +201,14 @@ def layer_of(module: nn.Module, cache: Cache, weighed: bool = False) -> StateLay
     if isinstance(layer, StateLayer):
         if layer.attention != rule_of(slot):
             raise ValueError(
-                f"layer {index} of the cache holds the state of {layer.owner}, not of {spell(slot)}; use a new cache"
+                f"layer {index} of the cache holds the state of {layer.owner}, not of {description_of(slot)}; "
+                "use a new cache"
             )
         return layer
-    if lent_its_keys(module) or weighed or recorded():
+    if lent_its_keys(module) or need_weights or recorded():
         return None  # a state is updated by code that is no part of a graph
     if type(layer) not in EXCHANGED:
-        _tell(type(layer), slot.name, None if hasattr(module, ORDINARY) else slot.new_state())
+        _warn_of_kind(type(layer), slot.name, None if hasattr(module, ORDINARY) else slot.new_state())
         return None
     if hasattr(module, ORDINARY):
         return None
@@ -265,11 +258,11 @@ def refuse_static(module: nn.Module, slot: Attention) -> None:
     )
 
 
-def _tell(kind: type, name: str, state: Any) -> None:
+def _warn_of_kind(kind: type, name: str, state: Any) -> None:
     """Say once that layers which a user chose hold more than the attention needs; a model's own have their reasons."""
     chosen = kind not in (*DYNAMIC_LAYER_TYPE_MAPPING.values(), *STATIC_LAYER_TYPE_MAPPING.values())
-    if chosen and state is not None and (kind, name) not in _told and not torch.compiler.is_compiling():
-        _told.add((kind, name))
+    if chosen and state is not None and (kind, name) not in _warned and not torch.compiler.is_compiling():
+        _warned.add((kind, name))
         warnings.warn(
             f"{kind.__name__} keeps the keys and values of all tokens, in its own way, and attention {name!r} attends "
             "to them there; use the default cache to keep only what it needs",
@@ -277,7 +270,7 @@ def _tell(kind: type, name: str, state: Any) -> None:
         )
 
 
-_told: set[tuple[type, str]] = set()
+_warned: set[tuple[type, str]] = set()
 
 
 def lent_its_keys(module: nn.Module) -> bool:
@@ -302,14 +295,14 @@ def give_up(module: nn.Module, cache: Cache) -> None:
     layer = held.layers[index] if isinstance(index, int) and index < len(held.layers) else None
     if not isinstance(layer, StateLayer):
         return
-    given = [reference() for reference in layer.given or ()]
+    given = [reference() for reference in layer.first_tokens or ()]
     taken = layer.is_initialized or any(tensor is None for tensor in given)
-    if taken or layer.instead is None or isinstance(layer.instead, StaticLayer):
+    if taken or layer.replaced is None or isinstance(layer.replaced, StaticLayer):
         raise ValueError(
             f"layer {index} of the cache holds the state of {layer.owner}, and {type(module).__name__} computes with "
             "its mask over the keys of all tokens; use a new cache, of the default kind"
         )
-    held.layers[index] = layer.instead
+    held.layers[index] = layer.replaced
     if given:
         held.layers[index].update(*given)
 

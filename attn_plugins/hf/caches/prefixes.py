@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.functional import pad
 from transformers import Cache, EncoderDecoderCache
 
+from attn_plugins.hf.hooks import remove_hooks
 from attn_plugins.hf.masks.mask_function import LazyMask
 
 
@@ -20,9 +21,7 @@ def watch(module: nn.Module) -> None:
 
 def unwatch(module: nn.Module) -> None:
     """Undo :func:`watch`."""
-    for key, hook in list(module._forward_pre_hooks.items()):
-        if hook is before_attention:
-            del module._forward_pre_hooks[key], module._forward_pre_hooks_with_kwargs[key]
+    remove_hooks(module, before_attention)
 
 
 def before_attention(

@@ -17,24 +17,24 @@ class StateLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, state: State, slot: Attention, max_length: int = -1, instead: CacheLayerMixin | None = None):
+    def __init__(self, state: State, slot: Attention, max_length: int = -1, replaced: CacheLayerMixin | None = None):
         super().__init__()
-        self.state, self.max_length, self.instead = state, max_length, instead
-        self.given: tuple[weakref.ref, weakref.ref] | None = None
+        self.state, self.max_length, self.replaced = state, max_length, replaced
+        self.first_tokens: tuple[weakref.ref, weakref.ref] | None = None
         """The first keys and values, for as long as the module that brought them holds them."""
         self.attention = rule_of(slot)
         """What has to be the same in every call."""
-        self.owner = spell(slot)
+        self.owner = description_of(slot)
         """The same for people."""
         self.is_compileable = state.fixed_length is not None
-        self.is_sliding = getattr(instead, "is_sliding", False)
+        self.is_sliding = getattr(replaced, "is_sliding", False)
         """As the layer in whose place it is: models size their masks by the first layer of a kind, for all of them."""
 
     def __repr__(self) -> str:
         return f"StateLayer({self.owner}, {self.state.seen} tokens, {self.num_bytes} bytes)"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "given": None}
+        return {**vars(self), "first_tokens": None}
 
     @property
     def num_bytes(self) -> int:
@@ -97,17 +97,17 @@ class StateLayer(CacheLayerMixin):
                 "have; use a new cache"
             )
         call.awaiting_update = False
-        if not (self.is_initialized or isinstance(self.instead, StaticLayer) or torch.compiler.is_compiling()):
-            self.given = weakref.ref(key_states), weakref.ref(value_states)
+        if not (self.is_initialized or isinstance(self.replaced, StaticLayer) or torch.compiler.is_compiling()):
+            self.first_tokens = weakref.ref(key_states), weakref.ref(value_states)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As the layer in whose place it is: other modules' keys lie in layers of its kind."""
-        if self.is_sliding and self.instead is not None:
+        if self.is_sliding and self.replaced is not None:
             for counter in ("cumulative_length", "cumulative_length_int"):
-                if isinstance(getattr(self.instead, counter, None), int):
-                    setattr(self.instead, counter, self.state.seen)
-            return self.instead.get_mask_sizes(query_length)
+                if isinstance(getattr(self.replaced, counter, None), int):
+                    setattr(self.replaced, counter, self.state.seen)
+            return self.replaced.get_mask_sizes(query_length)
         return (self.state.seen + query_length if self.max_length < 0 else self.max_length), 0
 
     def get_seq_length(self) -> Any:
@@ -128,7 +128,7 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.state.reset()
-        self.given = None
+        self.first_tokens = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.state.apply(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -148,7 +148,7 @@ class StateLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         self.check_crop(tokens_to_remove)
         self.state.crop(-int(tokens_to_remove))
-        self.given = None
+        self.first_tokens = None
 
 
 def rule_of(slot: Attention) -> tuple[Any, ...]:
@@ -156,5 +156,5 @@ def rule_of(slot: Attention) -> tuple[Any, ...]:
     return slot.name, slot.config, slot.backend
 
 
-def spell(slot: Attention) -> str:
+def description_of(slot: Attention) -> str:
     return f"{slot.name}({slot.extra_repr()})"

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from attn_plugins.core.rules import Rule
 from attn_plugins.hf.checkpoints import live
 from attn_plugins.hf.discovery import modules as discovery
+from attn_plugins.hf.hooks import remove_hooks
 from attn_plugins.hf.names import IMPLEMENTATION, slot_of
 
 WRITTEN = "_attn_plugin_written"
@@ -137,9 +138,7 @@ def forget(model: PreTrainedModel) -> None:
 
 def _forget(part: nn.Module) -> None:
     if vars(part).pop(WRITTEN, None) is not None:
-        for key, hook in list(part._forward_pre_hooks.items()):
-            if hook is before_forward:
-                del part._forward_pre_hooks[key]
+        remove_hooks(part, before_forward)
 
 
 def mark(model: PreTrainedModel) -> None:

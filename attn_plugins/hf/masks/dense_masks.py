@@ -21,17 +21,17 @@ def read_dense(
     mask = (given.unsqueeze(1) if given.ndim == 3 else given)[..., :kv_length]
     allowed = mask if mask.dtype == torch.bool else mask > HIDDEN
     known = readable(mask)
-    alike = allowed.shape[1] == 1 or (known and bool((allowed == allowed[:, :1]).all()))
+    same_for_heads = allowed.shape[1] == 1 or (known and bool((allowed == allowed[:, :1]).all()))
     bias = None
-    if not alike:
+    if not same_for_heads:
         bias = additive(mask, dtype) if mask.dtype == torch.bool else mask.masked_fill(~allowed, torch.finfo(dtype).min)
     elif mask.dtype != torch.bool:
         added = mask.masked_fill(~allowed, 0.0)
         bias = added if added.requires_grad or recorded(mask) or bool(added.any()) else None
-    if alike and allowed.shape[2] == 1 < q_length:  # one row for all queries
+    if same_for_heads and allowed.shape[2] == 1 < q_length:  # one row for all queries
         return {"causal": False, "padding_BK": allowed[:, 0, 0]}, bias
-    allowed_BQK = (allowed[:, 0] if alike else allowed.any(dim=1)).expand(-1, q_length, -1)
-    found = None if not known or not alike else _remembered(given, allowed_BQK, causal, cross)
+    allowed_BQK = (allowed[:, 0] if same_for_heads else allowed.any(dim=1)).expand(-1, q_length, -1)
+    found = None if not known or not same_for_heads else _remembered(given, allowed_BQK, causal, cross)
     return found or {"causal": False, "plain": False, "dense_BQK": allowed_BQK}, bias
 
 

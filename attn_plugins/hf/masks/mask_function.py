@@ -14,7 +14,7 @@ from attn_plugins.core.tracing import readable
 from attn_plugins.hf.call import innermost
 from attn_plugins.hf.masks import packing
 from attn_plugins.hf.masks.dense_masks import additive
-from attn_plugins.hf.masks.rules import read_rule
+from attn_plugins.hf.masks.structure import structure_of
 from attn_plugins.hf.masks.tensors import stands_for_a_tensor, takes_all
 
 
@@ -182,7 +182,7 @@ def lazy_mask(
         "device": device,
         **others,
     }
-    causal, plain, segments_BK = read_rule(mask_function)
+    causal, plain, segments_BK = structure_of(mask_function)
     chunked = others.get("local_size") is not None and bool(getattr(others.get("config"), "attention_chunk_size", None))
     packed = packing.packed_rule(
         mask_function, segments_BK, batch_size, q_length, kv_length, causal=causal, chunked=chunked

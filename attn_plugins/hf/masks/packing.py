@@ -19,8 +19,9 @@ from transformers.masking_utils import and_masks, packed_sequence_mask_function
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import readable
 from attn_plugins.hf.call import Call
+from attn_plugins.hf.hooks import remove_hooks
 
-TELLINGS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+ARGUMENTS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """Arguments of a model that may tell of packed texts."""
 
 PACKED = "_attn_plugin_packed"
@@ -33,8 +34,8 @@ ALONE = "give each text a row of its own"
 
 
 @dataclass
-class Telling:
-    """What a running forward was told."""
+class Packing:
+    """What the arguments of a running forward say of packed texts."""
 
     model: nn.Module
     given: list[Any]
@@ -45,31 +46,27 @@ class Telling:
     """Number of the text that each token is of, which grows along a row; None where rows hold one text each."""
     anew: bool
     """Whether the first new token has the first position of a text, though the cache holds others."""
-    outer: "Telling | None"
+    outer: "Packing | None"
     """That of the model around it."""
     used: bool = False
     """Whether a mask was made from it."""
     exported: bool = field(default_factory=torch.compiler.is_exporting)
-    """Whether a graph is being exported: torch calls no hook there after an error, and the telling would outlive it."""
+    """Whether a graph is being exported: torch calls no hook there after an error, and the packing would outlive it."""
 
 
 _running = threading.local()
 """Threads may share a model."""
 
 
-def listen(model: nn.Module) -> None:
+def watch(model: nn.Module) -> None:
     """Read what a model is told of packed texts, whenever it is called."""
     model.register_forward_pre_hook(begin, with_kwargs=True)
     model.register_forward_hook(end, always_call=True)
 
 
-def deafen(model: nn.Module) -> None:
-    """Undo :func:`listen`."""
-    for hooks, ours in ((model._forward_pre_hooks, begin), (model._forward_hooks, end)):
-        for key in [key for key, hook in hooks.items() if hook is ours]:
-            del hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
-            model._forward_hooks_always_called.pop(key, None)
+def unwatch(model: nn.Module) -> None:
+    """Undo :func:`watch`."""
+    remove_hooks(model, begin, end)
 
 
 def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -92,34 +89,34 @@ def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         cache,
         named.get("attention_mask"),
         named.get("encoder_hidden_states"),
-        *map(named.get, TELLINGS),
+        *map(named.get, ARGUMENTS),
     ]
     if outer is not None and all(mine is theirs for mine, theirs in zip(given, outer.given, strict=True)):
         by, texts_BN, anew = outer.by, outer.texts_BN, outer.anew
-    elif text is None or named.get("cache") is not None or all(told is None for told in given[4:]):
+    elif text is None or named.get("cache") is not None or all(argument is None for argument in given[4:]):
         by, texts_BN, anew = "", None, False  # of paged caches, lengths tell the pages
     elif torch.compiler.is_compiling() and text.shape[1] == 1:
         by, texts_BN, anew = "", None, False  # no text begins within one token: nothing to compute in each step
     else:
         by, texts_BN, anew = read(*given)
-    _running.telling = Telling(model, given, by, texts_BN, anew, outer)
+    _running.packing = Packing(model, given, by, texts_BN, anew, outer)
 
 
 def end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """A forward hook, called after an error too."""
-    telling = running()
-    while telling is not None and telling.model is not model:
-        telling = telling.outer
-    if telling is not None:
-        _running.telling = telling.outer
+    packing = running()
+    while packing is not None and packing.model is not model:
+        packing = packing.outer
+    if packing is not None:
+        _running.packing = packing.outer
 
 
-def running() -> Telling | None:
+def running() -> Packing | None:
     """What the innermost model whose forward is running was told."""
-    telling = getattr(_running, "telling", None)  # Dynamo reads no default of a thread-local class
-    while telling is not None and telling.exported and not torch.compiler.is_exporting():
-        telling = telling.outer
-    return telling
+    packing = getattr(_running, "packing", None)  # Dynamo reads no default of a thread-local class
+    while packing is not None and packing.exported and not torch.compiler.is_exporting():
+        packing = packing.outer
+    return packing
 
 
 def read(
@@ -203,26 +200,26 @@ def packed_rule(
     Raises:
         ValueError: these texts cannot be kept apart in this mask.
     """
-    telling = running()
-    if telling is not None and telling.anew and causal:
+    packing = running()
+    if packing is not None and packing.anew and causal:
         raise ValueError(f"position_ids begin a new text in rows of which the cache holds another; {ALONE}")
-    if telling is None or telling.texts_BN is None:
+    if packing is None or packing.texts_BN is None:
         return None
-    texts_BK = telling.texts_BN
+    texts_BK = packing.texts_BN
     if texts_BK.shape[1] != queries or texts_BK.shape[0] not in (1, batch) or keys != queries:
         raise ValueError(
-            f"{telling.by} tells of packed texts in {tuple(texts_BK.shape)} tokens, and a mask is made for {batch} "
+            f"{packing.by} tells of packed texts in {tuple(texts_BK.shape)} tokens, and a mask is made for {batch} "
             f"rows of {queries} queries and {keys} keys; {ALONE}"
         )
-    telling.used = True
+    packing.used = True
     if segments_BK is not None:
-        told, own = _changes(texts_BK), _changes(segments_BK)
-        if readable(texts_BK) and not bool((told & ~own).any()) and (COUNTS_TEXTS or not chunked):
+        ours, own = _changes(texts_BK), _changes(segments_BK)
+        if readable(texts_BK) and not bool((ours & ~own).any()) and (COUNTS_TEXTS or not chunked):
             return None
-        texts_BK = (told | own).long().cumsum(dim=1)
+        texts_BK = (ours | own).long().cumsum(dim=1)
     if chunked:
         raise ValueError(
-            f"{telling.by} tells of packed texts to a model whose own attention counts chunks from the beginning of a "
+            f"{packing.by} tells of packed texts to a model whose own attention counts chunks from the beginning of a "
             "row; tell of them by position_ids, with use_cache=False and no attention mask"
         )
     return and_masks(packed_sequence_mask_function(texts_BK), rule), texts_BK
@@ -234,11 +231,11 @@ def check(segmented: bool | None) -> None:
     Args:
         segmented: whether it does; None for a tensor, which may have come of a mask that does.
     """
-    telling = running()
-    if telling is None or telling.texts_BN is None or segmented or (segmented is None and telling.used):
+    packing = running()
+    if packing is None or packing.texts_BN is None or segmented or (segmented is None and packing.used):
         return
     raise ValueError(
-        f"{telling.by} tells {type(telling.model).__name__} of packed texts, and it makes masks without them; {ALONE}"
+        f"{packing.by} tells {type(packing.model).__name__} of packed texts, and it makes masks without them; {ALONE}"
     )
 
 
@@ -287,8 +284,8 @@ def _fallen(positions_BN: torch.Tensor, real_BN: torch.Tensor | None) -> torch.T
     last_BN = nn.functional.pad(last_BN[:, :-1], (1, 0), value=-1)
     before_BN = positions_BN.gather(1, last_BN.clamp(min=0))
     least_B1 = positions_BN.masked_fill(~real_BN, torch.iinfo(positions_BN.dtype).max).amin(dim=1, keepdim=True)
-    told = (real_BN & (positions_BN != least_B1)).any()
-    return told & real_BN & (last_BN >= 0) & ((positions_BN < before_BN) | (positions_BN == least_B1))
+    differ = (real_BN & (positions_BN != least_B1)).any()
+    return differ & real_BN & (last_BN >= 0) & ((positions_BN < before_BN) | (positions_BN == least_B1))
 
 
 def _starts_of_lengths(queries: Any, keys: Any, rows: int, length: int) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attn_plugins.hf.attention_function import attention_forward
+from attn_plugins.hf.hooks import remove_hooks
 from attn_plugins.hf.names import IMPLEMENTATION
 
 ADVICE = "train without it, or call attn_plugins.restore_attention(model) first"
@@ -23,8 +24,7 @@ def guard(model: nn.Module) -> None:
 
 def unguard(model: nn.Module) -> None:
     """Undo :func:`guard`."""
-    for key in [key for key, hook in model._forward_pre_hooks.items() if hook is refuse]:
-        del model._forward_pre_hooks[key]
+    remove_hooks(model, refuse)
 
 
 def refuse(model: nn.Module, args: tuple[Any, ...]) -> None:

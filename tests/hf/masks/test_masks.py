@@ -12,7 +12,7 @@ from attn_plugins.core.attention import HeadShape
 from attn_plugins.hf.attention_function import attention_forward
 from attn_plugins.hf.masks.given import as_mask
 from attn_plugins.hf.masks.mask_function import lazy_mask
-from attn_plugins.hf.masks.rules import read_rule
+from attn_plugins.hf.masks.structure import structure_of
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
@@ -81,7 +81,7 @@ def test_all_ones_is_no_padding():
 
 
 def test_compositions_of_transformers_are_read_back():
-    """Fails when transformers composes its mask functions otherwise; read_rule has to follow then."""
+    """Fails when transformers composes its mask functions otherwise; structure_of has to follow then."""
     config = LlamaConfig(**tiny.GROUPED, attn_implementation="attn_plugins")
     embeds = torch.zeros(1, 8, 4)
     packed = masking_utils.create_causal_mask(config, embeds, None, past_key_values=None, position_ids=POSITIONS)
@@ -91,7 +91,7 @@ def test_compositions_of_transformers_are_read_back():
     sliding = masking_utils.create_sliding_window_causal_mask(config, embeds, None, past_key_values=None)
     assert (sliding.causal, sliding.plain) == (True, False)
     assert masking_utils.create_bidirectional_mask(config, embeds, None).plain
-    assert read_rule(masking_utils.causal_mask_function) == (True, True, None)
+    assert structure_of(masking_utils.causal_mask_function) == (True, True, None)
 
 
 def every(number, batch_idx, head_idx, q_idx, kv_idx):
