@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import programs
 import pytest
 import torch
 import yaml
@@ -402,7 +404,25 @@ def test_an_adapter_is_not_fine_tuned_on(llama, text, tmp_path):
         prepare_finetune(settings(str(tmp_path / "one"), text, tmp_path / "two"))
 
 
-def test_two_processes_do_the_same_steps_as_one(llama, text, tmp_path):
+def launched(*command):
+    """The end of both processes, started as torchrun and accelerate start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    told |= {"ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        program.wait()
+        for program in [programs.start(*command, env={**told, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    ]
+
+
+def launched_by_accelerate(*command):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    return [subprocess.run([*launch, *command], capture_output=True, text=True)]
+
+
+@pytest.mark.parametrize("launch", [launched, pytest.param(launched_by_accelerate, marks=pytest.mark.slow)])
+def test_two_processes_do_the_same_steps_as_one(llama, text, tmp_path, launch):
     training = {**SMALL, "max_steps": 2, "per_device_train_batch_size": 4}
     one = prepare_finetune(settings(llama, text, tmp_path / "one", tune="full", training=training)).run(None)
     config = tmp_path / "config.yaml"
@@ -417,10 +437,8 @@ def test_two_processes_do_the_same_steps_as_one(llama, text, tmp_path):
         "evaluation": {"length": 16, "max_tokens": 80},  # 5 batches: the two processes have unequal shares
     }
     config.write_text(yaml.safe_dump(tree))
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    finetune = ["-m", "attn_plugins", "finetune", "--config", str(config)]
-    ran = subprocess.run([*launch, *finetune], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    for ran in launch("-m", "attn_plugins", "finetune", "--config", str(config)):
+        assert ran.returncode == 0, ran.stderr
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert (one["train"]["processes"], two["train"]["processes"]) == (1, 2)
     assert one["train"]["rows"] == two["train"]["rows"] == 8
