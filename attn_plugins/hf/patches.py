@@ -10,26 +10,25 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import transformers
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
-from transformers.utils import logging
 
 from attn_plugins.config.after_import import once_imported
-from attn_plugins.core.attention import Attention
+from attn_plugins.hf import construction
 from attn_plugins.hf.attention_function import attention_forward
 from attn_plugins.hf.caches.cache_layers import RECORDING, rollback
 from attn_plugins.hf.checkpoints import live
 from attn_plugins.hf.checkpoints import peft as adapters
 from attn_plugins.hf.checkpoints.card import write_card
-from attn_plugins.hf.checkpoints.configs import check_flags, erase, from_file, is_flagged, mark_saved, written
+from attn_plugins.hf.checkpoints.configs import check_flags, erase, from_file, mark_saved, written
+from attn_plugins.hf.checkpoints.loading import initialize_weights, load_from_state_dict
 from attn_plugins.hf.masks.mask_function import lazy_mask
 from attn_plugins.hf.masks.structure import COMPOSERS
 from attn_plugins.hf.names import IMPLEMENTATION, SLOT, slot_of
 from attn_plugins.hf.parallel.sharding import load_full_state_dict, refuse_split_heads
-from attn_plugins.hf.swap import attach_assigned, attach_from_config
+from attn_plugins.hf.swap import attach_assigned
 
 _MARK = "_attn_plugins_original"
 
@@ -56,17 +55,17 @@ def install() -> None:
 
     # Some models choose their attention classes in their constructor, by names of implementations that they know. They
     # are therefore built with their own default, also from a config.json that names ours.
-    _wrap(PreTrainedModel, "__init__", _init)
+    _wrap(PreTrainedModel, "__init__", construction.init)
 
     # Nothing public runs between a model's construction and the loading of its weights, which is when the slots have to
     # be there: post_init, which every model calls last in __init__, is that moment.
-    _wrap(PreTrainedModel, "post_init", _post_init)
+    _wrap(PreTrainedModel, "post_init", construction.post_init)
 
     # Copies and unpickled models are made without a constructor. Of those too it has to be known that they are alive.
     _wrap(PreTrainedModel, "__setstate__", _setstate)
 
     # Weights that a checkpoint lacks are initialised by the model's own _init_weights, which does not know a slot's.
-    _wrap(PreTrainedModel, "_initialize_weights", _initialize_weights)
+    _wrap(PreTrainedModel, "_initialize_weights", initialize_weights)
 
     # Attention weights are allowed for "eager" alone, by name: in the setter, and in what a config checks when it is
     # made or saved. Each class of configs keeps the functions that it checks with, found when the class was made.
@@ -94,7 +93,7 @@ def install() -> None:
     _wrap(PreTrainedModel, "_upload_modified_files", _upload_modified_files)
 
     # Weights of a slot that is not there are "unexpected", and dropped in silence where loading is not strict.
-    _wrap(PreTrainedModel, "_load_from_state_dict", _load_from_state_dict)
+    _wrap(PreTrainedModel, "_load_from_state_dict", load_from_state_dict)
 
     # A mask function is a closure: it says nothing of what it was made from, and torch.compile cannot look into it.
     for name, around in COMPOSERS.items():
@@ -283,113 +282,9 @@ def _from_dict(original: Any, cls: Any, config_dict: dict[str, Any], **kwargs: A
     return made
 
 
-def _init(original: Any, self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-    if getattr(config, "_attn_implementation", None) == IMPLEMENTATION:
-        if not is_flagged(config) and _builder(self) is None:
-            raise ValueError(
-                f"attn_implementation={IMPLEMENTATION!r} needs rules; "
-                f"pass attn_plugin=..., such as attn_plugin='local', instead{_of_a_name(config.name_or_path)}"
-            )
-        vars(self)[_CAME] = (config,)
-        config._attn_implementation_internal = None
-    original(self, config, *args, **kwargs)
-
-
-def _of_a_name(name: str) -> str:
-    """What to say where a live model of this name is swapped: trainers build its reference from its name alone."""
-    alike = (model.config for model in live.models() if model.config.name_or_path == name)
-    rules = next((config.attn_plugin for config in alike if name and config.attn_plugin is not None), None)
-    if rules is None:
-        return ""
-    return (
-        f". A model of the name {name!r} is swapped here, and the checkpoint of that name is not: give a trainer that "
-        f"builds a reference model ref_model=..., or model_init_kwargs={{'attn_plugin': {rules}}}, by which weights of "
-        "the attention begin anew, or save the swapped model and load it from there for training"
-    )
-
-
-_CAME = "_attn_plugins_came"
-"""Attribute of a model under construction: the config that it came with, alone in a tuple, if that named ours."""
-
-_INSIDE = "_attn_plugins_inside"
-"""Attribute of a model under construction: flagged models that its constructor has built so far."""
-
-
-def _post_init(original: Any, self: PreTrainedModel) -> None:
-    builder = _builder(self)
-    if builder is not None:
-        if self.config.attn_plugin is not None:
-            vars(builder).setdefault(_INSIDE, []).append(self)
-        original(self)
-        return
-    parts = set(self.modules())
-    aside = [inner for inner in vars(self).pop(_INSIDE, ()) if inner not in parts]
-    try:
-        attach_from_config(self)  # before the original, which initialises weights
-        for inner in aside:  # built inside, but held elsewhere than among the modules, as a teacher may be
-            attach_from_config(inner)
-    finally:
-        for model in (self, *aside):
-            _give_back(model)
-    original(self)
-    for model in (self, *aside):
-        live.remember(model)
-
-
-def _give_back(model: PreTrainedModel) -> None:
-    """Undo what was done to the configs that a model was built from, and does not keep: they may be another model's."""
-    for part in model.modules():
-        for came in vars(part).pop(_CAME, ()):
-            if came is not getattr(part, "config", None) or live.holding(came):
-                came._attn_implementation_internal = IMPLEMENTATION
-
-
 def _setstate(original: Any, self: PreTrainedModel, state: Any) -> None:
     original(self, state)
     live.remember(self)
-
-
-def _builder(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The outermost model whose constructor is building this one, and will attach for both; None if there is none.
-
-    Only the outermost model knows all paths, roles and stacks. The call stack tells without any state to keep, also
-    where constructors raise. It is read up to a from_pretrained: what that builds gets its weights right away, so that
-    its slots have to be there.
-    """
-    frame, found = sys._getframe(2), None
-    while frame is not None and frame.f_code.co_name != "from_pretrained":
-        if frame.f_code.co_name == "__init__":
-            builder = frame.f_locals.get("self")
-            if isinstance(builder, PreTrainedModel) and builder is not model:
-                found = builder
-        frame = frame.f_back  # type: ignore[assignment]
-    return found
-
-
-def _initialize_weights(original: Any, self: PreTrainedModel, module: Any, *args: Any, **kwargs: Any) -> None:
-    if not isinstance(module, Attention):
-        original(self, module, *args, **kwargs)
-    elif not getattr(module, "_is_hf_initialized", False):
-        _initialize_slot(module)
-        module._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def _initialize_slot(slot: Attention) -> None:
-    """Initialise those weights and buffers of a slot that the checkpoint did not bring.
-
-    transformers guards loaded tensors in the functions of torch.nn.init. What writes a weight in another way, such as
-    copy_ or row by row, would get past that, so what was loaded is put back.
-    """
-
-    def held() -> dict[str, torch.Tensor]:
-        return {**dict(slot.named_parameters()), **dict(slot.named_buffers())}
-
-    loaded = {name: x.detach().clone() for name, x in held().items() if getattr(x, "_is_hf_initialized", False)}
-    if len(loaded) < len(held()):
-        slot.reset_parameters()
-        for name, x in held().items():
-            if name in loaded:
-                x.detach().copy_(loaded[name])
 
 
 def _set_attn_implementation(original: Any, self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
@@ -405,31 +300,6 @@ def _set_attn_implementation(original: Any, self: PreTrainedModel, *args: Any, *
 def _activate_past_recording(original: Any, self: Cache) -> None:
     setattr(self, RECORDING, True)
     original(self)
-
-
-def _load_from_state_dict(
-    original: Any, self: PreTrainedModel, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
-) -> None:
-    lost = [name for name in state_dict if name.startswith(prefix) and not _has(self, name.removeprefix(prefix))]
-    if lost and adapters.declined(self):
-        logging.get_logger("transformers.modeling_utils").warning(  # as it reports what a whole checkpoint leaves out
-            f"attn_plugin=None leaves out {len(lost)} weights of attentions: {lost[0]}, ..."
-        )
-        for name in lost:
-            del state_dict[name]
-    elif lost:
-        raise ValueError(
-            f"the state dict holds weights of attentions that {type(self).__name__} has no slots for: {lost[0]}"
-            f"{', ...' if lost[1:] else ''}; swap the model first, by the rules that these were trained under"
-        )
-    original(self, state_dict, prefix, *args, **kwargs)
-
-
-def _has(model: PreTrainedModel, name: str) -> bool:
-    """Whether a model has this weight of a slot; what is no slot's is torch's to check."""
-    parts: list[str] = name.split(".")
-    place: Any = model
-    return SLOT not in parts or all((place := getattr(place, part, None)) is not None for part in parts)
 
 
 def _save_pretrained(original: Any, self: PreTrainedModel, save_directory: Any, *args: Any, **kwargs: Any) -> Any:

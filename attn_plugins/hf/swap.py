@@ -1,4 +1,4 @@
-"""Put attentions into a model's slots, take them out, tell what is where. All is validated before anything changes."""
+"""Swap, restore and describe the attention of a model, as users or configs ask; all is checked before it changes."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,16 +9,12 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from attn_plugins.core.rules import Flag, Rule, Target, assign, by_own_paths, parse_rules
-from attn_plugins.hf import adapters, arguments, call, grids, recording
-from attn_plugins.hf.caches import cache_layers, prefixes
+from attn_plugins.core.rules import Flag, parse_rules
+from attn_plugins.hf.attach import attach, reset, restore, watch_calls
 from attn_plugins.hf.checkpoints import configs, live
-from attn_plugins.hf.discovery import by_code as sources
 from attn_plugins.hf.discovery import modules as discovery
-from attn_plugins.hf.masks import packing
-from attn_plugins.hf.names import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of
-from attn_plugins.hf.parallel import sequence_parallel
-from attn_plugins.hf.slots import build
+from attn_plugins.hf.names import BASE, IMPLEMENTATION, SLOT, slot_of
+from attn_plugins.hf.plan import make_plan, make_saved_plans, refuse_loss
 
 logger = logging.get_logger("transformers.attn_plugins")  # among what transformers says of loading
 
@@ -74,11 +70,11 @@ def swap_attention(model: nn.Module, rules: Flag, **options: Any) -> nn.Module:
         ValueError: the rules do not fit the model; nothing has changed then.
     """
     inner = _unwrap(model)
-    plan = _plan(inner, parse_rules(rules, **options))
+    plan = make_plan(inner, parse_rules(rules, **options))
     configs.refuse_part(inner)
     if configs.WRITTEN not in vars(inner) or configs.shared(inner, model):
         configs.own(inner, model)
-    _attach(plan)
+    attach(plan)
     return model
 
 
@@ -94,7 +90,7 @@ def restore_attention(model: nn.Module) -> nn.Module:
     configs.refuse_part(inner)
     if configs.shared(inner, model):
         configs.own(inner, model)
-    _restore(inner)
+    restore(inner)
     return model
 
 
@@ -138,41 +134,26 @@ def attach_from_config(model: PreTrainedModel) -> None:
         ValueError: the rules do not fit the model, or would take slots away that a part of it has brought.
     """
     if model.config.attn_plugin is None and "attn_plugin" in vars(model.config):
-        _reset(model)  # set to None on purpose: a swapped checkpoint with its original attention
+        reset(model)  # set to None on purpose: a swapped checkpoint with its original attention
         return
     missing: list[str] = []
-    plans = [] if model.config.attn_plugin is None else _plan_saved(model, missing)
+    plans = [] if model.config.attn_plugin is None else make_saved_plans(model, missing)
     if not plans:
-        plans = [plan for part in _flagged_parts(model) for plan in _plan_saved(part, missing)]
+        plans = [plan for part in _flagged_parts(model) for plan in make_saved_plans(part, missing)]
     for plan in plans:
-        _refuse_loss(plan)
+        refuse_loss(plan)
     if plans or missing:
         configs.own(model)
     for plan in plans:
-        _attach(plan)
+        attach(plan)
     if missing:
         logger.warning("\n".join(missing))
     if not plans and model.config.attn_plugin is not None:
         configs.erase(model.config)
-        _reset(model)
+        reset(model)
     if any(hasattr(module, SLOT) for module in model.modules()):
-        _watch(model)  # around parts that have brought their own slots
+        watch_calls(model)  # around parts that have brought their own slots
     configs.mark(model)
-
-
-def _plan_saved(model: PreTrainedModel, missing: list[str]) -> list["_Plan"]:
-    """What to attach by the rules of a model's config, nothing where all are for parts that it does not have.
-
-    Rules that another class of model has saved were right there, and what is not here is left out; ``missing`` gets a
-    line on each of these.
-    """
-    rules, config = parse_rules(model.config.attn_plugin), model.config
-    if not configs.from_file(config) or type(model).__name__ in (config.architectures or ()):
-        return [_plan(model, rules)]
-    absent: dict[int, str] = {}
-    plan = _plan(model, rules, absent)
-    missing.extend(f"{type(model).__name__} leaves out a rule of the saved model: {why}" for why in absent.values())
-    return [plan] if plan.assigned else []
 
 
 def attach_assigned(config: Any, flag: "Flag | None") -> bool:
@@ -186,202 +167,12 @@ def attach_assigned(config: Any, flag: "Flag | None") -> bool:
     models = live.holding(config)
     for model in models:
         configs.refuse_part(model)
-    plans = [] if flag is None else [_plan(model, parse_rules(flag)) for model in models]
+    plans = [] if flag is None else [make_plan(model, parse_rules(flag)) for model in models]
     for plan in plans:
-        _attach(plan)
+        attach(plan)
     for model in models if flag is None else []:
-        _restore(model)
+        restore(model)
     return bool(models)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What :func:`_attach` is to do to a model, all of it checked and built."""
-
-    model: PreTrainedModel
-    rules: list[Rule]
-    targets: list[Target]
-    assigned: dict[str, Rule]
-    slots: dict[str, nn.Module]
-    modules: dict[str, nn.Module]
-    bases: dict[str, str]
-
-
-def _plan(model: PreTrainedModel, rules: list[Rule], absent: dict[int, str] | None = None) -> _Plan:
-    """Check rules against a model and build their attentions; nothing changes.
-
-    Args:
-        absent: where given, the rules are those of a model of another class: see ``missing`` of rules.assign.
-
-    Raises:
-        ValueError: the rules do not fit.
-    """
-    targets = discovery.targets(model)
-    if not targets:
-        raise ValueError(
-            f"{type(model).__name__} has no attention that can be swapped: none of its modules dispatches through "
-            "transformers' attention interface (ALL_ATTENTION_FUNCTIONS), and none is of a family with an adapter "
-            f"({', '.join(adapters.families())})"
-        )
-    if absent is not None and model.base_model is model and model.base_model_prefix:
-        whole = model.base_model_prefix
-        targets = [dataclasses.replace(target, path_in_whole=f"{whole}.{target.path}") for target in targets]
-    assigned = assign(rules, targets, missing=absent)
-    if absent is not None:  # what is written into the config is for this class
-        served = [(rule, [path for path, held in assigned.items() if held is rule]) for rule in rules]
-        rules = [by_own_paths(rule, paths) for rule, paths in served if paths]
-    modules = {target.path: model.get_submodule(target.path) for target in targets}
-    layers = {target.path: target.layer for target in targets}
-    slots = {path: build(rule, modules[path], model, path, layers[path]) for path, rule in assigned.items()}
-    bases = {path: getattr(module, BASE, None) or _base_of(model, path, module) for path, module in modules.items()}
-    discovery.warn_of_lost_dropout(assigned, modules)
-    return _Plan(
-        model=model, rules=rules, targets=targets, assigned=assigned, slots=slots, modules=modules, bases=bases
-    )
-
-
-def _refuse_loss(plan: _Plan) -> None:
-    """Refuse to take away what parts have brought that were loaded or swapped before the model around them was built.
-
-    Raises:
-        ValueError: names the part and its attention.
-    """
-    for part, _ in configs.written(plan.model):
-        if part is plan.model:
-            continue
-        inside = {id(module) for module in part.modules()}
-        for path, module in plan.modules.items():
-            held = slot_of(module)
-            if id(module) in inside and held is not None and plan.slots.get(path) is not getattr(module, SLOT):
-                raise ValueError(
-                    f"the attn_plugin of {type(plan.model).__name__} would replace {held.name!r} at {path}, which its "
-                    f"part {type(part).__name__} came with; give rules that say the same, or build that part with "
-                    "attn_plugin=None"
-                )
-
-
-def _attach(plan: _Plan) -> None:
-    """Do what was planned; from here on nothing can fail.
-
-    A config that serves at least one slot dispatches to us, with all of its modules.
-    """
-    model, modules = plan.model, plan.modules
-    ours = {id(config) for path in plan.assigned for config in configs.configs_of(model, path, modules[path])}
-    for target in plan.targets:
-        module = modules[target.path]
-        held = configs.configs_of(model, target.path, module)
-        arguments.unwatch(module)
-        prefixes.unwatch(module)
-        call.unwatch(module)
-        if hasattr(module, SLOT):
-            delattr(module, SLOT)
-        if not any(id(config) in ours for config in held):
-            for config in held:
-                configs.set_implementation(config, plan.bases[target.path])
-            adapters.to_own_class(module)
-            for attribute in (BASE, ROLE):
-                if hasattr(module, attribute):
-                    delattr(module, attribute)
-            continue
-        adapters.to_adapter(module)
-        setattr(module, BASE, plan.bases[target.path])
-        setattr(module, ROLE, target.role)
-        if target.path in plan.slots:
-            setattr(module, SLOT, plan.slots[target.path])
-            arguments.watch(module)
-            call.watch(module)
-            if target.role == "encoder":
-                prefixes.watch(module)
-    for target in plan.targets:
-        for config in configs.configs_of(model, target.path, modules[target.path]):
-            if id(config) in ours:
-                configs.set_implementation(config, IMPLEMENTATION)
-    recording.unwatch(model)
-    recording.watch(model, modules)
-    grids.unwatch(model)
-    grids.watch(
-        model, {path: slot for path, module in modules.items() if (slot := slot_of(module)) and slot.wants_grid}
-    )
-    _serve_caches(model, modules)
-    _watch(model)
-    configs.write_rules(model, plan.rules, plan.assigned, modules)
-    for outer in live.around(model):
-        configs.mark(outer)
-
-
-def _restore(model: PreTrainedModel) -> None:
-    grids.unwatch(model)
-    recording.unwatch(model)
-    for path, module in discovery.attention_modules(model):
-        if getattr(module, BASE, None) is not None:
-            for config in configs.configs_of(model, path, module):
-                configs.set_implementation(config, getattr(module, BASE))
-    for path, module in discovery.attention_modules(model):
-        cache_layers.unwatch(discovery.owner(model, path), [module])
-        arguments.unwatch(module)
-        prefixes.unwatch(module)
-        call.unwatch(module)
-        adapters.to_own_class(module)
-        for attribute in (SLOT, BASE, ROLE):
-            if hasattr(module, attribute):
-                delattr(module, attribute)
-        for config in configs.configs_of(model, path, module):
-            configs.erase(config)
-    _watch(model)
-    configs.erase(model.config)
-    configs.forget(model)
-    for outer in live.around(model):
-        configs.mark(outer)
-
-
-def _serve_caches(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
-    """Where modules are causal and have a slot, caches hold what their attentions need."""
-    held: dict[int, tuple[nn.Module, list[nn.Module]]] = {}
-    for path, module in modules.items():
-        owner, served = held.setdefault(id(o := discovery.owner(model, path)), (o, []))
-        cache_layers.unwatch(owner, [module])
-        if hasattr(module, SLOT) and getattr(module, ROLE, None) == "decoder":
-            served.append(module)
-    classes: set[Any] = {type(module) for module in modules.values()}
-    keys_read_elsewhere = any(sources.reads_caches(cls) for cls in classes)
-    for owner, served in held.values():
-        cache_layers.watch(owner, served, ordinary=keys_read_elsewhere)
-    for module in modules.values():
-        cls: Any = type(module)
-        if hasattr(module, BASE) and sources.wants_tensor(cls):
-            module.register_forward_pre_hook(cache_layers.make_tensor, with_kwargs=True)
-
-
-def _watch(model: PreTrainedModel) -> None:
-    """See how the models that hold slots are called: one of them or another makes the masks."""
-    parts = {part for part in model.modules() if isinstance(part, PreTrainedModel)}
-    for part in parts.union(live.around(model)):
-        packing.unwatch(part)
-        sequence_parallel.unguard(part)
-        if any(hasattr(module, SLOT) for module in part.modules()):
-            sequence_parallel.guard(part)
-            packing.watch(part)
-
-
-def _base_of(model: PreTrainedModel, path: str, module: nn.Module) -> str:
-    """The implementation that serves the module where no rule matches: the one asked for beside the flag, or sdpa."""
-    holder = discovery.owner(model, path)
-    current = getattr(module, "config", holder.config)._attn_implementation
-    if current is None:
-        return "eager"  # what serves a part whose config no model has taken as its own (fun_asr_nano's adaptor)
-    return holder.get_correct_attn_implementation(None) if current == IMPLEMENTATION else current
-
-
-def _reset(model: PreTrainedModel) -> None:
-    """Undo what config.json's attn_implementation did to configs whose modules have no slot."""
-    for path, module in discovery.attention_modules(model):
-        if getattr(module, BASE, None) is None:
-            for config in configs.configs_of(model, path, module):
-                if config._attn_implementation == IMPLEMENTATION:
-                    configs.set_implementation(config, _base_of(model, path, module))
-    if model.config._attn_implementation == IMPLEMENTATION and model.config.attn_plugin is None:
-        configs.set_implementation(model.config, model.get_correct_attn_implementation(None))
-    vars(model.config).pop("attn_implementation", None)
 
 
 def _flagged_parts(model: PreTrainedModel, module: nn.Module | None = None) -> Iterator[PreTrainedModel]:

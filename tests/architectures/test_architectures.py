@@ -86,7 +86,7 @@ def test_checks_tell_what_is_broken(monkeypatch):
         patch.setattr(ap.get_attention("additive"), "attend", lambda self, q, k, v, **by: v.repeat_interleave(2, dim=1))
         assert failing() == ["additive"]  # no gradient in its weights
     with monkeypatch.context() as patch:
-        patch.setattr("attn_plugins.hf.patches.attach_from_config", lambda model: None)
+        patch.setattr("attn_plugins.hf.construction.attach_from_config", lambda model: None)
         assert "save" in failing()
     with monkeypatch.context() as patch:
         patch.setattr(ap, "restore_attention", lambda model: model.model.layers[0].mlp.down_proj.weight.data.mul_(1.01))
