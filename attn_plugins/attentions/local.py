@@ -1,14 +1,12 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.decode.cache_positions import within_cache
 from attn_plugins.ops.decode.ring_buffer import KeyWindow, window_attention
 from attn_plugins.ops.reference import dense_attention
-from attn_plugins.ops.rotary import apart, pivot_within, turned
-from attn_plugins.ops.softmax.patterns.band import Band, in_row
+from attn_plugins.ops.softmax.patterns.band import Band
 from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
@@ -89,10 +87,8 @@ class LocalAttention(Attention):
     def _place(self, q_BHQD, k_BGKD, mask, rotary):
         if rotary is None:
             return q_BHQD, k_BGKD
-        sinks, last = self.config.num_sink_tokens, self.config.num_sink_tokens + self._before()
-        moved = turned(q_BHQD, mask, rotary, pivot_within(mask, rotary, last), last)
-        index = torch.arange(mask.kv_length, device=mask.device).unsqueeze(0)
-        return apart(q_BHQD, moved, k_BGKD, in_row(mask, index) < sinks)
+        sinks = self.config.num_sink_tokens
+        return within_cache(q_BHQD, k_BGKD, mask, rotary, sinks, sinks + self._before())
 
     def _before(self):
         return (self.config.window_size - 1) * self.config.dilation

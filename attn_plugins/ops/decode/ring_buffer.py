@@ -14,9 +14,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rotary import Rotary
+from attn_plugins.ops.decode.cache_positions import Anchors, two_keyed
 from attn_plugins.ops.reference import accumulation_dtype, masked_softmax
-from attn_plugins.ops.rotary import Pivot, apart, turned
-from attn_plugins.ops.softmax.patterns.band import ROWS, Band, in_row
+from attn_plugins.ops.softmax.patterns.band import ROWS, Band
 from attn_plugins.ops.softmax.tiles import Pattern, Tile, make_tile, tiled_attention
 
 GROWTH = 64
@@ -44,16 +44,13 @@ class KeyWindow(State):
         """Whether the first keys of all rows are in."""
         self.padded = False
         """Whether there ever was padding."""
-        self.pivot: dict[str, torch.Tensor] = {}
-        """cos and sin, (B, 1, R), of the last position in a row before anything is dropped, where they are wanted.
-
-        Copies share it, so that a rollback leaves it: it tells of a position, not of a token."""
+        self.anchors = Anchors()
 
     def reset(self) -> None:
         super().reset()
         if self.tensors:
             self.tensors["start"].fill_(-1)
-        self.pivot = {}
+        self.anchors = Anchors()
         self.started = self.complete = self.padded = False
 
     @property
@@ -102,23 +99,7 @@ class KeyWindow(State):
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().apply(change)
-        self.pivot = {name: change(tensor) for name, tensor in self.pivot.items()}
-
-    def turn(self, q_BHQD: torch.Tensor, mask: AttentionMask, rotary: Rotary) -> torch.Tensor:
-        """Queries as if they stood at the last position of their row before anything is dropped, if beyond it.
-
-        To be called after the tokens of these queries were met and before they are taken in.
-        """
-        start_B, queries, last = self.tensors["start"], q_BHQD.shape[2], self.num_first + self.size - 1
-        index = (start_B + last - mask.q_offset).view(-1, 1, 1)
-        here = (index >= 0) & (index < queries) & (start_B >= 0).view(-1, 1, 1)
-        for name, table in (("cos", rotary.cos_BQR), ("sin", rotary.sin_BQR)):
-            table = table.expand(len(start_B), -1, -1)
-            found = table.gather(1, index.clamp(0, queries - 1).expand(-1, -1, table.shape[2]))
-            held = self.pivot.setdefault(name, torch.ones_like(found))
-            held.copy_(torch.where(here, found, held))
-        rows = mask.at(start_B.unsqueeze(1), start_B.unsqueeze(1) >= 0, start_B)
-        return turned(q_BHQD, rows, rotary, Pivot(self.pivot["cos"], self.pivot["sin"]), last)
+        self.anchors = self.anchors.changed(change)
 
     def kept_mask(self, mask: AttentionMask) -> AttentionMask:
         """The mask of the keys in ``tensors``, in their order."""
@@ -264,7 +245,7 @@ def window_attention(
         mask: of the queries and all tokens so far, the new ones the last of them.
         pattern: shows nothing beyond what ``state`` keeps.
         state: takes the new tokens in.
-        rotary: of the queries; to be turned by towards the first keys, where given.
+        rotary: of the queries, where positions are counted within what ``state`` keeps.
         options: scale, dropout, softcap and sinks, as in :meth:`attn_plugins.core.attention.Attention.forward`.
 
     Returns:
@@ -272,16 +253,14 @@ def window_attention(
     """
     new = k_BGKD.shape[2]
     key = (pattern, state.num_first, state.size)
-    turned_BHQD = None
+    rotated_BHQD = None
     if rotary is not None:
         state.reserve(k_BGKD, v_BGKV, mask)
-        turned_BHQD = state.turn(q_BHQD, mask, rotary)
+        position = state.num_first + state.size - 1
+        rotated_BHQD = state.anchors.rotate(q_BHQD, mask, rotary, state.tensors["start"], position)
 
     def place(q: torch.Tensor, k: torch.Tensor, keys: AttentionMask) -> tuple[torch.Tensor, torch.Tensor]:
-        if turned_BHQD is None:
-            return q, k
-        index = torch.arange(keys.kv_length, device=keys.device).unsqueeze(0)
-        return apart(q, turned_BHQD, k, in_row(keys, index) < state.num_first)
+        return (q, k) if rotated_BHQD is None else two_keyed(q, rotated_BHQD, k, keys, state.num_first)
 
     if new == 1:
         state.append(k_BGKD, v_BGKV, mask)
