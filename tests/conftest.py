@@ -80,12 +80,18 @@ def _compile_from_scratch():
 
 @pytest.fixture
 def transformers_log(caplog):
-    """caplog, hearing transformers' loggers too, each message once: they propagate to the root only where CI is set."""
+    """caplog, hearing transformers' warnings too, each once, whatever other tests and CI have its loggers do.
+
+    They propagate to the root where CI is set, and are silent after a test of what silences them.
+    """
     logger = logging.getLogger("transformers")
-    before, logger.propagate = logger.propagate, False
+    before, level = logger.propagate, logger.level
+    logger.propagate = False
+    logger.setLevel(logging.WARNING)
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
     logger.propagate = before
 
 
