@@ -3,9 +3,8 @@
 A file names in ``FAMILIES``, a literal, the packages under ``transformers.models`` whose classes it adapts; it is
 imported when a model has a module of one of them. It holds *adapters*: subclasses of the families' own attention
 classes, of the same name, whose ``forward`` is decorated with :func:`slotted`, computes queries, keys, values and
-biases as the family's does, and gives them to ``ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION]``. A module becomes its adapter
-by an exchange of ``__class__``, which keeps its weights, hooks and place, and is exchanged back when the model is
-restored.
+biases as the family's does, and gives them to :func:`attend`. A module becomes its adapter by an exchange of
+``__class__``, which keeps its weights, hooks and place, and is exchanged back when the model is restored.
 
 An adapter may state what its module's attributes don't, as class attributes or properties: ``is_causal`` (or
 ``is_causal_in(model, path)``, where that depends on the model that holds it), ``adds_position_bias`` where it gives a
@@ -154,6 +153,19 @@ def cached(
     if cross:
         updated[layer_idx] = True
     return key, value
+
+
+def attend(
+    module: Any, query: Heads, key: Heads, value: Heads, mask: Any, *, dropout: float, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Call the attention interface: (out (B, N, heads, D), weights).
+
+    Args:
+        dropout: probability in training.
+        kwargs: for the attention function, such as ``scaling``, ``position_bias`` and ``output_attentions``.
+    """
+    dropout = dropout if module.training else 0.0
+    return ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](module, query, key, value, mask, dropout=dropout, **kwargs)
 
 
 def attend_as_bert(

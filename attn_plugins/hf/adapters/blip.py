@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.blip import modeling_blip, modeling_blip_text
 
-from attn_plugins.hf.adapters import cached, slotted
-from attn_plugins.hf.names import IMPLEMENTATION
+from attn_plugins.hf.adapters import attend, cached, slotted
 
 FAMILIES = ("blip",)
 
@@ -23,16 +21,7 @@ class BlipAttention(modeling_blip.BlipAttention):
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         fused = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = fused.permute(2, 0, 3, 1, 4)
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
-            self,
-            query,
-            key,
-            value,
-            None,
-            scaling=self.scale,
-            dropout=self.dropout.p if self.training else 0.0,
-            **kwargs,
-        )
+        out, weights = attend(self, query, key, value, None, scaling=self.scale, dropout=self.dropout.p, **kwargs)
         return self.projection(out.flatten(2)), weights
 
 
@@ -60,13 +49,13 @@ class BlipTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         key, value = cached(
             past_key_values, self.layer_idx, cross, lambda: (heads(self.key(source)), heads(self.value(source)))
         )
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        out, weights = attend(
             self,
             heads(self.query(hidden_states)),
             key,
             value,
             encoder_attention_mask if cross else attention_mask,
-            dropout=self.dropout.p if self.training else 0.0,
+            dropout=self.dropout.p,
             **kwargs,
         )
         return out.flatten(2), weights

@@ -5,11 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bloom import modeling_bloom
 
-from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.names import IMPLEMENTATION
+from attn_plugins.hf.adapters import attend, slotted
 
 FAMILIES = ("bloom",)
 
@@ -34,14 +32,14 @@ class BloomAttention(modeling_bloom.BloomAttention):
         if layer_past is not None:
             assert self.layer_idx is not None
             key, value = layer_past.update(key, value, self.layer_idx)
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        out, weights = attend(
             self,
             query,
             key,
             value,
             attention_mask,
             scaling=self.inv_norm_factor,
-            dropout=self.attention_dropout.p if self.training else 0.0,
+            dropout=self.attention_dropout.p,
             position_bias=self.beta * alibi.view(len(query), self.num_heads, 1, -1),
             output_attentions=output_attentions,
         )

@@ -4,11 +4,9 @@ The bias is a tensor of N x N numbers a head, computed as the model does: that c
 """
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deberta import modeling_deberta
 
-from attn_plugins.hf.adapters import padding_of, slotted
-from attn_plugins.hf.names import IMPLEMENTATION
+from attn_plugins.hf.adapters import attend, padding_of, slotted
 
 FAMILIES = ("deberta",)
 
@@ -45,14 +43,14 @@ class DisentangledSelfAttention(modeling_deberta.DisentangledSelfAttention):
         if self.relative_attention and parts > 1 and rel_embeddings is not None and relative_pos is not None:
             rel_embeddings = self.pos_dropout(rel_embeddings)
             bias = self.disentangled_att_bias(query, key, relative_pos, rel_embeddings, parts)
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        out, weights = attend(
             self,
             query,
             key,
             value,
             padding_of(attention_mask),
             scaling=1.0,
-            dropout=self.dropout.p if self.training else 0.0,
+            dropout=self.dropout.p,
             position_bias=bias,
             output_attentions=output_attentions,
         )

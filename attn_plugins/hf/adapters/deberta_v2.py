@@ -5,11 +5,9 @@ tensor of N x N numbers a head: that cost remains, whatever the attention.
 """
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.deberta_v2 import modeling_deberta_v2
 
-from attn_plugins.hf.adapters import padding_of, slotted
-from attn_plugins.hf.names import IMPLEMENTATION
+from attn_plugins.hf.adapters import attend, padding_of, slotted
 
 FAMILIES = ("deberta_v2",)
 
@@ -42,14 +40,14 @@ class DisentangledSelfAttention(modeling_deberta_v2.DisentangledSelfAttention):
             bias = self.disentangled_attention_bias(
                 query.flatten(0, 1), key.flatten(0, 1), relative_pos, self.pos_dropout(rel_embeddings), parts
             ).unflatten(0, (-1, self.num_attention_heads))
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        out, weights = attend(
             self,
             query,
             key,
             value,
             padding_of(attention_mask),
             scaling=(self.attention_head_size * parts) ** -0.5,
-            dropout=self.dropout.p if self.training else 0.0,
+            dropout=self.dropout.p,
             position_bias=bias,
             output_attentions=output_attentions,
         )

@@ -8,11 +8,9 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.falcon import modeling_falcon
 
-from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.names import IMPLEMENTATION
+from attn_plugins.hf.adapters import attend, slotted
 
 FAMILIES = ("falcon",)
 
@@ -47,14 +45,14 @@ class FalconAttention(modeling_falcon.FalconAttention):
             query, key = modeling_falcon.apply_rotary_pos_emb(query, key, *position_embeddings)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        out, weights = attend(
             self,
             query,
             key,
             value,
             attention_mask,
             # The model drops weights with ALiBi alone.
-            dropout=self.attention_dropout.p if self.training and alibi is not None else 0.0,
+            dropout=self.attention_dropout.p if alibi is not None else 0.0,
             output_attentions=output_attentions,
         )
         return self.dense(out.flatten(2)), weights

@@ -5,12 +5,10 @@ from typing import Any
 import torch
 from transformers import Cache
 from transformers.masking_utils import and_masks, sliding_window_overlay
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neo import modeling_gpt_neo
 
-from attn_plugins.hf.adapters import slotted
+from attn_plugins.hf.adapters import attend, slotted
 from attn_plugins.hf.masks.mask_function import LazyMask
-from attn_plugins.hf.names import IMPLEMENTATION
 
 FAMILIES = ("gpt_neo",)
 
@@ -42,14 +40,14 @@ class GPTNeoSelfAttention(modeling_gpt_neo.GPTNeoSelfAttention):
             key, value = layer_past.update(key, value, self.layer_id)
         if self.sliding_window is not None:
             attention_mask = _windowed(attention_mask, self.sliding_window)
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        out, weights = attend(
             self,
             query,
             key,
             value,
             attention_mask,
             scaling=1.0,
-            dropout=self.attn_dropout.p if self.training else 0.0,
+            dropout=self.attn_dropout.p,
             output_attentions=output_attentions,
         )
         return self.resid_dropout(self.out_proj(out.flatten(2))), weights

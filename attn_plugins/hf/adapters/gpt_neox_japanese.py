@@ -4,11 +4,9 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt_neox_japanese import modeling_gpt_neox_japanese
 
-from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.names import IMPLEMENTATION
+from attn_plugins.hf.adapters import attend, slotted
 
 FAMILIES = ("gpt_neox_japanese",)
 
@@ -37,13 +35,13 @@ class GPTNeoXJapaneseAttention(modeling_gpt_neox_japanese.GPTNeoXJapaneseAttenti
         query, key = (torch.cat([t, x[..., width:]], dim=-1) for t, x in zip(rotated, (query, key), strict=True))
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        out, weights = attend(
             self,
             query,
             key,
             value,
             attention_mask,
-            dropout=self.attention_dropout.p if self.training else 0.0,
+            dropout=self.attention_dropout.p,
             output_attentions=output_attentions,
         )
         return self.dense(out.flatten(2)), weights, self.dense_bias

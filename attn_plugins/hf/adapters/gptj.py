@@ -4,11 +4,9 @@ from typing import Any
 
 import torch
 from transformers import Cache
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gptj import modeling_gptj
 
-from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.names import IMPLEMENTATION
+from attn_plugins.hf.adapters import attend, slotted
 
 FAMILIES = ("gptj",)
 
@@ -39,14 +37,8 @@ class GPTJAttention(modeling_gptj.GPTJAttention):
         query, key, value = rotate(query), rotate(key), value.transpose(1, 2)
         if layer_past is not None:
             key, value = layer_past.update(key, value, self.layer_idx)
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attn_dropout.p if self.training else 0.0,
-            output_attentions=output_attentions,
+        out, weights = attend(
+            self, query, key, value, attention_mask, dropout=self.attn_dropout.p, output_attentions=output_attentions
         )
         return self.resid_dropout(self.out_proj(out.flatten(2))), weights
 

@@ -3,11 +3,9 @@
 from typing import Any
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mpnet import modeling_mpnet
 
-from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.names import IMPLEMENTATION
+from attn_plugins.hf.adapters import attend, slotted
 
 FAMILIES = ("mpnet",)
 
@@ -24,16 +22,16 @@ class MPNetSelfAttention(modeling_mpnet.MPNetSelfAttention):
         position_bias: torch.Tensor | None = None,
         output_attentions: bool = False,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor | None, ...]:
         shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
         query, key, value = (project(hidden_states).view(shape).transpose(1, 2) for project in (self.q, self.k, self.v))
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        out, weights = attend(
             self,
             query,
             key,
             value,
             attention_mask,
-            dropout=self.dropout.p if self.training else 0.0,
+            dropout=self.dropout.p,
             position_bias=position_bias,
             output_attentions=output_attentions,
         )

@@ -3,11 +3,9 @@
 from typing import Any
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mpt import modeling_mpt
 
-from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.names import IMPLEMENTATION
+from attn_plugins.hf.adapters import attend, slotted
 
 FAMILIES = ("mpt",)
 
@@ -37,14 +35,14 @@ class MptAttention(modeling_mpt.MptAttention):
         query, key, value = fused.unflatten(-1, (3, self.n_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        out, weights = attend(
             self,
             query,
             key,
             value,
             attention_mask,
             scaling=self.softmax_scale,
-            dropout=self.attn_dropout_p if self.training else 0.0,
+            dropout=self.attn_dropout_p,
             position_bias=None if position_bias is None else position_bias[None, ..., -key.shape[2] :],
             output_attentions=output_attentions,
         )

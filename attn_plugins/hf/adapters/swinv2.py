@@ -4,11 +4,9 @@ import math
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.swinv2 import modeling_swinv2
 
-from attn_plugins.hf.adapters import slotted
-from attn_plugins.hf.names import IMPLEMENTATION
+from attn_plugins.hf.adapters import attend, slotted
 
 FAMILIES = ("swinv2",)
 
@@ -29,14 +27,14 @@ class Swinv2SelfAttention(modeling_swinv2.Swinv2SelfAttention):
 
         query, key = (nn.functional.normalize(heads(part(hidden_states)), dim=-1) for part in (self.query, self.key))
         scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
+        out, weights = attend(
             self,
             query * scale,
             key,
             heads(self.value(hidden_states)),
             None,
             scaling=1.0,
-            dropout=self.dropout.p if self.training else 0.0,
+            dropout=self.dropout.p,
             position_bias=self._bias(len(query), attention_mask),
             output_attentions=output_attentions,
         )

@@ -4,11 +4,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.xlm import modeling_xlm
 
-from attn_plugins.hf.adapters import cached, slotted
-from attn_plugins.hf.names import IMPLEMENTATION
+from attn_plugins.hf.adapters import attend, cached, slotted
 
 FAMILIES = ("xlm",)
 
@@ -38,14 +36,8 @@ class MultiHeadAttention(modeling_xlm.MultiHeadAttention):
         key, value = cached(
             cache, self.layer_id, kv is not None, lambda: (heads(self.k_lin(source)), heads(self.v_lin(source)))
         )
-        out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
-            self,
-            heads(self.q_lin(input)),
-            key,
-            value,
-            mask,
-            dropout=self.dropout if self.training else 0.0,
-            output_attentions=output_attentions,
+        out, weights = attend(
+            self, heads(self.q_lin(input)), key, value, mask, dropout=self.dropout, output_attentions=output_attentions
         )
         out = self.out_lin(out.flatten(2))
         return (out, weights) if output_attentions else (out,)
