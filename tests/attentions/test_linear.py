@@ -105,15 +105,15 @@ def test_blocks_chunks_padding_and_segments_in_all_combinations(monkeypatch, row
     keys = 61
     padding = torch.arange(keys) >= torch.tensor([[3], [40]])
     segments = torch.bucketize(torch.arange(keys), torch.tensor([9, 10, 45]), right=True).expand(2, -1)
-    for causal, queries, pad, packed in itertools.product(
-        (True, False), (61, 22, 16), (None, padding), (None, segments)
-    ):
-        for groups in (4, 2):
-            q, k, v = tensors(2, queries, keys, 4, groups, value_dim=6)
-            module = attention(4, groups, value_dim=6, feature_map=feature_map, chunk_size=8)
-            mask = AttentionMask(2, queries, keys, causal=causal, padding_BK=pad, segments_BK=packed)
-            for got, want in both_forms(module, q, k, v, mask):
-                torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    calls = itertools.product((True, False), (61, 22, 16), (None, padding), (None, segments))
+    for number, (causal, queries, pad, packed) in enumerate(calls):
+        # Each call with one number of groups, and with the other in the test of the next feature map.
+        groups = (4, 2)[(number.bit_count() + MAPS.index(feature_map)) % 2]
+        q, k, v = tensors(2, queries, keys, 4, groups, value_dim=6)
+        module = attention(4, groups, value_dim=6, feature_map=feature_map, chunk_size=8)
+        mask = AttentionMask(2, queries, keys, causal=causal, padding_BK=pad, segments_BK=packed)
+        for got, want in both_forms(module, q, k, v, mask):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("packed", [False, True])
