@@ -1,6 +1,7 @@
 import functools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,14 +17,14 @@ class DeltaAttention(RecurrentAttention):
     """DeltaNet: a linear memory that corrects what it recalls for a key, instead of adding to it.
 
     ``S_t = S_{t-1} - beta_t k_t (k_t^T S_{t-1} - v_t^T)``, ``out_t = a scale S_t^T q_t + b mean(v_1 .. v_t)`` with
-    queries and keys of unit length and ``beta_t = sigmoid(w . v_t + bias)``. Rates are of a key/value head, and so is
-    the state of D x V numbers, in float32 whatever the model's dtype. Chunks solve one triangular system each for all
-    their corrections.
+    queries and keys of unit length and ``beta_t = sigmoid(w . x_t + bias)``, x_t as ``gate_input`` says. Rates are
+    of a key/value head, and so is the state of D x V numbers, in float32 whatever the model's dtype. Chunks solve
+    one triangular system each for all their corrections.
 
-    Differs from the paper: beta is made from the token's value, as a cache holds nothing else of it that is free of
-    positions, where the paper takes the layer's input; queries and keys are normalised as they come, rotary positions
-    applied, without the paper's convolutions and SiLU; the output has no norm over a head, which the output projection
-    of a pretrained model does not expect, and the average of the values beside it. ``a`` and ``b`` are learned for each
+    Differs from the paper: beta is made from the token's value, where the paper takes the layer's input, as
+    ``gate_input="hidden"`` does; queries and keys are normalised as they come, rotary positions applied, without
+    the paper's convolutions and SiLU; the output has no norm over a head, which the output projection of a
+    pretrained model does not expect, and the average of the values beside it. ``a`` and ``b`` are learned for each
     query head; ``b = 0`` leaves the paper's sum. Attention dropout isn't applied, weights may be negative.
 
     Starts from ``a = b = 1`` and ``beta = initial_beta`` for all tokens (``w = 0``): the average is the part of softmax
@@ -42,12 +43,17 @@ class DeltaAttention(RecurrentAttention):
     when = "With much training, for recall: a key's old value is replaced instead of added to."
     causal = segments = True
     convex = False
-    examples = ({"chunk_size": 4, "initial_beta": 0.8},)
+    examples = (
+        {"chunk_size": 4, "initial_beta": 0.8},
+        {"chunk_size": 4, "gate_input": "hidden"},
+    )
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AttentionConfig):
         initial_beta: float = 0.1
         """Share of a value that is corrected at once, before training."""
+        gate_input: Literal["value", "hidden"] = "value"
+        """What rates are made of: the token's value in its head, or its hidden state, the layer's input."""
         chunk_size: int = 32
         """Tokens whose corrections are solved for at once, a power of two; changes the speed and not the result."""
 
@@ -63,7 +69,7 @@ class DeltaAttention(RecurrentAttention):
             raise ValueError("attention 'delta' has weights a head and needs the sizes of the heads, got None")
         self.score_weight = nn.Parameter(torch.empty(heads.num_heads))
         self.average_weight = nn.Parameter(torch.empty(heads.num_heads))
-        self.beta_weight = nn.Parameter(torch.empty(heads.num_key_value_heads, heads.value_dim))
+        self.beta_weight = nn.Parameter(torch.empty(heads.num_key_value_heads, self.gate_size(heads)))
         self.beta_bias = nn.Parameter(torch.empty(heads.num_key_value_heads))
         self.reset_parameters()
 
@@ -80,9 +86,11 @@ class DeltaAttention(RecurrentAttention):
         return [self.score_weight, self.average_weight, self.beta_weight, self.beta_bias]
 
 
-def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, beta_weight_GV, beta_bias_G, *, scale):
+def tokens(q_BHTD, k_BGTD, v_BGTV, *hidden_and_weights, scale):
+    *hidden, score_weight_H, average_weight_H, beta_weight_GX, beta_bias_G = hidden_and_weights
     q = unit(q_BHTD)
     q = q * (scale * score_weight_H.to(q.dtype)).view(-1, 1, 1)
     k, v = unit(k_BGTD).to(q.dtype), v_BGTV.to(q.dtype)
-    beta = torch.sigmoid(v @ beta_weight_GV.to(q.dtype).unsqueeze(2) + beta_bias_G.to(q.dtype).view(-1, 1, 1))
+    x = hidden[0].to(q.dtype) if hidden else v
+    beta = torch.sigmoid(x @ beta_weight_GX.to(q.dtype).unsqueeze(2) + beta_bias_G.to(q.dtype).view(-1, 1, 1))
     return Tokens(q, k, v, None, beta, average_weight_H.to(q.dtype))

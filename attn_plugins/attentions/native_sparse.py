@@ -1,19 +1,14 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
 
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.blocks.native_sparse import (
-    NativeSparseSizes,
-    NativeSparseWeights,
-    dense_native_sparse_attention,
-    native_sparse_attention,
-    native_sparse_from,
-)
+from attn_plugins.ops.blocks import native_sparse
 from attn_plugins.ops.decode.block_cache import KeyBlocks
 
 
@@ -21,7 +16,7 @@ from attn_plugins.ops.decode.block_cache import KeyBlocks
 class NativeSparseAttention(Attention):
     """Native sparse attention (NSA): compressed, selected and window branches, summed by gates.
 
-    ``out_i = sum_b sigmoid(w_b . q_i + c_b) out_b,i``, with w and c a query head's own, over three softmax attentions:
+    ``out_i = sum_b sigmoid(w_b . x_i + c_b) out_b,i``, w and c a query head's own, x_i as ``gate_input`` says, over:
 
     - compressed: over blocks of ``kernel_size`` keys at every ``kernel_stride``-th token, each a weighted sum of its
       keys and of its values; a causal query sees those that end no later than itself.
@@ -31,14 +26,11 @@ class NativeSparseAttention(Attention):
       choice. It has no gradient; a block to which nothing is given is not chosen.
     - window: over the ``window_size`` nearest keys, itself included, before it (and after, if not causal).
 
-    Blocks count from the first real token of a row or packed segment; incomplete ones are not compressed.
-
-    Deviations: gates are a function of the head's query, since the slot has no hidden state; keys and values are the
-    same for all branches; compression weighs the positions in a block where the paper has an MLP.
-
-    It starts from means as compressed blocks and from gates of 0.02, 0.96 and 0.02, w at zero: close to the selected
-    branch, which has a pretrained model's sinks, neighbourhood and strongest blocks. A query before the end of the
-    first compressed block gets 0.98 of its softmax attention.
+    All three are softmax attentions. Blocks count from the first real token of a row or packed segment; incomplete ones
+    are not compressed. Deviations: gates are a function of the query, or of the hidden state as in the paper; keys and
+    values are the same for all branches; compression weighs the positions in a block where the paper has an MLP.
+    It starts from means as compressed blocks and gates of 0.02, 0.96 and 0.02, w at zero: close to the selected branch,
+    which has a pretrained model's sinks, neighbourhood and strongest blocks.
 
     Limit case: none; as block_size * topk grows to K the start comes within 4 % of softmax attention.
     """
@@ -53,6 +45,7 @@ class NativeSparseAttention(Attention):
     examples = (
         {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "topk": 4, "local_blocks": 1, "window_size": 5},
         {"kernel_size": 3, "kernel_stride": 5, "block_size": 2, "topk": 6, "init_blocks": 0, "window_size": 1},
+        {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "topk": 4, "window_size": 5, "gate_input": "hidden"},
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -71,6 +64,8 @@ class NativeSparseAttention(Attention):
         """Nearest blocks that a query selects, its own included; to both sides where attention is not causal."""
         window_size: int = 512
         """Keys that the window shows up to and including the query; as many after it where not causal."""
+        gate_input: Literal["query", "hidden"] = "query"
+        """What gates are made of: the head's query, or the token's hidden state, which is the layer's input."""
 
         def __post_init__(self):
             super().__post_init__()
@@ -84,37 +79,42 @@ class NativeSparseAttention(Attention):
         super().__init__(config, heads, **options)
         if heads is None:
             raise ValueError("attention 'native_sparse' has weights a head and needs the sizes of the heads, got None")
-        names = [field.name for field in dataclasses.fields(NativeSparseSizes)]
-        self.sizes = NativeSparseSizes(**{name: getattr(config, name) for name in names})
-        self.gate_weight = nn.Parameter(torch.empty(heads.num_heads, 3, heads.head_dim))
-        self.compressed_gate = nn.Parameter(torch.empty(heads.num_heads))
-        self.selected_gate = nn.Parameter(torch.empty(heads.num_heads))
-        self.window_gate = nn.Parameter(torch.empty(heads.num_heads))
-        self.key_weight = nn.Parameter(torch.empty(heads.num_key_value_heads, config.kernel_size))
-        self.value_weight = nn.Parameter(torch.empty(heads.num_key_value_heads, config.kernel_size))
+        self.wants_hidden = config.gate_input == "hidden"
+        names = [field.name for field in dataclasses.fields(native_sparse.NativeSparseSizes)]
+        self.sizes = native_sparse.NativeSparseSizes(**{name: getattr(config, name) for name in names})
+        size = heads.known_hidden_size(self.name) if self.wants_hidden else heads.head_dim
+        self.gate_weight = nn.Parameter(torch.empty(heads.num_heads, 3, size))
+        gates = (nn.Parameter(torch.empty(heads.num_heads)) for _ in range(3))
+        self.compressed_gate, self.selected_gate, self.window_gate = gates
+        kernel = (heads.num_key_value_heads, config.kernel_size)
+        self.key_weight, self.value_weight = (nn.Parameter(torch.empty(kernel)) for _ in range(2))
         self.reset_parameters()
 
     def reset_parameters(self):
         nn.init.zeros_(self.gate_weight)
         for bias, gate in ((self.compressed_gate, 0.02), (self.selected_gate, 0.96), (self.window_gate, 0.02)):
             nn.init.constant_(bias, math.log(gate / (1 - gate)))
-        nn.init.constant_(self.key_weight, 1 / self.config.kernel_size)
-        nn.init.constant_(self.value_weight, 1 / self.config.kernel_size)
+        for weight in (self.key_weight, self.value_weight):
+            nn.init.constant_(weight, 1 / self.config.kernel_size)
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return dense_native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, *self._weights_and_sizes(), **options)
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, hidden_BQE=None, **options):
+        given = self._given(q_BHQD, hidden_BQE)
+        return native_sparse.dense_native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, *given, **options)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, *self._weights_and_sizes(), **options)
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, hidden_BQE=None, **options):
+        given = self._given(q_BHQD, hidden_BQE)
+        return native_sparse.native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, *given, **options)
 
     def new_state(self, fixed_length=None):
-        kernel = (self.config.kernel_size, self.config.kernel_stride)
-        return KeyBlocks(self.config.block_size, kernel, fixed_length)
+        return KeyBlocks(self.config.block_size, (self.config.kernel_size, self.config.kernel_stride), fixed_length)
 
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, **options):
-        return native_sparse_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *self._weights_and_sizes(), **options)
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, hidden_BKE=None, **options):
+        given = self._given(q_BHQD, hidden_BKE)
+        return native_sparse.native_sparse_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *given, **options)
 
-    def _weights_and_sizes(self):
-        gates = torch.stack([self.compressed_gate, self.selected_gate, self.window_gate], dim=1)
-        weights = NativeSparseWeights(self.gate_weight, gates, self.key_weight, self.value_weight)
-        return weights, self.sizes
+    def _given(self, q_BHQD, hidden_BKE):
+        """The weights of this call, and sizes."""
+        x_BHQX = q_BHQD if hidden_BKE is None else hidden_BKE[:, None, -q_BHQD.shape[2] :]
+        bias_H3 = torch.stack([self.compressed_gate, self.selected_gate, self.window_gate], dim=1)
+        gates_BHQ3 = native_sparse.gates_of(x_BHQX, self.gate_weight, bias_H3)
+        return native_sparse.NativeSparseWeights(gates_BHQ3, self.key_weight, self.value_weight), self.sizes

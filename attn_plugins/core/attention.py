@@ -44,6 +44,18 @@ class HeadShape:
     layer: int | None = None
     """Number of the layer, from 0 in its stack, as in ``layers`` of a rule; None where the heads are of no model."""
 
+    def known_hidden_size(self, attention: str) -> int:
+        """:attr:`hidden_size`, for weights of the attention of this name.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        if self.hidden_size is None:
+            raise ValueError(
+                f"attention {attention!r} has weights of the size of hidden states, which is not known here"
+            )
+        return self.hidden_size
+
 
 class Attention(nn.Module):
     """One attention, in the slot ``attn_plugin`` of a transformers attention module.

@@ -1,6 +1,7 @@
 """Attentions that want hidden states get those of their queries, and keep to the contract with them."""
 
 import copy
+import dataclasses
 
 import pytest
 import test_contract
@@ -8,6 +9,8 @@ import test_states
 import torch
 from cases import EXACT, HIDDEN_SIZE, SCALE, Case, head_shape, inputs, left_padding
 from hidden_attentions import GatedOutput, GatedSum, Pairs
+
+from attn_plugins.core.registry import get_attention
 
 CASES = [Case(GatedOutput, {}, True), Case(GatedOutput, {}, False), Case(GatedSum, {}, True)]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -109,3 +112,15 @@ def test_heads_that_do_not_fit_are_refused():
         given.run(Pairs(Pairs.Config()), case.mask(1, 5, 5))
     shape = {"num_heads": 6, "num_key_value_heads": 2}
     assert inputs(1, 5, **shape).run(case.module(**shape), case.mask(1, 5, 5)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["gated_linear", "gated_delta", "delta", "native_sparse"])
+def test_gates_of_hidden_states_need_their_size(name):
+    cls = get_attention(name)
+    config, heads = cls.Config(gate_input="hidden"), head_shape()
+    assert cls(config, heads).wants_hidden
+    assert not cls(cls.Config(), heads).wants_hidden
+    unknown = dataclasses.replace(heads, hidden_size=None)
+    assert cls(cls.Config(), unknown)
+    with pytest.raises(ValueError, match=f"'{name}' has weights of the size of hidden states, which is not known here"):
+        cls(config, unknown)

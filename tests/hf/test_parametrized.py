@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 import attn_plugins as ap
 
-HEADS = ap.HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
+HEADS = ap.HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, hidden_size=32, layer=0)
 FLAGS = [
     pytest.param({"type": name, **options}, id=f"{name}-{number}")
     for name in ap.list_attentions()

@@ -12,7 +12,6 @@ from attn_plugins.attentions.native_sparse import NativeSparseAttention
 from attn_plugins.ops.decode import block_cache as key_blocks
 
 LENGTH = 41
-OPTIONS = {"scale": SCALE, "dropout": 0.0}
 CASES = [Case(cls, options, True) for cls in (BlockTopkAttention, NativeSparseAttention) for options in cls.examples]
 EVERY = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -32,10 +31,10 @@ class Text:
         if bool(self.padding.all()):
             self.padding = None
         with torch.no_grad():
-            self.want = self.module.attend(*self.part(0, length), mask=self.mask(length, length), **OPTIONS)
+            self.want = self.given.run(self.module, self.mask(length, length)).transpose(1, 2)
 
     def part(self, low, high):
-        return tuple(x[:, :, low:high] for x in (self.given.q, self.given.k, self.given.v))
+        return self.given.tokens(slice(low, high))
 
     def mask(self, queries, keys):
         padding = None if self.padding is None else self.padding[:, :keys]
@@ -45,8 +44,7 @@ class Text:
     def go_on(self, state, sizes):
         for size in sizes:
             low, high = state.seen, state.seen + size
-            q, k, v = self.part(low, high)
-            got, _ = self.module(q, k, v, mask=self.mask(size, high), scale=SCALE, state=state)
+            got = self.part(low, high).run(self.module, self.mask(size, high), state=state)
             self.compare(got.transpose(1, 2), low, high)
         return state
 
@@ -89,7 +87,7 @@ def test_padding_between_turns_counts_as_in_one_pass(case):
 @pytest.mark.parametrize("seed", range(2))
 def test_tokens_are_removed_anywhere_without_recording(case, fixed_length, seed):
     text, other = Text(case), Text(case)
-    for x in (other.given.q, other.given.k, other.given.v):
+    for x in other.given.of_tokens():
         x.copy_(x.roll(1, dims=2))  # the tokens that are removed again are others
     chance, state = random.Random(seed), text.module.new_state(fixed_length)
     state.recording = True
@@ -97,8 +95,7 @@ def test_tokens_are_removed_anywhere_without_recording(case, fixed_length, seed)
         text.go_on(state, [min(LENGTH - state.seen, chance.choice([1, 2, 7, 12]))])
         kept, wrong = state.seen, min(LENGTH - state.seen, chance.choice([1, 1, 3, 9]))
         if wrong:
-            q, k, v = other.part(kept, kept + wrong)
-            other.module(q, k, v, mask=other.mask(wrong, kept + wrong), scale=SCALE, state=state)
+            other.part(kept, kept + wrong).run(other.module, other.mask(wrong, kept + wrong), state=state)
         state.crop(wrong + min(back, kept))
     text.go_on(state, [1] * (LENGTH - state.seen))
     assert state.history == []
@@ -122,10 +119,10 @@ def test_a_step_touches_no_key_of_other_blocks(case, fixed_length):
     if case.cls is NativeSparseAttention:  # what the compressed branch sees would be everything
         text.module.compressed_gate.fill_(-1e4)
         text.module.gate_weight.zero_()
-    _, weights = text.module(*text.part(0, 61), mask=text.mask(61, 61), scale=SCALE, need_weights=True)
+    _, weights = text.part(0, 61).call(text.module, text.mask(61, 61), need_weights=True)
     for queries in (1, 3):
         state = text.module.new_state(fixed_length)
-        text.module(*text.part(0, 61 - queries), mask=text.mask(61 - queries, 61 - queries), scale=SCALE, state=state)
+        text.part(0, 61 - queries).run(text.module, text.mask(61 - queries, 61 - queries), state=state)
         untouched = (weights[:, :, -queries:].unflatten(1, (2, 2)) == 0).all(dim=2).all(dim=2)
         untouched[:, :, -queries - 5 :] = False  # a block that is just complete is summed up
         assert untouched.sum() > 60
@@ -137,7 +134,7 @@ def test_a_step_touches_no_key_of_other_blocks(case, fixed_length):
             if case.cls is BlockTopkAttention:  # nor what is not there yet; compressed blocks look ahead in vain
                 state.tensors[name][:, :, 61:] = torch.nan
         part = text.part(61 - queries, 61)
-        got, want = (text.module(*part, mask=text.mask(queries, 61), scale=SCALE, state=s)[0] for s in (state, clean))
+        got, want = (part.run(text.module, text.mask(queries, 61), state=s) for s in (state, clean))
         assert torch.equal(got, want)
 
 
@@ -171,10 +168,11 @@ def test_a_static_step_is_one_graph_and_keeps_addresses(case):
         return graph
 
     @torch.compile(backend=count, fullgraph=True)
-    def step(q, k, v, seen):
-        return text.module(q, k, v, mask=text.mask(1, seen + 1), scale=SCALE, state=state)[0]
+    def step(q, k, v, hidden, seen):
+        wanted = {"hidden": hidden.squeeze(1)} if text.module.wants_hidden else {}
+        return text.module(q, k, v, mask=text.mask(1, seen + 1), scale=SCALE, state=state, **wanted)[0]
 
     for low in range(6, 18):
-        text.compare(step(*text.part(low, low + 1), low).transpose(1, 2), low, low + 1)
+        text.compare(step(*text.part(low, low + 1).of_tokens(), low).transpose(1, 2), low, low + 1)
     assert len(graphs) <= 3
     assert {name: tensor.data_ptr() for name, tensor in state.tensors.items()} == addresses

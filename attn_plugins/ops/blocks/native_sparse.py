@@ -40,21 +40,19 @@ SCORES_AT_ONCE = 2**19
 
 @dataclass(frozen=True)
 class NativeSparseWeights:
-    """What is learned, a query head or a key/value head."""
+    """What a call brings of what is learned, for a query head or a key/value head."""
 
-    gate_weight_H3D: torch.Tensor
-    gate_bias_H3: torch.Tensor
-    """Gates of the compressed, the selected and the window branch are sigmoids of weight . q + bias."""
+    gates_BHQ3: torch.Tensor
+    """Of the compressed, the selected and the window branch: :func:`gates_of`."""
     key_weight_GC: torch.Tensor
     value_weight_GC: torch.Tensor
     """How keys and values of a compressed block are summed."""
 
-    def gates(self, q_BHQD: torch.Tensor) -> torch.Tensor:
-        """(B, H, Q, 3)"""
-        dtype = accumulation_dtype(q_BHQD, self.gate_weight_H3D)
-        return torch.sigmoid(
-            q_BHQD.to(dtype) @ self.gate_weight_H3D.to(dtype).mT + self.gate_bias_H3[:, None].to(dtype)
-        )
+
+def gates_of(x_BHQX: torch.Tensor, weight_H3X: torch.Tensor, bias_H3: torch.Tensor) -> torch.Tensor:
+    """sigmoid(weight . x + bias), (B, H, Q, 3), of each query's own x; x may be the same for all heads."""
+    dtype = accumulation_dtype(x_BHQX, weight_H3X)
+    return torch.sigmoid(x_BHQX.to(dtype) @ weight_H3X.to(dtype).mT + bias_H3[:, None].to(dtype))
 
 
 @dataclass(frozen=True)
@@ -295,7 +293,7 @@ def native_sparse_attention(
     chosen = expand_heads(chosen_BGQT, q_BHQD.shape[1])
     selected = block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=sizes.block_size, **options)
     window = tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, Band(sizes.window_size, sizes.window_size - 1), **options)
-    gates = weights.gates(q_BHQD)
+    gates = weights.gates_BHQ3
     out = sum(gates[..., [b]] * branch.to(gates.dtype) for b, branch in enumerate((compressed, selected, window)))
     return torch.as_tensor(out).to(v_BGKV.dtype)
 
@@ -349,7 +347,7 @@ def gather_native_sparse_attention(
     if state.padded:
         visible = visible & held["not_padding"].index_select(1, near_K.clamp(min=0))[:, None, None, None]
     window, _ = grouped_attention(q_BHQD, k, v, visible, **options)
-    gates = weights.gates(q_BHQD)
+    gates = weights.gates_BHQ3
     return gates[..., [0]] * compressed + gates[..., [1]] * selected + gates[..., [2]] * window
 
 
@@ -426,7 +424,7 @@ def dense_native_sparse_attention(
     selected = dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen, **options)[1]
     near = dense_pattern(mask, Band(sizes.window_size, sizes.window_size - 1))
     window = dense_attention(q_BHQD, k_BGKD, v_BGKV, near, **options)[1]
-    gates = weights.gates(q_BHQD)
+    gates = weights.gates_BHQ3
     weights_BHQK = gates[..., [0]] * compressed + gates[..., [1]] * selected + gates[..., [2]] * window
     out_BHQV = weights_BHQK @ expand_heads(v_BGKV, heads).to(weights_BHQK.dtype)
     return out_BHQV.to(v_BGKV.dtype), weights_BHQK

@@ -12,8 +12,9 @@ from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype
 PREFILL_CHUNK = 4096
 """Tokens that are taken in at once: what is made of each of them is held for as many."""
 
-AttendChunk = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(q_BHQD, k_BGKD, v_BGKV), the queries the last of the keys' tokens -> out_BHQV; takes the tokens in."""
+AttendChunk = Callable[..., torch.Tensor]
+"""(q_BHQD, k_BGKD, v_BGKV, and what else keys bring), the queries the last of the keys' tokens -> out_BHQV; takes the
+tokens in."""
 
 
 class Sums(State):
@@ -93,15 +94,13 @@ def _empty(name: str) -> float:
     return MASKED_SCORE if name.endswith("max") else 0.0
 
 
-def chunked_prefill(
-    attend: AttendChunk, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor
-) -> torch.Tensor:
+def chunked_prefill(attend: AttendChunk, q_BHQD: torch.Tensor, *of_keys: torch.Tensor) -> torch.Tensor:
     """``attend`` on a few thousand queries after another, the first with all tokens that come without."""
-    queries, before = q_BHQD.shape[2], k_BGKD.shape[2] - q_BHQD.shape[2]
+    queries, before = q_BHQD.shape[2], of_keys[0].shape[2] - q_BHQD.shape[2]
     if queries <= PREFILL_CHUNK:
-        return attend(q_BHQD, k_BGKD, v_BGKV)
+        return attend(q_BHQD, *of_keys)
     outs = []
     for low in range(0, queries, PREFILL_CHUNK):
         own, new = slice(low, low + PREFILL_CHUNK), slice(before + low if low else 0, before + low + PREFILL_CHUNK)
-        outs.append(attend(q_BHQD[:, :, own], k_BGKD[:, :, new], v_BGKV[:, :, new]).transpose(1, 2))
+        outs.append(attend(q_BHQD[:, :, own], *(x[:, :, new] for x in of_keys)).transpose(1, 2))
     return torch.cat(outs, dim=1).transpose(1, 2)

@@ -4,7 +4,7 @@ import abc
 
 import torch
 
-from attn_plugins.core.attention import Attention
+from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.ops.decode.running_sums import Sums
 from attn_plugins.ops.recurrent.chunked import Prepare, dense_recurrent_attention, recurrent_attention
 from attn_plugins.ops.recurrent.step import recurrent_attention_from
@@ -13,28 +13,44 @@ from attn_plugins.ops.recurrent.step import recurrent_attention_from
 class RecurrentAttention(Attention, abc.ABC):
     """Recurrent attention: a subclass says what the recurrence takes of a token, and with which weights.
 
-    Its ``Config`` has a ``chunk_size``, a power of two.
+    Its ``Config`` has a ``chunk_size``, a power of two, and, where gates are a function of the token, a ``gate_input``:
+    "value", the token's own value, or "hidden", its hidden state.
     """
+
+    def __init__(self, config, heads=None, **options):
+        super().__init__(config, heads, **options)
+        self.wants_hidden = self.wants_hidden_of_keys = getattr(config, "gate_input", "value") == "hidden"
+
+    def gate_size(self, heads: HeadShape) -> int:
+        """Size of what gates are made of; a ValueError where it is not known."""
+        return heads.known_hidden_size(self.name) if self.wants_hidden else heads.value_dim
 
     @abc.abstractmethod
     def prepare(self, scale: float) -> Prepare:
         """A function of queries, keys, values and :meth:`weights` alone that makes
-        :class:`attn_plugins.ops.recurrent.chunked.Tokens` of them."""
+        :class:`attn_plugins.ops.recurrent.chunked.Tokens` of them. With hidden states these are a fourth argument,
+        before the weights."""
 
     @abc.abstractmethod
     def weights(self) -> list[torch.Tensor]:
         """The weights that :meth:`prepare` takes, in its order."""
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        return dense_recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, self.prepare(scale), self.weights())
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, hidden_BQE=None):
+        new = _of_keys(k_BGKD, v_BGKV, hidden_BQE)
+        return dense_recurrent_attention(q_BHQD, new, mask, self.prepare(scale), self.weights())
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        recurrence, chunk_size = (self.prepare(scale), self.weights()), self.config.chunk_size
-        return recurrent_attention(q_BHQD, k_BGKD, v_BGKV, mask, *recurrence, chunk_size=chunk_size)
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, hidden_BQE=None):
+        recurrence, new = (self.prepare(scale), self.weights()), _of_keys(k_BGKD, v_BGKV, hidden_BQE)
+        return recurrent_attention(q_BHQD, new, mask, *recurrence, chunk_size=self.config.chunk_size)
 
     def new_state(self, fixed_length=None):
         return Sums(fixed_length)
 
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
-        recurrence, chunk_size = (self.prepare(scale), self.weights()), self.config.chunk_size
-        return recurrent_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *recurrence, chunk_size=chunk_size)
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout, hidden_BKE=None):
+        recurrence, new = (self.prepare(scale), self.weights()), _of_keys(k_BGKD, v_BGKV, hidden_BKE)
+        return recurrent_attention_from(q_BHQD, new, mask, state, *recurrence, chunk_size=self.config.chunk_size)
+
+
+def _of_keys(k_BGKD, v_BGKV, hidden_BKE):
+    """What a recurrence takes of its tokens beside queries: keys, values, and hidden states as of one head."""
+    return (k_BGKD, v_BGKV) if hidden_BKE is None else (k_BGKD, v_BGKV, hidden_BKE.unsqueeze(1))

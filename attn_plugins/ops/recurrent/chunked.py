@@ -52,7 +52,10 @@ class Tokens(NamedTuple):
 
 
 Prepare = Callable[..., Tokens]
-"""(q_BHTD, k_BGTD, v_BGTV, *weights) -> Tokens, each token from its own query, key and value."""
+"""(q_BHTD, *of_keys, *weights) -> Tokens, each token from its own query, key, value and hidden state."""
+
+OfKeys = Sequence[torch.Tensor]
+"""(k_BGTD, v_BGTV), or (k_BGTD, v_BGTV, hidden_B1TE): what the keys' tokens bring."""
 
 
 def with_average(
@@ -79,8 +82,7 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 def dense_recurrent_attention(
     q_BHQD: torch.Tensor,
-    k_BGKD: torch.Tensor,
-    v_BGKV: torch.Tensor,
+    of_keys: OfKeys,
     mask: AttentionMask,
     prepare: Prepare,
     weights: Sequence[torch.Tensor],
@@ -90,13 +92,14 @@ def dense_recurrent_attention(
     Returns:
         (out_BHQV in the dtype of v, weights_BHQK in at least float32).
     """
+    k_BGKD, v_BGKV = of_keys[:2]
     with torch.autocast(q_BHQD.device.type, enabled=False):
         before, end = _reach(q_BHQD, k_BGKD, mask)
         not_padding, segment_start = _rows(mask)
         q = pad(q_BHQD, (0, 0, before, 0))
-        k, v = k_BGKD[:, :, :end], v_BGKV[:, :, :end]
+        new = [x[:, :, :end] for x in of_keys]
         not_padding, segment_start = (None if x is None else x[:, :, :end] for x in (not_padding, segment_start))
-        tokens, counts = hide(prepare(q, k, v, *weights), not_padding, segment_start)
+        tokens, counts = hide(prepare(q, *new, *weights), not_padding, segment_start)
         batch, heads, length, features = tokens.k.shape
         state_BGFK = tokens.k.new_zeros(batch, heads, features, k_BGKD.shape[2])
         count_BGF = tokens.k.new_zeros(batch, heads, features if tokens.beta is None else 1)
@@ -134,8 +137,7 @@ def dense_recurrent_attention(
 @torch.compiler.disable(reason="the loops over spans and chunks would be unrolled")
 def recurrent_attention(
     q_BHQD: torch.Tensor,
-    k_BGKD: torch.Tensor,
-    v_BGKV: torch.Tensor,
+    of_keys: OfKeys,
     mask: AttentionMask,
     prepare: Prepare,
     weights: Sequence[torch.Tensor],
@@ -156,31 +158,29 @@ def recurrent_attention(
     Raises:
         ValueError: a segment goes on after another one began, or queries lie outside the keys.
     """
-    _, end = _reach(q_BHQD, k_BGKD, mask)
-    k, v = k_BGKD[:, :, :end], v_BGKV[:, :, :end]
+    _, end = _reach(q_BHQD, of_keys[0], mask)
+    new = [x[:, :, :end] for x in of_keys]
     rows = [None if x is None else x[:, :, :end] for x in _rows(mask)]
     with torch.autocast(q_BHQD.device.type, enabled=False):
-        weights = [w.to(accumulation_dtype(q_BHQD, k, v)) for w in weights]
-        state = k.new_zeros(
-            len(k), *state_shape(q_BHQD, k, v, prepare, weights), dtype=accumulation_dtype(q_BHQD, k, v)
-        )
-        return scan_from(state, q_BHQD, k, v, *rows, prepare, weights, chunk_size)[0]
+        dtype = accumulation_dtype(q_BHQD, *new)
+        weights = [w.to(dtype) for w in weights]
+        state = q_BHQD.new_zeros(len(new[0]), *state_shape(q_BHQD, new, prepare, weights), dtype=dtype)
+        return scan_from(state, q_BHQD, new, *rows, prepare, weights, chunk_size)[0]
 
 
 def state_shape(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prepare: Prepare, weights: Sequence[torch.Tensor]
+    q: torch.Tensor, of_keys: OfKeys, prepare: Prepare, weights: Sequence[torch.Tensor]
 ) -> tuple[int, int, int]:
     """Of one row's state, found with no tokens at all."""
-    none = prepare(*(x[:, :, :0] for x in (q, k, v)), *weights)
-    return none.k.shape[1], none.k.shape[3] + (0 if none.beta is None else 1), v.shape[3] + 1
+    none = prepare(*(x[:, :, :0] for x in (q, *of_keys)), *weights)
+    return none.k.shape[1], none.k.shape[3] + (0 if none.beta is None else 1), none.v.shape[3] + 1
 
 
 @torch.compiler.disable(reason="the loops over spans and chunks would be unrolled")
 def scan_from(
     state: torch.Tensor,
     q_BHQD: torch.Tensor,
-    k_BGKD: torch.Tensor,
-    v_BGKV: torch.Tensor,
+    of_keys: OfKeys,
     not_padding: torch.Tensor | None,
     segment_start: torch.Tensor | None,
     prepare: Prepare,
@@ -189,17 +189,17 @@ def scan_from(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The last Q of K tokens in chunks, from a state: (out_BHQV, the state after them). Outside autocast."""
     batch, num_heads, queries, _ = q_BHQD.shape
-    before = k_BGKD.shape[2] - queries
+    before = of_keys[0].shape[2] - queries
     rows = ROWS_A_SPAN.get(q_BHQD.device.type, ROWS_A_SPAN_ELSEWHERE)
     span = max(1, rows // (batch * num_heads * chunk_size)) * chunk_size
-    sequences = [None, k_BGKD, v_BGKV, not_padding, segment_start]
+    sequences = [None, not_padding, segment_start, *of_keys]
 
     def step(state, parts, weights):
-        q, k, v, not_padding, segment_start = parts
+        q, not_padding, segment_start, k, v, *hidden = parts
         silent = q is None
         if silent:
             q = k.new_empty(batch, num_heads, 0, k.shape[3])
-        tokens, counts = hide(prepare(q, k, v, *weights), not_padding, segment_start)
+        tokens, counts = hide(prepare(q, k, v, *hidden, *weights), not_padding, segment_start)
         rule = _average if tokens.beta is None else _delta
         # A short span, such as one token in decoding, makes one chunk no longer than it has to be.
         size = min(chunk_size, 1 << (k.shape[2] - 1).bit_length())

@@ -7,14 +7,13 @@ from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
-from attn_plugins.ops.recurrent.chunked import Prepare, Tokens, hide, scan_from, state_shape
+from attn_plugins.ops.recurrent.chunked import OfKeys, Prepare, Tokens, hide, scan_from, state_shape
 from attn_plugins.ops.reference import accumulation_dtype
 
 
 def recurrent_attention_from(
     q_BHQD: torch.Tensor,
-    k_BGKD: torch.Tensor,
-    v_BGKV: torch.Tensor,
+    of_keys: OfKeys,
     mask: AttentionMask,
     state: Sums,
     prepare: Prepare,
@@ -31,23 +30,23 @@ def recurrent_attention_from(
     Returns:
         out_BHQV in the dtype of v.
     """
-    weights = [w.to(accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)) for w in weights]
+    weights = [w.to(accumulation_dtype(q_BHQD, *of_keys)) for w in weights]
     if not state.tensors:
-        state.start(k_BGKD, v_BGKV, memory=state_shape(q_BHQD, k_BGKD, v_BGKV, prepare, weights))
+        state.start(*of_keys[:2], memory=state_shape(q_BHQD, of_keys, prepare, weights))
 
-    def attend_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        memory, number = state.tensors["memory"], k.shape[2]
+    def attend_chunk(q: torch.Tensor, *new: torch.Tensor) -> torch.Tensor:
+        memory, number = state.tensors["memory"], new[0].shape[2]
         not_padding = state.not_padding(mask, number)
         not_padding = None if not_padding is None else not_padding[:, None, :, None]
         if number == 1:
-            tokens, counts = hide(prepare(q, k, v, *weights), not_padding, None)
+            tokens, counts = hide(prepare(q, *new, *weights), not_padding, None)
             out, memory = (_average if tokens.beta is None else _delta)(tokens, counts, memory)
         else:
-            out, memory = scan_from(memory, q, k, v, not_padding, None, prepare, weights, chunk_size)
+            out, memory = scan_from(memory, q, new, not_padding, None, prepare, weights, chunk_size)
         state.commit(number, memory=memory)
-        return out.to(v.dtype)
+        return out.to(new[1].dtype)
 
-    return chunked_prefill(attend_chunk, q_BHQD, k_BGKD, v_BGKV)
+    return chunked_prefill(attend_chunk, q_BHQD, *of_keys)
 
 
 def _average(tokens: Tokens, counts: torch.Tensor | None, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ from transformers.cache_utils import StaticLayer
 import attn_plugins as ap
 from attn_plugins.hf.caches.state_layer import StateLayer
 
-HEADS = ap.HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
+HEADS = ap.HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, hidden_size=32, layer=0)
 
 
 def keeps_fixed_length(name):

@@ -13,7 +13,7 @@ from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.registry import ATTENTIONS
 from attn_plugins.ops.reference import dense_attention
 
-HEADS = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
+HEADS = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, hidden_size=32, layer=0)
 
 
 def flags():
