@@ -34,7 +34,7 @@ class LocalAttention(Attention):
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150; sinks: Xiao et al. 2023, arXiv:2309.17453"
     variants = "window, sinks, dilation"
     when = (
-        "First of all: with a few sink tokens it needs no training, honours every mask, and its cost grows "
+        "First of all: with a few sink tokens it needs no training, supports every mask, and its cost grows "
         "with the length alone."
     )
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True

@@ -13,7 +13,7 @@ class SoftmaxAttention(Attention):
     """Dense softmax attention through the slot: what a pretrained model computes, the baseline of every comparison.
 
     ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the visible keys. It runs torch's scaled_dot_product_attention
-    wherever that can honour the call, and the dense oracle where it cannot (softcap, learned sinks). It honours every
+    wherever that supports the call, and the dense oracle where it cannot (softcap, learned sinks). It supports every
     mask and extra, so it tells what going through the slot costs and changes by itself: nothing.
 
     Limit case: equals the model's own attention, always.

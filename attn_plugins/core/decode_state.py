@@ -1,4 +1,4 @@
-"""State: what an attention keeps of the tokens that it has seen, where that is less than all of their keys and values.
+"""Decode state: what an attention keeps of past tokens where that is less than all of their keys and values.
 
 A state is tensors and a count, and knows no weights: it can be copied, saved, reordered and cut like any cache.
 """
@@ -13,7 +13,7 @@ from attn_plugins.core.mask import AttentionMask
 
 
 class Moment(NamedTuple):
-    """A state as it was before a call, and what the call brought."""
+    """A snapshot of a state before a call, and the keys and values of the call."""
 
     before: "State"
     brought: tuple[torch.Tensor, ...]
@@ -26,7 +26,7 @@ class State:
     ``length`` counts the tokens that ``tensors`` stand for; ``position`` is the same, for what is computed with it, and
     a tensor where shapes are fixed, so that the step of one token is compiled once for all of them. Tokens that came
     back from a rollback wait as keys and values, with their hidden states where the attention wants these, and are
-    taken in with the next ones.
+    flushed with the next ones.
 
     Args:
         fixed_length: the most tokens that will ever come, where buffers have to keep their shapes and addresses from
@@ -47,7 +47,7 @@ class State:
         self.pending: tuple[torch.Tensor, ...] | None = None
         """Keys and values not yet taken in, and their hidden states (B, 1, K, E) where the attention wants these."""
         self.recording = False
-        """Whether to keep what :meth:`crop` needs, until it is called: a copy of the tensors for every call."""
+        """Whether to keep a snapshot before every call, for :meth:`crop`."""
         self.history: list[Moment] = []
 
     @property
@@ -70,7 +70,7 @@ class State:
         return self.length if self._counter is None else self._counter
 
     def advance(self, number: int) -> None:
-        """Count tokens that were taken in."""
+        """Add to the number of tokens that ``tensors`` stand for."""
         if self._counter is None or not torch.compiler.is_compiling():
             self.length += number
         else:
@@ -79,24 +79,24 @@ class State:
 
     @property
     def seen(self) -> int:
-        """Tokens seen, taken in or waiting."""
+        """Tokens seen, pending ones counted."""
         return self.length + self.num_pending
 
     @property
     def num_pending(self) -> int:
-        """Tokens not yet taken in."""
+        """Tokens that ``tensors`` do not stand for yet."""
         return 0 if self.pending is None else self.pending[0].shape[2]
 
     @property
     def num_bytes(self) -> int:
-        """Memory of everything that is held."""
+        """Bytes of all tensors that the state holds."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._held())
 
     def flush_pending(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Called before each call's attention, with the new tokens as :attr:`pending` holds them.
+        """Prepend the pending tokens to a call's, which come as :attr:`pending` holds them; snapshot if recording.
 
         Returns:
-            what to take in: the tokens that wait, and the new ones.
+            the pending tokens followed by the new ones.
         """
         if self.pending is not None:
             new = tuple(torch.cat(both, dim=2) for both in zip(self.pending, new, strict=True))
@@ -123,7 +123,7 @@ class State:
             )
 
     def crop(self, number: int) -> None:
-        """Forget the last ``number`` tokens; with it, what was recorded so far.
+        """Remove the last ``number`` tokens, and all snapshots.
 
         Raises:
             ValueError: what came before them is no longer known. Nothing has changed then.
@@ -168,7 +168,7 @@ class State:
         return self
 
     def reset(self) -> None:
-        """Empty it, as it was before the first token."""
+        """Go back to the state before the first token."""
         self.length, self.pending, self.history = 0, None, []
         if self.fixed_length is None:
             self.tensors = {}
@@ -176,7 +176,7 @@ class State:
             tensor.zero_()
 
     def write(self, name: str, axis: int, index: torch.Tensor, x: torch.Tensor) -> None:
-        """Write ``x`` into a tensor at these places, the tensor itself unless a gradient needs it as it was."""
+        """Write ``x`` at these indices of a tensor, in place unless autograd needs it unchanged."""
         held = self.tensors[name]
         if x.requires_grad or held.requires_grad:
             self.tensors[name] = held.index_copy(axis, index, x)
@@ -184,13 +184,13 @@ class State:
             held.index_copy_(axis, index, x)
 
     def find_starts(self, start_B: torch.Tensor, mask: AttentionMask, number: int) -> bool:
-        """Fill in where rows begin, the first real position of those whose start is still -1.
+        """Set the first position that is not padding of rows whose start is still -1.
 
         Args:
             number: of tokens that came.
 
         Returns:
-            whether every row has begun, as far as that may be known in a compiled step.
+            whether every row has a start, as far as a compiled step may know.
         """
         if mask.padding_BK is None:
             found_B = torch.zeros_like(start_B)
@@ -203,7 +203,7 @@ class State:
         return mask.padding_BK is None or (not torch.compiler.is_compiling() and bool((start_B >= 0).all()))
 
     def check(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
-        """Raise a ValueError unless these tokens can follow those that were seen, before anything has changed."""
+        """Raise a ValueError unless these tokens can continue the state; nothing changes."""
         known = self.like()
         if known is not None:
             got = [(*x.shape[:2], x.shape[3]) for x in (k_BGKD, v_BGKV)]

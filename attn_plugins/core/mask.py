@@ -1,4 +1,4 @@
-"""AttentionMask: what each query may see, kept as a rule and evaluated only where an attention asks.
+"""AttentionMask: a lazy attention mask, evaluated only at the pairs that an attention asks for.
 
 Nothing here is dense unless :meth:`AttentionMask.dense` is called. One mask is made a forward pass and shared by all
 layers; what is computed from it is cached in ``memo`` for them all.
@@ -12,7 +12,7 @@ import torch
 T = TypeVar("T")
 M = TypeVar("M", bound="AttentionMask")
 
-Rule = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(batch index, head index, query position, key position) -> bool, elementwise over tensors that broadcast."""
 
 
@@ -50,7 +50,7 @@ class AttentionMask:
         plain: bool = True,
         padding_BK: torch.Tensor | None = None,
         segments_BK: torch.Tensor | None = None,
-        rule: Rule | None = None,
+        rule: MaskFunction | None = None,
         vectorised: bool = True,
         dense_BQK: torch.Tensor | None = None,
         q_offset: int | None = None,
@@ -84,7 +84,7 @@ class AttentionMask:
         return self.padding_BK is not None or self.segments_BK is not None or self.kv_offset > 0
 
     def to(self, device: Any, *args: Any, **kwargs: Any) -> "AttentionMask":
-        """Itself for the same device, else a copy whose results arrive on ``device``; no tensor of the rule moves."""
+        """A copy whose results are on ``device``, or itself; tensors that the rule holds stay where they are."""
         if not isinstance(device, (torch.device, str, int)):
             return self
         device = torch.device(device)
@@ -100,7 +100,7 @@ class AttentionMask:
         return self if self.cross else self.cached("cross", lambda: self._copy(cross=True))
 
     def for_queries(self: M, number: int) -> M:
-        """The same mask for another number of queries, where all of them see the same keys."""
+        """The mask of another number of queries that all see the same keys."""
         return self.cached(("queries", number), lambda: self._copy(q_length=number))
 
     def last(self, number: int) -> "AttentionMask":

@@ -1,13 +1,12 @@
-"""Softmax attention over keys that each query chooses, by blocks: O(pairs) time, memory for the pairs' numbers only.
+"""Block-sparse softmax attention over blocks of keys that each query selects: O(pairs) time, memory for their indices.
 
-A copy of the chosen keys for each query would be N x topk x block_size x D. Instead, as in MoBA, queries come to the
-keys: the (query, block) pairs are sorted by block and cut into tiles that share a block, a tile is two dense matrix
-products, and a query's partial results are summed up. Scores are computed twice, for the output and in the backward,
-and never kept: they stay in the CPU's cache.
+A gather of the selected keys for each query would be N x topk x block_size x D. Instead, as in MoBA, (query, block)
+pairs are sorted by block and cut into tiles that share a block; a tile is two dense matrix products, and the partial
+sums of a query are accumulated. Scores stay in the CPU's cache and are computed again in the backward.
 
-A softmax needs a level to subtract before the exponential. Its maximum would take a pass of its own over all scores;
-the query's score with its own key does as well, as long as no score is higher by more than floats can hold. Where one
-is, the maximum is computed after all.
+A softmax subtracts a number from the scores before the exponential. The row maximum would take a pass of its own over
+all scores; the query's score with its own key does as well, as long as no score is higher by more than floats can hold.
+Where one is, the maximum is computed after all.
 """
 
 from collections.abc import Callable, Iterator
@@ -308,7 +307,7 @@ class _TileBatch:
 
 
 class _Inputs:
-    """The inputs of one call by row, head and position, queries scaled; treated alike in both directions."""
+    """The inputs of one call by row, head and position, queries scaled; for both directions."""
 
     def __init__(self, q_BHQD, k_BGKD, v_BGKV, options):
         self.scale, self.dropout, self.seed = options

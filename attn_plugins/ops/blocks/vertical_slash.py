@@ -10,7 +10,7 @@ from attn_plugins.ops.blocks.gather import PairTiles, gathered_attention
 from attn_plugins.ops.reference import masked_softmax, scores
 
 ROWS = 64
-"""Queries that meet the vertical keys at a time."""
+"""Queries that are multiplied with the vertical keys at a time."""
 KEYS_AT_ONCE = 2**16
 """Keys along diagonals that are copied at a time."""
 

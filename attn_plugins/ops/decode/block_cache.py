@@ -1,4 +1,4 @@
-"""Decoding by blocks: all keys and values are kept, and a query touches those of the blocks that it chooses.
+"""Decoding with a cache of blocks: all keys and values are kept, a query reads those of the blocks that it selects.
 
 What the choice needs of a block is computed once, when the block's last key has come. Blocks count from each row's
 first real token, so rows of a batch may begin theirs at different positions.
@@ -14,7 +14,7 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.reference import accumulation_dtype, masked_softmax
 
 MAX_GATHER_QUERIES = 16
-"""Most queries that gather their keys one by one; for more, queries of one block share its keys."""
+"""Most queries that gather the keys of their blocks each for itself; for more, queries of one block share its keys."""
 ROOM = 64
 """Fewest tokens that there is room for."""
 KEYS_AT_ONCE = 4096
@@ -53,7 +53,7 @@ class KeyBlocks(State):
         """Whether there ever was padding."""
 
     def flush_pending(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Nothing ever waits, and nothing has to be recorded to be removed later."""
+        """The new tokens: none are ever pending, and nothing has to be recorded for a crop."""
         return new
 
     def reset(self) -> None:
@@ -69,7 +69,7 @@ class KeyBlocks(State):
         mask: AttentionMask,
         weights: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """Take in the next tokens, the last of ``mask``'s.
+        """Append the next tokens, the last of ``mask``'s, and summarise the blocks that they complete.
 
         Args:
             weights: (G, kernel_size) of the keys and of the values in a compressed block.

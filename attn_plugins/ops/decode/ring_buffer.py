@@ -69,7 +69,7 @@ class KeyWindow(State):
         return held if tokens <= held else min(self.size, max(GROWTH, 2 * held, tokens))
 
     def append(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
-        """Take in the next tokens, the last of ``mask``'s."""
+        """Write the next tokens, the last of ``mask``'s, into the ring; those that are first ones of a row too."""
         new = k_BGKD.shape[2]
         self.reserve(k_BGKD, v_BGKV, mask)
         size = self.tensors["k"].shape[2] - self.num_first
@@ -88,7 +88,7 @@ class KeyWindow(State):
         self.advance(new)
 
     def reserve(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
-        """Take out of the next tokens what are first ones, and make room for the others. Does no harm twice."""
+        """Grow the ring for the next tokens and write those that are first ones of a row; idempotent."""
         new = k_BGKD.shape[2]
         self.padded = self.padded or mask.padding_BK is not None
         self._make_room(k_BGKD, v_BGKV, self.ring(new))
@@ -200,9 +200,9 @@ class KeyWindow(State):
 
 @dataclass(frozen=True)
 class Following:
-    """A pattern over keys of which the first ``num_first`` stand apart and the others follow one another.
+    """A pattern over the first ``num_first`` keys, then keys at consecutive positions, which may repeat them.
 
-    A first key stands for itself where it lies before those that a tile takes of the others.
+    A first key is visible at its own place only where its position is before those of the tile's other keys.
     """
 
     pattern: Pattern
@@ -222,8 +222,8 @@ class Following:
             since = mask.key_positions(torch.tensor([[keys.start]], device=mask.device)).view(-1, 1, 1)
 
             def sees(mask, q_index, k_index, since=since):
-                apart = (k_index >= self.num_first) | (mask.key_positions(k_index) < since)
-                return self.pattern.sees(mask, q_index, k_index) & apart
+                counts = (k_index >= self.num_first) | (mask.key_positions(k_index) < since)
+                return self.pattern.sees(mask, q_index, k_index) & counts
 
             yield make_tile(mask, sees, queries, (keys,), first)
 
@@ -244,7 +244,7 @@ def window_attention(
     Args:
         mask: of the queries and all tokens so far, the new ones the last of them.
         pattern: shows nothing beyond what ``state`` keeps.
-        state: takes the new tokens in.
+        state: the new tokens are appended to it.
         rotary: of the queries, where positions are counted within what ``state`` keeps.
         options: scale, dropout, softcap and sinks, as in :meth:`attn_plugins.core.attention.Attention.forward`.
 

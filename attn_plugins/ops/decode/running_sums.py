@@ -10,7 +10,7 @@ from attn_plugins.ops.linear.features import check_length, row_positions
 from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype
 
 PREFILL_CHUNK = 4096
-"""Tokens that are taken in at once: what is made of each of them is held for as many."""
+"""Tokens of a prefill chunk: features and projections are made for as many at a time."""
 
 AttendChunk = Callable[..., torch.Tensor]
 """(q_BHQD, k_BGKD, v_BGKV, and what else keys bring), the queries the last of the keys' tokens -> out_BHQV; takes the
@@ -18,7 +18,7 @@ tokens in."""
 
 
 class Sums(State):
-    """Sums over all tokens but the last ``window_size``, and the keys and values of these.
+    """Running sums over all tokens but the last ``window_size``, and the keys and values of these in a ring buffer.
 
     ``tensors``: k (B, G, window, D) and v (B, G, window, V), in which position p is in place p modulo ``window``; they
     are empty where there is no window, and say all the same which tokens may follow. The others are the attention's
@@ -52,7 +52,7 @@ class Sums(State):
         return self.tensors
 
     def commit(self, number: int, **sums: torch.Tensor | None) -> None:
-        """Take in ``number`` tokens: the sums with them."""
+        """Replace the sums by those that ``number`` more tokens are part of."""
         for name, x in sums.items():
             if x is None:
                 continue
@@ -95,7 +95,7 @@ def _empty(name: str) -> float:
 
 
 def chunked_prefill(attend: AttendChunk, q_BHQD: torch.Tensor, *of_keys: torch.Tensor) -> torch.Tensor:
-    """``attend`` on a few thousand queries after another, the first with all tokens that come without."""
+    """Apply ``attend`` to a chunk of queries after another; the first also gets the tokens that have no queries."""
     queries, before = q_BHQD.shape[2], of_keys[0].shape[2] - q_BHQD.shape[2]
     if queries <= PREFILL_CHUNK:
         return attend(q_BHQD, *of_keys)

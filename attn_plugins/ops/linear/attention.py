@@ -181,7 +181,7 @@ def absorb(
 
 
 def dense_is_cheaper(q_BHQD: torch.Tensor, v_BGKV: torch.Tensor, feature_map: str, projection: Projection) -> bool:
-    """Whether to read keys one by one is less work than a state of them."""
+    """Whether the dense form costs less than a state: for few queries, as in decoding."""
     features = FEATURE_MAPS[feature_map].size(q_BHQD.shape[3] if projection is None else projection.shape[1])
     return q_BHQD.shape[2] * (features + v_BGKV.shape[3]) <= features * v_BGKV.shape[3]
 
@@ -312,16 +312,16 @@ def _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, featur
     """Bidirectional attention within segments: what is seen reading forwards, and, without the own key, backwards."""
     before = k_BGKD.shape[2] - q_BHQD.shape[2]
     outs, dens = [], []
-    for turned, diagonal in ((False, 0), (True, -1)):
+    for backwards, diagonal in ((False, 0), (True, -1)):
         q, k, v = pad(q_BHQD, (0, 0, before, 0)), k_BGKD, v_BGKV.to(accumulation_dtype(v_BGKV))
         rows = [padding_BK, segments_BK]
-        if turned:
+        if backwards:
             q, k, v = (x.flip(2) for x in (q, k, v))
             rows = [None if x is None else x.flip(1) for x in rows]
         options = (None, None, feature_map, chunk_size, eps, diagonal)
         out, den, _, _ = causal_linear(q, k, v, w_q, w_k, *rows, *options)
-        outs.append(out.flip(2) if turned else out)
-        dens.append((den.flip(2) if turned else den).unsqueeze(3))
+        outs.append(out.flip(2) if backwards else out)
+        dens.append((den.flip(2) if backwards else den).unsqueeze(3))
     if FEATURE_MAPS[feature_map].exponential:
         return torch.lerp(outs[0], outs[1], torch.sigmoid(dens[1] - dens[0]))[:, :, before:]
     totals = sum(out * (den + eps) for out, den in zip(outs, dens, strict=True))

@@ -223,7 +223,7 @@ def prepare(
     projections = []
     if feature_map == "cosformer":
         if since is None:
-            cos, sin = mask.cached(("cosformer", max_length, dtype), lambda: _turns(mask, max_length, dtype))
+            cos, sin = mask.cached(("cosformer", max_length, dtype), lambda: _cos_sin(mask, max_length, dtype))
             before = mask.q_offset - mask.kv_offset
         else:
             cos, sin = _angles(row_positions(mask, since, k_BGKD.shape[2]), max_length, dtype)
@@ -277,7 +277,7 @@ def row_positions(mask: AttentionMask, since: Any, number: int) -> torch.Tensor:
     return position - mask.cached("first real", lambda: padding_BK.long().argmax(dim=1, keepdim=True))
 
 
-def _turns(mask: AttentionMask, max_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _cos_sin(mask: AttentionMask, max_length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of a quarter turn times position / max_length for each key, (B or 1, 1, K, 1)."""
     if mask.cross:
         raise ValueError(

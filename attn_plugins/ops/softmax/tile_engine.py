@@ -30,7 +30,7 @@ class Tile:
     hidden: torch.Tensor | None
     """(B or 1, 1, 1, R, C): bool, or to be added, 0 where visible and MASKED_SCORE elsewhere; None if all are visible.
 
-    A sum is faster than a choice, but takes longer to make: it is for tiles that are used more than once."""
+    Adding is faster than filling, but a float mask takes longer to make: it is for tiles that are cached."""
     empty: torch.Tensor | None
     """(B or 1, 1, 1, R, 1): True for a query that sees nothing; None where all see something."""
 
@@ -79,7 +79,7 @@ def topk_mask(scores: torch.Tensor, threshold: torch.Tensor, topk: int) -> torch
 
 
 class SoftmaxParts(NamedTuple):
-    """What softmax attention can be merged with other sums from."""
+    """Softmax attention, and what merges it with another: its log-sum-exp and its row maximum."""
 
     out_BHQV: torch.Tensor
     lse_BHQ1: torch.Tensor
@@ -125,8 +125,8 @@ def attend_tiles(
         offset_BQ: (B or 1, Q), added to the scores of a query. It gets no gradient.
         merged: whether a query may see keys in several tiles. A softmax that is not merged is faster; a query may then
             be in several tiles still, if it sees keys in none but the last of them.
-        topk: only that many keys of highest score, after softcap and bias, are visible to a query. The choice has no
-            gradient; it is made once, and one number a query of it kept. Not merged.
+        topk: mask all but this many keys of highest score, after softcap and bias. The selection has no gradient; it is
+            saved for the backward as one threshold a query. Not merged.
         look: is shown each tile's queries and their softmax weights, (B, H, R, C), before dropout; only in the forward.
             Not merged.
         return_lse: return :class:`SoftmaxParts`, each with a gradient. Not merged.
@@ -169,8 +169,8 @@ class _AttendTiles(torch.autograd.Function):
         call = _Inputs(q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, options)
         shape = (*call.q.shape[:3], -1)
         grad = grad_BHQV.reshape(shape)
-        once = not options.merged and options.weights == "softmax"  # every row of dq comes from one tile
-        dq = torch.zeros(call.q.shape, dtype=call.q.dtype if once else call.dtype, device=call.q.device)
+        one_tile = not options.merged and options.weights == "softmax"  # every row of dq comes from one tile
+        dq = torch.zeros(call.q.shape, dtype=call.q.dtype if one_tile else call.dtype, device=call.q.device)
         dk, dv = torch.zeros_like(call.k), torch.zeros_like(call.v)
         d_bias = d_sinks = delta = None
         if ctx.needs_input_grad[3]:
@@ -223,7 +223,7 @@ class _AttendTiles(torch.autograd.Function):
             if tanh is not None:
                 ds.mul_(1 - tanh.square())
             rows = torch.bmm(ds, k).mul_(call.scale).unflatten(1, (call.shared, -1))
-            call.put_rows(dq, rows if once else rows.add_(call.rows(dq, tile)), tile)
+            call.put_rows(dq, rows if one_tile else rows.add_(call.rows(dq, tile)), tile)
             call.add_product(dk, ds, q, tile)
         if d_bias is not None:
             d_bias = d_bias.flatten(1, 2).sum_to_size(position_bias.shape)

@@ -1,8 +1,7 @@
-"""Softmax attention whose pattern is known before the scores, by tiles: cost and memory of the pattern, not of N x N.
+"""Sparse softmax attention by tiles of a pattern that is known before the scores: cost and memory of the pattern.
 
-A pattern is cut into tiles, each a few dozen queries and the keys that these see. Where the keys are slices nothing is
-gathered; query heads that share a key/value head are rows of one matrix product. The scores of a tile stay in the CPU's
-cache, are never saved, and are computed again in the backward.
+A pattern is cut into tiles, each a few dozen queries and the keys that these see, for
+:mod:`attn_plugins.ops.softmax.tile_engine`. Where keys are slices nothing is gathered.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -61,10 +60,10 @@ def make_tile(
     q_index = indices(queries, mask.device).unsqueeze(2)
     columns = [indices(part, mask.device).unsqueeze(1) for part in keys]
     if extra is not None:
-        apart = extra >= 0
+        beside = extra >= 0
         for part in keys:
-            apart &= ~((extra >= part.start) & (extra < part.stop) & ((extra - part.start) % (part.step or 1) == 0))
-        extra = extra.masked_fill(~apart, -1)
+            beside &= ~((extra >= part.start) & (extra < part.stop) & ((extra - part.start) % (part.step or 1) == 0))
+        extra = extra.masked_fill(~beside, -1)
         seen_extra = _visible(mask, sees, q_index, extra.unsqueeze(1))
         needed = seen_extra.any(dim=1).any(dim=0)
         if not keys:

@@ -119,13 +119,13 @@ class Band:
         first, step = first_query(mask), self.dilation
         rows = ROWS if self.window_size < 1024 else 2 * ROWS
         ahead = 0 if mask.causal else self.look_forward
-        apart = self.first_see_all and not mask.causal
+        global_queries = self.first_see_all and not mask.causal
 
         def sees(mask, q_index, k_index):
             seen = self.sees(mask, q_index, k_index)
             if but is not None:
                 seen = seen & ~but.sees(mask, q_index, k_index)
-            return seen & ~self._of_the_first(mask, q_index) if apart else seen
+            return seen & ~self._of_the_first(mask, q_index) if global_queries else seen
 
         known: dict[tuple[int, ...], Tile] = {}
         for phase in range(min(step, mask.q_length)):
@@ -150,7 +150,7 @@ class Band:
                 extra = first_keys(mask, part, self.num_first) if self.num_first else None
                 known[same_shape] = make_tile(mask, sees, queries, (keys,), extra)
                 yield known[same_shape]
-        if apart:
+        if global_queries:
             yield from global_tiles(mask, self.sees, self.num_first)
 
     def _of_the_first(self, mask: AttentionMask, q_index: torch.Tensor) -> torch.Tensor:
@@ -200,7 +200,7 @@ class BlockBand:
             yield tile
 
     def slices(self, mask: AttentionMask) -> Iterator[tuple[slice, slice]]:
-        """The queries in pieces, and the keys that each piece needs."""
+        """Slices of the queries, and the slice of the keys that each needs."""
         first, size = first_query(mask), self.block_size
         # As many rows as divide blocks evenly, so that few tiles reach into two.
         rows = size * max(1, ROWS // size) if size <= ROWS else -(-size // round(size / ROWS))

@@ -55,8 +55,8 @@ class Neighborhood:
 
         first = torch.arange(prefix, device=mask.device).unsqueeze(0)
         known: dict[tuple[tuple[int, ...], ...], Tile] = {}
-        for q_rows, k_rows, row_starts in self._pieces(rows):
-            for q_columns, k_columns, column_starts in self._pieces(columns):
+        for q_rows, k_rows, row_starts in self._parts(rows):
+            for q_columns, k_columns, column_starts in self._parts(columns):
                 queries = indices(q_rows, q_columns)
                 extra = torch.cat([first, indices(k_rows, k_columns)], dim=1)
                 # Almost all tiles hide the same: where each patch's neighbourhood begins within the keys says it all.
@@ -67,13 +67,13 @@ class Neighborhood:
                 known[same_shape] = make_tile(mask, self.sees, queries, extra=extra)
                 yield known[same_shape]
 
-    def _pieces(self, length: int) -> Iterator[tuple[range, range, tuple[int, ...]]]:
+    def _parts(self, length: int) -> Iterator[tuple[range, range, tuple[int, ...]]]:
         """Of one direction: a tile's places, those that they see, and where among these each one's neighbours begin."""
         for phase in range(min(self.dilation, length)):
             places = range(phase, length, self.dilation)
             number = -(-len(places) // SIDE)
-            for piece in range(number):
-                own = range(len(places))[piece * len(places) // number : (piece + 1) * len(places) // number]
+            for part in range(number):
+                own = range(len(places))[part * len(places) // number : (part + 1) * len(places) // number]
                 starts = [max(0, min(i - self.kernel_size // 2, len(places) - self.kernel_size)) for i in own]
                 seen = places[starts[0] : starts[-1] + self.kernel_size]
                 yield places[own.start : own.stop], seen, tuple(start - starts[0] for start in starts)
