@@ -9,7 +9,7 @@ IMPLEMENTATION = AttentionConfig._attn_implementation
 
 
 SLOT = "attn_plugin"
-"""Attribute of an attention module that holds its Attention."""
+"""Name of the *slot* of an attention module: the submodule that holds the Attention which attends in its place."""
 
 
 BASE = "_attn_plugin_base"
@@ -22,7 +22,7 @@ ROLE = "_attn_plugin_role"
 
 def slot_of(module: nn.Module) -> Attention | None:
     """The attention in a module's slot, also where PEFT has put its own module around it."""
-    slot = getattr(module, SLOT, None)
+    slot = module._modules.get(SLOT)
     if slot is None or isinstance(slot, Attention):
         return slot
     return next((inner for inner in slot.modules() if isinstance(inner, Attention)), None)
