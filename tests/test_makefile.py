@@ -35,7 +35,8 @@ def test_try_runs_what_is_asked_of_one_attention(tmp_path):
     assert said.returncode == 0, said.stderr
     assert "-k local or of_the_registry tests/attentions/test_local.py " in said.stdout
     folders = {"attentions": ("contract", "capabilities", "states", "cost", "every_weight"), "config": ("configs",)}
-    folders |= {"hf": ("generation", "static_caches", "swap", "packing"), "benchmark": ("attention_page", "kernels")}
+    folders |= {"hf": ("generation", "swap"), "hf/caches": ("static_caches",), "hf/masks": ("packing",)}
+    folders |= {"benchmark": ("attention_page", "kernels")}
     files = {f"tests/{folder}/test_{name}.py" for folder, names in folders.items() for name in names}
     assert {*files, "tests/test_readme.py"} <= {*said.stdout.split()}
     for name, message in (
