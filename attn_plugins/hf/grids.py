@@ -1,8 +1,8 @@
 """Rows and columns of the patches that a model has just made of its images, for attentions that lie on that grid.
 
-A config tells the images that a model was trained on; others may have as many patches in another shape. What tells is
-the layer that cuts the image into patches. Its output is noted a thread, for as long as the forward pass of the model
-around it lasts, so that threads may share a model.
+A config has the size of the images that a model was trained on; others may have as many patches in another shape. What
+shows it is the layer that cuts the image into patches. Its output is noted a thread, for as long as the forward pass of
+the model around it lasts, so that threads may share a model.
 """
 
 import inspect
@@ -30,7 +30,7 @@ class Grids:
     """What is known of the images that a module attends to, beside the forward pass under way."""
 
     in_config: bool
-    """Whether the model's config tells a grid."""
+    """Whether the model's config has a grid."""
     trained: dict[int, Grid | None] = field(default_factory=dict)
     """Grids that it was trained on, by their number of tokens; None for several of one number."""
 
@@ -71,7 +71,7 @@ def unwatch(model: nn.Module) -> None:
 
 
 def grid_of(module: nn.Module, query: torch.Tensor) -> Grid | None:
-    """Rows and columns of the patches that a module attends to, None where only its config may tell.
+    """Rows and columns of the patches that a module attends to, None where only its config may have them.
 
     Args:
         query: (B, H, N, D).

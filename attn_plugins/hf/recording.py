@@ -1,4 +1,4 @@
-"""Whether attention weights are wanted of a call: said to the function, or to a model around the module.
+"""Whether a call is to return attention weights, as its own arguments or those of a model around it ask.
 
 Few models hand ``output_attentions`` down to their attention modules. Most record what these return, and those that
 transformers has itself return weights under "eager" in every call. Ours cost N x N: they are made where someone waits.
@@ -19,7 +19,7 @@ WEIGHED = "_attn_plugin_weighed"
 
 
 class Wanted:
-    """Of a thread."""
+    """The weights that calls under way in a thread are to return."""
 
     by: int | None = None
     """Identity of the outermost model under way that was asked for weights."""
@@ -35,7 +35,7 @@ _thread = _Thread()
 
 
 def watch(model: nn.Module, paths: Iterable[str]) -> None:
-    """Note what models say that hold attention modules at these paths of ``model``."""
+    """Note ``output_attentions`` of the models that hold attention modules at these paths of ``model``."""
     names = {path[:end] for path in paths for end in range(len(path)) if end == 0 or path[end] == "."}
     for holder in (model.get_submodule(name) for name in names):
         if isinstance(holder, PreTrainedModel):

@@ -15,7 +15,7 @@ from attn_plugins.hf.masks.mask_function import LazyMask
 
 
 def watch(module: nn.Module) -> None:
-    """Have the masks that a module is given tell where its queries are among its keys."""
+    """Have the masks that a module is given place its queries behind the keys that a cache holds."""
     module.register_forward_pre_hook(before_attention, with_kwargs=True)
 
 

@@ -23,9 +23,9 @@ class StateLayer(CacheLayerMixin):
         self.first_tokens: tuple[weakref.ref, weakref.ref] | None = None
         """The first keys and values, for as long as the module that brought them holds them."""
         self.attention = rule_of(slot)
-        """What has to be the same in every call."""
+        """Name, options and backend, which have to be the same in every call."""
         self.owner = description_of(slot)
-        """The same for people."""
+        """The same, for messages."""
         self.is_compileable = state.fixed_length is not None
         self.is_sliding = getattr(replaced, "is_sliding", False)
         """As the layer in whose place it is: models size their masks by the first layer of a kind, for all of them."""
@@ -152,7 +152,7 @@ class StateLayer(CacheLayerMixin):
 
 
 def rule_of(slot: Attention) -> tuple[Any, ...]:
-    """What tells one attention's state from another's; compared at every token."""
+    """Name, options and backend of an attention, by which its state is known; compared at every token."""
     return slot.name, slot.config, slot.backend
 
 

@@ -1,4 +1,4 @@
-"""What a dense mask says, read off its values: many models make their own, and few of these are more than padding."""
+"""Reading the structure of a dense mask off its values: many models make their own, and few are more than padding."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Texts packed into one row, told beside the mask: by positions that start again, by cumulative lengths, by numbers.
+"""Texts packed into one row, given beside the mask: by positions that start again, cumulative lengths, or numbers.
 
 transformers puts only positions into masks, and only in models that hand them on, without a cache and without a padding
 mask; the other tellings are for flash attention. So that texts never see each other, what tells of them is read once a
