@@ -119,7 +119,7 @@ try: | $(VENV)/.installed ## NAME=local: all that CI asks of one attention, its 
 		{ echo "error: no file in attn_plugins/attentions says @register_attention(\"$(NAME)\")" >&2; exit 1; }
 	$(PYTEST) -q -x -k "$(NAME) or of_the_registry" $(wildcard tests/*/test_$(NAME).py) $$(grep -rlE \
 		--include='test_*.py' --exclude-dir=architectures --exclude-dir=fuzz \
-		'\b(list_attentions|every_case|cases_together|every_class|every_state|cases_together|CAUSAL|BOUNDED|of_the_registry)\b' tests)
+		'\b(list_attentions|every_case|every_class|every_state|cases_together|CAUSAL|BOUNDED|of_the_registry)\b' tests)
 
 dist: setup ## dist/: the sdist, and the wheel that is built from it, as a package index wants them
 	rm -rf dist
