@@ -478,10 +478,10 @@ class Largest(TorchDispatchMode):
 @every_case(subquadratic=True)
 @rounds("padded", [False, True])
 def test_nothing_of_length_squared_is_allocated(case, padded):
-    """At 1,024 tokens, or at twice as many where a tensor of another size is still the largest there."""
+    """At 512 tokens, or at up to 2,048 where a tensor of another size is still the largest there."""
     shape = {"num_heads": case.cls.heads_multiple_of, "num_key_value_heads": 1}
     module = case.module(**shape, dtype=torch.float32)
-    for length in (1024, 2048):
+    for length in (512, 1024, 2048):
         given = inputs(1, length, **shape).to(torch.float32)
         mask = case.mask(1, length, length, padding_BK=left_padding([length - 5], length) if padded else None)
         cotangent = cotangent_for(given, mask)
