@@ -6,7 +6,7 @@ from cases import CASES
 pytest_plugins = ["pytester"]
 
 FILES = {
-    "test_contract": """
+    "test_of_all": """
         import pytest
         from cases import every_case, every_class
 
@@ -26,9 +26,10 @@ FILES = {
         def test_local_alone():
             pass
         """,
-    "test_local": "def test_window(): pass",
-    "test_block_local": "def test_blocks(): pass",
+    "test_delta": "def test_its_own(): pass",
+    "test_gated_delta": "def test_its_own_too(): pass",
 }
+"""Of names that no file of these tests has: two modules of one name are an error of pytest's."""
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def chosen(pytester):
     return choose
 
 
-@pytest.mark.parametrize("name", ["local", "block_local", "softmax", "linear", "topk"])
+@pytest.mark.parametrize("name", ["local", "block_local", "softmax", "linear", "topk", "delta", "gated_delta"])
 def test_the_name_of_an_attention_selects_that_attention_alone(chosen, name):
     items = chosen(name)
     cases = [test.removeprefix("test_of_cases[")[:-1] for _, test in items if test.startswith("test_of_cases[")]
@@ -55,18 +56,18 @@ def test_the_name_of_an_attention_selects_that_attention_alone(chosen, name):
     others = [item for item in items if item[1].split("[")[0] not in ("test_of_cases", "test_of_softmax_for_classes")]
     assert others == {
         "local": [
-            ("test_contract", "test_of_names[local-gpt2-torch]"),
-            ("test_contract", "test_of_names[local-gpt2-relu]"),
-            ("test_local", "test_window"),
+            ("test_of_all", "test_of_names[local-gpt2-torch]"),
+            ("test_of_all", "test_of_names[local-gpt2-relu]"),
         ],
         "block_local": [
-            ("test_block_local", "test_blocks"),
-            ("test_contract", "test_of_names[block_local-gpt2-torch]"),
-            ("test_contract", "test_of_names[block_local-gpt2-relu]"),
+            ("test_of_all", "test_of_names[block_local-gpt2-torch]"),
+            ("test_of_all", "test_of_names[block_local-gpt2-relu]"),
         ],
+        "delta": [("test_delta", "test_its_own")],
+        "gated_delta": [("test_gated_delta", "test_its_own_too")],
         "linear": [
-            ("test_contract", "test_of_names[linear(feature_map=local)-torch]"),
-            ("test_contract", "test_of_names[linear(feature_map=local)-relu]"),
+            ("test_of_all", "test_of_names[linear(feature_map=local)-torch]"),
+            ("test_of_all", "test_of_names[linear(feature_map=local)-relu]"),
         ],
     }.get(name, [])
 
@@ -76,9 +77,9 @@ def test_names_within_expressions_and_all_other_words(chosen):
     local = chosen("local")
     assert chosen("not local") == [item for item in everything if item not in local]
     assert chosen("(local or not test) and of_names and not relu") == [
-        ("test_contract", "test_of_names[local-gpt2-torch]")
+        ("test_of_all", "test_of_names[local-gpt2-torch]")
     ]
-    assert ("test_contract", "test_local_alone") in chosen("local_")
+    assert ("test_of_all", "test_local_alone") in chosen("local_")
     assert {test for _, test in chosen("my_local or local_alone")} == {
         "test_local_alone",
         "test_of_names[my_local-torch]",
