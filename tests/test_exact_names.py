@@ -1,5 +1,7 @@
 """-k with the name of an attention selects the tests of that attention, and of no other whose name holds it."""
 
+import sys
+
 import pytest
 from cases import CASES
 
@@ -33,8 +35,10 @@ FILES = {
 
 
 @pytest.fixture
-def chosen(pytester):
+def chosen(pytester, monkeypatch):
     """What an expression chooses of FILES: (file, test) each."""
+    for name in FILES:  # the files of this name may have been collected in this process
+        monkeypatch.delitem(sys.modules, name, raising=False)
     pytester.makeconftest("from exact_names import pytest_collection_modifyitems")
     pytester.makepyfile(**FILES)
 

@@ -17,9 +17,11 @@ MAPS = ("elu", "hedgehog", "favor", "taylor")
 
 def attention(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, dtype=torch.float64, **options):
     shape = {"num_heads": num_heads, "num_key_value_heads": num_key_value_heads}
-    module = LinearAttention(
-        LinearAttention.Config(**options), HeadShape(**shape, head_dim=head_dim, value_dim=value_dim)
-    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # taylor's projections are drawn
+        module = LinearAttention(
+            LinearAttention.Config(**options), HeadShape(**shape, head_dim=head_dim, value_dim=value_dim)
+        )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for weight in module.parameters():
