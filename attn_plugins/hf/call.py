@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from attn_plugins.core.decode_state import State
@@ -21,6 +22,7 @@ class Call:
         self.module, self.args, self.kwargs = module, args, kwargs
         self.outer = outer
         """The call of the module that has called this one, where that is swapped too."""
+        self.exported = torch.compiler.is_exporting()
         self.state: State | None = None
         """What a cache holds for the module's attention in place of keys and values."""
         self.awaiting_update = False
@@ -57,8 +59,11 @@ _thread = _Thread()
 
 
 def innermost() -> Call | None:
-    """The innermost call under way in this thread."""
-    return _thread.calls.innermost
+    """The innermost call under way in this thread. Those of a failed export are over, without a hook."""
+    calls = _thread.calls
+    while calls.innermost is not None and calls.innermost.exported and not torch.compiler.is_exporting():
+        calls.innermost = calls.innermost.outer
+    return calls.innermost
 
 
 def call_of(module: nn.Module) -> Call | None:
@@ -80,7 +85,7 @@ def unwatch(module: nn.Module) -> None:
 
 def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     calls = _thread.calls
-    calls.innermost = Call(module, args, kwargs, calls.innermost)
+    calls.innermost = Call(module, args, kwargs, innermost())
 
 
 def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -7,6 +7,8 @@ import torch
 from test_tracing import States, assert_same, texts
 from torch.export import Dim, export
 
+from attn_plugins.hf.call import innermost
+
 DYNAMIC = ({0: Dim("batch", max=64), 1: Dim("length", min=2, max=100)},) * 2
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
@@ -34,6 +36,7 @@ def test_a_backend_that_cannot_be_exported_is_refused():
     model = States("bert", {"type": "local", "backend": "torch"})
     with pytest.raises(ValueError, match=r"backend='torch' of attention 'local' cannot be part.*allowed there: 'refer"):
         export(model, texts(2, 10))
+    assert innermost() is None, "the call that was refused is over"
 
 
 @pytest.mark.slow
