@@ -23,6 +23,8 @@ class Wanted:
 
     by: int | None = None
     """Identity of the outermost model under way that was asked for weights."""
+    exported = False
+    """Whether an export records it: one that fails runs no hook at the end."""
 
 
 class _Thread(threading.local):
@@ -56,7 +58,7 @@ def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     Args:
         kwargs: of the attention function, or of the module.
     """
-    wanted = bool(kwargs.get("output_attentions")) or _thread.wanted.by is not None
+    wanted = bool(kwargs.get("output_attentions")) or _asking() is not None
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return wanted
     if torch._C._current_graph_task_id() >= 0:
@@ -69,7 +71,13 @@ def weights_wanted(module: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def weights_wanted_of(model: nn.Module, kwargs: dict[str, Any]) -> bool:
     """The same of a model that is about to be called."""
-    return _asked(model, kwargs) or _thread.wanted.by is not None
+    return _asked(model, kwargs) or _asking() is not None
+
+
+def _asking() -> int | None:
+    """Identity of the model that asks for weights, unless a failed export has left it."""
+    wanted = _thread.wanted
+    return None if wanted.exported and not torch.compiler.is_exporting() else wanted.by
 
 
 def _asked(model: Any, kwargs: dict[str, Any]) -> bool:
@@ -79,8 +87,9 @@ def _asked(model: Any, kwargs: dict[str, Any]) -> bool:
 
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     wanted = _thread.wanted
-    if wanted.by is None or wanted.by == id(model):
+    if _asking() in (None, id(model)):
         wanted.by = id(model) if _asked(model, kwargs) else None
+        wanted.exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def _end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -3,11 +3,14 @@
 import importlib.util
 
 import pytest
+import tiny
 import torch
 from test_tracing import States, assert_same, texts
 from torch.export import Dim, export
 
+import attn_plugins as ap
 from attn_plugins.hf.call import innermost
+from attn_plugins.hf.recording import weights_wanted_of
 
 DYNAMIC = ({0: Dim("batch", max=64), 1: Dim("length", min=2, max=100)},) * 2
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -36,7 +39,18 @@ def test_a_backend_that_cannot_be_exported_is_refused():
     model = States("bert", {"type": "local", "backend": "torch"})
     with pytest.raises(ValueError, match=r"backend='torch' of attention 'local' cannot be part.*allowed there: 'refer"):
         export(model, texts(2, 10))
-    assert innermost() is None, "the call that was refused is over"
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_an_export_that_fails_leaves_no_call_and_no_wish_for_weights_behind(weights):
+    model = States("bert", {"type": "local", "backend": "torch"})
+    next(module for module in model.modules() if hasattr(module, "config")).config.output_attentions = weights
+    with pytest.raises(ValueError, match="cannot be part of a recorded graph"):
+        export(model, texts(2, 10))
+    assert innermost() is None
+    other = ap.swap_attention(tiny.build("llama"), "local")
+    assert not weights_wanted_of(other, {})
+    assert other(**tiny.inputs("llama")).attentions is None
 
 
 @pytest.mark.slow
