@@ -26,6 +26,15 @@ def recorded(*tensors: torch.Tensor) -> bool:
     return any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in tensors)
 
 
+def exporting() -> bool:
+    """Whether torch.export runs this Python, where a forward that fails calls no hooks: what these undo stays.
+
+    Not where Dynamo traces: it drops what a failed forward has noted, and up to torch 2.12 takes
+    ``torch.compiler.is_exporting()`` for True in torch.compile too.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+
+
 def readable(*tensors: torch.Tensor) -> bool:
     """Whether the values of these tensors may decide what is computed: they have some, and stand for themselves."""
     if torch.compiler.is_compiling() or recorded(*tensors):

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from attn_plugins.core.decode_state import State
+from attn_plugins.core.tracing import exporting
 from attn_plugins.hf.hooks import remove_hooks
 
 
@@ -22,7 +23,7 @@ class Call:
         self.module, self.args, self.kwargs = module, args, kwargs
         self.outer = outer
         """The call of the module that has called this one, where that is swapped too."""
-        self.exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        self.exported = exporting()
         self.state: State | None = None
         """What a cache holds for the module's attention in place of keys and values."""
         self.awaiting_update = False

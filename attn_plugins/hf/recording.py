@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from attn_plugins.core.tracing import exporting
 from attn_plugins.hf.hooks import remove_hooks
 
 WEIGHED = "_attn_plugin_weighed"
@@ -89,7 +90,7 @@ def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     wanted = _thread.wanted
     if _asking() in (None, id(model)):
         wanted.by = id(model) if _asked(model, kwargs) else None
-        wanted.exported = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+        wanted.exported = exporting()
 
 
 def _end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -17,7 +17,7 @@ from transformers import Cache, masking_utils
 from transformers.masking_utils import and_masks, packed_sequence_mask_function
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.core.tracing import readable
+from attn_plugins.core.tracing import exporting, readable
 from attn_plugins.hf.call import Call
 from attn_plugins.hf.hooks import remove_hooks
 
@@ -50,7 +50,7 @@ class Packing:
     """That of the model around it."""
     used: bool = False
     """Whether a mask was made from it."""
-    exported: bool = field(default_factory=torch.compiler.is_exporting)
+    exported: bool = field(default_factory=exporting)
     """Whether a graph is being exported: torch calls no hook there after an error, and the packing would outlive it."""
 
 
