@@ -377,7 +377,7 @@ def _spread() -> None:
 
 def facts(attention: Any) -> dict[str, Any]:
     """What there is to know of an attention, as JSON holds it."""
-    from attn_plugins.core.attention import capabilities
+    from attn_plugins.core.capabilities import capabilities
     from attn_plugins.core.options import describe_options
 
     file, line = inspect.getsourcefile(attention), inspect.getsourcelines(attention)[1]

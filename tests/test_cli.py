@@ -16,7 +16,7 @@ import attn_plugins as ap
 from attn_plugins import cli
 from attn_plugins.benchmark.store import Results
 from attn_plugins.config import extras
-from attn_plugins.core.attention import CAPABILITIES
+from attn_plugins.core.capabilities import CAPABILITIES
 from attn_plugins.data.text import PYTHON_DOCS
 from attn_plugins.tasks import list_tasks
 from attn_plugins.training.config import FinetuneConfig

@@ -13,11 +13,12 @@ PACKAGE = ROOT / "attn_plugins"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = {
-    "core": {"core", "attentions"},  # the registry walks the folder of attentions; no module in it is named
+    "core": {"core", "attentions", "backends"},  # registries walk these folders; no module in them is named
     "ops": {"core", "ops"},
     "attentions": {"core", "ops"},
+    "backends": {"core", "ops", "backends"},
     "config": {"config", "core"},
-    "data": {"config", "data"},
+    "data": {"config", "core", "data"},
     "hf": {"config", "core", "hf", "ops"},
     "tasks": {"config", "core", "data", "hf", "tasks"},
     "training": {"config", "core", "data", "hf", "tasks", "training"},
@@ -29,7 +30,7 @@ ROOMS = {
 }
 """What the files of a room, or a file at the root, may import of the package."""
 
-KERNELS = {"core", "ops", "attentions"}
+KERNELS = {"core", "ops", "attentions", "backends"}
 """Rooms that know torch and the standard library alone."""
 
 WITHOUT_TRANSFORMERS = {"config", "launcher", "__init__"}

@@ -14,7 +14,8 @@ from attn_plugins.benchmark.kernels_report import says_pays_from
 from attn_plugins.benchmark.store import Results
 from attn_plugins.benchmark.tables import brief_number
 from attn_plugins.config.versions import spelled_own
-from attn_plugins.core.attention import CAPABILITIES, Attention, capabilities
+from attn_plugins.core.attention import Attention
+from attn_plugins.core.capabilities import CAPABILITIES, capabilities
 from attn_plugins.core.options import describe_options
 from attn_plugins.core.registry import get_attention, list_attentions
 

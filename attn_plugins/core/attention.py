@@ -17,6 +17,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from attn_plugins.core.backend import FORMS, fastest, forced
+from attn_plugins.core.capabilities import NEEDS, capabilities
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.gradients import with_gradients_to
 from attn_plugins.core.mask import AttentionMask
@@ -65,6 +67,7 @@ class Attention(nn.Module):
 
     - ``reference``: the dense form, the definition of correctness, which also yields the effective weights;
     - ``attend``: the form whose cost is what the method promises, equal to ``reference`` in outputs and gradients;
+    - ``attend_batched``: the same for devices that are not a CPU, where ``attend`` runs a loop in Python;
     - ``reset_parameters``: where it has weights or buffers, initialise all of them, in place. What a checkpoint brings
       is kept, however they are written.
 
@@ -282,30 +285,55 @@ class Attention(nn.Module):
             else:
                 if hidden_B1QE is not None:
                     options["hidden_BQE"] = hidden_B1QE.squeeze(1)
-                out_BHQV = self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
+                out_BHQV = self._attend_by(backend, q_BHQD, k_BGKD, v_BGKV, options)
         out_BQHV = out_BHQV.transpose(1, 2).contiguous()
         return with_gradients_to(out_BQHV, self.parameters()), weights_BHQK
 
     def chosen(self, *tensors: torch.Tensor, state: State | None = None) -> str:
-        """The backend that computes with these tensors: what ``auto`` is here, and else what was asked for.
+        """The backend that computes with these tensors: what was asked for, or what ``auto`` is here.
+
+        Where that is "auto" still, it is a call on a device that is not a CPU, which decides for itself.
 
         Raises:
             ValueError: operations are being recorded, and it is one that looks at lengths or values.
         """
+        on_cpu = not tensors or tensors[0].device.type == "cpu"
         if not recorded(*tensors):
-            return "torch" if self.backend == "auto" else self.backend
+            return "torch" if self.backend == "auto" and on_cpu else self.backend
         if state is not None:
             raise ValueError(
                 f"what attention {self.name!r} keeps in a cache cannot be part of a recorded graph (torch.export, "
                 "torch.jit.trace, make_fx, functorch); call the model without a cache (use_cache=False)"
             )
-        if self.backend == "torch":
+        if self.backend not in ("auto", "reference", "batched"):
+            why = "it looks at lengths and values" if self.backend == "torch" else "its kernels are not recorded"
             raise ValueError(
-                f"backend='torch' of attention {self.name!r} cannot be part of a recorded graph (torch.export, "
-                "torch.jit.trace, make_fx, functorch): it looks at lengths and values; allowed there: 'reference', and "
-                "'auto', which then is the same"
+                f"backend={self.backend!r} of attention {self.name!r} cannot be part of a recorded graph "
+                f"(torch.export, torch.jit.trace, make_fx, functorch): {why}; allowed there: 'reference', 'batched', "
+                "and 'auto', which then is one of these"
             )
-        return "reference"
+        if self.backend == "auto":
+            return "reference" if on_cpu else "batched"
+        return self.backend
+
+    def _attend_by(
+        self,
+        backend: str,
+        q_BHQD: torch.Tensor,
+        k_BGKD: torch.Tensor,
+        v_BGKV: torch.Tensor,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        if backend == "torch":
+            return self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
+        by = None
+        if backend == "auto":
+            by = fastest(self, q_BHQD, k_BGKD, v_BGKV, **options)
+        elif backend not in FORMS:
+            by = forced(backend, self, q_BHQD, k_BGKD, v_BGKV, **options)
+        if by is not None:
+            return by.attend(self, q_BHQD, k_BGKD, v_BGKV, **options)
+        return self.attend_batched(q_BHQD, k_BGKD, v_BGKV, **options)
 
     def reference(
         self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any
@@ -316,6 +344,16 @@ class Attention(nn.Module):
     def attend(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any) -> torch.Tensor:
         """The form whose cost the method promises: out_BHQV."""
         raise NotImplementedError(f"{type(self).__name__} has no form of its own cost")
+
+    def attend_batched(
+        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """The same for devices where starting an operation costs more than running it: out_BHQV.
+
+        The number of operations does not grow with N, none asks for a tensor's value on the host, and all of them can
+        be part of a graph of torch.compile or torch.export. ``attend`` itself, where that is so already.
+        """
+        return self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
 
     def new_state(self, fixed_length: int | None = None) -> State | None:
         """What to keep of tokens seen, at its beginning; None where that is all keys and values, in an ordinary cache.
@@ -415,36 +453,6 @@ class Attention(nn.Module):
                 f"attention {self.name!r} needs a number of query heads that is a multiple of "
                 f"{self.heads_multiple_of}, got {number}"
             )
-
-
-NEEDS = {
-    "position_bias": "a position bias added to the scores",
-    "softcap": "a softcap on the scores",
-    "sinks": "learned sink logits",
-    "segments": "packed sequences",
-    "any_mask": "a mask beyond causal, padding and segments",
-    "cross": "keys of another sequence",
-    "causal": "causal attention",
-    "bidirectional": "bidirectional attention",
-}
-"""What a call needs of an attention, by the capability that it has for that."""
-
-CAPABILITIES = (
-    "causal",
-    "bidirectional",
-    "cross",
-    "any_mask",
-    "segments",
-    "position_bias",
-    "softcap",
-    "sinks",
-    "dropout",
-)
-
-
-def capabilities(attention: type[Attention]) -> list[str]:
-    """Names of what a class of attention can honour, in the order of :data:`CAPABILITIES`."""
-    return [name for name in CAPABILITIES if getattr(attention, name)]
 
 
 def _check_numbers(scale: Any, dropout: Any, softcap: Any) -> None:

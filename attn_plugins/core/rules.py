@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.backend import FORMS, get_backend, list_backends
 from attn_plugins.core.options import did_you_mean, shown
 from attn_plugins.core.registry import get_attention, list_attentions
 
 Flag: TypeAlias = "str | Mapping[str, Any] | Sequence[Mapping[str, Any]]"
 
 ROLES = ("encoder", "decoder", "cross")
-BACKENDS = ("auto", "torch", "reference")
 RULE_KEYS = ("type", "layers", "roles", "modules", "backend")
 
 
@@ -59,7 +59,8 @@ class Rule:
     modules: tuple[str, ...] | None = None
     """Globs on module paths, matched against the whole path or any tail of it that begins at a dot."""
     backend: str = "auto"
-    """auto (the fast torch form), torch, or reference (the dense form)."""
+    """auto (what is fastest here), reference (the dense form), torch (the form for CPUs), batched (the form for other
+    devices), or one of :func:`attn_plugins.core.backend.list_backends`."""
 
     @property
     def attention(self) -> "builtins.type[Attention]":
@@ -117,7 +118,8 @@ def assign(
             a saved model may name parts that another class does not have; what a user says is an error instead.
 
     Raises:
-        ValueError: a layer is out of range, a rule matches nothing, or an attention cannot honour what a module needs.
+        ValueError: a layer is out of range, a rule matches nothing, or an attention cannot honour what a module
+            needs, or a backend is not installed.
     """
     depth: dict[str, int] = {}
     for target in targets:
@@ -125,6 +127,9 @@ def assign(
     assigned: dict[str, Rule] = {}
     for number, rule in enumerate(rules):
         name = f"rule {number} ({rule.type!r})"
+        lacking = None if rule.backend in FORMS else get_backend(rule.backend).missing()
+        if lacking is not None:
+            raise ValueError(f"{name}: backend={rule.backend!r} cannot run here: {lacking}; allowed: 'auto'")
         try:
             fresh = _serves(rule, targets, depth, assigned, name)
         except NothingMatchesError as error:
@@ -190,7 +195,7 @@ def _parse_rule(entry: Any, name: str) -> Rule:
         layers=_check_layers(entry.get("layers", "all"), name),
         roles=_names(entry.get("roles"), "roles", name, ROLES),
         modules=_names(entry.get("modules"), "modules", name, None),
-        backend=_one_of(entry.get("backend", "auto"), "backend", name, BACKENDS),
+        backend=_one_of(entry.get("backend", "auto"), "backend", name, (*FORMS, *list_backends())),
     )
 
 

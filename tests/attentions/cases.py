@@ -33,6 +33,11 @@ class Case:
         options = ",".join(f"{key}={value}" for key, value in self.options.items())
         return f"{self.cls.name}({options}) {'causal' if self.causal else 'bidirectional'}"
 
+    @property
+    def batched(self):
+        """Whether it has a form of its own for devices that are not a CPU."""
+        return self.cls.attend_batched is not Attention.attend_batched
+
     def module(
         self, num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, *, backend="torch", dtype=torch.float64
     ):
@@ -278,11 +283,11 @@ def cotangent_for(given, mask, seed=7):
     return random
 
 
-def assert_forms_agree(case, given, mask, *, dtype=torch.float64, tolerance=EXACT, **shape):
-    """``attend`` in ``dtype`` equals ``reference`` in float64: outputs of real queries, and all gradients."""
+def assert_forms_agree(case, given, mask, *, dtype=torch.float64, tolerance=EXACT, backend="torch", **shape):
+    """A backend in ``dtype`` equals ``reference`` in float64: outputs of real queries, and all gradients."""
     cotangent = cotangent_for(given, mask).to(dtype)  # rounded for both, as what is given
     given = given.to(dtype)
-    module = case.module(dtype=dtype, **shape)
+    module = case.module(dtype=dtype, backend=backend, **shape)
     oracle = copy.deepcopy(module).double()
     oracle.backend = "reference"
     got = outcome(module, given, mask, cotangent)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from cases import CASES, assert_forms_agree, every_case, every_class, inputs, left_padding, rounds, seeded
 
-from attn_plugins.core.attention import CAPABILITIES, Attention
+from attn_plugins.core.attention import Attention
+from attn_plugins.core.capabilities import CAPABILITIES
 from attn_plugins.core.mask import AttentionMask
 
 NEEDS = {

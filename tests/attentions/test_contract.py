@@ -70,7 +70,7 @@ def test_fast_form_equals_reference_beyond_the_default_sizes(case):
     assert_forms_agree(case, given, mask, dtype=torch.float32, tolerance=2e-5, num_heads=2, num_key_value_heads=1)
 
 
-def assert_forms_agree_on_any_shape(case, data):
+def assert_forms_agree_on_any_shape(case, data, **options):
     keys = data.draw(st.integers(1, 40), "K")
     fewer = case.causal and not case.module().wants_hidden_of_keys  # else a state alone goes on from earlier keys
     queries = data.draw(st.integers(1, keys), "Q") if fewer else keys
@@ -83,7 +83,7 @@ def assert_forms_agree_on_any_shape(case, data):
     shape = {"num_heads": groups * shared, "num_key_value_heads": groups, "head_dim": 4, "value_dim": 4}
     given = inputs(len(lengths), queries, keys, **shape)
     mask = case.mask(len(lengths), queries, keys, padding_BK=left_padding(lengths, keys), segments_BK=segments)
-    assert_forms_agree(case, given, mask, **shape)
+    assert_forms_agree(case, given, mask, **shape, **options)
 
 
 @every_case()

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from attn_plugins.core import catalogue
-from attn_plugins.core.attention import CAPABILITIES
+from attn_plugins.core.capabilities import CAPABILITIES
 from attn_plugins.core.registry import get_attention, list_attentions
 
 ATTRIBUTES = ("family", "cost", "paper", "when", "keeps", *CAPABILITIES)

@@ -151,7 +151,7 @@ def test_without_gguf_says_what_to_install(tmp_path, monkeypatch, pip):
 
 @pytest.mark.real
 def test_the_converted_model_speaks():
-    folder = demo._root() / "models" / demo.NAME
+    folder = demo.cache_folder() / "models" / demo.NAME
     if not (folder / "config.json").exists():
         pytest.skip(f"no model in {folder}; python -m attn_plugins.data.demo_model fetches it")
     from transformers import AutoModelForCausalLM, AutoTokenizer

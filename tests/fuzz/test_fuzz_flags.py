@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from rounds import a_round, junk, one_clear_line, scalars
 
 import attn_plugins as ap
-from attn_plugins.core.rules import BACKENDS, RULE_KEYS, parse_rules
+from attn_plugins.core.backend import FORMS
+from attn_plugins.core.rules import RULE_KEYS, parse_rules
 
 pytestmark = pytest.mark.fuzz
 
@@ -23,7 +24,7 @@ CHOICES = {
     "layers": LAYERS,
     "roles": st.one_of(st.sampled_from(["decoder", "encoder", "cross", ["decoder", "encoder"]]), junk),
     "modules": st.one_of(st.sampled_from(["*", "layers.0.*", "nothing", ["*attn*"]]), junk),
-    "backend": st.one_of(st.sampled_from(BACKENDS), junk),
+    "backend": st.one_of(st.sampled_from(FORMS), junk),
 }
 
 

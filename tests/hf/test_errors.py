@@ -35,7 +35,7 @@ BAD = [
         {"type": "local", "modules": "*.atn"},
         r"matches nothing: no attention module's path matches modules=\['\*.atn'\]",
     ),
-    ({"type": "local", "backend": "flash"}, r"backend='flash'; allowed: auto, torch, reference"),
+    ({"type": "local", "backend": "flahs"}, r"backend='flahs'.*allowed: auto, reference, torch, batched"),
     (
         [{"type": "local"}, {"type": "softmax", "layers": 1}],
         r"rule 1 \('softmax'\) matches nothing: earlier rules take all",

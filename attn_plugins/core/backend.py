@@ -1,0 +1,135 @@
+"""The contract of one backend: an existing kernel that computes the same function as an attention's own forms.
+
+The forms that every attention brings are :data:`FORMS`; a backend is one more way, on devices and for calls that it
+says. Which of them ``auto`` takes is decided by :mod:`attn_plugins.core.checked`: those that were seen to be right on
+this kind of device, the fastest first.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from attn_plugins.core.checked import checked_backends
+from attn_plugins.core.class_registry import C, Registry
+
+FORMS = ("auto", "reference", "torch", "batched")
+"""Names of what an attention brings itself: the dense form, the form for CPUs, the form for other devices."""
+
+
+class Backend(abc.ABC):
+    """One backend, in a file of ``attn_plugins/backends``. It holds nothing: one instance serves all attentions.
+
+    What it serves it tells by what attentions are (the patterns that they have, the recurrence that they are), never
+    by their names, so that it serves those of third parties too.
+    """
+
+    name: ClassVar[str]
+    """Set by :func:`register_backend`."""
+    what: ClassVar[str]
+    """In a line, for the documentation: whose kernels, for which attentions."""
+    devices: ClassVar[tuple[str, ...]] = ("cuda",)
+    """Types of device that it runs on."""
+    traceable: ClassVar[bool] = False
+    """Whether torch.compile takes it into its graph; ``auto`` takes no other there."""
+
+    @abc.abstractmethod
+    def missing(self) -> str | None:
+        """What has to be installed for it and is not, with the command that does; None where all is there."""
+
+    @abc.abstractmethod
+    def refuses(
+        self,
+        attention: Any,
+        q_BHQD: torch.Tensor,
+        k_BGKD: torch.Tensor,
+        v_BGKV: torch.Tensor,
+        **options: Any,
+    ) -> str | None:
+        """Why it cannot honour this call, or None. It decides by shapes, dtypes and options, never by values.
+
+        Args:
+            attention: an :class:`attn_plugins.core.attention.Attention`.
+            options: those that ``attention.attend`` would get: mask, scale, dropout, ...
+        """
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        attention: Any,
+        q_BHQD: torch.Tensor,
+        k_BGKD: torch.Tensor,
+        v_BGKV: torch.Tensor,
+        **options: Any,
+    ) -> torch.Tensor:
+        """out_BHQV, equal to ``attention.reference`` in outputs and gradients, of a call that it does not refuse."""
+
+
+def _lacks(cls: Any) -> list[str]:
+    if not (isinstance(cls, type) and issubclass(cls, Backend)):
+        raise ValueError(f"{cls!r} is not a subclass of {Backend.__module__}.{Backend.__qualname__}")
+    missing = [what for what in ("what", "__doc__") if not getattr(cls, what, None)]
+    return missing + sorted(getattr(cls, "__abstractmethods__", ()))
+
+
+BACKENDS: Registry[Backend] = Registry("backend", "attn_plugins.backends", _lacks, "attn_plugins.backends")
+_instances: dict[type[Backend], Backend] = {}
+
+
+def register_backend(name: str) -> Callable[[C], C]:
+    """Class decorator that puts a :class:`Backend` into the registry under ``name``; ValueError where it is taken."""
+    if name in FORMS:
+        raise ValueError(f"backend {name!r} is a form that every attention has; choose another name")
+    return BACKENDS.register(name)
+
+
+def list_backends() -> list[str]:
+    """Names of all backends, sorted, beside :data:`FORMS`."""
+    return BACKENDS.names()
+
+
+def get_backend(name: str) -> Backend:
+    """The backend registered under ``name``; ValueError where there is none."""
+    cls = BACKENDS.get(name)
+    if cls not in _instances:
+        _instances[cls] = cls()
+    return _instances[cls]
+
+
+def why_not(backend: Backend, attention: Any, *tensors: torch.Tensor, **options: Any) -> str | None:
+    """Why a backend cannot serve a call, its device and what is installed included; None where it can."""
+    device = tensors[0].device.type
+    if device not in backend.devices:
+        return f"it runs on {', '.join(backend.devices)}, not on {device}"
+    return backend.missing() or backend.refuses(attention, *tensors, **options)
+
+
+def forced(name: str, attention: Any, *tensors: torch.Tensor, **options: Any) -> Backend:
+    """The backend that a user asked for.
+
+    Raises:
+        ValueError: it cannot serve the call; the message says why.
+    """
+    backend = get_backend(name)
+    reason = why_not(backend, attention, *tensors, **options)
+    if reason is not None:
+        raise ValueError(
+            f"backend {name!r} cannot serve this call of attention {attention.name!r}: {reason}; "
+            "allowed: 'auto', which takes what can"
+        )
+    return backend
+
+
+def fastest(attention: Any, *tensors: torch.Tensor, **options: Any) -> Backend | None:
+    """What ``auto`` takes on a device that is not a CPU; None for the attention's own batched form."""
+    device = tensors[0].device
+    for name in checked_backends(attention.name, device.type, device.index or 0):
+        if name == "batched":
+            return None
+        backend = get_backend(name)
+        if torch.compiler.is_compiling() and not backend.traceable:
+            continue
+        if why_not(backend, attention, *tensors, **options) is None:
+            return backend
+    return None

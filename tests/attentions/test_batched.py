@@ -1,0 +1,140 @@
+"""The form for devices that are not a CPU, run on one: it equals ``reference`` whatever is declared and asked."""
+
+import pytest
+import torch
+from cases import CASES, assert_forms_agree, assert_same, every_case, inputs, left_padding, outcome, rounds, seeded
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
+from test_capabilities import RULES
+from test_contract import assert_forms_agree_on_any_shape
+
+BATCHED = {"backend": "batched"}
+
+
+@every_case(batched=True)
+@rounds("length", [65, 150])
+def test_equals_reference_in_float32(case, length):
+    given = inputs(2, length)
+    assert_forms_agree(case, given, case.mask(2, length, length), dtype=torch.float32, tolerance=2e-5, **BATCHED)
+
+
+@every_case(batched=True, options={})
+def test_equals_reference_beyond_the_default_sizes(case):
+    given = inputs(1, 331, num_heads=2, num_key_value_heads=1)
+    mask = case.mask(1, 331, 331, padding_BK=left_padding([320], 331))
+    shape = {"num_heads": 2, "num_key_value_heads": 1}
+    assert_forms_agree(case, given, mask, dtype=torch.float32, tolerance=2e-5, **shape, **BATCHED)
+
+
+@every_case(batched=True)
+@rounds("length, dtype, tolerance", [(1, torch.bfloat16, 1e-2), (65, torch.bfloat16, 1e-2), (65, torch.float16, 2e-3)])
+def test_equals_reference_in_half_precision(case, length, dtype, tolerance):
+    given = inputs(2, length).to(dtype).to(torch.float64)
+    mask = case.mask(2, length, length, padding_BK=left_padding([length, length // 2 + 1], length))
+    assert_forms_agree(case, given, mask, dtype=dtype, tolerance=tolerance, **BATCHED)
+
+
+@every_case(batched=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
+@drawn(data=st.data())
+def test_equals_reference_for_any_shape(case, data):
+    """Left padding, rows without a real token, packed segments, fewer queries than keys, heads that share keys."""
+    assert_forms_agree_on_any_shape(case, data, **BATCHED)
+
+
+@every_case(batched=True)
+def test_equals_reference_with_right_padding(case):
+    given = inputs(2, 37)
+    mask = case.mask(2, 37, 37, padding_BK=left_padding([37, 19], 37).flip(1))
+    assert_forms_agree(case, given, mask, **BATCHED)
+
+
+@every_case(batched=True, segments=True)
+@rounds("lengths", [[9, 20, 8], [37], [1, 1, 35], [12, 12, 13]])
+def test_equals_reference_for_packed_rows(case, lengths):
+    """The rows are cut at places of their own; the last segment of one of them is padding."""
+    own = torch.cat([torch.full((n,), number) for number, n in enumerate(lengths)])
+    segments = torch.stack([own, own.flip(0).neg()])
+    padding = left_padding([37, 30], 37).flip(1)
+    for options in ({}, {"padding_BK": padding}):
+        assert_forms_agree(case, inputs(2, 37), case.mask(2, 37, 37, segments_BK=segments, **options), **BATCHED)
+
+
+@pytest.mark.parametrize(
+    ("case", "extra"),
+    [
+        pytest.param(case, extra, id=f"{case} {extra}")
+        for case in CASES
+        for extra in ("position_bias", "softcap", "sinks")
+        if case.batched and getattr(case.cls, extra)
+    ],
+)
+def test_extras_that_are_declared_equal_the_reference(case, extra):
+    generator = seeded(2)
+    for queries, rows in ((20, 1), (3, 1), (20, 2)) if case.causal else ((20, 1), (20, 2)):
+        given = inputs(2, queries, 20)
+        bias = torch.randn(rows, 4 if rows == 2 else 1, queries, 20, generator=generator, dtype=torch.float64)
+        given.extras = {
+            "position_bias": {"position_bias": bias},
+            "softcap": {"softcap": 0.5},
+            "sinks": {"sinks": torch.randn(4, generator=generator, dtype=torch.float64)},
+        }[extra]
+        mask = case.mask(2, queries, 20, padding_BK=left_padding([20, 13], 20))
+        assert_forms_agree(case, given, mask, **BATCHED)
+
+
+@every_case(batched=True, any_mask=True)
+@rounds("rule", RULES)
+@rounds("queries", [26, 4])
+def test_masks_beyond_plain_equal_the_reference(case, rule, queries):
+    causal, rule = RULES[rule]
+    if causal != case.causal:
+        return
+    mask = case.mask(2, queries, 26, plain=False, rule=rule, padding_BK=left_padding([26, 17], 26))
+    assert_forms_agree(case, inputs(2, queries, 26), mask, **BATCHED)
+
+
+@every_case(batched=True, dropout=True)
+def test_dropout_is_drawn_anew_and_seen_by_gradients(case):
+    """The same seed gives the same, another one another; a gradient equals the finite difference under one seed."""
+    given, mask, module = inputs(1, 30), case.mask(1, 30, 30), case.module(**BATCHED)
+
+    def run(seed, v):
+        torch.manual_seed(seed)
+        return module(given.q, given.k, v, mask=mask, scale=0.4, dropout=0.4)[0]
+
+    v = given.v.clone().requires_grad_()
+    out = run(0, v)
+    assert torch.equal(out, run(0, v))
+    assert not torch.allclose(out, run(1, v))
+    along = torch.randn(v.shape, generator=seeded(3), dtype=v.dtype)
+    (gradient,) = torch.autograd.grad(out.square().sum(), v)
+    with torch.no_grad():
+        high, low = (run(0, v + sign * 1e-5 * along).square().sum() for sign in (1, -1))
+    torch.testing.assert_close((gradient * along).sum(), (high - low) / 2e-5, rtol=1e-5, atol=1e-5)
+    kept = torch.stack([run(seed, given.v) for seed in range(400)]).mean(0)
+    plain = module(given.q, given.k, given.v, mask=mask, scale=0.4)[0]
+    assert (kept - plain).abs().mean() < 0.15 * plain.abs().mean() + 0.02, (
+        "what is kept does not make up for what is dropped"
+    )
+
+
+@every_case(batched=True)
+def test_rows_without_a_real_token_stay_finite(case):
+    mask = case.mask(2, 12, 12, padding_BK=left_padding([12, 0], 12))
+    given = inputs(2, 12)
+    got = outcome(case.module(**BATCHED), given, mask, torch.ones(2, 12, 4, 8, dtype=torch.float64))
+    assert all(x is None or x.isfinite().all() for x in got.values())
+
+
+@every_case(batched=True)
+def test_is_part_of_a_graph(case):
+    """torch.compile takes all of it, forward and backward, and gives the same."""
+    given, module = inputs(2, 40).to(torch.float32), case.module(**BATCHED, dtype=torch.float32)
+    cotangent = torch.randn(2, 40, 4, 8, generator=seeded(5))
+    mask = case.mask(2, 40, 40, padding_BK=left_padding([40, 31], 40))
+    want = outcome(module, given, mask, cotangent)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    compiled.wants_hidden, compiled.parameters = module.wants_hidden, module.parameters
+    assert_same(outcome(compiled, given, mask, cotangent), want, 1e-4)
