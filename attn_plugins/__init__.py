@@ -12,6 +12,7 @@ from attn_plugins.core.former_names import install as _install_former_names
 
 if TYPE_CHECKING:
     from attn_plugins.core.attention import Attention, AttentionConfig, HeadShape
+    from attn_plugins.core.backend import Backend, list_backends, register_backend
     from attn_plugins.core.mask import AttentionMask
     from attn_plugins.core.registry import get_attention, list_attentions, register_attention
     from attn_plugins.hf.caches.cache_layers import cache_bytes
@@ -23,12 +24,15 @@ __all__ = [
     "Attention",
     "AttentionConfig",
     "AttentionMask",
+    "Backend",
     "HeadShape",
     "cache_bytes",
     "describe_attention",
     "get_attention",
     "list_attentions",
+    "list_backends",
     "register_attention",
+    "register_backend",
     "restore_attention",
     "swap_attention",
 ]
@@ -37,12 +41,15 @@ _HOMES = {
     "Attention": "attn_plugins.core.attention",
     "AttentionConfig": "attn_plugins.core.attention",
     "AttentionMask": "attn_plugins.core.mask",
+    "Backend": "attn_plugins.core.backend",
     "HeadShape": "attn_plugins.core.attention",
     "cache_bytes": "attn_plugins.hf.caches.cache_layers",
     "describe_attention": "attn_plugins.hf.swap",
     "get_attention": "attn_plugins.core.registry",
     "list_attentions": "attn_plugins.core.registry",
+    "list_backends": "attn_plugins.core.backend",
     "register_attention": "attn_plugins.core.registry",
+    "register_backend": "attn_plugins.core.backend",
     "restore_attention": "attn_plugins.hf.swap",
     "swap_attention": "attn_plugins.hf.swap",
 }

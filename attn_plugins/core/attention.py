@@ -260,7 +260,7 @@ class Attention(nn.Module):
             options["grid_size"] = grid_size
         hidden_B1QE = self._hidden(q_BHQD, k_BGKD, hidden, state) if self.wants_hidden else None
         device = q_BHQD.device.type
-        autocast = torch.is_autocast_enabled(device)
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         if autocast:
             # As torch's own attention does: inputs are cast (rotary positions may leave q and k in float32 beside v in
             # bfloat16), while sums keep the precision that they are written in.
