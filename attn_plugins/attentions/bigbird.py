@@ -1,16 +1,15 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.attention import AttentionConfig
 from attn_plugins.core.options import LARGEST_SEED
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.patterns.random_blocks import RandomBlocks
-from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
 @register_attention("bigbird")
-class BigBirdAttention(Attention):
+class BigBirdAttention(PatternAttention):
     """BigBird: global blocks, a sliding window of blocks, and random blocks.
 
     ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the keys j that the mask shows and whose block is one of the
@@ -61,12 +60,7 @@ class BigBirdAttention(Attention):
             self.require(window >= 1 and window % 2 == 1, "num_sliding_window_blocks", "an odd integer from 1 on")
             self.require(self.seed >= 0, "seed", "an integer from 0 to 2**63 - 1")
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
-
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
-
-    def _pattern(self) -> RandomBlocks:
+    def patterns(self, heads, mask, grid_size=None):
         c = self.config
-        return RandomBlocks(c.block_size, c.num_global_blocks, c.num_sliding_window_blocks, c.num_random_blocks, c.seed)
+        window, drawn = c.num_sliding_window_blocks, c.num_random_blocks
+        return [(slice(0, heads), RandomBlocks(c.block_size, c.num_global_blocks, window, drawn, c.seed))]

@@ -1,16 +1,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.attention import AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.ring_buffer import KeyWindow, window_attention
-from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.patterns.band import BlockBand
-from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
 @register_attention("block_local")
-class BlockLocalAttention(Attention):
+class BlockLocalAttention(PatternAttention):
     """Attention within blocks: softmax attention over a query's own block and those beside it.
 
     ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the keys j that the mask shows and whose block
@@ -54,11 +53,8 @@ class BlockLocalAttention(Attention):
             self.require(self.look_backward >= 0, "look_backward", "an integer from 0 on")
             self.require(self.look_forward >= 0, "look_forward", "an integer from 0 on")
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
-
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
+    def patterns(self, heads, mask, grid_size=None):
+        return [(slice(0, heads), self._pattern())]
 
     def new_state(self, fixed_length=None):
         return KeyWindow(0, (1 + self.config.look_backward) * self.config.block_size - 1, fixed_length)

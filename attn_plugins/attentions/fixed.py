@@ -1,15 +1,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.attention import AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.patterns.strided import Fixed
-from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
 @register_attention("fixed")
-class FixedAttention(Attention):
+class FixedAttention(PatternAttention):
     """Sparse Transformer, fixed: a query's own block, and the last few positions of every block, which sum it up.
 
     ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the keys j that the mask shows and that have
@@ -52,12 +51,7 @@ class FixedAttention(Attention):
                 1 <= self.num_summary_columns <= self.stride, "num_summary_columns", "an integer from 1 to stride"
             )
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
-
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
-
-    def _pattern(self) -> Fixed:
+    def patterns(self, heads, mask, grid_size=None):
         config = self.config
-        return Fixed(config.stride, config.num_local_blocks - 1, config.num_summary_columns)
+        pattern = Fixed(config.stride, config.num_local_blocks - 1, config.num_summary_columns)
+        return [(slice(0, heads), pattern)]

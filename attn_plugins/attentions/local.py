@@ -1,17 +1,16 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.attention import AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.cache_positions import within_cache
 from attn_plugins.ops.decode.ring_buffer import KeyWindow, window_attention
-from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.patterns.band import Band
-from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
 @register_attention("local")
-class LocalAttention(Attention):
+class LocalAttention(PatternAttention):
     """Sliding window plus sink tokens: softmax attention over the nearest keys and the first few of the sequence.
 
     ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the keys j that the mask shows and that have
@@ -70,25 +69,20 @@ class LocalAttention(Attention):
     def wants_rotary(self):
         return self.config.positions == "cache"
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, rotary=None, **options):
-        q_BHQD, k_BGKD = self._place(q_BHQD, k_BGKD, mask, rotary)
-        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
+    def patterns(self, heads, mask, grid_size=None):
+        return [(slice(0, heads), self._pattern())]
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, rotary=None, **options):
-        q_BHQD, k_BGKD = self._place(q_BHQD, k_BGKD, mask, rotary)
-        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
+    def place(self, q_BHQD, k_BGKD, mask, rotary):
+        if rotary is None:
+            return q_BHQD, k_BGKD
+        sinks = self.config.num_sink_tokens
+        return within_cache(q_BHQD, k_BGKD, mask, rotary, sinks, sinks + self._before())
 
     def new_state(self, fixed_length=None):
         return KeyWindow(self.config.num_sink_tokens, self._before(), fixed_length)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, rotary=None, **options):
         return window_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), state, rotary=rotary, **options)
-
-    def _place(self, q_BHQD, k_BGKD, mask, rotary):
-        if rotary is None:
-            return q_BHQD, k_BGKD
-        sinks = self.config.num_sink_tokens
-        return within_cache(q_BHQD, k_BGKD, mask, rotary, sinks, sinks + self._before())
 
     def _before(self):
         return (self.config.window_size - 1) * self.config.dilation

@@ -1,16 +1,15 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.attention import AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.ring_buffer import KeyWindow, window_attention
-from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.patterns.band import Band
-from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
 @register_attention("longformer")
-class LongformerAttention(Attention):
+class LongformerAttention(PatternAttention):
     """Longformer: a sliding window, and global tokens that see everything and are seen from everywhere.
 
     ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the keys j that the mask shows and that have
@@ -50,11 +49,8 @@ class LongformerAttention(Attention):
             self.require(self.window_size >= 1, "window_size", "an integer from 1 on")
             self.require(self.num_global_tokens >= 0, "num_global_tokens", "an integer from 0 on")
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
-
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
+    def patterns(self, heads, mask, grid_size=None):
+        return [(slice(0, heads), self._pattern())]
 
     def new_state(self, fixed_length=None):
         return KeyWindow(self.config.num_global_tokens, self.config.window_size - 1, fixed_length)

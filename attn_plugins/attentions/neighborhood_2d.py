@@ -2,16 +2,15 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.attention import AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.core.tracing import recorded
-from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.patterns.neighborhood import Neighborhood
-from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
 @register_attention("neighborhood_2d")
-class Neighborhood2dAttention(Attention):
+class Neighborhood2dAttention(PatternAttention):
     """Neighbourhood attention (NATTEN): each patch of an image sees the nearest patches, in two dimensions.
 
     ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over ``kernel_size x kernel_size`` patches around i. At a border
@@ -68,13 +67,7 @@ class Neighborhood2dAttention(Attention):
     def wants_grid(self):
         return self.config.grid_size is None
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, grid_size=None, **options):
-        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern(mask, grid_size)), **options)
-
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, grid_size=None, **options):
-        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(mask, grid_size), **options)
-
-    def _pattern(self, mask, grid_size) -> Neighborhood:
+    def patterns(self, heads, mask, grid_size=None):
         if mask.q_length != mask.kv_length:
             raise ValueError(
                 f"attention 'neighborhood_2d' takes whole images, got {mask.q_length} queries and {mask.kv_length} "
@@ -96,4 +89,5 @@ class Neighborhood2dAttention(Attention):
                 f"attention 'neighborhood_2d' got {mask.kv_length} tokens, of which {prefix} come before the patches "
                 f"(num_prefix_tokens); allowed: {square if told is None else f'{rows} x {columns} patches (grid_size)'}"
             )
-        return Neighborhood(self.config.kernel_size, self.config.dilation, prefix, (rows, columns))
+        pattern = Neighborhood(self.config.kernel_size, self.config.dilation, prefix, (rows, columns))
+        return [(slice(0, heads), pattern)]

@@ -1,15 +1,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.attention import AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.patterns.strided import Strided
-from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
 
 
 @register_attention("strided")
-class StridedAttention(Attention):
+class StridedAttention(PatternAttention):
     """Sparse Transformer, strided: the nearest keys, and every ``stride``-th one from the query on.
 
     ``out_i = sum_j softmax_j(scale q_i . k_j) v_j`` over the keys j that the mask shows and that have
@@ -42,11 +41,6 @@ class StridedAttention(Attention):
             self.require(self.stride >= 1, "stride", "an integer from 1 on")
             self.require(self.num_local_blocks >= 1, "num_local_blocks", "an integer from 1 on")
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return dense_attention(q_BHQD, k_BGKD, v_BGKV, dense_pattern(mask, self._pattern()), **options)
-
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
-        return tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._pattern(), **options)
-
-    def _pattern(self) -> Strided:
-        return Strided(self.config.stride * self.config.num_local_blocks, self.config.stride)
+    def patterns(self, heads, mask, grid_size=None):
+        stride = self.config.stride
+        return [(slice(0, heads), Strided(stride * self.config.num_local_blocks, stride))]

@@ -268,7 +268,9 @@ N = 2048
 def test_tiles_hold_little_more_than_the_pattern(name, options, keys, causal, kind):
     case = case_of(name, causal, **options)
     padding = left_padding([N - 5], N) if kind == "padded" else None
-    tiles = list(case.module()._pattern().tiles(case.mask(1, N, N, padding_BK=padding)))
+    mask = case.mask(1, N, N, padding_BK=padding)
+    ((_, pattern),) = case.module().patterns(4, mask)
+    tiles = list(pattern.tiles(mask))
     pairs = 0
     for tile in tiles:
         rows = len(range(N)[tile.queries]) if isinstance(tile.queries, slice) else tile.queries.shape[1]
