@@ -260,7 +260,7 @@ class Attention(nn.Module):
             options["grid_size"] = grid_size
         hidden_B1QE = self._hidden(q_BHQD, k_BGKD, hidden, state) if self.wants_hidden else None
         device = q_BHQD.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
         if autocast:
             # As torch's own attention does: inputs are cast (rotary positions may leave q and k in float32 beside v in
             # bfloat16), while sums keep the precision that they are written in.
@@ -297,7 +297,7 @@ class Attention(nn.Module):
         Raises:
             ValueError: operations are being recorded, and it is one that looks at lengths or values.
         """
-        on_cpu = not tensors or tensors[0].device.type == "cpu"
+        on_cpu = len(tensors) == 0 or tensors[0].device.type == "cpu"
         if not recorded(*tensors):
             return "torch" if self.backend == "auto" and on_cpu else self.backend
         if state is not None:
