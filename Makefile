@@ -14,6 +14,7 @@ ROUNDS = 200
 SEED := $(shell date +%s)
 
 OLDEST := .venv-oldest
+KERNELS := .venv-kernels
 BIN := $(VENV)/bin
 # Compiling every module at install takes longer than installing. Python does it for those that are imported, once, if
 # it is let.
@@ -24,7 +25,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-peers test-oldest test-architectures fuzz architectures demo bench bench-decode gpu-check docs try dist site clean
+.PHONY: help setup fix check test test-slow test-real test-peers test-oldest test-kernels test-architectures fuzz architectures demo bench bench-decode gpu-check docs try dist site clean
 .DELETE_ON_ERROR:
 
 help:
@@ -77,15 +78,18 @@ fuzz: setup ## random flags, shapes, schedules of caches and damaged files; ROUN
 test-oldest: $(OLDEST)/.installed ## tests of the bridge on the oldest transformers that is supported
 	$(call PYTEST_IN,$(OLDEST)) tests/hf tests/architectures
 
-# A venv of its own for the few packages that differ; all others are looked up in the first one.
-$(OLDEST)/.installed: $(VENV)/.installed constraints-oldest.txt
-	@rm -rf $(OLDEST)
-	@$(BIN)/python -m venv --without-pip $(OLDEST)
-	$(BIN)/python -m pip --python $(OLDEST)/bin/python install --quiet --no-compile --no-deps -r constraints-oldest.txt
+test-kernels: $(KERNELS)/.installed ## kernels for GPUs, interpreted on a CPU and compiled for GPUs that need not be there: minutes
+	TRITON_INTERPRET=1 $(call PYTEST_IN,$(KERNELS)) -m kernels tests/kernels
+
+# Venvs of their own for the few packages that differ; all others are looked up in the first one.
+$(OLDEST)/.installed $(KERNELS)/.installed: .venv-%/.installed: $(VENV)/.installed constraints-%.txt
+	@rm -rf .venv-$*
+	@$(BIN)/python -m venv --without-pip .venv-$*
+	$(BIN)/python -m pip --python .venv-$*/bin/python install --quiet --no-compile --no-deps -r constraints-$*.txt
 	@folder=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
-		$(OLDEST)/bin/python -c 'import pathlib, sys, sysconfig; \
+		.venv-$*/bin/python -c 'import pathlib, sys, sysconfig; \
 		pathlib.Path(sysconfig.get_path("purelib"), "base.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' "$$folder"
-	@$(BIN)/python -m pip --python $(OLDEST)/bin/python check
+	@$(BIN)/python -m pip --python .venv-$*/bin/python check
 	@touch $@
 
 demo: setup ## fetch a small pretrained model and compare attentions on it: table, plots, report
@@ -132,5 +136,5 @@ site: setup ## build/site: the pages and the API reference as a web site; a brok
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: ## remove what make made, except results in runs/
-	rm -rf .venv .venv-oldest build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-kernels build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find attn_plugins tests examples -name __pycache__ -prune -exec rm -rf {} +

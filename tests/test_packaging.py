@@ -123,6 +123,14 @@ def test_the_oldest_transformers_is_the_one_that_is_allowed():
     assert oldest["transformers"] not in pins("constraints.txt").values()
 
 
+def test_kernels_are_tested_at_versions_that_their_extra_allows():
+    pinned = pins("constraints-kernels.txt")
+    project = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+    allowed = {one.name: one for one in map(Requirement, project["optional-dependencies"]["kernels"])}
+    assert allowed.keys() == pinned.keys()
+    assert all(version in allowed[name].specifier for name, version in pinned.items())
+
+
 def test_the_version_is_that_of_the_installed_package():
     assert attn_plugins.__version__ == metadata.version("attn-plugins")
 
