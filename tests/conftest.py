@@ -95,6 +95,14 @@ def transformers_log(caplog):
     logger.propagate = before
 
 
+@pytest.fixture(scope="session")
+def interpreted():
+    """Triton's kernels run on CPU tensors, for tests that are marked ``kernels``."""
+    import interpreter
+
+    interpreter.prepare()
+
+
 @pytest.fixture
 def one_thread(monkeypatch):
     """For models so small that a second thread costs more than it does, in this process and those that it starts."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("interpreted")]
 
 
 def test_loops_have_tensors_for_indices_and_autotuners_take_what_comes_first():
