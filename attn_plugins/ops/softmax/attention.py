@@ -48,10 +48,10 @@ class PatternAttention(Attention, abc.ABC):
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, rotary=None, grid_size=None, **options):
         q_BHQD, k_BGKD = self.place(q_BHQD, k_BGKD, mask, rotary)
         parts = self.patterns(q_BHQD.shape[1], mask, grid_size)
-        return _by_heads(tiled_attention, q_BHQD, k_BGKD, v_BGKV, mask, parts, **options)
+        return by_heads(tiled_attention, q_BHQD, k_BGKD, v_BGKV, mask, parts, **options)
 
 
-def _by_heads(
+def by_heads(
     attend: Callable[..., torch.Tensor],
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
