@@ -21,7 +21,7 @@ from attn_plugins.benchmark.peers import PEERS, Attend
 from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.benchmark.timing import Pass, Workload
 from attn_plugins.config.output import check_folder
-from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.core.rules import Rule, parse_rules
@@ -124,6 +124,8 @@ class Contender:
     """The rule of an attention, or the peer."""
     build: Callable[[int], Attend]
     """(longest length) -> what runs; raises a ValueError where it cannot serve the shape."""
+    by: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], str] | None = None
+    """(queries, keys, values) -> name of the form or backend that computes; None for a peer."""
 
 
 def contenders(config: BenchConfig) -> list[Contender]:
@@ -170,14 +172,26 @@ def _ours(config: BenchConfig, label: str, value: Any) -> Contender:
         causal=attention.causal,
         source=rule.to_dict(),
         build=lambda length: _attend(config, rule, causal=attention.causal),
+        by=lambda q, k, v: _computed_by(config, rule, q, k, v),
     )
 
 
-def _attend(config: BenchConfig, rule: Rule, *, causal: bool) -> Attend:
+def _module(config: BenchConfig, rule: Rule) -> Attention:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         module = rule.attention(rule.config, config.heads, backend=rule.backend)
-    module.to(config.device, DTYPES[config.dtype])
+    return module.to(config.device, DTYPES[config.dtype])
+
+
+def _computed_by(config: BenchConfig, rule: Rule, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str:
+    """Name of the form or backend that computes what :func:`_attend` asks for."""
+    mask = AttentionMask(q.shape[0], q.shape[2], k.shape[2], causal=rule.attention.causal, device=q.device)
+    by = _module(config, rule).computed_by(q, k, v, mask=mask, scale=config.head_dim**-0.5, dropout=0.0)
+    return by if isinstance(by, str) else by.name
+
+
+def _attend(config: BenchConfig, rule: Rule, *, causal: bool) -> Attend:
+    module = _module(config, rule)
     scale = config.head_dim**-0.5
     hidden: dict[str, torch.Tensor] = {}
 
@@ -316,6 +330,8 @@ def _measure(config: BenchConfig, group: list[KernelCell]) -> Iterator[tuple[Ker
         result: dict[str, Any] = {"seconds": first[label]}
         if config.rounds:
             result = dict(timing.compared(seconds[label], seconds[""]))
+        if cell.contender.by is not None:
+            result["computed_by"] = cell.contender.by(*tensors)
         if config.memory:
             result |= {"bytes": bytes_of[label], "baseline_bytes": bytes_of[""], "tensor_bytes": size}
         yield cell, {"status": "ok", "result": result}

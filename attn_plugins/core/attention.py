@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from attn_plugins.core.backend import FORMS, fastest, forced
+from attn_plugins.core.backend import FORMS, Backend, fastest, forced
 from attn_plugins.core.capabilities import NEEDS, capabilities
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.gradients import with_gradients_to
@@ -285,7 +285,13 @@ class Attention(nn.Module):
             else:
                 if hidden_B1QE is not None:
                     options["hidden_BQE"] = hidden_B1QE.squeeze(1)
-                out_BHQV = self._attend_by(backend, q_BHQD, k_BGKD, v_BGKV, options)
+                by = self.computed_by(q_BHQD, k_BGKD, v_BGKV, **options)
+                if not isinstance(by, str):
+                    out_BHQV = by.attend(self, q_BHQD, k_BGKD, v_BGKV, **options)
+                elif by == "batched":
+                    out_BHQV = self.attend_batched(q_BHQD, k_BGKD, v_BGKV, **options)
+                else:
+                    out_BHQV = self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
         out_BQHV = out_BHQV.transpose(1, 2).contiguous()
         return with_gradients_to(out_BQHV, self.parameters()), weights_BHQK
 
@@ -316,24 +322,21 @@ class Attention(nn.Module):
             return "reference" if on_cpu else "batched"
         return self.backend
 
-    def _attend_by(
-        self,
-        backend: str,
-        q_BHQD: torch.Tensor,
-        k_BGKD: torch.Tensor,
-        v_BGKV: torch.Tensor,
-        options: dict[str, Any],
-    ) -> torch.Tensor:
-        if backend == "torch":
-            return self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
-        by = None
-        if backend == "auto":
-            by = fastest(self, q_BHQD, k_BGKD, v_BGKV, **options)
-        elif backend not in FORMS:
-            by = forced(backend, self, q_BHQD, k_BGKD, v_BGKV, **options)
-        if by is not None:
-            return by.attend(self, q_BHQD, k_BGKD, v_BGKV, **options)
-        return self.attend_batched(q_BHQD, k_BGKD, v_BGKV, **options)
+    def computed_by(
+        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any
+    ) -> str | Backend:
+        """What computes a call without a state: a form of the attention, by name, or a backend.
+
+        Args:
+            options: those that ``attend`` gets: mask, scale, dropout, ...
+
+        Raises:
+            ValueError: a backend was asked for that cannot serve the call.
+        """
+        chosen = self.chosen(q_BHQD, k_BGKD, v_BGKV)
+        if chosen == "auto":
+            return fastest(self, q_BHQD, k_BGKD, v_BGKV, **options) or "batched"
+        return chosen if chosen in FORMS else forced(chosen, self, q_BHQD, k_BGKD, v_BGKV, **options)
 
     def reference(
         self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any

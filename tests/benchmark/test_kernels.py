@@ -60,6 +60,7 @@ def test_results_are_kept_and_not_measured_again(tmp_path, monkeypatch):
         assert record["status"] == "ok"
         assert record["result"]["lowest"] <= record["result"]["times_as_fast"] <= record["result"]["highest"]
         assert record["result"]["bytes"] > 0
+        assert record["result"]["computed_by"] == "torch"
         n, heads = record["settings"]["length"], 2 * (2 + 1)  # q and out have two heads, k and v one
         assert record["result"]["tensor_bytes"] == n * heads * 8 * 4
         assert record["versions"]["torch"] == torch.__version__

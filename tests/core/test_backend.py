@@ -80,6 +80,13 @@ def test_a_forced_backend_that_cannot_honour_a_call_is_an_error(kernel, monkeypa
         ran("kernel")
 
 
+@pytest.mark.parametrize(("backend", "name"), {"auto": "torch", "torch": "torch", "kernel": "kernel"}.items())
+def test_what_computes_a_call_is_told(kernel, backend, name):
+    q = torch.zeros(1, 2, 8, 4)
+    by = Says(Says.Config(), backend=backend).computed_by(q, q, q, mask=AttentionMask(1, 8, 8, causal=True), scale=1.0)
+    assert (by if isinstance(by, str) else by.name) == name
+
+
 def test_weights_come_from_the_dense_form_whatever_computes(kernel):
     assert (ran("kernel", need_weights=True) == 1).all()
 
