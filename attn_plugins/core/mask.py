@@ -83,6 +83,11 @@ class AttentionMask:
         """Whether a sequence may start elsewhere than at key 0: after padding, as a segment, at a key since dropped."""
         return self.padding_BK is not None or self.segments_BK is not None or self.kv_offset > 0
 
+    @property
+    def keys_before(self) -> int:
+        """How many keys come before that of the first query, where queries are the last of the keys."""
+        return self.kv_length - self.q_length
+
     def to(self, device: Any, *args: Any, **kwargs: Any) -> "AttentionMask":
         """A copy whose results are on ``device``, or itself; tensors that the rule holds stay where they are."""
         if not isinstance(device, (torch.device, str, int)):
@@ -151,8 +156,14 @@ class AttentionMask:
         """Absolute positions of keys (B or 1, ...) by their indices in 0..K-1."""
         if self.positions_BK is None:
             return k_index + self.kv_offset
-        rows = torch.arange(len(self.positions_BK), device=k_index.device).view(-1, *[1] * (k_index.ndim - 1))
-        return self.positions_BK[rows, k_index]
+        return self.look_up(self.positions_BK, k_index)
+
+    def look_up(self, table: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
+        """Entries of a table (B or 1, ...) at indices of its other dimensions, each (B or 1, ...), which broadcast."""
+        dimensions = max(one.ndim for one in index)
+        rows = torch.arange(len(table), device=table.device).view(-1, *[1] * (dimensions - 1))
+        places = (rows, *index)
+        return table[places]
 
     def cached(self, key: Hashable, compute: Callable[[], T]) -> T:
         """Memoise ``compute()`` under ``key`` for all layers of this forward pass."""
@@ -174,27 +185,25 @@ class AttentionMask:
         """
         inside = (q_index >= 0) & (q_index < self.q_length) & (k_index >= 0) & (k_index < self.kv_length)
         q_index, k_index = q_index.clamp(0, max(self.q_length - 1, 0)), k_index.clamp(0, max(self.kv_length - 1, 0))
-        seen = inside
-        batch = torch.arange(self.batch_size, device=q_index.device).view(
-            -1, *[1] * (max(q_index.ndim, k_index.ndim) - 1)
-        )
+        return inside & self.shows(q_index, k_index)
 
-        def rows(table: torch.Tensor) -> torch.Tensor:
-            return batch if table.shape[0] > 1 else batch[:1]
+    def shows(self, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
+        """As :meth:`visible`, for indices that are all in range.
 
+        It computes with indices as numbers and looks them up in tables (:meth:`look_up`), nothing else: a subclass may
+        give it other things than tensors that do the same.
+        """
         if self.dense_BQK is not None:
-            seen = seen & self.dense_BQK[rows(self.dense_BQK), q_index, k_index]
-        elif self.plain:
-            if self.causal:
-                seen = seen & (self.key_positions(k_index) <= q_index + self.q_offset)
-            if self.segments_BK is not None:
-                own = q_index + (self.kv_length - self.q_length)
-                row, segments = rows(self.segments_BK), self.segments_BK
-                seen = seen & (segments[row, own] == segments[row, k_index])
+            seen = self.look_up(self.dense_BQK, q_index, k_index)
+        elif not self.plain:
+            seen = self._evaluate(q_index + self.q_offset, self.key_positions(k_index))
         else:
-            seen = seen & self._evaluate(batch, q_index + self.q_offset, self.key_positions(k_index))
+            seen = self.key_positions(k_index) <= q_index + self.q_offset if self.causal else k_index >= 0
+            if self.segments_BK is not None:
+                own = self.look_up(self.segments_BK, q_index + self.keys_before)
+                seen = seen & (own == self.look_up(self.segments_BK, k_index))
         if self.padding_BK is not None:
-            seen = seen & self.padding_BK[rows(self.padding_BK), k_index]
+            seen = seen & self.look_up(self.padding_BK, k_index)
         return seen
 
     def dense(self) -> torch.Tensor:
@@ -246,13 +255,36 @@ class AttentionMask:
 
         return self.cached("starts", build)
 
+    def fields(self) -> dict[str, Any]:
+        """What makes another one of it, as keywords."""
+        return {
+            "batch_size": self.batch_size,
+            "q_length": self.q_length,
+            "kv_length": self.kv_length,
+            "causal": self.causal,
+            "plain": self.plain,
+            "padding_BK": self.padding_BK,
+            "segments_BK": self.segments_BK,
+            "rule": self.rule,
+            "vectorised": self.vectorised,
+            "dense_BQK": self.dense_BQK,
+            "q_offset": self.q_offset,
+            "kv_offset": self.kv_offset,
+            "first_B": self.first_B,
+            "positions_BK": self.positions_BK,
+            "cross": self.cross,
+            "device": self.device,
+        }
+
     def _copy(self: M, **changes: Any) -> M:
         copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__, memo={}, **changes)
         return copied
 
-    def _evaluate(self, batch: torch.Tensor, q_position: torch.Tensor, k_position: torch.Tensor) -> torch.Tensor:
+    def _evaluate(self, q_position: torch.Tensor, k_position: torch.Tensor) -> torch.Tensor:
         assert self.rule is not None
+        batch = torch.arange(self.batch_size, device=q_position.device)
+        batch = batch.view(-1, *[1] * (max(q_position.ndim, k_position.ndim) - 1))
         batch, q_position, k_position = (index.to(self._rule_device) for index in (batch, q_position, k_position))
         head = torch.zeros((), dtype=torch.long, device=self._rule_device)
         if self.vectorised:

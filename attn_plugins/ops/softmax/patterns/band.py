@@ -43,9 +43,7 @@ def in_row(mask: AttentionMask, k_index: torch.Tensor) -> torch.Tensor:
         return mask.key_positions(k_index) - mask.first_B.view(-1, *[1] * (k_index.ndim - 1))
     if not mask.row_starts:
         return k_index
-    starts = mask.starts_BK()
-    rows = torch.arange(starts.shape[0], device=starts.device).view(-1, *[1] * (k_index.ndim - 1))
-    return k_index - starts[rows, k_index]
+    return k_index - mask.look_up(mask.starts_BK(), k_index)
 
 
 def ends_BK(mask: AttentionMask) -> torch.Tensor:
@@ -105,9 +103,9 @@ class Band:
     def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
         before = distance(mask, q_index, k_index)
         seen = before < self.window_size * self.dilation
-        seen &= before >= 0 if mask.causal else before >= -self.look_forward * self.dilation
+        seen = seen & (before >= 0 if mask.causal else before >= -self.look_forward * self.dilation)
         if self.dilation > 1:
-            seen &= before % self.dilation == 0
+            seen = seen & (before % self.dilation == 0)
         if self.num_first:
             seen = seen | (in_row(mask, k_index) < self.num_first)
         if self.first_see_all:

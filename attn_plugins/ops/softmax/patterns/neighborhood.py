@@ -31,18 +31,18 @@ class Neighborhood:
 
     def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
         prefix = self.num_prefix_tokens
-        near = torch.ones((), dtype=torch.bool, device=q_index.device)
-        columns = self.grid_size[1]
-        places = (
-            ((x - prefix).clamp(min=0) // columns, (x - prefix).clamp(min=0) % columns) for x in (q_index, k_index)
-        )
-        for q, k, length in zip(*places, self.grid_size, strict=True):
-            step = self.dilation
-            number = (length - q % step + step - 1) // step
-            first = torch.minimum(q // step - self.kernel_size // 2, number - self.kernel_size).clamp(min=0)
-            distance = k // step - first
-            near = near & (q % step == k % step) & (distance >= 0) & (distance < self.kernel_size)
+        q_patch, k_patch, columns = (q_index - prefix).clamp(min=0), (k_index - prefix).clamp(min=0), self.grid_size[1]
+        near = self._near(q_patch // columns, k_patch // columns, self.grid_size[0])
+        near = near & self._near(q_patch % columns, k_patch % columns, columns)
         return near | (q_index < prefix) | (k_index < prefix)
+
+    def _near(self, q: torch.Tensor, k: torch.Tensor, length: int) -> torch.Tensor:
+        """Of one direction, whether places k are among the neighbours of places q."""
+        step, size = self.dilation, self.kernel_size
+        number = (length - q % step + step - 1) // step
+        first = torch.minimum(q // step - size // 2, number - size).clamp(min=0)
+        distance = k // step - first
+        return (q % step == k % step) & (distance >= 0) & (distance < size)
 
     def tiles(self, mask: AttentionMask) -> Iterator[Tile]:
         prefix, (rows, columns) = self.num_prefix_tokens, self.grid_size

@@ -63,11 +63,7 @@ class RandomBlocks:
         seen = (own - block <= before) & (block - own <= after) | (block < self.num_global)
         if not mask.causal:
             seen = seen | (own < self.num_global)
-        chosen = self._chosen_BQN(mask)
-        rows = torch.arange(len(chosen), device=chosen.device).view(-1, *[1] * (q_index.ndim - 1))
-        for number in range(chosen.shape[2]):
-            seen = seen | (chosen[rows, q_index, number] == block)
-        return seen
+        return seen | mask.look_up(self._is_chosen_BQN(mask), q_index, block)
 
     def tiles(self, mask: AttentionMask) -> Iterator[Tile]:
         most = mask.kv_length  # no row has more blocks than keys, nor a longer one
@@ -159,6 +155,16 @@ class RandomBlocks:
             return table[place].view(*own.shape, -1)
 
         return mask.cached((self, "chosen"), build)
+
+    def _is_chosen_BQN(self, mask: AttentionMask) -> torch.Tensor:
+        """Whether each query sees a block as one of the random ones, by the block's number: (B or 1, Q, blocks)."""
+
+        def build() -> torch.Tensor:
+            chosen, number = self._chosen_BQN(mask), -(-(mask.kv_offset + mask.kv_length) // self.block_size)
+            table = torch.zeros(*chosen.shape[:2], number + 1, dtype=torch.bool, device=chosen.device)
+            return table.scatter_(2, chosen.masked_fill(chosen < 0, number), True)[:, :, :number].contiguous()
+
+        return mask.cached((self, "is chosen"), build)
 
     def _number_of_blocks_BK(self, mask: AttentionMask, block: torch.Tensor) -> torch.Tensor:
         """For each key the number of blocks of its row or segment as far as there are real keys."""
