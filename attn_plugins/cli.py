@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from attn_plugins.config.extras import need
+from attn_plugins.config.output import check_folder
 from attn_plugins.config.yaml import override, parse_yaml, read_yaml
 from attn_plugins.core.catalogue import declared
 from attn_plugins.core.options import build, did_you_mean
@@ -276,9 +277,6 @@ def compare(
 
     Exit status 1 if a cell failed.
     """
-    from rich.console import Console
-
-    console = Console()
     with one_line_errors():
         from attn_plugins.benchmark.compare import CompareConfig, prepare_compare, run_compare
 
@@ -290,10 +288,7 @@ def compare(
     with running:
         run_compare(parsed, results, fresh=fresh)
         tables, files = write_report(parsed, results)
-    for table in tables:
-        console.print(table.rich())
-        console.print()
-    print("files:", *[f"  {path}" for path in (results.path, *files)], sep="\n")
+    _show(tables, [results.path, *files])
     failed = [cell for cell in tables if cell.title == "Errors"]
     if failed:
         print("error: some cells failed; see the table of errors", file=sys.stderr)
@@ -312,22 +307,27 @@ def bench(
     decode: Annotated[
         bool, typer.Option("--decode", help="Generation instead: time of a token, size of the cache, by context.")
     ] = False,
+    launches: Annotated[
+        bool, typer.Option("--launches", help="Counts instead: operations and syncs of a layer, by length; no clock.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure cells again that have a result already.")] = False,
     assignments: Settings = None,
 ) -> None:
     """Time and memory of attentions alone, by length, against torch's own; from which length each pays.
 
     With --decode: a whole model that generates with a long context in its cache, against the dense model.
+    With --launches: how many operations a layer starts on a GPU, counted without one.
     A killed run goes on where it was. Exit status 1 if a cell failed.
     """
-    from rich.console import Console
-
-    console = Console()
     found: Any
     with one_line_errors():
         tree = settings(config, {"output_dir": output_dir, "device": device}, assignments)
         if attn:
             tree["attentions"] = {text: parse_yaml(text) for text in attn}
+    if launches:
+        _count_launches(tree)
+        return
+    with one_line_errors():
         if decode:
             from attn_plugins.benchmark.decode import DecodeConfig, prepare_decode
 
@@ -357,13 +357,30 @@ def bench(
             run_bench(alone, results, fresh=fresh)
             found = KernelResults(alone, results)
             tables, files = write_bench_report(found, results.path.parent)
-    for table in tables:
-        console.print(table.rich())
-        console.print()
-    print("files:", *[f"  {path}" for path in (results.path, *files)], sep="\n")
+    _show(tables, [results.path, *files])
     if found.failed:
         print("error: some cells failed; see the last table", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _count_launches(tree: dict[str, Any]) -> None:
+    from attn_plugins.benchmark.launches import LaunchesConfig, run_launches, write_launches
+
+    with one_line_errors():
+        parsed = build(LaunchesConfig, tree)
+        check_folder(parsed.output_dir)
+    _show(*write_launches(parsed, run_launches(parsed)))
+
+
+def _show(tables: list[Any], files: list[Path]) -> None:
+    """Print the tables, and what was written."""
+    from rich.console import Console
+
+    console = Console()
+    for table in tables:
+        console.print(table.rich())
+        console.print()
+    print("files:", *[f"  {path}" for path in files], sep="\n")
 
 
 def _spread() -> None:
