@@ -75,7 +75,7 @@ class BenchConfig:
     patience: float = 30.0
     """Seconds. A length at which a pass may take longer, judged by the length before, is left out for a contender."""
     memory: bool = True
-    """Measure peak memory too; on CPU only."""
+    """Measure peak memory too; on CPUs and CUDA."""
     peers: bool = True
     """Measure the attentions of other installed packages too."""
 
@@ -96,8 +96,9 @@ class BenchConfig:
         if self.patience <= 0:
             raise ValueError(f"patience={self.patience}; allowed: seconds above 0")
         check_place(self.dtype, self.device)
-        if self.memory and torch.device(self.device).type != "cpu":
-            raise ValueError(f"memory=true with device={self.device!r}; allowed: memory is measured on cpu only")
+        if self.memory and torch.device(self.device).type not in timing.MEMORY:
+            where = " and ".join(timing.MEMORY)
+            raise ValueError(f"memory=true with device={self.device!r}; allowed: memory is measured on {where} only")
         contenders(self)
 
     @property

@@ -22,6 +22,8 @@ from attn_plugins.training.models import in_slot
 
 Pass = Literal["forward", "forward_backward"]
 Scope = Literal["model", "attention"]
+MEMORY = ("cpu", "cuda")
+"""Types of device whose peak memory can be measured."""
 Run = Callable[[], None]
 Name = TypeVar("Name", bound=Hashable)
 
@@ -69,7 +71,7 @@ def interleaved(
     for number in range(rounds + 1):
         for name in order if number % 2 else reversed(order):
             total = sum(part.count for part in contenders[name])
-            elapsed = sum(_seconds(part.run, device) * part.count for part in contenders[name]) / total
+            elapsed = sum(seconds_of(part.run, device) * part.count for part in contenders[name]) / total
             if number > 0:
                 seconds[name].append(elapsed)
     return seconds
@@ -90,12 +92,14 @@ def compared(seconds: list[float], baseline: list[float]) -> dict[str, float]:
 def peak_bytes(work: list[Workload], device: torch.device) -> int:
     """Peak of the memory that torch allocates during a pass above what it held before; of several parts, the largest.
 
-    It is summed up from the allocator's own reports to torch's profiler, so scratch memory of kernels counts
-    where they take it from torch's allocator, and not where a library (such as oneDNN) takes its own.
+    On a CPU it is summed up from the allocator's own reports to torch's profiler, on CUDA the allocator knows it. So
+    scratch memory of kernels counts where they take it from torch's allocator, and not where a library (such as oneDNN)
+    takes its own.
     """
-    if device.type != "cpu":
-        raise ValueError(f"peak memory can be measured on cpu, not on {device.type}")
-    return max(_peak(part.run) for part in work)
+    if device.type not in MEMORY:
+        raise ValueError(f"peak memory can be measured on {' and '.join(MEMORY)}, not on {device.type}")
+    peak = _peak if device.type == "cpu" else _peak_on_cuda
+    return max(peak(part.run) for part in work)
 
 
 def _peak(run: Run) -> int:
@@ -110,7 +114,16 @@ def _peak(run: Run) -> int:
     return max(itertools.accumulate(sizes, initial=0))
 
 
-def _seconds(run: Run, device: torch.device) -> float:
+def _peak_on_cuda(run: Run) -> int:
+    run()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def seconds_of(run: Run, device: torch.device) -> float:
+    """Seconds of one run, until the device has done all of it."""
     _synchronize(device)
     started = time.perf_counter()
     run()

@@ -119,7 +119,7 @@ def test_ratios_are_to_the_dense_model_and_to_the_own_time_at_the_first_context(
         return timed
 
     monkeypatch.setattr(decode, "_decode", timed_decode)
-    monkeypatch.setattr(timing, "_seconds", lambda run, device: order.append(run.cost) or run.cost)
+    monkeypatch.setattr(timing, "seconds_of", lambda run, device: order.append(run.cost) or run.cost)
     order = []
     config = config_of(tmp_path, attentions={"dense": None, "local": LOCAL})
     found = DecodeResults(config, run(config)[0])

@@ -124,7 +124,7 @@ def test_a_length_that_an_attention_does_not_serve_is_no_failure(tmp_path, monke
 
 
 def test_what_takes_too_long_is_left_out_at_longer_lengths(tmp_path, monkeypatch):
-    monkeypatch.setattr(kernels.timing, "_seconds", lambda run, device: 8.0)
+    monkeypatch.setattr(kernels.timing, "seconds_of", lambda run, device: 8.0)
     config = config_of(tmp_path, attentions={"local": "local"}, passes=["forward"], patience=31.0)
     results, said = run(config)
     assert "local · forward · 48: left out, a pass took 8 s at 24 tokens (patience=31 s)" in said[-1]
@@ -213,7 +213,7 @@ def test_the_length_from_which_it_pays(ratios, pays, says):
         ({"patience": 0.0}, "patience=0.0; allowed: seconds above 0"),
         ({"num_heads": 3, "num_key_value_heads": 2}, "num_heads=3; allowed: a multiple of num_key_value_heads=2"),
         ({"device": "abacus"}, "device='abacus' cannot be used here: "),
-        ({"device": "meta"}, "memory=true with device='meta'; allowed: memory is measured on cpu only"),
+        ({"device": "meta"}, "memory=true with device='meta'; allowed: memory is measured on cpu and cuda only"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path, changes, message):

@@ -60,7 +60,7 @@ def test_rounds_alternate_and_the_first_is_thrown_away():
 
 
 def test_parts_count_as_often_as_they_occur(monkeypatch):
-    monkeypatch.setattr(timing, "_seconds", lambda run, device: run)
+    monkeypatch.setattr(timing, "seconds_of", lambda run, device: run)
     seconds = timing.interleaved({"a": [Workload(run=1.0, count=3), Workload(run=5.0, count=1)]}, 2, CPU)
     assert seconds == {"a": [2.0, 2.0]}
 
