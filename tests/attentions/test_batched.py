@@ -128,6 +128,7 @@ def test_rows_without_a_real_token_stay_finite(case):
     assert all(x is None or x.isfinite().all() for x in got.values())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at all inputs
 @every_case(batched=True)
 def test_is_part_of_a_graph(case):
     """torch.compile takes all of it, forward and backward, and gives the same."""
@@ -135,6 +136,5 @@ def test_is_part_of_a_graph(case):
     cotangent = torch.randn(2, 40, 4, 8, generator=seeded(5))
     mask = case.mask(2, 40, 40, padding_BK=left_padding([40, 31], 40))
     want = outcome(module, given, mask, cotangent)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    compiled.wants_hidden, compiled.parameters = module.wants_hidden, module.parameters
-    assert_same(outcome(compiled, given, mask, cotangent), want, 1e-4)
+    module.compile(backend="aot_eager", fullgraph=True)
+    assert_same(outcome(module, given, mask, cotangent), want, 1e-4)
