@@ -15,12 +15,15 @@ from torch.nn.functional import logsigmoid, scaled_dot_product_attention, softpl
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention
+from attn_plugins.ops import sizes
 from attn_plugins.ops.recurrent import chunked as recurrence
+from attn_plugins.ops.recurrent.attention import RecurrentAttention
 from attn_plugins.ops.recurrent.chunked import Tokens
 
 NAMES = ["retention", "gated_linear", "delta", "gated_delta"]
 SCALE = 0.3
 every_name = pytest.mark.parametrize("name", NAMES)
+both_forms = pytest.mark.parametrize("form", ["attend", "attend_batched"])
 
 
 def attention(name, num_heads=4, groups=2, size=8, value_dim=6, *, dtype=torch.float64, noise=0.3, **options):
@@ -45,12 +48,12 @@ def run(module, q, k, v, mask=None, *, form="attend", **options):
     if mask is None:
         mask = AttentionMask(q.shape[0], q.shape[2], k.shape[2], causal=True, **options)
     out = getattr(module, form)(q, k, v, mask=mask, scale=SCALE, dropout=0.0)
-    return out if form == "attend" else out[0]
+    return out[0] if form == "reference" else out
 
 
-def outcome_of(module, inputs, mask, cotangent):
+def outcome_of(module, inputs, mask, cotangent, form="attend"):
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = run(module, *leaves, mask).transpose(1, 2)
+    out = run(module, *leaves, mask, form=form).transpose(1, 2)
     names = ["q", "k", "v", *(name for name, _ in module.named_parameters())]
     gradients = torch.autograd.grad(out, [*leaves, *module.parameters()], cotangent)
     return {"out": out.detach(), **{f"gradient to {n}": g for n, g in zip(names, gradients, strict=True)}}
@@ -180,8 +183,9 @@ def test_recurrent_chunked_and_quadratic_forms_agree_over_4096_tokens(name):
     torch.testing.assert_close(chunked, matrix, rtol=0, atol=1e-5)
 
 
+@both_forms
 @every_name
-def test_neither_chunks_nor_spans_change_anything(monkeypatch, name):
+def test_neither_chunks_nor_spans_change_anything(monkeypatch, name, form):
     q, k, v = tensors(2, 45, 45)
     padding = torch.arange(45) >= torch.tensor([[0], [20]])
     segments = torch.bucketize(torch.arange(45), torch.tensor([9, 10, 30]), right=True).expand(2, -1)
@@ -190,16 +194,18 @@ def test_neither_chunks_nor_spans_change_anything(monkeypatch, name):
         seen = []
         for chunk_size, rows in ((1, 32), (4, 64), (16, 1), (64, 1 << 12)):
             monkeypatch.setitem(recurrence.ROWS_A_SPAN, "cpu", rows)
+            monkeypatch.setitem(sizes.SCORES_AT_ONCE, "cpu", 4 * 8 * rows)
             module = attention(name, chunk_size=chunk_size)
             leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-            out = run(module, *leaves, padding_BK=pad, segments_BK=packed).transpose(1, 2)
+            out = run(module, *leaves, form=form, padding_BK=pad, segments_BK=packed).transpose(1, 2)
             seen.append([out, *torch.autograd.grad(out, [*leaves, *module.parameters()], cotangent)])
         for other in seen[1:]:
             torch.testing.assert_close(other, seen[0], rtol=1e-10, atol=1e-10)
 
 
+@both_forms
 @pytest.mark.parametrize("name", ["gated_linear", "gated_delta"])
-def test_strong_decay_neither_overflows_nor_loses_what_follows(name):
+def test_strong_decay_neither_overflows_nor_loses_what_follows(name, form):
     # Every fifth token wipes the state: sums of log gates fall by thousands within a chunk.
     module, (q, k, v) = attention(name, noise=0.0, dtype=torch.float32), tensors(1, 90, 90, dtype=torch.float32)
     v[..., 0] = torch.where(torch.arange(90) % 5 == 4, 1.0, 0.0)
@@ -212,9 +218,9 @@ def test_strong_decay_neither_overflows_nor_loses_what_follows(name):
     mask, cotangent = AttentionMask(1, 90, 90, causal=True), torch.ones(1, 90, 4, 6)
     tokens = prepared(module, q, k, v)
     assert tokens.log_gate.min() < -2000
-    got = run(module, q, k, v, mask)
+    got = run(module, q, k, v, mask, form=form)
     torch.testing.assert_close(got, recurrent(tokens), rtol=1e-5, atol=1e-6)
-    for what, tensor in outcome_of(module, (q, k, v), mask, cotangent).items():
+    for what, tensor in outcome_of(module, (q, k, v), mask, cotangent, form).items():
         assert tensor.isfinite().all(), f"{what} is not finite"
 
 
@@ -252,9 +258,11 @@ def test_autocast_does_not_reach_the_recurrence(name):
     assert_same(seen[1], seen[0], 0.0)
 
 
+@both_forms
 @every_name
-def test_autograd_keeps_the_inputs_and_one_state_a_span(monkeypatch, name):
+def test_autograd_keeps_the_inputs_and_one_state_a_span(monkeypatch, name, form):
     monkeypatch.setitem(recurrence.ROWS_A_SPAN, "cpu", 256)
+    monkeypatch.setitem(sizes.SCORES_AT_ONCE, "cpu", 256 * 4 * 16)
     module, given = attention(name, 1, 1, 8, 8, chunk_size=16), tensors(1, 2048, 2048, 1, 1, 8, 8)
     leaves = [x.requires_grad_() for x in given]
     kept = {}
@@ -264,19 +272,20 @@ def test_autograd_keeps_the_inputs_and_one_state_a_span(monkeypatch, name):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        run(module, *leaves)
+        run(module, *leaves, form=form)
     inputs, states = 3 * 2048 * 8, 2048 // 256 * 9 * 9
     weights = sum(weight.numel() for weight in module.parameters())
     assert inputs < sum(kept.values()) <= inputs + states + 2 * weights
 
 
+@both_forms
 @every_name
-def test_huge_values_of_one_packed_sequence_leave_no_trace_in_another(name):
+def test_huge_values_of_one_packed_sequence_leave_no_trace_in_another(name, form):
     module, (q, k, v) = attention(name, dtype=torch.float32, chunk_size=8), tensors(1, 60, 60, dtype=torch.float32)
     segments = (torch.arange(60) >= 21).long().unsqueeze(0)
-    before = run(module, q, k, v, segments_BK=segments)
+    before = run(module, q, k, v, form=form, segments_BK=segments)
     huge = torch.where(segments[0, :, None] == 0, 1e20 * v, v)
-    assert torch.equal(run(module, q, k, huge, segments_BK=segments)[:, :, 21:], before[:, :, 21:])
+    assert torch.equal(run(module, q, k, huge, form=form, segments_BK=segments)[:, :, 21:], before[:, :, 21:])
 
 
 @every_name
@@ -286,7 +295,7 @@ def test_padding_between_real_tokens_neither_enters_nor_decays(name):
     real = torch.ones(30, dtype=torch.bool)
     real[[0, 7, 8, 9, 20]] = False
     want = run(module, q[:, :, real], k[:, :, real], v[:, :, real])
-    for form in ("attend", "reference"):
+    for form in ("attend", "attend_batched", "reference"):
         got = run(module, q, k, v, form=form, padding_BK=real.unsqueeze(0))
         torch.testing.assert_close(got[:, :, real], want)
 
@@ -296,7 +305,7 @@ def test_room_for_keys_to_come_is_not_read(name):
     module, (q, k, v) = attention(name, chunk_size=4), tensors(1, 20, 64)
     padding = torch.arange(64).unsqueeze(0) >= 2
     fixed = AttentionMask(1, 20, 64, causal=True, padding_BK=padding, q_offset=13)
-    for form in ("attend", "reference"):
+    for form in ("attend", "attend_batched", "reference"):
         got = run(module, q, k, v, fixed, form=form)
         want = run(module, q, k[:, :, :33], v[:, :, :33], form=form, padding_BK=padding[:, :33])
         torch.testing.assert_close(got, want)
@@ -477,3 +486,15 @@ def test_delta_rules_equal_those_of_flash_linear_attention():
             wanted = [rule(q, k, v, beta=beta, g=log_gate)[0].transpose(1, 2) for rule in rules]
         for want in wanted:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@every_name
+def test_a_prompt_in_a_state_goes_by_the_form_that_was_asked_for(monkeypatch, name):
+    module, (q, k, v) = attention(name, chunk_size=4), tensors(2, 30, 30)
+    want, module.backend = run(module, q, k, v), "batched"
+    monkeypatch.setattr(sys.modules[RecurrentAttention.__module__], "IN_ORDER", None)
+    state, outs = module.new_state(), []
+    for start, stop in ((0, 11), (11, 29), (29, 30)):
+        mask, new = AttentionMask(2, stop - start, stop, causal=True), (x[:, :, start:stop] for x in (q, k, v))
+        outs.append(module.attend_from(*new, state=state, mask=mask, scale=SCALE, dropout=0.0))
+    torch.testing.assert_close(torch.cat(outs, dim=2), want)

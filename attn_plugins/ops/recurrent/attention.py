@@ -6,7 +6,8 @@ import torch
 
 from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.ops.decode.running_sums import Sums
-from attn_plugins.ops.recurrent.chunked import Prepare, dense_recurrent_attention, recurrent_attention
+from attn_plugins.ops.recurrent.batched import ALL_AT_ONCE, recurrent_attention_batched
+from attn_plugins.ops.recurrent.chunked import IN_ORDER, Prepare, dense_recurrent_attention, recurrent_attention
 from attn_plugins.ops.recurrent.step import recurrent_attention_from
 
 
@@ -43,12 +44,18 @@ class RecurrentAttention(Attention, abc.ABC):
         recurrence, new = (self.prepare(scale), self.weights()), _of_keys(k_BGKD, v_BGKV, hidden_BQE)
         return recurrent_attention(q_BHQD, new, mask, *recurrence, chunk_size=self.config.chunk_size)
 
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, hidden_BQE=None):
+        recurrence, new = (self.prepare(scale), self.weights()), _of_keys(k_BGKD, v_BGKV, hidden_BQE)
+        return recurrent_attention_batched(q_BHQD, new, mask, *recurrence, chunk_size=self.config.chunk_size)
+
     def new_state(self, fixed_length=None):
         return Sums(fixed_length)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout, hidden_BKE=None):
         recurrence, new = (self.prepare(scale), self.weights()), _of_keys(k_BGKD, v_BGKV, hidden_BKE)
-        return recurrent_attention_from(q_BHQD, new, mask, state, *recurrence, chunk_size=self.config.chunk_size)
+        batched = self.backend == "batched" or (self.backend == "auto" and q_BHQD.device.type != "cpu")
+        options = {"chunk_size": self.config.chunk_size, "rules": ALL_AT_ONCE if batched else IN_ORDER}
+        return recurrent_attention_from(q_BHQD, new, mask, state, *recurrence, **options)
 
 
 def _of_keys(k_BGKD, v_BGKV, hidden_BKE):

@@ -47,14 +47,16 @@ class _Scan(torch.autograd.Function):
             out, state = step(state, _cut(sequences, at), weights)
             outs.append(out)
         ctx.save_for_backward(*tensors, *states)
-        return torch.cat(outs, dim=2), state
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2), state
 
     @staticmethod
     @outside_autocast
     def backward(ctx, d_out, d_state):
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[4:]
         tensors, states = saved[: len(needed)], saved[len(needed) :]
-        gradients = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
+        gradients: list[torch.Tensor | None] = [None] * len(tensors)
+        if len(ctx.spans) > 1:
+            gradients = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
         done = d_out.shape[2]
         for at, state in zip(reversed(ctx.spans), reversed(states), strict=True):
             parts = [*_cut(tensors[: ctx.count], at), *tensors[ctx.count :]]
@@ -71,9 +73,11 @@ class _Scan(torch.autograd.Function):
             d_state = next(found)
             if d_state is None:
                 d_state = torch.zeros_like(state)
-            for place, total in enumerate(gradients):
-                part = None if total is None else next(found)
-                if total is not None and part is not None:
+            for place, (total, need) in enumerate(zip(gradients, needed, strict=True)):
+                part = next(found) if need else None
+                if total is None:
+                    gradients[place] = part
+                elif part is not None:
                     (total[:, :, at] if place < ctx.count else total).add_(part)
         return None, None, None, d_state if ctx.needs_input_grad[3] else None, *gradients
 

@@ -19,14 +19,15 @@ Letters beside the legend's: R query heads that share a key/value head, N chunks
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.linear.attention import contiguous_segments
-from attn_plugins.ops.recurrent.checkpointed_loop import scan
+from attn_plugins.ops.recurrent.checkpointed_loop import Step, scan
+from attn_plugins.ops.recurrent.decays import between_tokens, decay_by_halves, products
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
 ROWS_A_SPAN = {"cpu": 1 << 12}
@@ -134,6 +135,17 @@ def dense_recurrent_attention(
     return out_BHQV.to(v_BGKV.dtype), weights_BHQK
 
 
+class Rules(NamedTuple):
+    """How the chunks of a span are joined, and how long spans are."""
+
+    average: Callable[["Chunks", torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]
+    """(chunks, state before them, whether their output is not wanted) -> (out_BHTV, state after them)."""
+    delta: Callable[["Chunks", torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]
+    """The same."""
+    span: Callable[[torch.Tensor, int], int]
+    """(q_BHQD, chunk_size) -> tokens, a multiple of chunk_size."""
+
+
 @torch.compiler.disable(reason="the loops over spans and chunks would be unrolled")
 def recurrent_attention(
     q_BHQD: torch.Tensor,
@@ -158,14 +170,30 @@ def recurrent_attention(
     Raises:
         ValueError: a segment goes on after another one began, or queries lie outside the keys.
     """
+    with torch.autocast(q_BHQD.device.type, enabled=False):
+        start, weights = beginning(q_BHQD, of_keys, mask, prepare, weights)
+        return scan_from(*start, prepare, weights, chunk_size, IN_ORDER)[0]
+
+
+def beginning(
+    q_BHQD: torch.Tensor,
+    of_keys: OfKeys,
+    mask: AttentionMask,
+    prepare: Prepare,
+    weights: Sequence[torch.Tensor],
+) -> tuple[tuple[Any, ...], list[torch.Tensor]]:
+    """What :func:`scan_from` begins with where nothing came before, and the weights in at least float32.
+
+    Returns:
+        ((an empty state, q_BHQD, of_keys up to the last query, which are no padding, which start a segment), weights).
+    """
     _, end = _reach(q_BHQD, of_keys[0], mask)
     new = [x[:, :, :end] for x in of_keys]
     rows = [None if x is None else x[:, :, :end] for x in _rows(mask)]
-    with torch.autocast(q_BHQD.device.type, enabled=False):
-        dtype = accumulation_dtype(q_BHQD, *new)
-        weights = [w.to(dtype) for w in weights]
-        state = q_BHQD.new_zeros(len(new[0]), *state_shape(q_BHQD, new, prepare, weights), dtype=dtype)
-        return scan_from(state, q_BHQD, new, *rows, prepare, weights, chunk_size)[0]
+    dtype = accumulation_dtype(q_BHQD, *new)
+    weights = [w.to(dtype) for w in weights]
+    state = q_BHQD.new_zeros(len(new[0]), *state_shape(q_BHQD, new, prepare, weights), dtype=dtype)
+    return (state, q_BHQD, new, *rows), weights
 
 
 def state_shape(
@@ -186,30 +214,34 @@ def scan_from(
     prepare: Prepare,
     weights: Sequence[torch.Tensor],
     chunk_size: int,
+    rules: Rules,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The last Q of K tokens in chunks, from a state: (out_BHQV, the state after them). Outside autocast."""
-    batch, num_heads, queries, _ = q_BHQD.shape
-    before = of_keys[0].shape[2] - queries
-    rows = ROWS_A_SPAN.get(q_BHQD.device.type, ROWS_A_SPAN_ELSEWHERE)
-    span = max(1, rows // (batch * num_heads * chunk_size)) * chunk_size
+    before = of_keys[0].shape[2] - q_BHQD.shape[2]
+    span, step = rules.span(q_BHQD, chunk_size), step_of(prepare, chunk_size, rules, q_BHQD.shape[1])
     sequences = [None, not_padding, segment_start, *of_keys]
+    if before:
+        _, state = scan(step, span, state, [None if x is None else x[:, :, :before] for x in sequences], weights)
+    new = [None if x is None else x[:, :, before:] for x in sequences]
+    return scan(step, span, state, [q_BHQD, *new[1:]], weights)
+
+
+def step_of(prepare: Prepare, chunk_size: int, rules: Rules, num_heads: int) -> Step:
+    """One span of (q_BHTD, not_padding, segment_start, *of_keys); without output where q is None."""
 
     def step(state, parts, weights):
         q, not_padding, segment_start, k, v, *hidden = parts
         silent = q is None
         if silent:
-            q = k.new_empty(batch, num_heads, 0, k.shape[3])
+            q = k.new_empty(len(k), num_heads, 0, k.shape[3])
         tokens, counts = hide(prepare(q, k, v, *hidden, *weights), not_padding, segment_start)
-        rule = _average if tokens.beta is None else _delta
+        rule = rules.average if tokens.beta is None else rules.delta
         # A short span, such as one token in decoding, makes one chunk no longer than it has to be.
         size = min(chunk_size, 1 << (k.shape[2] - 1).bit_length())
         out, after = rule(_to_chunks(tokens, counts, size), state, silent)
         return out[:, :, : 0 if silent else v.shape[2]].to(v.dtype), after
 
-    if before:
-        _, state = scan(step, span, state, [None if x is None else x[:, :, :before] for x in sequences], weights)
-    new = [None if x is None else x[:, :, before:] for x in sequences]
-    return scan(step, span, state, [q_BHQD, *new[1:]], weights)
+    return step
 
 
 def _reach(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask) -> tuple[int, int]:
@@ -226,8 +258,11 @@ def _rows(mask: AttentionMask) -> tuple[torch.Tensor | None, torch.Tensor | None
     not_padding = None if mask.padding_BK is None else mask.padding_BK[:, None, :, None]
     if segments_BK is None:
         return not_padding, None
-    segment_start_BK = pad(segments_BK[:, 1:] != segments_BK[:, :-1], (1, 0), value=True)
-    return not_padding, segment_start_BK[:, None, :, None]
+
+    def starts() -> torch.Tensor:
+        return pad(segments_BK[:, 1:] != segments_BK[:, :-1], (1, 0), value=True)[:, None, :, None]
+
+    return not_padding, mask.cached("segment starts", starts)
 
 
 def hide(
@@ -250,7 +285,7 @@ def hide(
     return tokens, None if not_padding is None else not_padding.to(k.dtype)
 
 
-class _Chunks(NamedTuple):
+class Chunks(NamedTuple):
     """Tokens of a span by chunks; zeros after the end, which like padding neither enter nor decay."""
 
     q: torch.Tensor
@@ -269,103 +304,38 @@ class _Chunks(NamedTuple):
     """(G, R)"""
 
 
-def _to_chunks(tokens: Tokens, counts: torch.Tensor | None, chunk_size: int) -> _Chunks:
+def _to_chunks(tokens: Tokens, counts: torch.Tensor | None, chunk_size: int) -> Chunks:
     length = tokens.k.shape[2]
     rest = -length % chunk_size
 
     def tile(x: torch.Tensor) -> torch.Tensor:
-        return pad(x, (0, 0, 0, rest)).unflatten(2, (-1, chunk_size))
+        return (pad(x, (0, 0, 0, rest)) if rest else x).unflatten(2, (-1, chunk_size))
 
     log_gate = tokens.log_gate
     if log_gate is not None and log_gate.shape[2] == 1:
         log_gate = log_gate.expand(-1, -1, length if rest else chunk_size, -1)
     if counts is None and rest:
         counts = tokens.k.new_ones(1, 1, length, 1)
-    q = pad(tokens.q, (0, 0, 0, length + rest - tokens.q.shape[2] if tokens.q.shape[2] else 0))
+    queries = tokens.q.shape[2]
+    missing = length + rest - queries if queries else 0
+    q = pad(tokens.q, (0, 0, 0, missing)) if missing else tokens.q
     q = q.unflatten(1, (tokens.k.shape[1], -1)).unflatten(3, (-1, chunk_size)).permute(0, 1, 3, 4, 2, 5)
     b = tokens.average_weight
     b = None if b is None else b.view(tokens.k.shape[1], -1)
     log_gate, beta, counts = (None if x is None else tile(x) for x in (log_gate, tokens.beta, counts))
-    return _Chunks(q, tile(tokens.k), tile(tokens.v), log_gate, beta, counts, b)
+    return Chunks(q, tile(tokens.k), tile(tokens.v), log_gate, beta, counts, b)
 
 
-def _from_chunks(out_BGNCRV: torch.Tensor) -> torch.Tensor:
+def from_chunks(out_BGNCRV: torch.Tensor) -> torch.Tensor:
     """(B, H, N C, V), laid out as (B, N C, H, V)."""
     return out_BGNCRV.permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2).transpose(1, 2)
 
 
-class _Decay(NamedTuple):
-    """Decays within chunks, each (..., C, F or 1)."""
-
-    halves: list[tuple[torch.Tensor, torch.Tensor]]
-    """For blocks of 2, 4, ..., C: from the middle to each token of the second half, from each of the first to it."""
-    since: torch.Tensor
-    """From the state before the chunk to each token."""
-    until: torch.Tensor
-    """From each token to the state after the chunk."""
-    whole: torch.Tensor
-    """From the state before to the state after, (..., F or 1)."""
-    number: torch.Tensor
-    """The decayed number of tokens of the chunk up to each."""
-
-
-def _decay(log_gate: torch.Tensor, counts: torch.Tensor | None) -> _Decay:
-    since = log_gate.unsqueeze(-2)
-    until = torch.zeros_like(since)
-    count = torch.ones_like(since) if counts is None else counts.unsqueeze(-2) + torch.zeros_like(since)
-    halves = []
-    while since.shape[-3] > 1:
-        (since_1, since_2), (until_1, until_2), (count_1, count_2) = (
-            x.unflatten(-3, (-1, 2)).unbind(-3) for x in (since, until, count)
-        )
-        after, before = since_2.exp(), until_1.exp()
-        halves.append((after, before))
-        count = torch.cat([count_1, count_2 + after * count_1[..., -1:, :]], dim=-2)
-        until = torch.cat([until_1 + since_2[..., -1:, :], until_2], dim=-2)
-        since = torch.cat([since_1, since_1[..., -1:, :] + since_2], dim=-2)
-    since, until, count = (x.squeeze(-3) for x in (since.exp(), until.exp(), count))
-    return _Decay(halves, since, until, since[..., -1, :], count)
-
-
-def _triangle(diagonal: torch.Tensor, lower: list[torch.Tensor]) -> torch.Tensor:
-    """A lower triangular matrix from its diagonal (..., C, R) and the squares below it.
-
-    Args:
-        lower: for h = 1, 2, 4, ..., C / 2 what second halves have to do with first halves, (..., C / 2 h, h, R, h).
-
-    Returns:
-        (..., C, R, C).
-    """
-    a = diagonal.unsqueeze(-2).unsqueeze(-1)
-    for square in lower:
-        first, second = a.unflatten(-4, (-1, 2)).unbind(-4)
-        first = pad(first, (0, square.shape[-1]))
-        a = torch.cat([first, torch.cat([square, second], dim=-1)], dim=-3)
-    return a.squeeze(-4)
-
-
-def _between(decay: _Decay) -> torch.Tensor:
-    """Decays between tokens of a chunk where one gate serves all channels, (..., C, C), zero above the diagonal."""
-    lower = [after.unsqueeze(-2) * before.squeeze(-1)[..., None, None, :] for after, before in decay.halves]
-    return _triangle(torch.ones_like(decay.since), lower).squeeze(-2)
-
-
-def _products(q: torch.Tensor, k: torch.Tensor, decay: _Decay) -> torch.Tensor:
-    """Decayed products of the queries and keys of a chunk where each channel has its gate, (..., C, R, C)."""
-    group, lower = q.shape[-2], []
-    for after, before in decay.halves:
-        half = after.shape[-2]
-        queries = q.unflatten(-3, (-1, 2, half))[..., 1, :, :, :] * after.unsqueeze(-2)
-        keys = k.unflatten(-2, (-1, 2, half))[..., 0, :, :] * before
-        lower.append((queries.flatten(-3, -2) @ keys.mT).unflatten(-2, (half, group)))
-    return _triangle((q * k.unsqueeze(-2)).sum(-1), lower)
-
-
-def _average(tiles: _Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _average(tiles: Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """One span. The state is S and, as its last column, n."""
     q, k, v, log_gate, _, counts, _ = tiles
     assert log_gate is not None
-    decay = _decay(log_gate, counts)
+    decay = decay_by_halves(log_gate, counts)
     chunks = k.shape[2]
     added = (k * decay.until).mT @ v
     counted = (decay.until if counts is None else decay.until * counts).sum(-2).unsqueeze(-1)
@@ -384,15 +354,15 @@ def _average(tiles: _Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.T
     count = decay.number + decay.since * met.unsqueeze(-2)
     q = q / count.clamp_min(1.0).unsqueeze(-2)
     if shared:
-        weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * _between(decay).unsqueeze(-2)
+        weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * between_tokens(decay).unsqueeze(-2)
     else:
-        weights = _products(q, k, decay)
+        weights = products(q, k, decay)
     q = q * decay.since.unsqueeze(-2)
     out = weights.flatten(3, 4) @ v + q.flatten(3, 4) @ states[..., :-1]
-    return _from_chunks(out.unflatten(3, q.shape[3:5])), state
+    return from_chunks(out.unflatten(3, q.shape[3:5])), state
 
 
-def _delta(tiles: _Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _delta(tiles: Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """One span. What a chunk writes depends on the state before it: values U - W S, with U and W known beforehand.
 
     The state is S and, as its last row, the sum of the values and their number.
@@ -404,8 +374,8 @@ def _delta(tiles: _Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Ten
     since = until = whole = k.new_ones(())
     between = k.new_ones(chunk_size, chunk_size).tril_()
     if log_gate is not None:
-        decay = _decay(log_gate, None)
-        between, since, until, whole = _between(decay), decay.since, decay.until, decay.whole.unsqueeze(-1)
+        decay = decay_by_halves(log_gate, None)
+        between, since, until, whole = between_tokens(decay), decay.since, decay.until, decay.whole.unsqueeze(-1)
     # (I + strict lower triangle)^-1; the solver takes the diagonal for ones and doesn't read what is above.
     system = beta * (k @ k.mT) * between
     right = beta * torch.cat([v, k * since], dim=-1)
@@ -434,4 +404,13 @@ def _delta(tiles: _Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Ten
     sums = between @ counted + since * torch.stack(totals, dim=2)
     average = sums[..., :-1] / sums[..., -1:].clamp_min(1.0)
     out = recalled.unflatten(3, q.shape[3:5]) + average_weight[:, None, None, :, None] * average.unsqueeze(-2)
-    return _from_chunks(out), state
+    return from_chunks(out), state
+
+
+def _span(q_BHQD: torch.Tensor, chunk_size: int) -> int:
+    rows = ROWS_A_SPAN.get(q_BHQD.device.type, ROWS_A_SPAN_ELSEWHERE)
+    return max(1, rows // (q_BHQD.shape[0] * q_BHQD.shape[1] * chunk_size)) * chunk_size
+
+
+IN_ORDER = Rules(_average, _delta, _span)
+"""One chunk after another: the least work, for devices where starting an operation costs little."""

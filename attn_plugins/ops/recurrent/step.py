@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
-from attn_plugins.ops.recurrent.chunked import OfKeys, Prepare, Tokens, hide, scan_from, state_shape
+from attn_plugins.ops.recurrent.chunked import OfKeys, Prepare, Rules, Tokens, hide, scan_from, state_shape
 from attn_plugins.ops.reference import accumulation_dtype
 
 
@@ -20,6 +20,7 @@ def recurrent_attention_from(
     weights: Sequence[torch.Tensor],
     *,
     chunk_size: int,
+    rules: Rules,
 ) -> torch.Tensor:
     """As :func:`attn_plugins.ops.recurrent.chunked.recurrent_attention`, for the last Q of K new tokens.
 
@@ -42,7 +43,7 @@ def recurrent_attention_from(
             tokens, counts = hide(prepare(q, *new, *weights), not_padding, None)
             out, memory = (_average if tokens.beta is None else _delta)(tokens, counts, memory)
         else:
-            out, memory = scan_from(memory, q, new, not_padding, None, prepare, weights, chunk_size)
+            out, memory = scan_from(memory, q, new, not_padding, None, prepare, weights, chunk_size, rules)
         state.commit(number, memory=memory)
         return out.to(new[1].dtype)
 
