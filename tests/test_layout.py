@@ -31,7 +31,7 @@ ROOMS = {
 """What the files of a room, or a file at the root, may import of the package."""
 
 KERNELS = {"core", "ops", "attentions", "backends"}
-"""Rooms that know torch and the standard library alone."""
+"""Rooms that know torch and the standard library alone, but for the libraries that a backend imports when it runs."""
 
 WITHOUT_TRANSFORMERS = {"config", "launcher", "__init__"}
 """Rooms above them that don't know transformers either: hf is the bridge."""
@@ -93,7 +93,7 @@ def wrong(one: Import) -> str | None:
         if target == "attentions" and inside and inside[0] != "__path__":
             return "names an attention: the registry is the only list"
         return None if target in ROOMS[importer] else f"{importer} may import of the package: {sorted(ROOMS[importer])}"
-    if importer in KERNELS and top != "torch":
+    if importer in KERNELS and top != "torch" and (importer != "backends" or one.eager):
         return f"{importer} may import torch and the standard library only"
     if top == "transformers" and importer in WITHOUT_TRANSFORMERS:
         return f"{importer} may not know transformers: hf is the bridge"
@@ -123,6 +123,7 @@ def test_imports_point_one_way():
         ("attentions/local.py", "from attn_plugins.attentions.softmax import SoftmaxAttention", "names an attention"),
         ("attentions/local.py", "import transformers", "may import torch and the standard library only"),
         ("ops/softmax/tiles.py", "def f():\n    import numpy", "may import torch and the standard library only"),
+        ("backends/flex.py", "import triton", "may import torch and the standard library only"),
         ("ops/reference.py", "from attn_plugins.attentions import local", "names an attention"),
         ("ops/reference.py", "from attn_plugins.hf.swap import swap_attention", "ops may import"),
         ("core/mask.py", "from attn_plugins.ops.reference import scores", "core may import"),
@@ -144,6 +145,11 @@ def test_a_wrong_import_is_found(file, line, message):
 @pytest.mark.parametrize("line", ["def f():\n    import datasets", "if TYPE_CHECKING:\n    import datasets"])
 def test_an_extra_may_be_imported_late(line):
     (one,) = imports(PACKAGE / "data/text.py", line)
+    assert wrong(one) is None
+
+
+def test_a_backend_may_import_its_library_late():
+    (one,) = imports(PACKAGE / "backends/flex.py", "def f():\n    import triton")
     assert wrong(one) is None
 
 

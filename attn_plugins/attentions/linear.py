@@ -4,16 +4,15 @@ from typing import Literal
 import torch
 from torch import nn
 
-from attn_plugins.core.attention import Attention, AttentionConfig
-from attn_plugins.core.options import LARGEST_SEED
+from attn_plugins.core.options import LARGEST_SEED, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.running_sums import Sums
 from attn_plugins.ops.linear import features
-from attn_plugins.ops.linear.attention import dense_linear_attention, linear_attention, linear_attention_from
+from attn_plugins.ops.linear.attention import FeatureAttention
 
 
 @register_attention("linear")
-class LinearAttention(Attention):
+class LinearAttention(FeatureAttention):
     """Linear attention: the softmax's exp(q.k) becomes a product of features, so that keys can be summed up in a state.
 
     ``out_i = sum_j phi(q_i).phi(k_j) v_j / (sum_j phi(q_i).phi(k_j) + eps)`` over the visible keys j. Causal attention
@@ -100,21 +99,13 @@ class LinearAttention(Attention):
             projection = self.get_buffer("projection")
             projection.copy_(features.orthogonal_features(projection.shape[0], projection.shape[1], self.config.seed))
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        q_BHQD, k_BGKD, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
-        return dense_linear_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense(), **options)
-
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        q_BHQD, k_BGKD, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
-        return linear_attention(q_BHQD, k_BGKD, v_BGKV, mask, chunk_size=self.config.chunk_size, **options)
+    @property
+    def phi(self):
+        return features.FEATURE_MAPS[features.MAP_OF.get(self.config.feature_map, self.config.feature_map)]
 
     def new_state(self, fixed_length=None):
         return Sums(fixed_length, max_length=self.config.max_length if self.config.feature_map == "cosformer" else None)
 
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
-        options = {"scale": scale, "chunk_size": self.config.chunk_size}
-        return linear_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, self._prepare, **options)
-
-    def _prepare(self, q_BHQD, k_BGKD, mask, scale, since=None):
+    def prepare(self, q_BHQD, k_BGKD, mask, scale, since=None):
         options = {"scale": scale, "eps": self.config.eps, "max_length": self.config.max_length, "since": since}
         return features.prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, features.weights(self), **options)

@@ -101,7 +101,7 @@ def test_recurrent_chunked_and_quadratic_forms_agree_in_float32_at_4096_tokens(f
     module = attention(feature_map, **sizes, eps=1e-3, dtype=torch.float32)
     q, k, v = tensors(length, **sizes, dtype=torch.float32)
     mask = AttentionMask(1, length, length, causal=True)
-    q_in, k_in, options = module._prepare(q, k, mask, SCALE)
+    q_in, k_in, options = module.prepare(q, k, mask, SCALE)
     quadratic = dense_linear_attention(q_in, k_in, v, mask.dense(), **options)[0]
     for chunk_size in (16, 64, 100):
         chunked = linear_attention(q_in, k_in, v, mask, chunk_size=chunk_size, **options)

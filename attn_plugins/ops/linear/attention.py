@@ -3,16 +3,18 @@
 Sums, states and denominators are float32 whatever the dtype of the inputs (float64 stays), and autocast is kept out.
 """
 
+import abc
 from collections.abc import Callable
 
 import torch
 from torch.nn.functional import pad
 
+from attn_plugins.core.attention import Attention
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import readable
 from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
 from attn_plugins.ops.linear.chunked import causal_linear
-from attn_plugins.ops.linear.features import FEATURE_MAPS, Prepared
+from attn_plugins.ops.linear.features import FEATURE_MAPS, FeatureMap, Prepared
 from attn_plugins.ops.linear.running_max import add_sums, exp_minus_max, max_exponent
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
@@ -24,6 +26,36 @@ def project(x_BHTD: torch.Tensor, projection: Projection) -> torch.Tensor:
     """W x for each head, in at least float32."""
     x_BHTD = x_BHTD.to(accumulation_dtype(x_BHTD))
     return x_BHTD if projection is None else x_BHTD @ projection.to(x_BHTD.dtype).mT
+
+
+class FeatureAttention(Attention, abc.ABC):
+    """Linear attention: a subclass says what is made of queries and keys, and which map to features comes after it.
+
+    Its ``Config`` has a ``chunk_size``.
+    """
+
+    @property
+    @abc.abstractmethod
+    def phi(self) -> FeatureMap:
+        """The map to features."""
+
+    @abc.abstractmethod
+    def prepare(
+        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, scale: float, since: int | None = None
+    ) -> Prepared:
+        """What :attr:`phi` is applied to; arguments as those of :func:`attn_plugins.ops.linear.features.prepare`."""
+
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+        q_BHQD, k_BGKD, options = self.prepare(q_BHQD, k_BGKD, mask, scale)
+        return dense_linear_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense(), **options)
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+        q_BHQD, k_BGKD, options = self.prepare(q_BHQD, k_BGKD, mask, scale)
+        return linear_attention(q_BHQD, k_BGKD, v_BGKV, mask, chunk_size=self.config.chunk_size, **options)
+
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
+        options = {"scale": scale, "chunk_size": self.config.chunk_size}
+        return linear_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, self.prepare, **options)
 
 
 def dense_linear_attention(
