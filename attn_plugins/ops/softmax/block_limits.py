@@ -83,17 +83,20 @@ class Span:
         return Span(low, torch.maximum(self.low.abs(), self.high.abs()))
 
     def __lt__(self, other: "Span | int") -> Blocks:
-        low, high = (other.low, other.high) if isinstance(other, Span) else (other, other)
+        low, high = _limits(other)
         return Blocks(self.low < high, self.high < low)
 
-    def __ge__(self, other: "Span | int") -> Blocks:
-        return ~(self < other)
-
     def __le__(self, other: "Span | int") -> Blocks:
-        return self < other + 1
+        low, high = _limits(other)
+        return Blocks(self.low <= high, self.high <= low)
 
     def __gt__(self, other: "Span | int") -> Blocks:
-        return ~(self < other + 1)
+        low, high = _limits(other)
+        return Blocks(self.high > low, self.low > high)
+
+    def __ge__(self, other: "Span | int") -> Blocks:
+        low, high = _limits(other)
+        return Blocks(self.high >= low, self.low >= high)
 
     def __eq__(self, other: Any) -> Any:
         return (self <= other) & (self >= other)
@@ -107,6 +110,10 @@ class Span:
             return NotImplemented
         one, other = args
         return Span(torch.minimum(one.low, other.low), torch.minimum(one.high, other.high))
+
+
+def _limits(value: Span | int) -> tuple[Any, Any]:
+    return (value.low, value.high) if isinstance(value, Span) else (value, value)
 
 
 def positions(number: int, size: int, device: torch.device) -> Span:
