@@ -47,7 +47,9 @@ class Backend(abc.ABC):
         v_BGKV: torch.Tensor,
         **options: Any,
     ) -> str | None:
-        """Why it cannot honour this call, or None. It decides by shapes, dtypes and options, never by values.
+        """Why it cannot honour this call, or None. It decides by shapes, dtypes and options.
+
+        What it has to know of a mask's values it asks for through ``mask.cached``, once a forward pass.
 
         Args:
             attention: an :class:`attn_plugins.core.attention.Attention`.

@@ -240,8 +240,10 @@ def test_packed_sequences_in_pieces_are_refused():
     module, (q, k, v) = attention(), tensors(2, 40, 40)
     segments = torch.zeros(2, 40, dtype=torch.long)
     segments[1, 10:20] = 1
-    for causal in (True, False):
-        mask = AttentionMask(2, 40, 40, causal=causal, segments_BK=segments)
+    padding = torch.ones(2, 40, dtype=torch.bool)
+    padding[1, 35:] = False
+    for causal, padding_BK in ((True, None), (False, None), (True, padding)):
+        mask = AttentionMask(2, 40, 40, causal=causal, segments_BK=segments, padding_BK=padding_BK)
         with pytest.raises(
             ValueError, match=r"row 1 has 2 packed sequences in 3 pieces; allowed: each .* in one piece"
         ):

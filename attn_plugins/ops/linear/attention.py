@@ -272,7 +272,7 @@ def contiguous_segments(mask: AttentionMask) -> torch.Tensor | None:
         segments_BK, padding_BK = mask.segments_BK, mask.padding_BK
         assert segments_BK is not None
         runs_BK = pad((segments_BK[:, 1:] != segments_BK[:, :-1]).long().cumsum(1), (1, 0))
-        segments_B, runs_B = (_distinct(x, padding_BK) for x in (segments_BK, runs_BK))
+        segments_B, runs_B = (distinct(x, padding_BK) for x in (segments_BK, runs_BK))
         whole_B = segments_B == runs_B
         allowed = "allowed: each packed sequence in one piece"
         if whole_B.is_cuda or not readable(whole_B):
@@ -288,9 +288,9 @@ def contiguous_segments(mask: AttentionMask) -> torch.Tensor | None:
     return None if mask.segments_BK is None else mask.segments_BK.expand(mask.batch_size, -1)
 
 
-def _distinct(number_BK: torch.Tensor, not_padding_BK: torch.Tensor | None) -> torch.Tensor:
+def distinct(number_BK: torch.Tensor, not_padding_BK: torch.Tensor | None) -> torch.Tensor:
     """How many different numbers each row has where it is real, (B,)."""
-    none = torch.iinfo(torch.long).max
+    none = 1 << 62  # which a double can hold: F.pad makes one of it
     number_BK = number_BK.long() if not_padding_BK is None else torch.where(not_padding_BK, number_BK.long(), none)
     ordered_BK = pad(number_BK.sort(dim=1).values, (0, 1), value=none)
     return (ordered_BK[:, 1:] != ordered_BK[:, :-1]).sum(dim=1)
