@@ -3,6 +3,7 @@
 #   PYTHON=python3  the interpreter that makes it, 3.10 or newer
 #   TORCH_INDEX=    address of an extra package index, for PyTorch's CPU wheels; also from the environment
 #   WORKERS=2       processes that run tests
+#   GPU_CHECK=      options of gpu-check, such as "--part kernels --seconds 200"; --help names them
 #   ROUNDS=200      inputs that each fuzz test tries; SEED= chooses them, and is printed
 
 VENV = .venv
@@ -10,6 +11,7 @@ PYTHON = python3
 TORCH_INDEX ?=
 WORKERS = 2
 NAME =
+GPU_CHECK =
 ROUNDS = 200
 SEED := $(shell date +%s)
 
@@ -102,13 +104,11 @@ bench: setup ## time and memory of every attention alone, by length: about an ho
 bench-decode: setup ## time of a token and size of the cache, 1k to 128k tokens: minutes; goes on where it was
 	$(BIN)/attn-plugins bench --decode --config configs/bench/decode.yaml
 
-# For a machine whose Python has torch with CUDA already: no environment is made, nothing is fetched.
-gpu-check: ## the contract tests and the benchmark on a CUDA GPU; PYTHON=python3 is the interpreter that has torch
+# For a machine whose Python has torch with CUDA and Triton already: no environment is made, nothing is fetched.
+gpu-check: ## contract, time, memory and training steps by every backend on a CUDA GPU: 8 minutes; PYTHON=python3 has torch
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 		"error: torch " + torch.__version__ + " finds no CUDA GPU; gpu-check needs one")'
-	ATTN_PLUGINS_TEST_DEVICE=cuda HF_HUB_OFFLINE=1 PYTHONPATH=. $(PYTHON) -m pytest -q tests/attentions/test_contract.py \
-		tests/attentions/test_capabilities.py
-	HF_HUB_OFFLINE=1 PYTHONPATH=. $(PYTHON) -m attn_plugins bench --config configs/bench/gpu.yaml
+	HF_HUB_OFFLINE=1 PYTHONPATH=. $(PYTHON) -m attn_plugins.benchmark.gpu_check $(GPU_CHECK)
 
 docs: setup ## write docs/attentions.md from the docstrings, and the tables of attentions in other pages
 	$(BIN)/python -m attn_plugins.benchmark.attention_page .
