@@ -9,6 +9,7 @@ from torch.nn.functional import elu
 from attn_plugins.attentions.linear import LinearAttention
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops import sizes
 from attn_plugins.ops.linear import chunked as kernel
 from attn_plugins.ops.linear.features import FEATURE_MAPS
 
@@ -39,14 +40,14 @@ def tensors(batch, queries, keys, num_heads=4, num_key_value_heads=2, head_dim=8
     return [torch.randn(batch, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
-def both_forms(module, q, k, v, mask, autocast=False):
+def both_forms(module, q, k, v, mask, autocast=False, fast="attend"):
     """Outputs and gradients, of the fast form and of the reference."""
     results = []
-    for form in ("attend", "reference"):
+    for form in (fast, "reference"):
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             out = getattr(module, form)(*leaves, mask=mask, scale=1.0, dropout=0.0)
-        out = out if form == "attend" else out[0]
+        out = out[0] if form == "reference" else out
         cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(
             out.dtype
         )
@@ -115,6 +116,22 @@ def test_blocks_chunks_padding_and_segments_in_all_combinations(monkeypatch, row
         module = attention(4, groups, value_dim=6, feature_map=feature_map, chunk_size=8)
         mask = AttentionMask(2, queries, keys, causal=causal, padding_BK=pad, segments_BK=packed)
         for got, want in both_forms(module, q, k, v, mask):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+def test_large_blocks_are_of_many_heads_before_they_are_long(monkeypatch, feature_map):
+    monkeypatch.setattr(kernel, "CHUNKS_A_BLOCK", 3)
+    padding = torch.arange(61) >= torch.tensor([[3], [40], [0]])
+    segments = torch.bucketize(torch.arange(61), torch.tensor([9, 10, 45]), right=True).expand(3, -1)
+    (q, k, v), mask = (
+        tensors(3, 61, 61),
+        AttentionMask(3, 61, 61, causal=True, padding_BK=padding, segments_BK=segments),
+    )
+    module = attention(feature_map=feature_map, chunk_size=8)
+    for scores in (1 << 14, 1 << 18):
+        monkeypatch.setitem(sizes.SCORES_AT_ONCE, "cpu", scores)
+        for got, want in both_forms(module, q, k, v, mask, fast="attend_batched"):
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 

@@ -49,9 +49,13 @@ class FeatureAttention(Attention, abc.ABC):
         q_BHQD, k_BGKD, options = self.prepare(q_BHQD, k_BGKD, mask, scale)
         return dense_linear_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense(), **options)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, batched=False):
         q_BHQD, k_BGKD, options = self.prepare(q_BHQD, k_BGKD, mask, scale)
-        return linear_attention(q_BHQD, k_BGKD, v_BGKV, mask, chunk_size=self.config.chunk_size, **options)
+        options |= {"chunk_size": self.config.chunk_size, "batched": batched}
+        return linear_attention(q_BHQD, k_BGKD, v_BGKV, mask, **options)
+
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, **options):
+        return self.attend(q_BHQD, k_BGKD, v_BGKV, **options, batched=True)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
         options = {"scale": scale, "chunk_size": self.config.chunk_size}
@@ -105,6 +109,7 @@ def linear_attention(
     eps: float,
     query_projection: Projection = None,
     key_projection: Projection = None,
+    batched: bool = False,
 ) -> torch.Tensor:
     """The same in O((Q + K) F (chunk_size + V)) time and linear memory.
 
@@ -114,6 +119,7 @@ def linear_attention(
 
     Args:
         mask: plain. Segments must be contiguous.
+        batched: in blocks as large as on devices that are not a CPU.
 
     Returns:
         out_BHQV in the dtype of v.
@@ -136,7 +142,8 @@ def linear_attention(
             return _read(q_BHQD, w_q, feature_map, *state, eps).to(v_BGKV.dtype)
         options = (feature_map, chunk_size, eps)
         if not mask.causal:
-            return _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, *options).to(v_BGKV.dtype)
+            tokens = (q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK)
+            return _both_ways(*tokens, *options, batched).to(v_BGKV.dtype)
         before = mask.q_offset - mask.kv_offset
         if not 0 <= before <= k_BGKD.shape[2] - queries:
             raise ValueError(f"{queries} queries from key {before} on; allowed: queries within {k_BGKD.shape[2]} keys")
@@ -144,7 +151,8 @@ def linear_attention(
         seen = slice(0, before + queries)
         padding_BK, segments_BK = (None if x is None else x[:, seen] for x in (padding_BK, segments_BK))
         k_BGKD, v_BGKV = k_BGKD[:, :, seen], v_BGKV[:, :, seen]
-        return last_queries(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, *options)[0]
+        tokens = (q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK)
+        return last_queries(*tokens, *options, batched=batched)[0]
 
 
 def linear_attention_from(
@@ -231,6 +239,8 @@ def last_queries(
     eps: float,
     state_BGFV: torch.Tensor | None = None,
     running_max_BGF: torch.Tensor | None = None,
+    *,
+    batched: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal linear attention of the last Q of K tokens, which may follow those of a state.
 
@@ -251,9 +261,8 @@ def last_queries(
             state_BGFV, running_max_BGF = absorb(state_BGFV, running_max_BGF, *earlier)
     padding_BT, segments_BT = (None if x is None else x[:, new] for x in (padding_BK, segments_BK))
     k_BGTD, v_BGTV, options = k_BGKD[:, :, new], v_BGKV[:, :, new], (feature_map, chunk_size, eps)
-    out_BHTV, den_BHT, _, _ = causal_linear(
-        q_BHQD, k_BGTD, v_BGTV, w_q, w_k, padding_BT, segments_BT, state_BGFV, running_max_BGF, *options, diagonal=0
-    )
+    tokens = (q_BHQD, k_BGTD, v_BGTV, w_q, w_k, padding_BT, segments_BT)
+    out_BHTV, den_BHT, _, _ = causal_linear(*tokens, state_BGFV, running_max_BGF, *options, diagonal=0, batched=batched)
     return out_BHTV, den_BHT
 
 
@@ -343,7 +352,7 @@ def read_sums(
     return fq_BHQF.reshape(len(fq_BHQF), state_BGFV.shape[1], -1, fq_BHQF.shape[3]) @ state_BGFV
 
 
-def _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, feature_map, chunk_size, eps):
+def _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, feature_map, chunk_size, eps, batched):
     """Bidirectional attention within segments: what is seen reading forwards, and, without the own key, backwards."""
     before = k_BGKD.shape[2] - q_BHQD.shape[2]
     outs, dens = [], []
@@ -353,7 +362,7 @@ def _both_ways(q_BHQD, k_BGKD, v_BGKV, w_q, w_k, padding_BK, segments_BK, featur
         if backwards:
             q, k, v = (x.flip(2) for x in (q, k, v))
             rows = [None if x is None else x.flip(1) for x in rows]
-        options = (None, None, feature_map, chunk_size, eps, diagonal)
+        options = (None, None, feature_map, chunk_size, eps, diagonal, batched)
         out, den, _, _ = causal_linear(q, k, v, w_q, w_k, *rows, *options)
         outs.append(out.flip(2) if backwards else out)
         dens.append((den.flip(2) if backwards else den).unsqueeze(3))

@@ -19,10 +19,12 @@ from torch.nn.functional import pad
 from attn_plugins.ops.linear.features import FEATURE_MAPS, FeatureMap
 from attn_plugins.ops.linear.running_max import exp_minus_max, rescale
 from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype
+from attn_plugins.ops.sizes import scores_at_once
 
 ROWS_A_BLOCK = {"cpu": 1 << 11}
-"""Tokens times query heads of one block, by type of device: on CPU what the nearer caches hold."""
-ROWS_A_BLOCK_ELSEWHERE = 1 << 18
+"""Tokens times query heads of one block where it is to fit a cache, by type of device."""
+CHUNKS_A_BLOCK = 512
+"""Most chunks of one block: states are summed up over all pairs of them."""
 
 
 class _Place(NamedTuple):
@@ -74,6 +76,7 @@ class _Problem(NamedTuple):
     feature_map: str
     chunk_size: int
     diagonal: int
+    batched: bool
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,19 +87,24 @@ class _Problem(NamedTuple):
         return FEATURE_MAPS[self.feature_map]
 
 
-def _span(q: torch.Tensor, group: int, chunk_size: int) -> int:
-    """Tokens of a block: whole chunks."""
-    rows = ROWS_A_BLOCK.get(q.device.type, ROWS_A_BLOCK_ELSEWHERE)
-    return max(1, rows // (group * chunk_size)) * chunk_size
+def _block_size(p: _Problem) -> tuple[int, int]:
+    """(tokens of a block, whole chunks; pairs of a row and a key/value head that make one)."""
+    group, length, size = p.q.shape[2:]
+    rows = ROWS_A_BLOCK.get(p.q.device.type)
+    if rows is None or p.batched:
+        features = p.phi.size(size if p.w_q is None else p.w_q.shape[-2])
+        rows = scores_at_once(p.q.device) // (4 * max(features, p.chunk_size))
+    chunks = max(1, rows // (group * p.chunk_size))
+    span = max(1, min(chunks, CHUNKS_A_BLOCK, -(-length // p.chunk_size)))
+    # Where a whole sequence is less than a block, several heads, then several rows, make one.
+    return span * p.chunk_size, max(1, chunks // span)
 
 
 def _places(p: _Problem) -> Iterator[list[_Place]]:
     """For each set of heads, its blocks from first to last."""
-    batch, heads, group, length, _ = p.q.shape
-    span = _span(p.q, group, p.chunk_size)
+    batch, heads, _, length, _ = p.q.shape
+    span, pairs = _block_size(p)
     spans = [slice(start, min(start + span, length)) for start in range(0, length, span)]
-    # Where a whole sequence is less than a block, several heads, then several rows, make one.
-    pairs = max(1, span // (-(-min(span, length) // p.chunk_size) * p.chunk_size))
     head_step = min(heads, pairs)
     batch_step = max(1, pairs // heads)
     for b in range(0, batch, batch_step):
@@ -251,6 +259,7 @@ def _problem(
     feature_map: str,
     chunk_size: int,
     diagonal: int,
+    batched: bool,
 ) -> _Problem:
     groups = (k.shape[1], -1)
     w_q = None if w_q is None else w_q.unflatten(0, groups)
@@ -258,20 +267,19 @@ def _problem(
     # A text shorter than a chunk is one chunk of its own length: it costs what it has, and nothing is made longer.
     chunk_size = max(1, min(chunk_size, q.shape[2]))
     tokens = q.unflatten(1, groups), k.unsqueeze(2), v.unsqueeze(2)
-    return _Problem(*tokens, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
+    return _Problem(*tokens, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal, batched)
 
 
 def _empty_outputs(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w_q: torch.Tensor | None, feature_map: str, chunk_size: int
+    p: _Problem, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     (batch, heads, length, head_dim), groups, value_dim = q.shape, k.shape[1], v.shape[3]
-    chunks, blocks = (-(-length // size) for size in (chunk_size, _span(q, heads // groups, chunk_size)))
-    phi = FEATURE_MAPS[feature_map]
-    features = phi.size(head_dim if w_q is None else w_q.shape[1])
+    features = p.phi.size(head_dim if p.w_q is None else p.w_q.shape[-2])
     out = v.new_empty(batch, length, heads, value_dim).transpose(1, 2)
     den = q.new_empty(batch, heads, length, dtype=accumulation_dtype(q, k, v))
-    states = den.new_empty(batch, groups, chunks, features, value_dim + 1)
-    return out, den, states, den.new_empty(batch, groups, blocks if phi.exponential else 0, features)
+    states = den.new_empty(batch, groups, -(-length // p.chunk_size), features, value_dim + 1)
+    blocks = -(-length // _block_size(p)[0]) if p.phi.exponential else 0
+    return out, den, states, den.new_empty(batch, groups, blocks, features)
 
 
 def _empty_gradients(
@@ -302,6 +310,7 @@ def causal_linear(
     chunk_size: int,
     eps: float,
     diagonal: int,
+    batched: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Causal linear attention of T queries and T keys that start from a state.
 
@@ -316,14 +325,15 @@ def causal_linear(
         state: (B, G, F, V + 1) sums over earlier keys, of the first token's segment, of phi(k) [v, 1]^T, or None.
         level: (B, G, F), where phi is exp, that of the state.
         diagonal: 0 if a query sees its own key, -1 if only those before.
+        batched: take blocks as large as on devices that are not a CPU.
 
     Returns:
         out (B, H, T, V) in the dtype of v, laid out as (B, T, H, V); the denominators without ``eps``, (B, H, T), or
         where phi is exp the logarithm of those with ``eps``; and, for the backward, the state that each chunk starts
         from, and the level of each block.
     """
-    p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
-    out, den, states, block_max = _empty_outputs(q, k, v, w_q, feature_map, chunk_size)
+    p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal, batched)
+    out, den, states, block_max = _empty_outputs(p, q, k, v)
     out_BGRTV, den_BGRT1 = out.unflatten(1, (k.shape[1], -1)), den.unflatten(1, (k.shape[1], -1)).unsqueeze(4)
     with torch.autocast(q.device.type, enabled=False):
         for places in _places(p):
@@ -335,7 +345,7 @@ def causal_linear(
                 link, sums = _sums(_only(block.fk, block.key_goes_on), block.v, carried, block.link, end=0)
                 before = states[at.batch, at.heads, at.chunk_slice].view(len(sums), at.chunks, -1)
                 torch.bmm(link[:, :-1], sums, out=before)
-                before = before.view(-1, block.fk.shape[2], block.v.shape[2])
+                before = before.reshape(-1, block.fk.shape[2], block.v.shape[2])
                 if at is not places[-1]:
                     carried = torch.bmm(link[:, -1:], sums).view(len(sums), *before.shape[1:])
                 weights = _limit(torch.bmm(block.fq, block.fk.mT), block, p)
@@ -374,9 +384,10 @@ def causal_linear_backward(
     chunk_size: int,
     eps: float,
     diagonal: int,
+    batched: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v, w_q, w_k (empty where there is none, or not ``learned``) and of the state."""
-    p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal)
+    p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal, batched)
     dq, dk, dv, dw_q, dw_k, d_state = _empty_gradients(q, k, v, w_q, w_k, states, learned)
     groups = (k.shape[1], -1)
     dq_BGRTD, dk_BG1TD, dv_BG1TV = dq.unflatten(1, groups), dk.unsqueeze(2), dv.unsqueeze(2)
@@ -442,8 +453,9 @@ def causal_linear_backward(
 
 
 @causal_linear.register_fake
-def _(q, k, v, w_q, w_k, padding, segments, state, running_max, feature_map, chunk_size, eps, diagonal):
-    return _empty_outputs(q, k, v, w_q, feature_map, chunk_size)
+def _(q, k, v, w_q, w_k, padding, segments, state, running_max, feature_map, chunk_size, eps, diagonal, batched=False):
+    p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal, batched)
+    return _empty_outputs(p, q, k, v)
 
 
 @causal_linear_backward.register_fake
@@ -466,7 +478,7 @@ def _backward(ctx, d_out, d_den, d_states, d_levels):
     return (
         *(dq, dk, dv, None if w_q is None else dw_q, None if w_k is None else dw_k),
         *(None, None, d_state if ctx.from_state else None, None),
-        *(None, None, None, None),
+        *(None, None, None, None, None),
     )
 
 
