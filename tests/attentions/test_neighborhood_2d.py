@@ -19,6 +19,8 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.reference import dense_attention
 from attn_plugins.ops.softmax.patterns.neighborhood import Neighborhood
 
+FORMS = ["torch", "batched"]
+
 
 def neighborhood_2d(**options):
     return Case(Neighborhood2dAttention, options, False)
@@ -77,9 +79,10 @@ def test_equals_natten(kernel_size, dilation):
     assert_same({"out": got}, {"out": want.flatten(1, 2)}, 2e-6)
 
 
+@pytest.mark.parametrize("backend", FORMS)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @drawn(data=st.data())
-def test_forms_agree_on_any_grid(data):
+def test_forms_agree_on_any_grid(backend, data):
     grid_size = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)), "grid")
     options = {
         "kernel_size": data.draw(st.integers(1, 8), "kernel"),
@@ -90,15 +93,26 @@ def test_forms_agree_on_any_grid(data):
     length = math.prod(grid_size) + options["num_prefix_tokens"]
     groups, shared = data.draw(st.integers(1, 2), "G"), data.draw(st.integers(1, 2), "H / G")
     shape = {"num_heads": groups * shared, "num_key_value_heads": groups, "head_dim": 4, "value_dim": 6}
-    assert_forms_agree(neighborhood_2d(**options), inputs(2, length, **shape), whole(2, length), **shape)
+    given = inputs(2, length, **shape)
+    assert_forms_agree(neighborhood_2d(**options), given, whole(2, length), backend=backend, **shape)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("options", [{}, *Neighborhood2dAttention.examples])
-def test_forms_agree_in_other_dtypes(options, dtype, tolerance):
+@pytest.mark.parametrize("backend", FORMS)
+def test_forms_agree_in_other_dtypes(backend, options, dtype, tolerance):
     length = 100 + options.get("num_prefix_tokens", 1)
-    given = inputs(2, length).to(dtype).to(torch.float64)
-    assert_forms_agree(neighborhood_2d(**options), given, whole(2, length), dtype=dtype, tolerance=tolerance)
+    given, case = inputs(2, length).to(dtype).to(torch.float64), neighborhood_2d(**options)
+    assert_forms_agree(case, given, whole(2, length), dtype=dtype, tolerance=tolerance, backend=backend)
+
+
+def test_the_batched_form_is_part_of_a_graph():
+    given, mask = inputs(2, 40).to(torch.float32), whole(2, 40)
+    module = neighborhood_2d(kernel_size=3, grid_size=(3, 13)).module(backend="batched", dtype=torch.float32)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    compiled.wants_hidden, compiled.parameters = False, module.parameters
+    cotangent = torch.ones(2, 40, 4, 8)
+    assert_same(outcome(compiled, given, mask, cotangent), outcome(module, given, mask, cotangent), 1e-4)
 
 
 CONTRACT = {
@@ -120,7 +134,7 @@ def test_keeps_the_contract(test):
     test(neighborhood_2d(kernel_size=3, num_prefix_tokens=0, grid_size=CONTRACT[test]))
 
 
-@pytest.mark.parametrize("form", ["torch", "reference"])
+@pytest.mark.parametrize("form", [*FORMS, "reference"])
 def test_keeps_the_contract_on_dropout(form):
     case = neighborhood_2d(kernel_size=3, num_prefix_tokens=0, grid_size=(3, 4))
     test_dropping.test_dropout_keeps_the_mean_or_is_left_out_with_a_warning(case, form=form)
@@ -140,7 +154,8 @@ def test_honours_what_it_declares(capability):
 
 
 @pytest.mark.parametrize("extras", ["position_bias", "softcap", "sinks", "position_bias softcap sinks"])
-def test_extras_equal_the_reference(extras):
+@pytest.mark.parametrize("backend", FORMS)
+def test_extras_equal_the_reference(backend, extras):
     generator = torch.Generator().manual_seed(1)
     every = {
         "position_bias": torch.randn(1, 4, 41, 41, generator=generator, dtype=torch.float64),
@@ -151,19 +166,20 @@ def test_extras_equal_the_reference(extras):
     case, plain = neighborhood_2d(kernel_size=3, dilation=2, grid_size=(4, 10)), given.run
     before = plain(case.module(), whole(2, 41))
     given.extras = {name: every[name] for name in extras.split()}
-    assert_forms_agree(case, given, whole(2, 41))
+    assert_forms_agree(case, given, whole(2, 41), backend=backend)
     assert not torch.allclose(given.run(case.module(), whole(2, 41)), before)
 
 
-def test_a_mask_of_the_models_own_hides_patches_within():
+@pytest.mark.parametrize("backend", FORMS)
+def test_a_mask_of_the_models_own_hides_patches_within(backend):
     def rule(b, h, q, k):
         return (q + k + b) % 3 > 0
 
     case = neighborhood_2d(kernel_size=3, dilation=2)  # four tiles that would hide the same without the mask
     lazy = whole(2, 65, plain=False, rule=rule)
-    assert_forms_agree(case, inputs(2, 65), lazy)
+    assert_forms_agree(case, inputs(2, 65), lazy, backend=backend)
     dense = whole(2, 65, plain=False, dense_BQK=lazy.dense()[:, 0])
-    assert_forms_agree(case, inputs(2, 65), dense)
+    assert_forms_agree(case, inputs(2, 65), dense, backend=backend)
     assert not torch.allclose(inputs(2, 65).run(case.module(), lazy), inputs(2, 65).run(case.module(), whole(2, 65)))
 
 

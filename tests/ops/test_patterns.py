@@ -310,14 +310,14 @@ def test_dropout_keeps_the_mean_and_the_backward_draws_the_same(name, options):
 
 def test_random_blocks_stay_as_a_sequence_grows_and_differ_between_seeds():
     number = torch.arange(60)
-    short = drawn(number[:30], number[:30], 1, (2, 0), 3, 0)
-    long = drawn(number, number, 1, (2, 0), 3, 0)
+    short = drawn(number[:30], number[:30], 30, 1, (2, 0), 3, 0)
+    long = drawn(number, number, 60, 1, (2, 0), 3, 0)
     assert torch.equal(long[:30], short)
-    assert not torch.equal(drawn(number, number, 1, (2, 0), 3, 1), long)
+    assert not torch.equal(drawn(number, number, 60, 1, (2, 0), 3, 1), long)
     # Each candidate about as often as every other: 3 of 56 for each of 2000 seeds.
     last, count = torch.tensor([59]), torch.zeros(60)
     for seed in range(2000):
-        count[drawn(last, last, 1, (2, 0), 3, seed)[0]] += 1
+        count[drawn(last, last, 60, 1, (2, 0), 3, seed)[0]] += 1
     assert count[1:57].min() > 60
     assert count[1:57].max() < 160
     assert count.sum() == count[1:57].sum() == 6000
@@ -396,7 +396,7 @@ def test_bigbird_is_that_of_transformers():
     hidden = torch.randn(1, length, 32)
     real = torch.arange(length).unsqueeze(0) < length - size
     inner = torch.arange(1, blocks - 1)
-    random = drawn(inner, torch.full_like(inner, blocks - 1), 1, (1, 1), number, 3)
+    random = drawn(inner, torch.full_like(inner, blocks - 1), blocks, 1, (1, 1), number, 3)
     assert (random >= 0).all()
     theirs._bigbird_block_rand_mask_with_head = lambda **options: [random.numpy()] * 4
     blocked, band, start, end = BigBirdModel.create_masks_for_block_sparse_attn(real.float(), size)

@@ -10,6 +10,7 @@ from attn_plugins.core.attention import Attention
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rotary import Rotary
 from attn_plugins.ops.reference import dense_attention, expand_heads
+from attn_plugins.ops.softmax.batched import batched_pattern_attention
 from attn_plugins.ops.softmax.tiles import Pattern, dense_pattern, tiled_attention
 
 
@@ -49,6 +50,11 @@ class PatternAttention(Attention, abc.ABC):
         q_BHQD, k_BGKD = self.place(q_BHQD, k_BGKD, mask, rotary)
         parts = self.patterns(q_BHQD.shape[1], mask, grid_size)
         return by_heads(tiled_attention, q_BHQD, k_BGKD, v_BGKV, mask, parts, **options)
+
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, rotary=None, grid_size=None, **options):
+        q_BHQD, k_BGKD = self.place(q_BHQD, k_BGKD, mask, rotary)
+        parts = self.patterns(q_BHQD.shape[1], mask, grid_size)
+        return by_heads(batched_pattern_attention, q_BHQD, k_BGKD, v_BGKV, mask, parts, **options)
 
 
 def by_heads(

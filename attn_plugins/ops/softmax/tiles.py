@@ -34,6 +34,12 @@ class Pattern(Protocol):
     def tiles(self, mask: AttentionMask) -> Iterable[Tile]:
         """Tiles in which every query occurs, and every pair that ``sees`` and the mask allow is visible just once."""
 
+    def tables(self, mask: AttentionMask) -> Iterable[Any]:
+        """The same pairs as :class:`attn_plugins.ops.softmax.tables.Tables`, of which there are a few. May be traced.
+
+        A query sees keys in one tile of each of the tables at most.
+        """
+
 
 def dense_pattern(mask: AttentionMask, pattern: Pattern) -> torch.Tensor:
     """What mask and pattern show, (B or 1, 1, Q, K) bool: the definition, for the reference form."""

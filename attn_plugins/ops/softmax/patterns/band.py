@@ -4,13 +4,15 @@ Positions count from the first real key of a row or segment, so that padding, pa
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.softmax.tables import Tables, counted, most, rows_for, tables_of
 from attn_plugins.ops.softmax.tiles import Sees, Tile, make_tile
 
 ROWS = 64
@@ -83,6 +85,27 @@ def first_keys(mask: AttentionMask, queries: range, number: int) -> torch.Tensor
     return keys.masked_fill(~(inside & same), -1).flatten(1)
 
 
+def first_columns(mask: AttentionMask, q_1TR: torch.Tensor, number: int) -> torch.Tensor:
+    """As :func:`first_keys` of each tile's queries, which are in order: (B or 1, T or 1, S)."""
+    number = min(number, mask.kv_length)
+    count = counted(number, mask.device)
+    if not mask.row_starts:
+        return count
+    starts = mask.starts_BK()
+    own = starts[:, q_1TR[0].clamp(0, mask.q_length - 1) + first_query(mask)]
+    if mask.segments_BK is None:
+        start = own[..., -1:]  # what is before it is padding
+    else:
+        rank = pad((own[..., 1:] != own[..., :-1]).cumsum(dim=2), (1, 0))
+        bound = most(rank[..., -1] + 1, own.shape[2])
+        start = own.new_full((*own.shape[:2], bound), -number).scatter(2, rank, own)
+    keys = start.unsqueeze(3) + count
+    inside = (keys >= 0) & (keys < mask.kv_length)
+    keys = keys.masked_fill(~inside, 0)
+    same = starts.gather(1, keys.flatten(1)).view(keys.shape) == start.unsqueeze(3)
+    return keys.masked_fill(~(inside & same), -1).flatten(2)
+
+
 @dataclass(frozen=True)
 class Band:
     """The nearest keys, every ``dilation``-th of them, and the first of the row or segment.
@@ -151,6 +174,37 @@ class Band:
         if global_queries:
             yield from global_tiles(mask, self.sees, self.num_first)
 
+    def tables(self, mask: AttentionMask, but: "Band | None" = None) -> Sequence[Tables]:
+        """As :meth:`Pattern.tables`, but for what another band shows already."""
+        first, step, device = first_query(mask), self.dilation, mask.device
+        queries, keys = -(-mask.q_length // step), -(-mask.kv_length // step)  # of a phase, at most
+        window, ahead = min(self.window_size, keys), 0 if mask.causal else min(self.look_forward, keys)
+        rows = min(rows_for(window + ahead), queries)
+        phase = torch.arange(min(step, mask.q_length), device=device).view(-1, 1, 1)
+        begin = torch.arange(0, queries, rows, device=device).unsqueeze(1)
+        q_1TR = (phase + (begin + counted(rows, device)) * step).flatten(0, 1).unsqueeze(0)
+        width = window - 1 + rows + ahead
+        if width < keys:
+            k_1TC = first + phase + (begin - (window - 1) + counted(width, device)) * step
+        else:
+            k_1TC = ((first + phase) % step + counted(keys, device) * step).expand(-1, len(begin), -1)
+        k_BTC = k_1TC.flatten(0, 1).unsqueeze(0)
+        if self.num_first:
+            extra = first_columns(mask, q_1TR, self.num_first)
+            low, high = k_BTC[..., :1], k_BTC[..., -1:]
+            extra = extra.masked_fill((extra >= low) & (extra <= high) & ((extra - low) % step == 0), -1)
+            k_BTC = torch.cat([extra, k_BTC.expand(len(extra), -1, -1)], dim=2)
+        global_queries = self.first_see_all and not mask.causal
+
+        def sees(mask, q_index, k_index):
+            seen = self.sees(mask, q_index, k_index)
+            if but is not None:
+                seen = seen & ~but.sees(mask, q_index, k_index)
+            return seen & ~self._of_the_first(mask, q_index) if global_queries else seen
+
+        tables = [tables_of(mask, sees, q_1TR, k_BTC)]
+        return [*tables, global_tables(mask, self.sees, self.num_first)] if global_queries else tables
+
     def _of_the_first(self, mask: AttentionMask, q_index: torch.Tensor) -> torch.Tensor:
         return query_in_row(mask, q_index) < self.num_first
 
@@ -165,6 +219,26 @@ def global_tiles(mask: AttentionMask, sees: Sees, num_global: int) -> Iterator[T
         at = (queries + first_query(mask))[queries >= 0]
         keys = slice(int(starts[rows, at].min()), int(ends[rows, at].max()))
         yield make_tile(mask, sees, queries, (keys,))
+
+
+def global_tables(mask: AttentionMask, sees: Sees, num_global: int) -> Tables:
+    """The first ``num_global`` queries of each row or segment with all of its keys."""
+    own = torch.arange(mask.q_length, device=mask.device).unsqueeze(0)
+    flags = in_row(mask, own + first_query(mask)) < num_global
+    bound = num_global if mask.padding_BK is None else 2 * num_global  # padding before the first real key counts alone
+    if mask.segments_BK is not None:
+        bound = max(1, most(flags.sum(dim=1), mask.q_length))
+    q_BS = where_true(flags, bound)
+    rows = min(ROWS, q_BS.shape[1])
+    q_BTR = pad(q_BS, (0, -q_BS.shape[1] % rows), value=-1).unflatten(1, (-1, rows))
+    return tables_of(mask, sees, q_BTR, counted(mask.kv_length, mask.device))
+
+
+def where_true(flags_BN: torch.Tensor, bound: int) -> torch.Tensor:
+    """Where a row is True, which is ``bound`` times at most: (B, bound or N) ascending indices, N after the last."""
+    number = flags_BN.shape[1]
+    index = torch.arange(number, device=flags_BN.device)
+    return torch.where(flags_BN, index, number).topk(min(bound, number), dim=1, largest=False, sorted=True).values
 
 
 @dataclass(frozen=True)
@@ -215,6 +289,28 @@ class BlockBand:
             stop = min(max(end[low:high]), mask.kv_length, first + high if mask.causal else mask.kv_length)
             yield slice(low, high), slice(max(0, min(begin[low:high])), stop)
             low = high
+
+    def tables(self, mask: AttentionMask) -> Sequence[Tables]:
+        first, size, device = first_query(mask), self.block_size, mask.device
+        before, after = self.look_backward * size, 0 if mask.causal else self.look_forward * size
+        if mask.row_starts or size >= mask.q_length:
+            # Blocks begin anywhere in a tile.
+            before, after = before + size - 1, 0 if mask.causal else after + size - 1
+            rows = min(rows_for(size), mask.q_length)
+            begin = torch.arange(0, mask.q_length, rows, device=device).view(-1, 1, 1)
+            q_TPR, unit = begin + counted(rows, device), rows
+        else:
+            unit = size * max(1, ROWS // size)  # blocks of a tile, or tiles of a block
+            parts = max(1, round(unit / (2 * ROWS)))
+            low, high = (first + self.shift) // size, (first + mask.q_length - 1 + self.shift) // size + 1
+            begin = torch.arange(low * size, high * size, unit, device=device).view(-1, 1, 1) - self.shift - first
+            inside = torch.arange(parts * -(-unit // parts), device=device).view(1, parts, -1)
+            q_TPR = (begin + inside).masked_fill(inside >= unit, -1)
+        if (width := before + unit + after) < mask.kv_length:
+            k_TPC = first + begin - before + counted(width, device).expand(-1, q_TPR.shape[1], -1)
+        else:
+            k_TPC = counted(mask.kv_length, device).expand(*q_TPR.shape[:2], -1)
+        return [tables_of(mask, self.sees, q_TPR.flatten(0, 1).unsqueeze(0), k_TPC.flatten(0, 1).unsqueeze(0))]
 
     def _block(self, position: torch.Tensor) -> torch.Tensor:
         return (position + self.shift) // self.block_size

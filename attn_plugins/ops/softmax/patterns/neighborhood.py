@@ -1,13 +1,14 @@
 """The pattern of neighbourhood attention on a grid of patches, in tiles that are rectangles of it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.softmax.tables import Tables, counted, tables_of
 from attn_plugins.ops.softmax.tiles import Tile, make_tile
 
 SIDE = 8
@@ -66,6 +67,35 @@ class Neighborhood:
                     continue
                 known[same_shape] = make_tile(mask, self.sees, queries, extra=extra)
                 yield known[same_shape]
+
+    def tables(self, mask: AttentionMask) -> Sequence[Tables]:
+        prefix, columns = self.num_prefix_tokens, self.grid_size[1]
+        (q_down, k_down), (q_across, k_across) = (self._squares(length, mask.device) for length in self.grid_size)
+
+        def indices(down: torch.Tensor, across: torch.Tensor) -> torch.Tensor:
+            down, across = down[:, None, :, None], across[None, :, None, :]
+            index = (prefix + down * columns + across).masked_fill((down < 0) | (across < 0), -1)
+            return index.flatten(2).flatten(0, 1).unsqueeze(0)
+
+        queries, keys = indices(q_down, q_across), indices(k_down, k_across)
+        first = counted(prefix, mask.device)
+        tables = [tables_of(mask, self.sees, queries, torch.cat([first.expand(-1, keys.shape[1], -1), keys], dim=2))]
+        if prefix:
+            tables.append(tables_of(mask, self.sees, first, counted(mask.kv_length, mask.device)))
+        return tables
+
+    def _squares(self, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`_parts`, of all tiles: (tiles, side) places and (tiles, those that they see), -1 for none."""
+        step, longest = self.dilation, -(-length // self.dilation)
+        side, width = min(SIDE, longest), min(SIDE + self.kernel_size - 1, longest)
+        phase = torch.arange(min(step, length), device=device).view(-1, 1, 1)
+        number = (length - phase + step - 1) // step
+        begin = torch.arange(0, longest, side, device=device).unsqueeze(1)
+        own = begin + counted(side, device)
+        seen = torch.minimum(begin - self.kernel_size // 2, number - self.kernel_size).clamp(min=0)
+        seen = seen + counted(width, device)
+        own, seen = ((phase + i * step).masked_fill(i >= number, -1).flatten(0, 1) for i in (own, seen))
+        return own, seen
 
     def _parts(self, length: int) -> Iterator[tuple[range, range, tuple[int, ...]]]:
         """Of one direction: a tile's places, those that they see, and where among these each one's neighbours begin."""

@@ -1,28 +1,26 @@
 """BigBird's pattern: blocks that everything sees, blocks beside a query's own, and blocks drawn at random."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.softmax.patterns.band import first_query, global_tiles, in_row
+from attn_plugins.core.tracing import readable
+from attn_plugins.ops.hashing import mixed
+from attn_plugins.ops.softmax.patterns.band import first_query, global_tables, global_tiles, in_row
+from attn_plugins.ops.softmax.tables import Tables, counted, most, tables_of
 from attn_plugins.ops.softmax.tiles import Tile, make_tile
 
 LARGEST_TILE = 128
 """Queries of a tile, where a block has more."""
 
 
-def mixed(number: torch.Tensor) -> torch.Tensor:
-    """A hash of int64 numbers (the finaliser of splitmix64, with signed shifts), the same everywhere and always."""
-    number = (number ^ (number >> 30)) * -4658895280553007687
-    number = (number ^ (number >> 27)) * -7723592293110705685
-    return number ^ (number >> 31)
-
-
-def drawn(block: torch.Tensor, count: torch.Tensor, low: int, gap: tuple[int, int], number: int, seed: int):
+def drawn(
+    block: torch.Tensor, count: torch.Tensor, limit: int, low: int, gap: tuple[int, int], number: int, seed: int
+) -> torch.Tensor:
     """Blocks drawn without replacement for each of P blocks: (P, at most number) in ascending order, -1 for none.
 
     Candidates are the blocks from ``low`` to ``count`` except those from ``block - gap[0]`` to ``block + gap[1]``. The
@@ -30,8 +28,8 @@ def drawn(block: torch.Tensor, count: torch.Tensor, low: int, gap: tuple[int, in
 
     Args:
         block, count: (P,)
+        limit: no count exceeds it.
     """
-    limit = int(count.max()) if len(count) else 0
     candidate = torch.arange(limit, device=block.device)
     distance = candidate - block.unsqueeze(1)
     allowed = (candidate >= low) & (candidate < count.unsqueeze(1)) & ((distance < -gap[0]) | (distance > gap[1]))
@@ -40,6 +38,20 @@ def drawn(block: torch.Tensor, count: torch.Tensor, low: int, gap: tuple[int, in
     lowest = order.topk(min(number, limit), dim=1, largest=False)
     none = lowest.values == last
     return lowest.indices.masked_fill(none, limit).sort(dim=1).values.masked_fill(none.sort(dim=1).values, -1)
+
+
+class _Blocks(NamedTuple):
+    """T blocks, the first that of the first query; the last of them may be beyond the last key."""
+
+    number_BK: torch.Tensor
+    """(B or 1, K): each key's, counted from the left end over all segments."""
+    number_BT: torch.Tensor
+    at_BT: torch.Tensor
+    """The first key, K for none."""
+    chosen_BTN: torch.Tensor
+    """Blocks drawn for them, counted in the row or segment, -1 for none."""
+    bounded: bool
+    """Whether T is near the number of blocks that there are, else the number of queries."""
 
 
 @dataclass(frozen=True)
@@ -140,19 +152,76 @@ class RandomBlocks:
         seen = self.sees(mask, q_index, k_index)
         return seen if mask.causal else seen & (self._block(mask, q_index + first_query(mask)) >= self.num_global)
 
+    def tables(self, mask: AttentionMask) -> Sequence[Tables]:
+        keys = mask.kv_length
+        size, num_global = min(self.block_size, keys), min(self.num_global, keys)  # no row has more blocks than keys
+        window = min(self.num_window, 2 * keys + 1)
+        fitting = RandomBlocks(size, num_global, window, self.num_random, self.seed)
+        tables = [fitting._block_tables(mask)]
+        if not mask.causal and num_global:
+            tables.append(global_tables(mask, fitting.sees, num_global * size))
+        return tables
+
+    def _block_tables(self, mask: AttentionMask) -> Tables:
+        """A tile of each block, with all the keys that it sees."""
+        blocks, size, keys, device = self._blocks(mask), self.block_size, mask.kv_length, mask.device
+        first, (before, after), starts = first_query(mask), self._window(mask), mask.starts_BK()
+        if blocks.bounded:
+            own = blocks.at_BT.unsqueeze(2) + torch.arange(size, device=device)
+            inside = own.clamp(max=keys - 1)
+            number = blocks.number_BK.gather(1, inside.flatten(1)).view_as(own)
+            same = (own == inside) & (number == blocks.number_BT.unsqueeze(2))
+            at_BT, chosen, queries = blocks.at_BT, blocks.chosen_BTN, (own - first).masked_fill(~same, -1)
+        else:  # there may be as many blocks as queries
+            queries = torch.arange(mask.q_length, device=device).view(1, -1, 1)
+            at_BT, chosen = (queries[..., 0] + first).expand(len(starts), -1), self._chosen_BQN(mask)
+        start = starts.gather(1, at_BT.clamp(max=keys - 1))
+        near = ((at_BT - start) // size).unsqueeze(2) + torch.arange(-before, after + 1, device=device)
+        top = counted(self.num_global, device).expand(*at_BT.shape, -1)
+        needed = torch.cat([top, near.masked_fill(near < self.num_global, -1), chosen], dim=2)
+        if needed.shape[2] * size >= keys:
+            return tables_of(mask, self._sees_as_one_of_many, queries, counted(keys, device))
+        seen = ((start.unsqueeze(2) + needed * size).unsqueeze(3) + torch.arange(size, device=device)).flatten(2)
+        inside = seen.clamp(0, keys - 1)
+        same = starts.gather(1, inside.flatten(1)).view_as(seen) == start.unsqueeze(2)
+        held = (needed >= 0).repeat_interleave(size, dim=2) & (seen == inside) & same
+        return tables_of(mask, self._sees_as_one_of_many, queries, seen.masked_fill(~held, -1))
+
+    def _blocks(self, mask: AttentionMask) -> "_Blocks":
+        """The blocks that queries are in."""
+
+        def build() -> _Blocks:
+            first, size, starts = first_query(mask), self.block_size, mask.starts_BK()
+            index = torch.arange(mask.kv_length, device=mask.device).unsqueeze(0).expand_as(starts)
+            begins = (index - starts) % size == 0
+            number = begins.long().cumsum(dim=1)
+            # The queries of a text without segments begin within a block, and so may the text itself.
+            bound = min(-(-mask.q_length // size) + 2, mask.q_length)
+            known = mask.segments_BK is None
+            if not known:
+                reached = number[:, -1] - number[:, first] + 1
+                bound, known = most(reached, mask.q_length), readable(reached)
+            number_BT = number[:, first : first + 1] + torch.arange(bound, device=mask.device)
+            at = torch.searchsorted(number.contiguous(), number_BT)
+            some = at.clamp(max=mask.kv_length - 1)
+            own = (some - starts.gather(1, some)) // size
+            limit = -(-(mask.kv_offset + mask.kv_length) // size)
+            count = own
+            if not mask.causal:
+                count = self._number_of_blocks_BK(mask, self._block(mask, index)).gather(1, some)
+            window = self._window(mask)
+            chosen = drawn(own.flatten(), count.flatten(), limit, self.num_global, window, self.num_random, self.seed)
+            return _Blocks(number, number_BT, at, chosen.view(*own.shape, -1), known)
+
+        return mask.cached((self, "blocks"), build)
+
     def _chosen_BQN(self, mask: AttentionMask) -> torch.Tensor:
         """Numbers of the random blocks that each query sees, (B or 1, Q, at most num_random), -1 for none."""
 
         def build() -> torch.Tensor:
-            first = first_query(mask)
-            index = torch.arange(mask.kv_length, device=mask.device).unsqueeze(0)
-            index = index.expand(len(mask.starts_BK()), -1)
-            block = self._block(mask, index)
-            own = block[:, first : first + mask.q_length]
-            count = own if mask.causal else self._number_of_blocks_BK(mask, block)[:, first : first + mask.q_length]
-            pairs, place = torch.unique(torch.stack([own, count], dim=2).flatten(0, 1), dim=0, return_inverse=True)
-            table = drawn(pairs[:, 0], pairs[:, 1], self.num_global, self._window(mask), self.num_random, self.seed)
-            return table[place].view(*own.shape, -1)
+            first, blocks = first_query(mask), self._blocks(mask)
+            own = blocks.number_BK[:, first : first + mask.q_length] - blocks.number_BT[:, :1]
+            return blocks.chosen_BTN.gather(1, own.unsqueeze(2).expand(-1, -1, blocks.chosen_BTN.shape[2]))
 
         return mask.cached((self, "chosen"), build)
 

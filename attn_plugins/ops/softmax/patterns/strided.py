@@ -1,15 +1,19 @@
 """The two patterns of the Sparse Transformer."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.softmax.patterns.band import Band, BlockBand, ends_BK, first_query, in_row, places
+from attn_plugins.ops.softmax.patterns.band import Band, BlockBand, ends_BK, first_query, in_row, places, where_true
+from attn_plugins.ops.softmax.tables import Tables, counted, tables_of
 from attn_plugins.ops.softmax.tiles import Tile, make_tile
+
+SUMMED_ROWS = 512
+"""Queries of a tile of the tables of all summaries, which are copied for each."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,17 @@ class Strided:
         return (distance.abs() < self.window_size) | (distance % self.stride == 0)
 
     def tiles(self, mask: AttentionMask) -> Iterator[Tile]:
-        near = Band(self.window_size, self.window_size - 1)
-        length = -(-mask.kv_length // self.stride)
-        far = Band(length, length, self.stride)
+        near, far = self._bands(mask)
         yield from near.tiles(mask)
         yield from far.tiles(mask, but=near)
+
+    def tables(self, mask: AttentionMask) -> Sequence[Tables]:
+        near, far = self._bands(mask)
+        return [*near.tables(mask), *far.tables(mask, but=near)]
+
+    def _bands(self, mask: AttentionMask) -> tuple[Band, Band]:
+        length = -(-mask.kv_length // self.stride)
+        return Band(self.window_size, self.window_size - 1), Band(length, length, self.stride)
 
 
 @dataclass(frozen=True)
@@ -72,6 +82,19 @@ class Fixed:
                 yield dataclasses.replace(known[same_shape], queries=queries, keys=(keys,), extra=beside, hidden=hidden)
             else:
                 yield make_tile(mask, self.sees, queries, (keys,), extra)
+
+    def tables(self, mask: AttentionMask) -> Sequence[Tables]:
+        near, index = self._near(), torch.arange(mask.kv_length, device=mask.device).unsqueeze(0)
+        # No row has more, however it is cut into segments; but its first block may lack its beginning.
+        bound = mask.kv_length * self.summary // self.block_size + self.summary
+        summaries = where_true(self._sums_up(mask, index), bound).unsqueeze(1)
+        begin = torch.arange(0, mask.q_length, SUMMED_ROWS, device=mask.device).view(1, -1, 1)
+        queries = begin + counted(min(SUMMED_ROWS, mask.q_length), mask.device)
+
+        def sees(mask, q_index, k_index):
+            return self._sums_up(mask, k_index) & ~near.sees(mask, q_index, k_index)
+
+        return [*near.tables(mask), tables_of(mask, sees, queries, summaries)]
 
     def _near(self) -> BlockBand:
         return BlockBand(self.block_size, self.look_backward, self.look_backward)
