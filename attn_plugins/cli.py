@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import os
 import re
@@ -129,6 +128,7 @@ def attention_flag(attn: str) -> Any:
 def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, everything included.")] = False) -> None:
     """List the attentions: name, what each supports, its cost and its paper, family by family."""
     if as_json:
+        from attn_plugins.benchmark.described_attention import facts
         from attn_plugins.core.registry import get_attention, list_attentions
 
         print(json.dumps([facts(get_attention(name)) for name in list_attentions()], indent=2))
@@ -165,15 +165,24 @@ def brief_paper(paper: str) -> str:
 def describe(
     what: Annotated[str, typer.Argument(help="An attention's name, or a model: a folder, a name on the hub.")],
     attn: Attn = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Of an attention: what computes it on cpu or cuda, and how fast.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe an attention, or which attention serves each module of a model (with --attn: would serve)."""
+    from attn_plugins.benchmark.described_attention import print_attention, print_standings
     from attn_plugins.core.registry import get_attention, list_attentions
 
     if what in list_attentions() and attn is None:
-        _print_attention(facts(get_attention(what)), as_json)
+        if device is None:
+            print_attention(get_attention(what), as_json)
+        else:
+            print_standings(what, device, as_json)
         return
     with one_line_errors():
+        if device is not None:
+            raise ValueError(f"--device goes with the name of an attention, got {what!r}")
         near = did_you_mean(what, list_attentions())
         looks_like_model = Path(what).expanduser().exists() or "/" in what or what == "smollm2-135m-demo"
         if not looks_like_model and near and attn is None:
@@ -188,6 +197,28 @@ def describe(
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
     else:
         print(rows)
+
+
+@app.command()
+def check(
+    attentions: Annotated[list[str] | None, typer.Argument(help="Names of attentions; without any, all.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cuda, or another that torch knows beside the CPU.")] = "cuda",
+) -> None:
+    """Run every backend on this machine's device against the dense form, time it, and let auto take what passed.
+
+    What passed, and how fast it was, is remembered for this device, driver and versions in $ATTN_PLUGINS_CACHE, else
+    ~/.cache/attn-plugins. Exit status 1 if a backend failed.
+    """
+    from attn_plugins.benchmark.check import check as run_check
+    from attn_plugins.core.registry import get_attention
+
+    with one_line_errors():
+        names = None if not attentions else [get_attention(name).name for name in attentions]
+        file, results = run_check(device, names)
+    failed = [one for one in results if not one["passed"]]
+    print(f"{len(results) - len(failed)} of {len(results)} passed; remembered in {file}")
+    if failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -390,56 +421,6 @@ def _spread() -> None:
     status = spread(sys.argv[1:])
     if status is not None:
         raise typer.Exit(status)
-
-
-def facts(attention: Any) -> dict[str, Any]:
-    """What there is to know of an attention, as JSON holds it."""
-    from attn_plugins.core.capabilities import capabilities
-    from attn_plugins.core.options import describe_options
-
-    file, line = inspect.getsourcefile(attention), inspect.getsourcelines(attention)[1]
-    doc = inspect.getdoc(attention) or ""
-    return {
-        "name": attention.name,
-        "family": attention.family,
-        "summary": " ".join(doc.partition("\n\n")[0].split()),
-        "cost": attention.cost,
-        "keeps": attention.keeps if attention.causal else None,
-        "capabilities": capabilities(attention),
-        "paper": attention.paper,
-        "options": [dataclasses.asdict(option) for option in describe_options(attention.Config)],
-        "doc": doc,
-        "source": f"{file}:{line}",
-    }
-
-
-def _print_attention(known: dict[str, Any], as_json: bool) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    if as_json:
-        print(json.dumps(known, indent=2))
-        return
-    console = Console(highlight=False)
-    paragraphs = known["doc"].split("\n\n")  # lines are wrapped for the source; a terminal wraps them anew
-    doc = "\n\n".join(text if "\n " in text or "\n-" in text else " ".join(text.split()) for text in paragraphs)
-    console.print(f"[bold]{known['name']}[/bold] ({known['family']}), cost of a head {escape(known['cost'])}\n")
-    console.print(doc + "\n", markup=False)
-    console.print(f"supports: {', '.join(known['capabilities'])}", markup=False)
-    if known["keeps"]:
-        console.print(f"keeps:    {known['keeps']} (when text is generated, a key/value head)", markup=False)
-    console.print(f"paper:    {known['paper']}", markup=False)
-    console.print(f"source:   {known['source']}\n", markup=False, soft_wrap=True)
-    if not known["options"]:
-        console.print("no options")
-        return
-    table = Table(title="options", title_justify="left")
-    for column in ("name", "type", "default", "what it does"):
-        table.add_column(column)
-    for option in known["options"]:
-        table.add_row(*(escape(option[name]) for name in ("name", "type", "default", "doc")))
-    console.print(table)
 
 
 def _print_figures(title: str, stages: dict[str, dict[str, Any]]) -> None:

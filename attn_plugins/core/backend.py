@@ -135,3 +135,10 @@ def fastest(attention: Any, *tensors: torch.Tensor, **options: Any) -> Backend |
         if why_not(backend, attention, *tensors, **options) is None:
             return backend
     return None
+
+
+def usual(attention: str, device: torch.device) -> str:
+    """Name of what ``auto`` tries first for an attention on a device."""
+    if device.type == "cpu":
+        return "torch"
+    return next(iter(checked_backends(attention, device.type, device.index or 0)), "batched")

@@ -1,7 +1,7 @@
 """Which backends were seen to be right on which device, and how fast they were: what ``auto`` goes by.
 
-A record is of one device and the versions that its kernels depend on. The package brings those of devices that it was
-developed on; ``attn-plugins check`` writes the user's own, which come first. A backend that no record names for an
+A record is of one device and the versions that its kernels depend on. The package may bring those of devices that it
+was run on; ``attn-plugins check`` writes the user's own, which come first. A backend that no record names for an
 attention is left alone by ``auto``.
 """
 

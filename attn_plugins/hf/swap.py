@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from attn_plugins.core.attention import Attention
+from attn_plugins.core.backend import usual
 from attn_plugins.core.rules import Flag, parse_rules
 from attn_plugins.hf.attach import attach, reset, restore, watch_calls
 from attn_plugins.hf.checkpoints import configs, live
@@ -31,7 +34,7 @@ class AttentionRow:
     plugin: str | None
     """Name of the attention in the slot, or None where the model's own serves."""
     implementation: str | None
-    """Backend of the attention in the slot, or the model's own implementation."""
+    """Form or backend of the attention in the slot, of ``auto`` what it tries first; or the model's own."""
     options: dict[str, Any]
     new_params: int
     """Number of parameters that the slot adds to the model."""
@@ -117,12 +120,20 @@ def describe_attention(model: nn.Module) -> AttentionRows:
                 role=target.role,
                 reached=discovery.reached(module) or "",
                 plugin=None if slot is None else slot.name,
-                implementation=own if slot is None else slot.chosen(),
+                implementation=own if slot is None else _form_of(slot, module),
                 options={} if slot is None else dataclasses.asdict(slot.config),
                 new_params=0 if slot is None else sum(p.numel() for p in slot.parameters()),
             )
         )
     return rows
+
+
+def _form_of(slot: Attention, module: nn.Module) -> str:
+    """The form or backend that a rule asked for, or that ``auto`` tries first where the module is."""
+    if slot.backend != "auto":
+        return slot.backend
+    weight = next(module.parameters(), None)
+    return usual(slot.name, torch.device("cpu") if weight is None or weight.is_meta else weight.device)
 
 
 def attach_from_config(model: PreTrainedModel) -> None:
