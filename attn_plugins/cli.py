@@ -341,6 +341,14 @@ def bench(
     launches: Annotated[
         bool, typer.Option("--launches", help="Counts instead: operations and syncs of a layer, by length; no clock.")
     ] = False,
+    roofline: Annotated[
+        str | None,
+        typer.Option("--roofline", metavar="GPU", help="Paper instead: least time on a100, h100, h200, b200, or all."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="With --roofline or --decode: whose heads, or what generates.")
+    ] = None,
+    length: Annotated[list[int] | None, typer.Option("--length", help="Tokens of one text. Repeatable.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure cells again that have a result already.")] = False,
     assignments: Settings = None,
 ) -> None:
@@ -348,15 +356,17 @@ def bench(
 
     With --decode: a whole model that generates with a long context in its cache, against the dense model.
     With --launches: how many operations a layer starts on a GPU, counted without one.
+    With --roofline: what a GPU's published rates allow at best, and from which length that beats flash attention.
     A killed run goes on where it was. Exit status 1 if a cell failed.
     """
     found: Any
     with one_line_errors():
-        tree = settings(config, {"output_dir": output_dir, "device": device}, assignments)
+        flags = {"output_dir": output_dir, "device": device, "model": model}
+        tree = settings(config, flags | {"contexts" if decode else "lengths": length or None}, assignments)
         if attn:
             tree["attentions"] = {text: parse_yaml(text) for text in attn}
-    if launches:
-        _count_launches(tree)
+    if launches or roofline is not None:
+        _on_paper(tree, roofline)
         return
     with one_line_errors():
         if decode:
@@ -394,13 +404,26 @@ def bench(
         raise typer.Exit(1)
 
 
-def _count_launches(tree: dict[str, Any]) -> None:
-    from attn_plugins.benchmark.launches import LaunchesConfig, run_launches, write_launches
-
+def _on_paper(tree: dict[str, Any], roofline: str | None) -> None:
+    """Launches, or what published rates of a GPU allow: nothing is timed."""
     with one_line_errors():
-        parsed = build(LaunchesConfig, tree)
-        check_folder(parsed.output_dir)
-    _show(*write_launches(parsed, run_launches(parsed)))
+        if roofline is None:
+            from attn_plugins.benchmark.launches import LaunchesConfig, run_launches, write_launches
+
+            counted = build(LaunchesConfig, tree)
+            check_folder(counted.output_dir)
+        else:
+            from attn_plugins.benchmark.roofline import DEVICES, RooflineConfig, costs, heads_of
+            from attn_plugins.benchmark.roofline_report import write_roofline
+
+            tree["devices"] = list(DEVICES) if roofline == "all" else roofline.split(",")
+            paper = build(RooflineConfig, tree)
+            check_folder(paper.output_dir)
+            heads, layers = heads_of(paper)
+    if roofline is None:
+        _show(*write_launches(counted, run_launches(counted)))
+    else:
+        _show(*write_roofline(paper, heads, layers, costs(paper, heads)))
 
 
 def _show(tables: list[Any], files: list[Path]) -> None:

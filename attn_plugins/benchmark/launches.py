@@ -168,7 +168,7 @@ def count_layer(
         torch.manual_seed(0)
         module = rule.attention(rule.config, heads, backend=rule.backend)
         length = served(module, length)
-        call = _Call(module, length, packed_length, batch_size)
+        call = LaunchCall(module, length, packed_length, batch_size)
         first, again, forward = call.both(), call.both(), call.forward()
     return LayerCounts(
         length=length,
@@ -188,7 +188,7 @@ def served(module: Attention, length: int) -> int:
     for longer in range(length, length + LONGEST_GAP):
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-                _Call(module, longer, 0, 1).forward()
+                LaunchCall(module, longer).forward()
         except ValueError as error:
             reason = error
         except DataDependentOutputException:  # it has taken the length, and asks for values that are not there
@@ -198,15 +198,22 @@ def served(module: Attention, length: int) -> int:
     raise reason
 
 
-class _Call:
+class LaunchCall:
     """Calls of an attention with one mask, as the layers of a model make them."""
 
-    def __init__(self, module: Attention, length: int, packed_length: int, batch_size: int):
+    def __init__(
+        self,
+        module: Attention,
+        length: int,
+        packed_length: int = 0,
+        batch_size: int = 1,
+        dtype: torch.dtype = torch.float32,
+    ):
         heads = module.heads
         assert heads is not None
         self.module = module
         self.tensors = [
-            torch.randn(batch_size, length, number, size).transpose(1, 2).requires_grad_()
+            torch.randn(batch_size, length, number, size, dtype=dtype).transpose(1, 2).requires_grad_()
             for number, size in (
                 (heads.num_heads, heads.head_dim),
                 (heads.num_key_value_heads, heads.head_dim),
@@ -215,7 +222,8 @@ class _Call:
         ]
         self.hidden = {}
         if module.wants_hidden:
-            self.hidden = {"hidden": torch.randn(batch_size, length, heads.hidden_size or 1, requires_grad=True)}
+            size = heads.known_hidden_size(module.name)
+            self.hidden = {"hidden": torch.randn(batch_size, length, size, dtype=dtype, requires_grad=True)}
         segments_BK = (torch.arange(length) // packed_length).expand(batch_size, -1) if packed_length else None
         self.mask = AttentionMask(batch_size, length, length, causal=module.causal, segments_BK=segments_BK)
         self.scale = heads.head_dim**-0.5

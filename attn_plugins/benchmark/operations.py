@@ -130,11 +130,21 @@ def _launch(func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) -
     if name in GATHERS and read:
         read[0] = min(read[0], written)
     flops = 0
-    if func.overloadpacket in flop_registry:
+    if "scaled_dot_product" in name:
+        flops = _attention_flops(func, args, kwargs)
+    elif func.overloadpacket in flop_registry:
         flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=out)
     elif name == "linalg_solve_triangular":
         flops = given[1].numel() * given[0].shape[-1]
     return Launch(name, flops, sum(read) + written, given[0].dtype if flops else None)
+
+
+def _attention_flops(func: Any, args: Any, kwargs: dict[str, Any]) -> int:
+    """Of a fused attention: two products forward, five backward, over half of the pairs where it is causal."""
+    given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+    q, k, v = (given[name] for name in ("query", "key", "value"))
+    products = 5 * max(q.shape[-1], v.shape[-1]) if "backward" in func._schema.name else q.shape[-1] + v.shape[-1]
+    return 2 * q[..., 0].numel() * k.shape[-2] * products // (2 if given.get("is_causal") else 1)
 
 
 def _bytes(x: torch.Tensor) -> int:
