@@ -3,9 +3,11 @@ from typing import ClassVar
 
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.blocks.batched import batched_block_attention
 from attn_plugins.ops.blocks.gather import block_attention, block_layout, choose_blocks, chosen_keys
 from attn_plugins.ops.decode.block_cache import KeyBlocks, attention_from_blocks, choose_by_means, chosen_attention
 from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.sizes import scores_at_once
 
 
 @register_attention("block_topk")
@@ -56,11 +58,17 @@ class BlockTopkAttention(Attention):
         chosen = choose_blocks(q_BHQD, k_BGKD, block_layout(mask, block_size), self.config.topk)
         return block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=block_size, **options)
 
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        block_size, at_once = self.config.block_size, scores_at_once(q_BHQD.device)
+        chosen = choose_blocks(q_BHQD, k_BGKD, block_layout(mask, block_size), self.config.topk, at_once=at_once)
+        return batched_block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=block_size, **options)
+
     def new_state(self, fixed_length=None):
         return KeyBlocks(self.config.block_size, fixed_length=fixed_length)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, **options):
-        return attention_from_blocks(q_BHQD, k_BGKD, v_BGKV, mask, state, self.attend, self._attend_few, **options)
+        attend = self.attend if self.chosen(q_BHQD) == "torch" else self.attend_batched
+        return attention_from_blocks(q_BHQD, k_BGKD, v_BGKV, mask, state, attend, self._attend_few, **options)
 
     def _attend_few(self, q_BHQD, position_Q, state, **options):
         chosen_BHQT = choose_by_means(q_BHQD, position_Q, state, self.config.topk)

@@ -5,12 +5,12 @@ from cases import every_case, inputs, rounds
 
 
 @every_case()
-@rounds("form", ["torch", "reference", "state"])
+@rounds("form", ["torch", "batched", "reference", "state"])
 @rounds("name", ["q", "k", "v"])
 def test_inputs_that_are_not_numbers_give_no_numbers(case, form, name):
     if name != "v" and case.cls.family == "dense" and form != "reference":
         return  # torch's fused attention turns them into zeros by itself
-    module = case.module(backend="reference" if form == "reference" else "torch", dtype=torch.float32)
+    module = case.module(backend="torch" if form == "state" else form, dtype=torch.float32)
     given = inputs(2, 9).to(torch.float32)
     getattr(given, name)[0] = torch.nan
     state = None

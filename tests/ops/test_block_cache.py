@@ -75,6 +75,14 @@ def test_any_split_equals_one_pass(case, seed, padded):
 
 
 @EVERY
+def test_many_queries_are_attended_from_in_the_form_of_the_device(case, monkeypatch):
+    text = Text(case)
+    text.module.backend = "batched"
+    monkeypatch.setattr(case.cls, "attend", None)
+    text.go_on(text.module.new_state(), [11, 1, 17, 12])
+
+
+@EVERY
 def test_padding_between_turns_counts_as_in_one_pass(case):
     padding = left_padding([LENGTH, LENGTH - 6], LENGTH)
     padding[0, 13:19] = padding[1, 30:37] = False

@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.core.tracing import recorded
+from attn_plugins.core.tracing import readable
 from attn_plugins.ops.reference import accumulation_dtype, outside_autocast
 
 LARGEST_TILE = 128
@@ -42,6 +42,16 @@ class BlockLayout:
     position_Q: torch.Tensor
     """(Q,): the queries' places among the keys."""
     causal: bool
+    before_queries: int
+    """Keys before the first query."""
+    packed: bool
+
+    def past(self, queries: int) -> int:
+        """The most blocks that are before those of all of the first ``queries`` queries, however rows begin."""
+        number, block_size = self.keys_BNC.shape[1:]
+        if self.packed:
+            return number
+        return min(number, -(-(self.before_queries + queries - 1) // block_size))
 
 
 def block_layout(mask: AttentionMask, block_size: int) -> BlockLayout:
@@ -54,10 +64,10 @@ def block_layout(mask: AttentionMask, block_size: int) -> BlockLayout:
         begins = (index - starts_BK) % block_size == 0
         begins[:, 0] = True
         block_BK = begins.long().cumsum(dim=1) - 1
-        # The most that there can be, where it is not known: a segment a key, or one block before a row's first key.
-        number = mask.kv_length if mask.segments_BK is not None else -(-mask.kv_length // block_size) + 1
-        if not recorded(block_BK):
-            number = int(block_BK[:, -1].max()) + 1
+        # The most that there can be: one more where the first is cut, before a row's first key, and a segment a key.
+        number = -(-mask.kv_length // block_size) + int(mask.row_starts)
+        if mask.segments_BK is not None:
+            number = int(block_BK[:, -1].max()) + 1 if readable(block_BK) else mask.kv_length
         # Blocks that a row does not have begin behind its last key.
         first_BN = torch.full((mask.batch_size, number), mask.kv_length, device=mask.device)
         first_BN = first_BN.scatter_reduce(1, block_BK, index.expand_as(block_BK), "amin")
@@ -70,7 +80,8 @@ def block_layout(mask: AttentionMask, block_size: int) -> BlockLayout:
         if mask.padding_BK is not None:
             not_padding_BNC = not_padding_BNC & mask.padding_BK.expand(mask.batch_size, -1)[rows, inside]
         start_BN = starts_BK.gather(1, first_BN.clamp(max=mask.kv_length - 1))
-        return BlockLayout(block_BK, keys_BNC, not_padding_BNC, start_BN, positions(mask), mask.causal)
+        before, packed = mask.q_offset - mask.kv_offset, mask.segments_BK is not None
+        return BlockLayout(block_BK, keys_BNC, not_padding_BNC, start_BN, positions(mask), mask.causal, before, packed)
 
     return mask.cached(("blocks", block_size), build)
 
@@ -81,11 +92,21 @@ def positions(mask: AttentionMask) -> torch.Tensor:
 
 
 @torch.no_grad()
-def choose_blocks(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, blocks: BlockLayout, topk: int) -> torch.Tensor:
+def choose_blocks(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    blocks: BlockLayout,
+    topk: int,
+    *,
+    at_once: int = SCORES_AT_ONCE,
+) -> torch.Tensor:
     """The blocks that each query of each head attends to.
 
     Its own block is always the first; the others are those of the same row or segment, complete and past where
     attention is causal, with the highest ``q . mean of the block's real keys``.
+
+    Args:
+        at_once: scores of queries with blocks that are worked on at a time.
 
     Returns:
         (B, H, Q, at most topk) block numbers, -1 where there are fewer to choose from.
@@ -112,12 +133,12 @@ def choose_blocks(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, blocks: BlockLayou
     keys = keys.masked_fill_(~blocks.not_padding_BNC[:, None, ..., None], 0.0)  # padding may hold anything
     means_BGND = keys.sum(dim=3) / count.clamp(min=1).unsqueeze(-1)
     # A few queries at a time: the comparison of all queries with all blocks is the one thing here that is quadratic.
-    step = max(1, SCORES_AT_ONCE // (batch * heads * number))
+    step = max(1, at_once // (batch * heads * number))
     for low in range(0, queries, step):
         at = slice(low, low + step)
         own, start = own_BQ[:, at, None], start_BQ[:, at, None]
         # Where causal, the last query's own block and what follows it are no candidates.
-        block = torch.arange(int(own.max()) if blocks.causal and not recorded(own) else number, device=q_BHQD.device)
+        block = torch.arange(blocks.past(min(low + step, queries)) if blocks.causal else number, device=q_BHQD.device)
         if not len(block):
             continue
         candidate = (block < own) if blocks.causal else (block != own)
