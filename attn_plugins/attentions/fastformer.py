@@ -8,6 +8,9 @@ from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.additive.fastformer import FastformerWeights, dense_fastformer, fastformer, fastformer_from
 from attn_plugins.ops.decode.running_sums import Sums
 
+LEAST_CHUNK = 128
+"""Of the batched form: prefixes of up to 16k tokens are pooled in two rounds."""
+
 
 @register_attention("fastformer")
 class FastformerAttention(Attention):
@@ -42,7 +45,8 @@ class FastformerAttention(Attention):
     @dataclass(frozen=True, kw_only=True)
     class Config(AttentionConfig):
         chunk_size: int = 16
-        """Tokens that causal attention pools outright; changes the speed and not the result."""
+        """Tokens that causal attention pools outright, not fewer than 128 on devices other than CPUs; changes the speed
+        and not the result."""
 
         def __post_init__(self):
             super().__post_init__()
@@ -72,9 +76,12 @@ class FastformerAttention(Attention):
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         return dense_fastformer(q_BHQD, k_BGKD, v_BGKV, mask, weights=self._weights(), scale=scale)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        chunk_size = self.config.chunk_size
-        return fastformer(q_BHQD, k_BGKD, v_BGKV, mask, weights=self._weights(), scale=scale, chunk_size=chunk_size)
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, least_chunk=0):
+        options = {"scale": scale, "chunk_size": max(self.config.chunk_size, least_chunk)}
+        return fastformer(q_BHQD, k_BGKD, v_BGKV, mask, weights=self._weights(), **options)
+
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, **options):
+        return self.attend(q_BHQD, k_BGKD, v_BGKV, **options, least_chunk=LEAST_CHUNK)
 
     def new_state(self, fixed_length=None):
         return Sums(fixed_length)

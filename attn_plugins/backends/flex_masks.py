@@ -1,6 +1,7 @@
 """A pattern and a mask in FlexAttention's terms: a function of one pair of indices, and the blocks that it concerns."""
 
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,20 +22,22 @@ class MaskOfPair(AttentionMask):
     comes of it is the same for every mask of the same kind.
     """
 
-    def __init__(self, tables: dict[str, Any], made: dict[Hashable, Any], row: Any, head: Any):
-        super().__init__(0, 0, 0, **tables["fields"])
-        self.tables, self.made, self.row, self.head = tables, made, row, head
+    def __init__(self, tables: "_Tables", row: Any, head: Any):
+        numbers: dict[str, Any] = {name: table[row * 0] for name, table in tables.numbers.items()}
+        q_offset, kv_offset = numbers.get("q_offset", 0), numbers.get("kv_offset", 0)
+        super().__init__(0, 0, 0, **tables.fields, q_offset=q_offset, kv_offset=kv_offset)
+        self.tables, self.row, self.head, self.number_before = tables, row, head, numbers.get("keys_before", 0)
 
     @property
     def keys_before(self) -> Any:
-        return self.tables["keys_before"]
+        return self.number_before
 
     @property
     def row_starts(self) -> Any:
-        return self.tables["row_starts"]
+        return self.tables.row_starts
 
     def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
-        return self.made[key]
+        return self.tables.made[key]
 
     def look_up(self, table: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
         places = (self.row if table.shape[0] > 1 else self.row * 0, *index)
@@ -45,6 +48,17 @@ class MaskOfPair(AttentionMask):
         return self.rule(self.row, self.head, q_position, k_position)
 
 
+@dataclass(frozen=True, eq=False)
+class _Tables:
+    """What :class:`MaskOfPair` needs of another mask."""
+
+    fields: dict[str, Any]
+    numbers: dict[str, torch.Tensor]
+    """Those of its numbers that are not 0, each (1,): as tensors, which code does not depend on."""
+    row_starts: bool
+    made: dict[Hashable, Any]
+
+
 def flex_mask(mask: AttentionMask, pattern: Pattern) -> BlockMask:
     """What mask and pattern show, made once a forward pass for all layers."""
     return mask.cached((pattern, "flex"), lambda: _flex_mask(mask, pattern))
@@ -53,25 +67,19 @@ def flex_mask(mask: AttentionMask, pattern: Pattern) -> BlockMask:
 def _flex_mask(mask: AttentionMask, pattern: Pattern) -> BlockMask:
     of_blocks = MaskOfBlocks(mask)
     seen = visible_blocks(of_blocks, pattern, BLOCK)
-    tables = {
-        "fields": {
-            "causal": mask.causal,
-            "plain": mask.plain,
-            "padding_BK": _contiguous(mask.padding_BK),
-            "segments_BK": _contiguous(mask.segments_BK),
-            "dense_BQK": _contiguous(mask.dense_BQK),
-            "rule": mask.rule,
-            "q_offset": _number(mask.q_offset - mask.kv_offset if mask.plain else mask.q_offset, mask.device),
-            "kv_offset": 0 if mask.plain else _number(mask.kv_offset, mask.device),
-            "device": mask.device,
-        },
-        "keys_before": _number(mask.keys_before, mask.device),
-        "row_starts": mask.row_starts,
-    }
-    made = {key: _contiguous(table) for key, table in of_blocks.made.items()}
+    held = {name: _contiguous(getattr(mask, name)) for name in ("padding_BK", "segments_BK", "dense_BQK")}
+    numbers = {"q_offset": mask.q_offset - mask.kv_offset, "kv_offset": 0, "keys_before": mask.keys_before}
+    if not mask.plain:  # a rule goes by absolute positions
+        numbers |= {"q_offset": mask.q_offset, "kv_offset": mask.kv_offset}
+    tables = _Tables(
+        {"causal": mask.causal, "plain": mask.plain, "rule": mask.rule, "device": mask.device, **held},
+        {name: _number(value, mask.device) for name, value in numbers.items() if torch.is_tensor(value) or value},
+        mask.row_starts,
+        {key: _contiguous(table) for key, table in of_blocks.made.items()},
+    )
 
     def mask_mod(row: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        pair = MaskOfPair(tables, made, row, head)
+        pair = MaskOfPair(tables, row, head)
         return pair.shows(q, k) & pattern.sees(pair, q, k)
 
     return _block_mask(seen, mask_mod, (mask.q_length, mask.kv_length))
@@ -104,12 +112,7 @@ def _contiguous(table: Any) -> Any:
     return (table.to(torch.int32) if table.dtype == torch.int64 else table).contiguous()
 
 
-def _number(value: Any, device: torch.device) -> Any:
-    """A number as a tensor, which code does not depend on, unless it is 0."""
-    if isinstance(value, int) and value == 0:
-        return 0
-    return (
-        torch.as_tensor(value, dtype=torch.int32)
-        if torch.is_tensor(value)
-        else torch.full((), value, dtype=torch.int32, device=device)
-    )
+def _number(value: Any, device: torch.device) -> torch.Tensor:
+    if torch.is_tensor(value):
+        return value.to(torch.int32).reshape(1)
+    return torch.full((1,), value, dtype=torch.int32, device=device)

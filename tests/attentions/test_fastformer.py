@@ -118,6 +118,13 @@ def test_pool_of_segments_equals_the_pool_of_each():
     assert (running_max[:, :, :5] == MASKED_SCORE).all()
 
 
+def test_bidirectional_segments_have_any_number_and_may_be_in_pieces():
+    (q, k, v), module = tensors(2, 37, 37), attention()
+    segments = torch.tensor([10**12, -3, 7])[torch.randint(3, (2, 37), generator=torch.Generator().manual_seed(0))]
+    options = {"mask": AttentionMask(2, 37, 37, causal=False, segments_BK=segments), "scale": 0.3, "dropout": 0.0}
+    torch.testing.assert_close(module.attend(q, k, v, **options), module.reference(q, k, v, **options)[0])
+
+
 def test_room_for_keys_to_come_is_not_read():
     module, (q, k, v) = attention(chunk_size=4), tensors(1, 20, 64)
     padding = torch.arange(64).unsqueeze(0) >= 2

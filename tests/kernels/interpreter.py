@@ -6,11 +6,10 @@ rounding of its matrix units, and programs that get in each other's way are not 
 
 import ast
 import os
-import warnings
 
 
 def prepare():
-    """Import triton and make up for what its interpreter (3.6) lacks, once a process.
+    """Make up for what Triton's interpreter (3.6) lacks, once a process, before any kernel is defined.
 
     - An autotuner would measure on a GPU: each takes the first of its configurations.
     - The index of a loop over ``range`` is an int there, a tensor where it is compiled: kernels call its methods.
@@ -20,9 +19,6 @@ def prepare():
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("TRITON_INTERPRET=1 has to be set before Triton is imported, as make test-kernels does")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Triton is not supported on current platform")
-        import fla  # noqa: F401, which looks for a GPU when it is imported
     from triton.runtime import autotuner, interpreter
 
     if getattr(autotuner.Autotuner, "takes_the_first", False):

@@ -67,7 +67,7 @@ def fastformer(
 ) -> torch.Tensor:
     """The same in O(K D) time, causal in O(K chunk_size D), and linear memory: out_BHQV in the dtype of v."""
     q, k, v, weights, mask = _prepare(q_BHQD, k_BGKD, v_BGKV, weights, mask)
-    segments_BK = contiguous_segments(mask) if mask.causal else mask.segments_BK
+    segments_BK = contiguous_segments(mask) if mask.causal else _numbered_segments(mask)
 
     def average(logits_BHT, x_BHTD):
         if mask.padding_BK is not None:
@@ -217,18 +217,34 @@ def _finish(q_BHQD, global_key, v_BHQV, seen, weights: FastformerWeights) -> tor
     return torch.where(seen, out_BHQV, 0.0)
 
 
+def _numbered_segments(mask: AttentionMask) -> torch.Tensor | None:
+    """The mask's segments as numbers from 0 on in each row, by no more than sorting them."""
+    segments_BK = mask.segments_BK
+    if segments_BK is None:
+        return None
+
+    def number() -> torch.Tensor:
+        ordered_BK, order_BK = segments_BK.sort(dim=1)
+        number_BK = pad((ordered_BK[:, 1:] != ordered_BK[:, :-1]).long().cumsum(1), (1, 0))
+        return torch.zeros_like(number_BK).scatter(1, order_BK, number_BK)
+
+    return mask.cached("numbered segments", number)
+
+
 def pool(
     logits_BHT: torch.Tensor, x_BHTD: torch.Tensor, segments_BT: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax average of all x, or for each token of those in its own segment; logits MASKED_SCORE are left out.
+
+    Args:
+        segments_BT: numbers from 0 to T - 1.
 
     Returns:
         (pooled (B, H, 1 or T, D), largest logit pooled (B, H, 1 or T), MASKED_SCORE where nothing is visible).
     """
     if segments_BT is None:
         return logits_BHT.softmax(dim=-1).unsqueeze(2) @ x_BHTD, logits_BHT.amax(dim=-1, keepdim=True)
-    at_BT = torch.unique(segments_BT, return_inverse=True)[1]
-    at_BHT = at_BT.unsqueeze(1).expand_as(logits_BHT)
+    at_BHT = segments_BT.unsqueeze(1).expand_as(logits_BHT)
     top_BHT = (
         torch.full_like(logits_BHT, MASKED_SCORE)
         .scatter_reduce(2, at_BHT, logits_BHT.detach(), "amax")

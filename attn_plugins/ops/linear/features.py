@@ -40,6 +40,8 @@ class FeatureMap(NamedTuple):
     """F of E."""
     exponential: bool = False
     """phi is exp, taken of differences from a running maximum, which keeps it finite: see :func:`exp_minus_max`."""
+    signed: bool = False
+    """Features may be negative: what is left of their products may be little, and wants features in float32."""
 
 
 def _same(size: int) -> int:
@@ -126,7 +128,7 @@ FEATURE_MAPS = {
     "relu": FeatureMap(relu, relu, _relu_gradient, _same),
     "relu2": FeatureMap(_relu2, _relu2, _relu2_gradient, _same),
     "hedgehog": FeatureMap(_hedgehog, _hedgehog_fast, _hedgehog_gradient, lambda size: 2 * size),
-    "taylor": FeatureMap(_taylor, _taylor, _taylor_gradient, _taylor_size),
+    "taylor": FeatureMap(_taylor, _taylor, _taylor_gradient, _taylor_size, signed=True),
     "exp": FeatureMap(torch.exp, torch.exp, torch.mul, _same, exponential=True),
     "identity": FeatureMap(_identity, _identity, _identity_gradient, _same),
 }

@@ -1,0 +1,154 @@
+"""Compiles the kernels that a call would launch on a GPU that is not there, and says what shared memory they take.
+
+    python tests/kernels/compiled.py ARCHITECTURE ATTENTION ...
+
+Runs the backend fla on CPU tensors, forward and backward, with a driver that answers as such a GPU would; each kernel
+is compiled instead of launched, in the first of its configurations that fits. Prints JSON, a row a kernel.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import warnings
+from unittest import mock
+
+import torch
+
+SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
+"""Bytes that a block may have, by compute capability (A100, H100 and H200, B200)."""
+HEADS, HEAD_DIM, LENGTH = 16, 64, 4096
+
+
+def pretend(architecture):
+    """Answer for a GPU of this compute capability, before a library asks."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    there = mock.MagicMock()
+    there.get_current_target.return_value = GPUTarget("cuda", architecture, 32)
+    there.utils.get_device_properties.return_value = {"max_shared_mem": SHARED_MEMORY[architecture]}
+    driver.set_active(there)
+    answers = {
+        "get_device_name": {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}[architecture],
+        "get_device_capability": (architecture // 10, architecture % 10),
+        "device_count": 1,
+        "current_device": 0,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+
+
+class Launches:
+    """The kernels that are launched in its context, which do not run: their functions, arguments and configurations."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def __enter__(self):
+        from triton.runtime.autotuner import Autotuner
+        from triton.runtime.jit import JITFunction
+
+        seen, choices = self.seen, [{}]
+
+        def choose(tuner, *args, **options):
+            tuner.nargs = dict(zip(tuner.arg_names, args, strict=False))
+            choices[:] = [one.all_kwargs() for one in tuner.prune_configs(options)]
+            tuner.fn.run(*args, **options, **choices[0])
+            choices[:] = [{}]
+
+        def note(fn, *args, grid, warmup, **options):
+            bound = {**dict(zip(fn.arg_names, args, strict=False)), **options}
+            key = (fn.fn.__name__, tuple(_kind(bound.get(one.name), one) for one in fn.params))
+            seen.setdefault(key, (fn, bound, list(choices)))
+
+        self.patches = contextlib.ExitStack()
+        self.patches.enter_context(mock.patch.object(Autotuner, "run", choose))
+        self.patches.enter_context(mock.patch.object(JITFunction, "run", note))
+        return self
+
+    def __exit__(self, *error):
+        self.patches.close()
+
+
+def _kind(value, parameter):
+    """("constant", value), or (type, whether it is a multiple of 16), as the launcher specialises arguments."""
+    if parameter.is_constexpr or value is None:
+        return "constant", value
+    if isinstance(value, torch.Tensor):
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        names |= {torch.int64: "i64", torch.int32: "i32"}
+        return "*" + names[value.dtype], True
+    if isinstance(value, float):
+        return "fp32", False
+    if value == 1 and not parameter.do_not_specialize:
+        return "constant", 1
+    return "i32", value % 16 == 0 and not parameter.do_not_specialize
+
+
+def compiled(fn, bound, choices, architecture):
+    """(binary, configuration, number of configurations before it) of the first that fits into shared memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for number, choice in enumerate(choices):
+        given = {**bound, **choice}
+        kinds = {one.name: _kind(given.get(one.name), one) for one in fn.params}
+        constants = {name: value for name, (kind, value) in kinds.items() if kind == "constant"}
+        signature = {name: "constexpr" if kind == "constant" else kind for name, (kind, _) in kinds.items()}
+        divisible = {
+            (at,): [["tt.divisibility", 16]]
+            for at, (kind, multiple) in enumerate(kinds.values())
+            if kind != "constant" and multiple
+        }
+        options = {name: given[name] for name in ("num_warps", "num_stages") if name in given}
+        source = ASTSource(fn, signature=signature, constexprs=constants, attrs=divisible)
+        binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        if binary.metadata.shared <= SHARED_MEMORY[architecture]:
+            return binary, choice, number
+    raise ValueError(f"{fn.fn.__name__}: none of its {len(choices)} configurations fits into shared memory")
+
+
+def table(architecture, attentions):
+    """Rows of kernels that forward and backward of these attentions launch in bfloat16, whole rows and packed."""
+    from attn_plugins.backends.fla import Fla
+    from attn_plugins.core.attention import HeadShape
+    from attn_plugins.core.mask import AttentionMask
+    from attn_plugins.core.rules import parse_rules
+
+    Fla.devices = ("cpu",)
+    heads = HeadShape(num_heads=HEADS, num_key_value_heads=HEADS, head_dim=HEAD_DIM, value_dim=HEAD_DIM)
+    rows = []
+    for name in attentions:
+        (rule,) = parse_rules(name)
+        module = rule.attention(rule.config, heads, backend="fla").to(torch.bfloat16)
+        segments = (torch.arange(LENGTH) >= LENGTH // 3).long().unsqueeze(0)
+        with Launches() as launches:
+            for packed in (None, segments):
+                mask = AttentionMask(1, LENGTH, LENGTH, causal=True, segments_BK=packed)
+                q, k, v = torch.zeros(3, 1, HEADS, LENGTH, HEAD_DIM, dtype=torch.bfloat16, requires_grad=True).unbind()
+                out, _ = module(q, k, v, mask=mask, scale=HEAD_DIM**-0.5)
+                out.backward(torch.zeros_like(out))
+        for (kernel, _), (fn, bound, choices) in launches.seen.items():
+            binary, choice, skipped = compiled(fn, bound, choices, architecture)
+            rows.append(
+                {
+                    "attention": name,
+                    "kernel": kernel,
+                    "packed": bound.get("cu_seqlens") is not None,
+                    "shared": binary.metadata.shared,
+                    "cubin": len(binary.asm["cubin"]),
+                    "configuration": {key: value for key, value in choice.items() if value is not None},
+                    "skipped": skipped,
+                    "of": len(choices),
+                }
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)
+    warnings.filterwarnings("ignore")
+    pretend(int(sys.argv[1]))
+    print(json.dumps(table(int(sys.argv[1]), sys.argv[2:])))
