@@ -87,7 +87,9 @@ def _attend(
     tables = (mask.padding_BK, mask.segments_BK, mask.dense_BQK)
     kind = (mask.causal, mask.row_starts, *(None if table is None else len(table) > 1 for table in tables))
     extras = (scale, softcap, None if position_bias is None else _varies(position_bias), sinks is None)
-    return compiled((pattern, kind, extras, q_BHQD.dtype, torch.is_grad_enabled()))(*inputs)
+    shapes = (q_BHQD.shape[1], q_BHQD.shape[3], *v_BGKV.shape[1::2], q_BHQD.dtype, q_BHQD.device)
+    learns = (torch.is_grad_enabled(), *(x is not None and x.requires_grad for x in (q_BHQD, position_bias, sinks)))
+    return compiled((pattern, kind, extras, shapes, learns))(*inputs)
 
 
 @functools.cache

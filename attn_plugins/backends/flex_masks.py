@@ -75,7 +75,7 @@ def _flex_mask(mask: AttentionMask, pattern: Pattern) -> BlockMask:
         {"causal": mask.causal, "plain": mask.plain, "rule": mask.rule, "device": mask.device, **held},
         {name: _number(value, mask.device) for name, value in numbers.items() if torch.is_tensor(value) or value},
         mask.row_starts,
-        {key: _contiguous(table) for key, table in of_blocks.made.items()},
+        {key: _contiguous(table) for key, table in of_blocks.made.items() if torch.is_tensor(table)},
     )
 
     def mask_mod(row: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -103,7 +103,7 @@ class InterpretedKernel:
 
     def __init__(self, name, source, run):
         self.metadata = {}
-        self.function = _defined(name, source, self.metadata, interpreted=True) if run else None
+        self.function = defined(name, source, self.metadata, interpreted=True) if run else None
 
     def run(self, *values, stream=None, **options):
         if self.function is None:
@@ -122,7 +122,7 @@ class InterpretedKernel:
         self.function[(*grid, 1, 1)[:3]](*values, **sizes)
 
 
-def _defined(name, source, metadata, interpreted):
+def defined(name, source, metadata, interpreted):
     """The function of a kernel's source, as ``triton.jit`` makes it; ``metadata`` gets what inductor says of it."""
     import torch._inductor.runtime.triton_heuristics as heuristics
 
@@ -134,6 +134,7 @@ def _defined(name, source, metadata, interpreted):
     if interpreted:  # which has no libdevice
         own = "@triton.jit\ndef _tanh(x):\n    return 2 * tl.sigmoid(2 * x) - 1\n\n@triton_heuristics"
         source = source.replace("libdevice.tanh(", "_tanh(").replace("@triton_heuristics", own, 1)
+        source = re.sub(r"libdevice\.(exp2|log2|exp|log|sqrt)\(", r"tl.\1(", source)
     with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:  # triton.jit reads the source there
         file.write(source)
     space = {"__name__": name, "__file__": file.name}
