@@ -9,12 +9,8 @@ from torch import nn
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.running_sums import Sums
+from attn_plugins.ops.linear import window
 from attn_plugins.ops.linear.features import LEARNED, prepare, reset_weights, weight_shapes, weights
-from attn_plugins.ops.linear.window import (
-    dense_linear_window,
-    linear_window_attention,
-    linear_window_attention_from,
-)
 
 
 @register_attention("linear_window")
@@ -94,25 +90,29 @@ class LinearWindowAttention(Attention):
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         prepared, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
-        return dense_linear_window(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
+        return window.dense_linear_window(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, batched=False):
         prepared, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
-        options["chunk_size"] = self.config.chunk_size
-        return linear_window_attention(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
+        options |= {"chunk_size": self.config.chunk_size, "batched": batched}
+        return window.linear_window_attention(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
+
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, **options):
+        return self.attend(q_BHQD, k_BGKD, v_BGKV, **options, batched=True)
 
     def new_state(self, fixed_length=None):
         return Sums(fixed_length, window_size=self.config.window_size)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
         tokens, prepare = (q_BHQD, k_BGKD, v_BGKV), functools.partial(self._prepare, mask=mask, scale=scale)
-        return linear_window_attention_from(*tokens, mask, state, prepare, chunk_size=self.config.chunk_size)
+        sizes = {"chunk_size": self.config.chunk_size, "batched": self.prefers_batched(q_BHQD)}
+        return window.linear_window_attention_from(*tokens, mask, state, prepare, **sizes)
 
     def _prepare(self, q_BHQD, k_BGKD, mask, scale):
         if self.branch not in ("both", *self.branches):
             raise ValueError(f"branch={self.branch!r}; allowed: 'both', {', '.join(map(repr, self.branches))}")
-        options = {"scale": scale, "eps": self.config.eps}
-        prepared = prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights(self), **options)
+        tokens, eps = (q_BHQD, k_BGKD, mask, weights(self)), self.config.eps
+        prepared = prepare(self.config.feature_map, *tokens, scale=scale, eps=eps)
         factor_H = torch.sigmoid(self.window_gate.to(torch.promote_types(self.window_gate.dtype, torch.float32)))
-        options = {"window_size": self.config.window_size, "factor_H": factor_H}
-        return prepared, {**options, "branch": self.branch, "scale": scale}
+        window_size = self.config.window_size
+        return prepared, {"window_size": window_size, "factor_H": factor_H, "branch": self.branch, "scale": scale}

@@ -338,6 +338,10 @@ class Attention(nn.Module):
             return fastest(self, q_BHQD, k_BGKD, v_BGKV, **options) or "batched"
         return chosen if chosen in FORMS else forced(chosen, self, q_BHQD, k_BGKD, v_BGKV, **options)
 
+    def prefers_batched(self, tensor: torch.Tensor) -> bool:
+        """Whether what comes to a state at once, on this tensor's device, goes by the batched form."""
+        return self.backend == "batched" or (self.backend != "torch" and tensor.device.type != "cpu")
+
     def reference(
         self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -91,17 +91,18 @@ def test_each_branch_s_gradients_equal_the_reference(branch, causal):
     )
     for segments in (None, (torch.arange(40) // 17).expand(2, -1)):
         mask, found = AttentionMask(2, 40, 40, causal=causal, padding_BK=padding, segments_BK=segments), []
-        for form in ("attend", "reference"):
+        for form in ("attend", "attend_batched", "reference"):
             leaves = [x.requires_grad_() for x in tensors(40, batch=2)]
             out = getattr(module, form)(*leaves, mask=mask, scale=SCALE, dropout=0.0)
-            out = (out if form == "attend" else out[0]) * padding[:, None, :, None]
+            out = (out[0] if form == "reference" else out) * padding[:, None, :, None]
             gradients = torch.autograd.grad(out.square().sum(), [*leaves, *module.parameters()], allow_unused=True)
             found.append([out, *gradients])
-        for got, want in zip(*found, strict=True):
-            if got is None or want is None:  # what has no part in a branch
-                assert all(x is None or x.abs().max() < 1e-12 for x in (got, want))
-                continue
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        for *both, want in zip(*found, strict=True):
+            for got in both:
+                if got is None or want is None:  # what has no part in a branch
+                    assert all(x is None or x.abs().max() < 1e-12 for x in (got, want))
+                    continue
+                torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_branches_can_be_told_apart_on_a_built_module():

@@ -8,13 +8,35 @@ from typer.testing import CliRunner
 from attn_plugins import cli
 from attn_plugins.benchmark import launches
 from attn_plugins.benchmark.launches import LaunchesConfig, LayerCounts, count_layer, run_launches, served
-from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.core.options import build
-from attn_plugins.core.registry import get_attention
+from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.core.rules import parse_rules
 
 HEADS = HeadShape(num_heads=2, num_key_value_heads=1, head_dim=4, value_dim=4, hidden_size=8, layer=0)
+NARROW = HeadShape(num_heads=2, num_key_value_heads=1, head_dim=2, value_dim=2, hidden_size=4, layer=0)
+"""As narrow as can be: what heads hold changes no count."""
 SMALL = {"lengths": [64, 128], "packed_length": 50, "num_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+
+
+BATCHED = [name for name in list_attentions() if get_attention(name).attend_batched is not Attention.attend_batched]
+
+
+@pytest.mark.of_the_registry
+@pytest.mark.parametrize("name", BATCHED)
+def test_the_form_for_other_devices_is_within_the_bars(name):
+    """Operations and syncs of a layer and of the tables of a mask, at 1k and 4k tokens, plain and packed."""
+    (rule,) = build(LaunchesConfig, {"attentions": {name: name}, "lengths": [4096]}).rules().values()
+    above = []
+    for packed_length in (0, 1000) if rule.attention.segments else (0,):
+        shorter = None
+        for length in (1024, 4096):
+            found = count_layer(rule, NARROW, length, packed_length=packed_length)
+            what = "packed" if packed_length else "plain"
+            for line in found.exceeds(shorter=shorter, quadratic=launches.quadratic(rule.attention)):
+                above.append(f"{length}, {what}: {line}")
+            shorter = found
+    assert above == []
 
 
 def counts(**changes):
@@ -68,7 +90,8 @@ def test_the_first_call_pays_for_the_tables_of_a_mask(monkeypatch):
     assert count_layer(rule, HEADS, 32, packed_length=10).packed
 
 
-def test_an_attention_of_certain_lengths_gets_the_next_one_that_it_serves():
+def test_an_attention_of_certain_lengths_gets_the_next_one_that_it_serves(monkeypatch):
+    monkeypatch.setattr(launches, "LONGEST_GAP", 20)
     cls = get_attention("neighborhood_2d")
     assert served(cls(cls.Config(), HEADS), 60) == 65
     assert served(cls(cls.Config(num_prefix_tokens=0), HEADS), 64) == 64

@@ -3,13 +3,16 @@
 import math
 
 import pytest
+import test_states
 import torch
 from cases import Case, assert_forms_agree, assert_same, inputs, left_padding, outcome, seeded
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention
 from attn_plugins.ops import sizes
+from attn_plugins.ops.decode import ring_buffer
 from attn_plugins.ops.softmax import batched, tables, tile_engine
+from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.batched import batched_pattern_attention
 from attn_plugins.ops.softmax.patterns import random_blocks
 from attn_plugins.ops.softmax.patterns.band import Band
@@ -111,6 +114,24 @@ def test_parts_of_a_softmax_and_their_gradients(pattern):
     assert_same(run(batched_pattern_attention), run(dense), 1e-9)
     if not pattern.num_first:
         assert_same(run(batched_pattern_attention), run(tiled_attention), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in test_states.KEEPING if issubclass(case.cls, PatternAttention)], ids=str
+)
+def test_a_state_goes_on_by_tables(case, monkeypatch):
+    """As on devices that are not a CPU: the pieces of a text, after what a window has kept."""
+    used = []
+
+    def by_tables(*given, **options):
+        used.append(0)
+        return batched_pattern_attention(*given, **options)
+
+    monkeypatch.setattr(ring_buffer, "pattern_attention", by_tables)
+    monkeypatch.setattr(ring_buffer, "rows_for", lambda window: 8)
+    for split in ("prefill, then single tokens", "pieces", "padding alone, then all"):
+        test_states.test_every_split_of_a_text_gives_what_one_pass_gives(case, split)
+    assert len(used) > 10
 
 
 def test_the_operation_keeps_what_torch_asks_of_operations():

@@ -4,7 +4,7 @@ The last keys lie in a ring, each in the place of the one that no query to come 
 different positions (left padding), so the first keys are a row's own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,8 +16,10 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rotary import Rotary
 from attn_plugins.ops.decode.cache_positions import Anchors, two_keyed
 from attn_plugins.ops.reference import accumulation_dtype, masked_softmax
+from attn_plugins.ops.softmax.batched import pattern_attention
 from attn_plugins.ops.softmax.patterns.band import ROWS, Band
-from attn_plugins.ops.softmax.tiles import Pattern, Tile, make_tile, tiled_attention
+from attn_plugins.ops.softmax.tables import Tables, counted, rows_for, tables_of
+from attn_plugins.ops.softmax.tiles import Pattern, Tile, make_tile
 
 GROWTH = 64
 """Fewest keys that a ring has room for before it is complete."""
@@ -227,6 +229,21 @@ class Following:
 
             yield make_tile(mask, sees, queries, (keys,), first)
 
+    def tables(self, mask: AttentionMask) -> Sequence[Tables]:
+        own, before = mask.kv_length - mask.q_length, min(self.num_before, mask.kv_length)
+        rows = min(rows_for(before), mask.q_length)
+        begin = torch.arange(0, mask.q_length, rows, device=mask.device).view(1, -1, 1)
+        keys = own + begin - before + counted(before + rows, mask.device)
+        first = counted(self.num_first, mask.device).expand(-1, keys.shape[1], -1)
+
+        def sees(mask, q_index, k_index):
+            start = (own + q_index // rows * rows - before).clamp(min=self.num_first)
+            counts = (k_index >= self.num_first) | (mask.key_positions(k_index) < mask.key_positions(start))
+            return self.pattern.sees(mask, q_index, k_index) & counts
+
+        queries, following = begin + counted(rows, mask.device), keys.masked_fill(keys < self.num_first, -1)
+        return [tables_of(mask, sees, queries, torch.cat([first, following], dim=2))]
+
 
 def window_attention(
     q_BHQD: torch.Tensor,
@@ -271,10 +288,10 @@ def window_attention(
         k, v, both = state.concatenated(k_BGKD, v_BGKV, mask)
         both = mask.cached(("following", *key), lambda: both)
         q, k = place(q_BHQD, k, both)
-        out_BHQV = tiled_attention(q, k, v, both, Following(pattern, state.num_first, state.size - 1), **options)
+        out_BHQV = pattern_attention(q, k, v, both, Following(pattern, state.num_first, state.size - 1), **options)
     else:
         q, k = place(q_BHQD, k_BGKD, mask)
-        out_BHQV = tiled_attention(q, k, v_BGKV, mask, pattern, **options)
+        out_BHQV = pattern_attention(q, k, v_BGKV, mask, pattern, **options)
     state.append(k_BGKD, v_BGKV, mask)
     return out_BHQV
 

@@ -25,6 +25,7 @@ from attn_plugins.ops.linear.attention import (
 )
 from attn_plugins.ops.linear.features import FEATURE_MAPS, Prepared
 from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, expand_heads, scores
+from attn_plugins.ops.softmax.batched import batched_pattern_attention
 from attn_plugins.ops.softmax.patterns.band import Band
 from attn_plugins.ops.softmax.tiles import tiled_attention
 
@@ -75,7 +76,6 @@ def dense_linear_window(
     return (weights_BHQK @ expand_heads(v_BGKV, heads).to(weights_BHQK.dtype)).to(v_BGKV.dtype), weights_BHQK
 
 
-@torch.compiler.disable(reason="its loop over tiles would be unrolled into a graph of thousands of operations")
 def linear_window_attention(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
@@ -89,11 +89,13 @@ def linear_window_attention(
     scale: float,
     chunk_size: int,
     sums: torch.Tensor | None = None,
+    batched: bool = False,
 ) -> torch.Tensor:
     """The same in O(Q (window_size + F)) time and linear memory: out_BHQV in the dtype of v. Differentiable once.
 
     Args:
         sums: over keys that come before these and have left the window, (B, G, F, V + 1), if the mask is causal.
+        batched: with all tiles of the window at once, and blocks as large as on devices that are not a CPU.
 
     Raises:
         ValueError: a packed segment goes on after another one began.
@@ -115,11 +117,12 @@ def linear_window_attention(
     near = None
     if branch != "linear":
         band, v = Band(window_size, window_size - 1), v_BGKV.to(dtype)
-        near = tiled_attention(q_BHQD, k_BGKD, v, mask, band, scale=scale, return_lse=True)
+        attend = batched_pattern_attention if batched else tiled_attention
+        near = attend(q_BHQD, k_BGKD, v, mask, band, scale=scale, return_lse=True)
         if branch == "window":
             return near.out_BHQV.to(v_BGKV.dtype)
     eps = prepared.options["eps"]
-    far, total = _far(prepared, v_BGKV.to(dtype), mask, window_size, chunk_size, sums)
+    far, total = _far(prepared, v_BGKV.to(dtype), mask, window_size, chunk_size, sums, batched)
     if near is None:
         return (far / (total + eps)).to(v_BGKV.dtype)
     weight = torch.exp(near.lse_BHQ1 - near.max_BHQ1) * factor_H.to(dtype).view(-1, 1, 1)
@@ -134,11 +137,12 @@ def _far(
     window_size: int,
     chunk_size: int,
     sums: torch.Tensor | None,
+    batched: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over the keys outside the window: of phi(q).phi(k) v, (B, H, Q, V), and without v, (B, H, Q, 1)."""
     padding_BK, segments_BK = padding_of(mask), contiguous_segments(mask)
     tokens = (prepared.q_BHQD, prepared.k_BGKD, v_BGKV)
-    before, sizes = mask.q_offset - mask.kv_offset, (window_size, chunk_size)
+    before, sizes = mask.q_offset - mask.kv_offset, (window_size, chunk_size, batched)
     far, total = _lagging(*tokens, padding_BK, segments_BK, prepared.options, before, *sizes, sums)
     if not mask.causal:
         q, k, v = (x.flip(2) for x in tokens)
@@ -149,7 +153,9 @@ def _far(
     return far, total
 
 
-def _lagging(q_BHQD, k_BGKD, v_BGKV, padding_BK, segments_BK, options, before, window_size, chunk_size, sums=None):
+def _lagging(
+    q_BHQD, k_BGKD, v_BGKV, padding_BK, segments_BK, options, before, window_size, chunk_size, batched, sums=None
+):
     """:func:`_far` for the keys that are ``window_size`` or more before a query; query i is at key ``before + i``."""
     (batch, heads, queries, _), value_dim = q_BHQD.shape, v_BGKV.shape[3]
     keys = before + queries - window_size
@@ -167,7 +173,8 @@ def _lagging(q_BHQD, k_BGKD, v_BGKV, padding_BK, segments_BK, options, before, w
     projections = [options.get(name) for name in ("query_projection", "key_projection")]
     w_q, w_k = (None if w is None else w.to(dtype) for w in projections)
     q, k, v = q_BHQD[:, :, alone:], k_BGKD[:, :, :keys], v_BGKV[:, :, :keys]
-    out, total = last_queries(q, k, v, w_q, w_k, seen, labels, options["feature_map"], chunk_size, eps, sums)
+    sizes = (options["feature_map"], chunk_size, eps)
+    out, total = last_queries(q, k, v, w_q, w_k, seen, labels, *sizes, sums, batched=batched)
     far = out * (total + eps).unsqueeze(3)
     return pad(far, (0, 0, alone, 0)), pad(total.unsqueeze(3), (0, 0, alone, 0))
 
@@ -181,6 +188,7 @@ def linear_window_attention_from(
     prepare: Prepare,
     *,
     chunk_size: int,
+    batched: bool = False,
 ) -> torch.Tensor:
     """As :func:`linear_window_attention`, causal, for the last Q of K new tokens.
 
@@ -207,7 +215,8 @@ def linear_window_attention_from(
         near = mask.cached(("near", first, q.shape[2], len(position)), lambda: _last(mask, q.shape[2], position))
         prepared, options = prepare(q, k)
         sums = state.tensors["sums"]
-        out = linear_window_attention(q, k, v, prepared, near, chunk_size=chunk_size, sums=sums, **options)
+        options |= {"chunk_size": chunk_size, "sums": sums, "batched": batched}
+        out = linear_window_attention(q, k, v, prepared, near, **options)
         if left > 0:
             not_padding_BK = None if near.padding_BK is None else near.padding_BK[:, :left]
             feature_map = prepared.options["feature_map"]

@@ -53,8 +53,8 @@ class RecurrentAttention(Attention, abc.ABC):
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout, hidden_BKE=None):
         recurrence, new = (self.prepare(scale), self.weights()), _of_keys(k_BGKD, v_BGKV, hidden_BKE)
-        batched = self.backend == "batched" or (self.backend == "auto" and q_BHQD.device.type != "cpu")
-        options = {"chunk_size": self.config.chunk_size, "rules": ALL_AT_ONCE if batched else IN_ORDER}
+        rules = ALL_AT_ONCE if self.prefers_batched(q_BHQD) else IN_ORDER
+        options = {"chunk_size": self.config.chunk_size, "rules": rules}
         return recurrent_attention_from(q_BHQD, new, mask, state, *recurrence, **options)
 
 

@@ -21,7 +21,7 @@ from attn_plugins.ops.hashing import mixed
 from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype
 from attn_plugins.ops.softmax.tables import Tables, pieces, tables_for
 from attn_plugins.ops.softmax.tile_engine import SoftmaxParts
-from attn_plugins.ops.softmax.tiles import Pattern
+from attn_plugins.ops.softmax.tiles import Pattern, tiled_attention
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -56,6 +56,12 @@ def batched_pattern_attention(
         q_BHQD, k_BGKD, v_BGKV, tables_for(mask, pattern),
         scale=scale, dropout=dropout, position_bias=position_bias, softcap=softcap, sinks=sinks, return_lse=return_lse,
     )  # fmt: skip
+
+
+def pattern_attention(q_BHQD: torch.Tensor, *inputs: Any, **options: Any) -> Any:
+    """:func:`batched_pattern_attention`, or on a CPU the same by tiles: where no form is asked for by name."""
+    attend = tiled_attention if q_BHQD.device.type == "cpu" else batched_pattern_attention
+    return attend(q_BHQD, *inputs, **options)
 
 
 def attend_tables(
@@ -248,7 +254,7 @@ attend_at_once.register_autograd(_backward, setup_context=_setup_context)
 
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Batched matrix product in ``dtype``, in which its sums are taken too."""
-    if a.is_cuda and a.dtype == b.dtype and a.dtype in HALF:
+    if a.is_cuda and torch.version.hip is None and a.dtype == b.dtype and a.dtype in HALF:
         return torch.bmm(a, b, out_dtype=dtype)
     return torch.bmm(a.to(dtype), b.to(dtype))
 
