@@ -6,8 +6,10 @@ state that a graph of torch.compile could not hold, as a torch.Generator has.
 
 import torch
 
-MULTIPLIERS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
-"""Odd numbers of 64 bits, those of splitmix64 (Steele et al. 2014), as signed integers."""
+from attn_plugins.ops.hashing import mixed
+
+ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)))
+"""Shifts and odd factors of 32 bits that mix a pair's number (Wellons 2018), as signed integers."""
 
 
 def draw_seed(device: torch.device) -> torch.Tensor:
@@ -16,15 +18,16 @@ def draw_seed(device: torch.device) -> torch.Tensor:
 
 
 def dropped(seed: torch.Tensor, query: torch.Tensor, key: torch.Tensor, probability: float) -> torch.Tensor:
-    """bool of the shape that the integers ``query`` and ``key`` broadcast to: True with this probability."""
-    of_query, of_key = _mixed(query.long() * 2 + seed), _mixed(key.long() * 2 + 1 + seed)
-    return _mixed(of_query + of_key) < int(probability * 2**64) - 2**63
+    """bool of the shape that the integers ``query`` and ``key`` broadcast to: True with this probability.
+
+    Queries and keys are mixed in 64 bits, and pairs of them, of which there are many, in 32.
+    """
+    number = _half(mixed(mixed(seed) + query)) + _half(mixed(mixed(seed + 1) + key))
+    for shift, factor in ROUNDS:
+        number = number.bitwise_xor_(number >> shift).mul_(factor)
+    return number < round(probability * (1 << 32)) - (1 << 31)
 
 
-def _mixed(x: torch.Tensor) -> torch.Tensor:
-    """splitmix64's finalizer of each number."""
-    first, second, third = MULTIPLIERS
-    x = x * first
-    x = (x ^ (x >> 30 & (1 << 34) - 1)) * second
-    x = (x ^ (x >> 27 & (1 << 37) - 1)) * third
-    return x ^ (x >> 31 & (1 << 33) - 1)
+def _half(number: torch.Tensor) -> torch.Tensor:
+    """The lower 32 bits."""
+    return (number % (1 << 32) - (1 << 31)).to(torch.int32)

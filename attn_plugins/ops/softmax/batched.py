@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.hashing import mixed
+from attn_plugins.ops.dropout import draw_seed, dropped
 from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype
 from attn_plugins.ops.softmax.tables import Tables, pieces, tables_for
 from attn_plugins.ops.softmax.tile_engine import SoftmaxParts
@@ -78,7 +78,7 @@ def attend_tables(
     return_lse: bool = False,
 ) -> Any:
     """The same over tables, in which every visible pair is visible just once."""
-    seed = torch.randint(2**62, (), device=q_BHQD.device) if dropout else None
+    seed = draw_seed(q_BHQD.device) if dropout else None
     flat = [table for part in tables for table in part]
     parts = attend_at_once(
         q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, seed, flat, scale, softcap, dropout, return_lse
@@ -119,9 +119,9 @@ def attend_at_once(
             weights = torch.softmax(scores, dim=-1)
             total = highest - weights.amax(dim=-1, keepdim=True).log_()
             empty = highest <= MASKED_SCORE / 2
-            dropped = call.dropped(piece)
-            if dropped is not None:
-                weights.masked_fill_(dropped, 0.0).mul_(call.made_up)
+            left_out = call.dropped(piece)
+            if left_out is not None:
+                weights.masked_fill_(left_out, 0.0).mul_(call.made_up)
             rows = product(weights.to(v.dtype), piece.v, call.dtype).masked_fill_(empty, 0.0)
             own_out.index_copy_(0, piece.own, rows.flatten(0, 1))
             own_lse.index_copy_(0, piece.own, total.masked_fill_(empty, -torch.inf).flatten(0, 1))
@@ -188,10 +188,10 @@ def attend_at_once_backward(
                 if d_top is not None:
                     highest, largest = scores.max(dim=-1, keepdim=True)
                 weights = scores.sub_(lse_rows).exp_()
-                ds, kept, dropped = product(g, piece.v.mT, call.dtype), weights, call.dropped(piece)
-                if dropped is not None:
-                    ds.masked_fill_(dropped, 0.0).mul_(call.made_up)
-                    kept = weights.masked_fill(dropped, 0.0).mul_(call.made_up)
+                ds, kept, left_out = product(g, piece.v.mT, call.dtype), weights, call.dropped(piece)
+                if left_out is not None:
+                    ds.masked_fill_(left_out, 0.0).mul_(call.made_up)
+                    kept = weights.masked_fill(left_out, 0.0).mul_(call.made_up)
                 dv.index_add_(0, piece.keys, product(kept.to(v.dtype).mT, g, call.dtype).flatten(0, 1))
                 ds.sub_(delta_rows).mul_(weights)
                 if d_top is not None:
@@ -382,16 +382,9 @@ class _Call:
         return (first + q_index * self.k_length + k_index).flatten()
 
     def dropped(self, piece):
-        """Which weights are dropped, or None; the same again in the backward, whatever the tiles.
-
-        By a hash of the seed and of a weight's place, since a generator cannot be part of a graph.
-        """
+        """Which weights are dropped, or None; the same again in the backward, whatever the tiles."""
         if self.seed is None:
             return None
-        rows = mixed(mixed(self.seed) + piece.taken) % (1 << 32) - (1 << 31)
-        rows = rows.to(torch.int32).view(*piece.q.shape[:2], 1)
-        columns = (piece.keys % self.k_length * 0x9E3779B1) % (1 << 32) - (1 << 31)
-        number = rows + columns.to(torch.int32).view(len(piece.k), 1, -1)
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32))):
-            number = number.bitwise_xor_(number >> shift).mul_(factor)
-        return number < round(self.dropout * (1 << 32)) - (1 << 31)
+        rows, columns = piece.taken.view(*piece.q.shape[:2], 1), piece.tables.k_BTC.expand(self.batch, -1, -1)
+        columns = columns.unsqueeze(1).expand(-1, self.groups, -1, -1).reshape(len(piece.k), 1, -1)
+        return dropped(self.seed, rows, columns, self.dropout)
