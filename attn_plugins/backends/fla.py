@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import torch
@@ -60,9 +61,11 @@ class Fla(Backend):
     reads a number on the host in each call; padding neither enters nor decays. Keys are repeated to the query heads
     that share them.
 
-    bfloat16 runs in bfloat16, with gates and rates in float32. float32 runs in TF32 on a GPU, with errors of about
-    1e-3; so do features that may be negative, and float16, whose range sums over thousands of keys leave. The kernels
-    have no second derivatives.
+    bfloat16 runs in bfloat16, with gates and rates in float32. float32 is multiplied in TF32 on a GPU, with errors of
+    about 1e-3; so are features that may be negative, and float16, whose range sums over thousands of keys leave. The
+    kernels have no second derivatives.
+
+    Seen right in Triton's interpreter, forward and backward; compiled for GPUs; not yet run on one.
     """
 
     what = "flash-linear-attention's kernels, for recurrences and causal linear attention"
@@ -72,7 +75,7 @@ class Fla(Backend):
         absent = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
         return f"it needs {', '.join(absent)}: pip install {' '.join(absent)}" if absent else None
 
-    def refuses(self, attention, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+    def refuses(self, attention, q_BHQD, k_BGKD, v_BGKV, *, mask, hidden_BQE=None, **options):
         if isinstance(attention, FeatureAttention):
             if mask.cross or not mask.causal:
                 return "of linear attention it serves the causal one, got one that is not"
@@ -83,7 +86,18 @@ class Fla(Backend):
         if torch.float64 in (q_BHQD.dtype, k_BGKD.dtype, v_BGKV.dtype):
             return "it computes in float32 at most, got float64"
         largest = max(q_BHQD.shape[3], v_BGKV.shape[3])
-        return None if largest <= LARGEST_HEAD else f"heads may have {LARGEST_HEAD} channels, got {largest}"
+        if largest > LARGEST_HEAD:
+            return f"heads may have {LARGEST_HEAD} channels, got {largest}"
+        if torch.is_grad_enabled() and _wrong_with_gates(q_BHQD.device) and isinstance(attention, RecurrentAttention):
+            of_keys = [k_BGKD, v_BGKV] if hidden_BQE is None else [k_BGKD, v_BGKV, hidden_BQE.unsqueeze(1)]
+            none = attention.prepare(1.0)(*(x[:, :, :0] for x in (q_BHQD, *of_keys)), *attention.weights())
+            exact_delta = none.log_gate is None and q_BHQD.dtype != torch.bfloat16
+            if exact_delta or (none.log_gate is not None and none.log_gate.shape[3] == 1):
+                return (
+                    "on Hopper GPUs Triton 3.4 to 3.7.0 compiles wrong gradients of kernels with one gate a token, "
+                    f"got Triton {metadata.version('triton')}: pip install 'triton>=3.7.1', or tilelang"
+                )
+        return None
 
     @torch.compiler.disable(reason="the kernels are not part of a graph")
     def attend(self, attention, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, hidden_BQE=None):
@@ -111,6 +125,15 @@ class Fla(Backend):
             fk = fk if rows.not_padding is None else fk * rows.not_padding
             out_BHTV = _linear(pad(fq, (0, 0, before, 0)), fk, v_BGKV[:, :, :end], more["eps"], rows)
         return out_BHTV[:, :, before:].to(v_BGKV.dtype)
+
+
+@functools.cache
+def _wrong_with_gates(device: torch.device) -> bool:
+    """Whether the library refuses the backward pass of gates that all channels share (its issue 640)."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    version = tuple(int(part) for part in metadata.version("triton").split("+")[0].split(".")[:3])
+    return (3, 4) <= version < (3, 7, 1) and importlib.util.find_spec("tilelang") is None
 
 
 class _Rows(NamedTuple):

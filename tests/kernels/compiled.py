@@ -7,6 +7,7 @@ is compiled instead of launched, in the first of its configurations that fits. P
 """
 
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -110,40 +111,51 @@ def compiled(fn, bound, choices, architecture):
     raise ValueError(f"{fn.fn.__name__}: none of its {len(choices)} configurations fits into shared memory")
 
 
-def table(architecture, attentions):
-    """Rows of kernels that forward and backward of these attentions launch in bfloat16, whole rows and packed."""
+def launched(attentions):
+    """What forward and backward of these attentions launch in bfloat16, for whole rows and packed ones: with names."""
     from attn_plugins.backends.fla import Fla
     from attn_plugins.core.attention import HeadShape
     from attn_plugins.core.mask import AttentionMask
     from attn_plugins.core.rules import parse_rules
 
     Fla.devices = ("cpu",)
+    # On Hopper GPUs the library refuses gates below this version, whose code for one kernel is wrong there.
+    importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True
     heads = HeadShape(num_heads=HEADS, num_key_value_heads=HEADS, head_dim=HEAD_DIM, value_dim=HEAD_DIM)
-    rows = []
+    segments = (torch.arange(LENGTH) >= LENGTH // 3).long().unsqueeze(0)
+    found, names = {}, {}
     for name in attentions:
         (rule,) = parse_rules(name)
         module = rule.attention(rule.config, heads, backend="fla").to(torch.bfloat16)
-        segments = (torch.arange(LENGTH) >= LENGTH // 3).long().unsqueeze(0)
         with Launches() as launches:
             for packed in (None, segments):
                 mask = AttentionMask(1, LENGTH, LENGTH, causal=True, segments_BK=packed)
                 q, k, v = torch.zeros(3, 1, HEADS, LENGTH, HEAD_DIM, dtype=torch.bfloat16, requires_grad=True).unbind()
                 out, _ = module(q, k, v, mask=mask, scale=HEAD_DIM**-0.5)
                 out.backward(torch.zeros_like(out))
-        for (kernel, _), (fn, bound, choices) in launches.seen.items():
-            binary, choice, skipped = compiled(fn, bound, choices, architecture)
-            rows.append(
-                {
-                    "attention": name,
-                    "kernel": kernel,
-                    "packed": bound.get("cu_seqlens") is not None,
-                    "shared": binary.metadata.shared,
-                    "cubin": len(binary.asm["cubin"]),
-                    "configuration": {key: value for key, value in choice.items() if value is not None},
-                    "skipped": skipped,
-                    "of": len(choices),
-                }
-            )
+        found |= launches.seen
+        for key in launches.seen:
+            names.setdefault(key, []).append(name)
+    return [(names[key], *launch) for key, launch in found.items()]
+
+
+def table(architecture, attentions):
+    """A row for each kernel and kind of arguments."""
+    rows = []
+    for names, fn, bound, choices in launched(attentions):
+        binary, choice, skipped = compiled(fn, bound, choices, architecture)
+        rows.append(
+            {
+                "kernel": fn.fn.__name__,
+                "attentions": names,
+                "packed": bound.get("cu_seqlens") is not None,
+                "shared": binary.metadata.shared,
+                "cubin": len(binary.asm["cubin"]),
+                "configuration": {key: value for key, value in choice.items() if value is not None},
+                "skipped": skipped,
+                "of": len(choices),
+            }
+        )
     return rows
 
 

@@ -11,6 +11,7 @@ from cases import assert_forms_agree, inputs, left_padding
 from test_fla import DEFAULTS, SERVED
 
 from attn_plugins.backends import fla
+from attn_plugins.benchmark.backend_contract import TOLERANCE
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("on_cpu")]
 
@@ -55,3 +56,14 @@ def test_equals_reference_for_packed_rows_that_end_in_padding(case):
 @pytest.mark.parametrize("length", [1, 17])
 def test_equals_reference_below_a_chunk(case, length):
     agree(case, length)
+
+
+@DEFAULTS
+def test_half_precision_inside_the_kernels_costs_little(case, monkeypatch):
+    """The interpreter has no bfloat16: float16, which is eight times as exact, stands for it."""
+    rows_of = fla._Rows.of
+    monkeypatch.setattr(fla._Rows, "of", lambda *given: rows_of(*given)._replace(dtype=torch.float16))
+    given = inputs(2, 70, **SIZES).to(torch.float16).to(torch.float64)
+    mask = case.mask(2, 70, 70, padding_BK=left_padding([70, 33], 70))
+    allowed = TOLERANCE[torch.bfloat16] / 8
+    assert_forms_agree(case, given, mask, backend="fla", dtype=torch.float32, tolerance=allowed, **SIZES)
