@@ -226,6 +226,7 @@ class _Given:
         if case.packed:
             own = torch.arange(length) * 3 // length + (torch.arange(length) >= length - 7).long()
             segments_BK = torch.stack([own, own.flip(0).neg()] * batch_size)[:batch_size].to(device)
+        device = self.cotangent.device  # with its number
         tables: dict[str, Any] = {"padding_BK": padding_BK, "segments_BK": segments_BK}
         self.mask = AttentionMask(batch_size, length, length, causal=module.causal, **tables, device=device)
 

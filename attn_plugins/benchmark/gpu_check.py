@@ -7,11 +7,9 @@ time did not suffice for is named.
 """
 
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -23,10 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from attn_plugins.benchmark.apart import each_apart
 from attn_plugins.benchmark.backend_contract import LARGE, contract, time_and_bytes, time_of
 from attn_plugins.benchmark.cells import described
 from attn_plugins.benchmark.gpu_report import write_report
-from attn_plugins.benchmark.gpu_training import training_records
+from attn_plugins.benchmark.gpu_training import training_record, training_steps
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.versions import versions
 from attn_plugins.core.attention import HeadShape
@@ -38,6 +37,10 @@ SHARES = {"contract": 0.3, "kernels": 0.4, "training": 0.3}
 """Part -> its share of the time; what one leaves over, the next ones get."""
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+AT_MOST = 0.2
+"""Seconds after which a length is not timed once more."""
+PATIENCE = 120.0
+"""Seconds after which one target is given up: a kernel may hang."""
 LONGEST_PASS = 2.0
 """Seconds. A length at which a pass may take longer, judged by the length before, is left out."""
 
@@ -69,6 +72,9 @@ class Target:
     options: dict[str, Any]
     backend: str
 
+    def __str__(self) -> str:
+        return f"{self.attention} by {self.backend}"
+
     @property
     def labels(self) -> dict[str, Any]:
         return {"attention": self.attention, "options": self.options, "backend": self.backend}
@@ -91,7 +97,7 @@ def targets(attentions: Sequence[str], *, small: bool) -> list[Target]:
     return found
 
 
-def contract_record(target: Target, device: str) -> dict[str, Any]:
+def contract_record(target: Target, device: str) -> Iterator[dict[str, Any]]:
     """What the short contract says of a target: passed, refused with the reason, or failed with what differed."""
     started = time.perf_counter()
     record: dict[str, Any] = {"part": "contract", **target.labels}
@@ -102,51 +108,7 @@ def contract_record(target: Target, device: str) -> dict[str, Any]:
         record |= {"refused": str(error)}
     except Exception as error:  # kernels of others fail with whatever they like
         record |= {"passed": False, "failures": [described(error)]}
-    return {**record, "took": round(time.perf_counter() - started, 2)}
-
-
-def check_contracts(log: Log, attentions: Sequence[str], device: str, deadline: float, workers: int) -> None:
-    """The contract of every target, in processes side by side, since most of it is compiling."""
-    every = targets(attentions, small=True)
-    if workers < 2:
-        for number, target in enumerate(every):
-            if time.monotonic() > deadline:
-                log.add(_left_out("contract", every[number:]))
-                return
-            log.add(contract_record(target, device))
-        return
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        waiting = {pool.submit(contract_record, target, device): target for target in every}
-        for done in _until(deadline, waiting):
-            target = waiting.pop(done)
-            error = done.exception()
-            log.add(done.result() if error is None else _broke(target, error))
-        if waiting:
-            log.add(_left_out("contract", list(waiting.values())))
-    finally:
-        processes = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
-        del os.environ["TORCHINDUCTOR_COMPILE_THREADS"]
-
-
-def _until(deadline: float, waiting: dict[Future[Any], Target]) -> Iterator[Future[Any]]:
-    try:
-        yield from as_completed(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
-    except TimeoutError:
-        return
-
-
-def _broke(target: Target, error: BaseException) -> dict[str, Any]:
-    return {"part": "contract", **target.labels, "passed": False, "failures": [f"{type(error).__name__}: {error}"]}
-
-
-def _left_out(part: str, what: Sequence[Target]) -> dict[str, Any]:
-    names = [f"{one.attention} by {one.backend}" for one in what]
-    return {"part": part, "left_out": f"{len(names)} for lack of time: {', '.join(names)}"}
+    yield {**record, "took": round(time.perf_counter() - started, 2)}
 
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -189,57 +151,50 @@ def _tensors(length: int, device: str, heads: HeadShape) -> list[torch.Tensor]:
     return [x.transpose(1, 2).requires_grad_() for x in drawn]
 
 
-def time_kernels(
-    log: Log, attentions: Sequence[str], device: str, deadline: float, lengths: Sequence[int], heads: HeadShape = LARGE
-) -> None:
-    """Time and peak memory of a forward and backward pass: baselines, then every target, each from short to long."""
+def kernel_records(
+    what: Target | str, device: str, lengths: Sequence[int], heads: HeadShape = LARGE
+) -> Iterator[dict[str, Any]]:
+    """Time and peak memory of a forward and backward pass, from short to long, of a target or of a baseline's name."""
+    before: tuple[int, float] | None = None
+    for length in sorted(lengths):
+        record: dict[str, Any] = {"part": "kernels", **_labels(what), "length": length}
+        if before is not None and before[1] * (length / before[0]) ** 2 > LONGEST_PASS:
+            yield {**record, "skipped": f"{before[1]:.2f} s at {before[0]}"}
+            return
+        started = time.perf_counter()
+        try:
+            if isinstance(what, str):
+                seconds, peak = _time_of_baseline(what, length, device, heads)
+            else:
+                options = _with_length(what, length)
+                seconds, peak = time_of(
+                    what.attention, options, what.backend, device, length, heads=heads, at_most=AT_MOST
+                )
+        except ValueError as error:
+            yield {**record, "refused": str(error)}
+            return
+        except Exception as error:  # out of memory, and what kernels of others fail with
+            yield {**record, "error": described(error)[:500]}
+            return
+        tensor_bytes = 4 * length * heads.num_heads * heads.head_dim * 2
+        took = round(time.perf_counter() - started, 2)
+        yield {**record, "seconds": seconds, "bytes": peak, "tensor_bytes": tensor_bytes, "took": took}
+        before = (length, seconds)
 
-    def baseline(name: str, length: int) -> tuple[float, int]:
-        attend = baselines(length, device)[name]()
-        tensors = _tensors(length, device, heads)
 
-        def run() -> None:
-            out = attend(*tensors)
-            torch.autograd.grad(out, tensors, torch.ones_like(out))
+def _labels(what: Target | str) -> dict[str, Any]:
+    return {"baseline": what} if isinstance(what, str) else what.labels
 
-        return time_and_bytes(run, torch.device(device), at_most=0.2)
 
-    def own(target: Target, length: int) -> tuple[float, int]:
-        options = _with_length(target, length)
-        return time_of(target.attention, options, target.backend, device, length, heads=heads, at_most=0.2)
+def _time_of_baseline(name: str, length: int, device: str, heads: HeadShape) -> tuple[float, int]:
+    attend = baselines(length, device)[name]()
+    tensors = _tensors(length, device, heads)
 
-    todo: list[tuple[dict[str, Any], Callable[[int], tuple[float, int]]]] = [
-        ({"baseline": name}, partial(baseline, name)) for name in baselines(1, device)
-    ]
-    todo += [(target.labels, partial(own, target)) for target in targets(attentions, small=False)]
-    left: list[str] = []
-    for labels, measure in todo:
-        name = labels.get("baseline") or f"{labels['attention']} by {labels['backend']}"
-        before: tuple[int, float] | None = None
-        for length in sorted(lengths):
-            if time.monotonic() > deadline:
-                left.append(f"{name} from {length} on")
-                break
-            if before is not None and before[1] * (length / before[0]) ** 2 > LONGEST_PASS:
-                log.add({"part": "kernels", **labels, "length": length, "skipped": f"{before[1]:.2f} s at {before[0]}"})
-                break
-            record = {"part": "kernels", **labels, "length": length}
-            started = time.perf_counter()
-            try:
-                seconds, peak = measure(length)
-            except ValueError as error:
-                log.add({**record, "refused": str(error)})
-                break
-            except Exception as error:  # out of memory, and what kernels of others fail with
-                log.add({**record, "error": described(error)[:500]})
-                _free(device)
-                break
-            tensor_bytes = 4 * length * heads.num_heads * heads.head_dim * 2
-            took = round(time.perf_counter() - started, 2)
-            log.add({**record, "seconds": seconds, "bytes": peak, "tensor_bytes": tensor_bytes, "took": took})
-            before = (length, seconds)
-    if left:
-        log.add({"part": "kernels", "left_out": f"{len(left)} for lack of time: {', '.join(left)}"})
+    def run() -> None:
+        out = attend(*tensors)
+        torch.autograd.grad(out, tensors, torch.ones_like(out))
+
+    return time_and_bytes(run, torch.device(device), at_most=AT_MOST)
 
 
 def _with_length(target: Target, length: int) -> dict[str, Any]:
@@ -248,9 +203,39 @@ def _with_length(target: Target, length: int) -> dict[str, Any]:
     return target.options if longest is None else {"max_length": max(longest, length), **target.options}
 
 
-def _free(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
+def run_part(
+    part: str, log: Log, attentions: Sequence[str], device: str, deadline: float, lengths: Sequence[int], processes: int
+) -> None:
+    """One part, in processes of its own, until a time is reached; what was left out is named."""
+    if part == "contract":
+        items: Sequence[Any] = targets(attentions, small=True)
+        work: Callable[[Any], Iterator[dict[str, Any]]] = partial(contract_record, device=device)
+    elif part == "kernels":
+        items = [*baselines(1, device), *targets(attentions, small=False)]
+        work = partial(kernel_records, device=device, lengths=tuple(lengths))
+    else:
+        items, work = training_steps(), partial(training_record, device=device)
+
+    def failed(item: Any, why: str) -> dict[str, Any]:
+        if part == "contract":
+            return {"part": part, **item.labels, "passed": False, "failures": [why]}
+        labels = _labels(item) if part == "kernels" else item.labels
+        return {"part": part, **{"length": min(lengths), **labels}, "error": why}
+
+    if part == "contract":
+        os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # of each process
+    left = each_apart(
+        items,
+        work,
+        processes=processes if part == "contract" else min(1, processes),  # nothing beside what is timed
+        deadline=deadline,
+        patience=PATIENCE,
+        add=log.add,
+        failed=failed,
+    )
+    os.environ.pop("TORCHINDUCTOR_COMPILE_THREADS", None)
+    if left:
+        log.add({"part": part, "left_out": f"{len(left)} for lack of time: {'; '.join(map(str, left))}"})
 
 
 def main(
@@ -262,7 +247,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="For everything together.")] = 450.0,
     device: Annotated[str, typer.Option(help="cuda, or another that torch knows.")] = "cuda",
     length: Annotated[list[int] | None, typer.Option(help="Tokens, of the part kernels. Repeatable.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes of the part contract.")] = 8,
+    processes: Annotated[int, typer.Option(help="Of the part contract; 0 is this one for everything.")] = 8,
 ) -> None:
     """Contract, time and memory, and training steps of every attention and backend on a GPU."""
     parts, attentions = part or list(SHARES), attn or list_attentions()
@@ -275,13 +260,7 @@ def main(
     for number, one in enumerate(parts):
         now, rest = time.monotonic(), sum(SHARES[later] for later in parts[number:])
         deadline = now + (end - now) * SHARES[one] / rest
-        if one == "contract":
-            check_contracts(log, attentions, device, deadline, workers)
-        elif one == "kernels":
-            time_kernels(log, attentions, device, deadline, length or LENGTHS)
-        else:
-            for record in training_records(device, deadline):
-                log.add(record)
+        run_part(one, log, attentions, device, deadline, length or LENGTHS, processes)
         write_report(log.records, output_dir)
     print("files:", *[f"  {path}" for path in sorted(output_dir.iterdir())], sep="\n")
 

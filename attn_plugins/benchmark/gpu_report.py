@@ -52,7 +52,7 @@ def checked_results(records: list[Record]) -> list[Record]:
             "backend": backend,
             "passed": not failures,
             "seconds": seconds.get((attention, backend)),
-            "error": failures[0] if failures else None,
+            "note": "; ".join(failures),
         }
         for (attention, backend), failures in sorted(passed.items())
     ]

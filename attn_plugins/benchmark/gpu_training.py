@@ -37,67 +37,65 @@ class ModelShape:
     vocabulary: int = 49152
 
 
-def training_records(
-    device: str,
-    deadline: float,
-    *,
-    lengths: Sequence[int] = LENGTHS,
-    shape: ModelShape = ModelShape(),
-    steps: int = 3,
-) -> Iterator[dict[str, Any]]:
-    """Time and peak memory of a step for every rule, by its batched form and by each backend that serves it.
+@dataclass(frozen=True)
+class Step:
+    """What is trained, by which form or backend, on how many tokens."""
 
-    A step is forward, loss, backward and AdamW, of one row, under autocast in bfloat16 with weights in float32. Where
-    memory does not suffice, the layers are checkpointed. What is left out for lack of time is the last record.
+    rule: dict[str, Any] | None
+    backend: str
+    length: int
 
-    Args:
-        deadline: of :func:`time.monotonic`, after which no other is begun.
-        steps: that are timed, after one that is not; their median counts.
-    """
-    todo = [
-        (rule, backend, length)
+    def __str__(self) -> str:
+        return f"{'dense' if self.rule is None else self.rule['type']} by {self.backend}, {self.length}"
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {"rule": self.rule, "backend": self.backend, "length": self.length}
+
+
+def training_steps(lengths: Sequence[int] = LENGTHS) -> list[Step]:
+    """Every rule by its batched form and by every backend, whether it serves it or not, the shorter lengths first."""
+    return [
+        Step(rule, backend, length)
         for length in sorted(lengths)
         for rule in RULES
         for backend in (["sdpa"] if rule is None else ["batched", *list_backends()])
     ]
-    for number, (rule, backend, length) in enumerate(todo):
-        if time.monotonic() > deadline:
-            names = [f"{'dense' if rule is None else rule['type']} by {by}, {n}" for rule, by, n in todo[number:]]
-            yield {"part": "training", "left_out": f"{len(names)} for lack of time: {'; '.join(names)}"}
-            return
-        record: dict[str, Any] = {"part": "training", "rule": rule, "backend": backend, "length": length}
-        started = time.perf_counter()
-        for checkpointed in (False, True):
-            record["checkpointed"] = checkpointed
-            try:
-                record |= _measured(rule, backend, length, device, shape, steps, checkpointed=checkpointed)
-                break
-            except ValueError as error:
-                record["refused"] = str(error)
-                break
-            except torch.OutOfMemoryError as error:
-                record["error"] = described(error)[:300]
-            except Exception as error:  # kernels of others fail with whatever they like
-                record["error"] = described(error)[:500]
-                break
-            finally:
-                if torch.device(device).type == "cuda":
-                    torch.cuda.empty_cache()
-        if "seconds" in record:
+
+
+def training_record(
+    what: Step, device: str, *, shape: ModelShape = ModelShape(), steps: int = 3
+) -> Iterator[dict[str, Any]]:
+    """Time and peak memory of a step: forward, loss, backward and AdamW, of one row.
+
+    Under autocast in bfloat16, with weights in float32. Where memory does not suffice, the layers are checkpointed.
+
+    Args:
+        steps: that are timed, after one that is not; their median counts.
+    """
+    record: dict[str, Any] = {"part": "training", **what.labels}
+    started = time.perf_counter()
+    for checkpointed in (False, True):
+        record["checkpointed"] = checkpointed
+        try:
+            record |= _measured(what, device, shape, steps, checkpointed=checkpointed)
             record.pop("error", None)
-        yield {**record, "took": round(time.perf_counter() - started, 2)}
+            break
+        except ValueError as error:
+            record["refused"] = str(error)
+            break
+        except torch.OutOfMemoryError as error:
+            record["error"] = described(error)[:300]
+        except Exception as error:  # kernels of others fail with whatever they like
+            record["error"] = described(error)[:500]
+            break
+        finally:
+            if torch.device(device).type == "cuda":
+                torch.cuda.empty_cache()
+    yield {**record, "took": round(time.perf_counter() - started, 2)}
 
 
-def _measured(
-    rule: dict[str, Any] | None,
-    backend: str,
-    length: int,
-    device: str,
-    shape: ModelShape,
-    steps: int,
-    *,
-    checkpointed: bool,
-) -> dict[str, Any]:
+def _measured(what: Step, device: str, shape: ModelShape, steps: int, *, checkpointed: bool) -> dict[str, Any]:
     place = torch.device(device)
     config = LlamaConfig(
         vocab_size=shape.vocabulary,
@@ -106,16 +104,16 @@ def _measured(
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_value_heads,
-        max_position_embeddings=max(length, 8192),
+        max_position_embeddings=max(what.length, 8192),
         tie_word_embeddings=True,
         use_cache=False,
     )
     with torch.random.fork_rng(devices=[]), place:
         torch.manual_seed(0)
         model: Any = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
-        if rule is not None:
-            swap_attention(model, [{**rule, "backend": backend}])
-        tokens = torch.randint(shape.vocabulary, (1, length))
+        if what.rule is not None:
+            swap_attention(model, [{**what.rule, "backend": what.backend}])
+        tokens = torch.randint(shape.vocabulary, (1, what.length))
     model.train()
     if checkpointed:
         model.gradient_checkpointing_enable()
