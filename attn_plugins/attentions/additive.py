@@ -46,7 +46,7 @@ class AdditiveAttention(Attention):
         hidden_dim: int = 16
         """Units of the additive score a head, twins counted, so an even number."""
         tile_size: int = 128
-        """Queries treated at a time; memory grows with it and the result does not change."""
+        """Queries treated at a time on a CPU; memory grows with it and the result does not change."""
         initial_gate: float = 0.0
         """Where g starts: 0 is what the model was pretrained with, 1 leaves the dot product out."""
 
@@ -87,6 +87,9 @@ class AdditiveAttention(Attention):
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         tile_size = self.config.tile_size
         return additive_attention(q_BHQD, k_BGKD, v_BGKV, mask, **self._weights(), tile_size=tile_size, **options)
+
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return additive_attention(q_BHQD, k_BGKD, v_BGKV, mask, **self._weights(), tile_size=None, **options)
 
     def _weights(self):
         """Twins side by side: unit 2 n and unit 2 n + 1, the second with its sign turned."""

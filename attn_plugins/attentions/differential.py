@@ -1,3 +1,4 @@
+import functools
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -8,8 +9,8 @@ from torch.nn.functional import rms_norm
 
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.query_chunks import bias_of, in_query_chunks, visible_pairs
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax, scores
+from attn_plugins.ops.softmax.differential import attention_of_pairs
 
 
 @register_attention("differential")
@@ -50,7 +51,7 @@ class DifferentialAttention(Attention):
         form: Literal["pretrained", "paper"] = "pretrained"
         """What a pair computes, and where it starts: as the model was trained, or as the paper has it."""
         chunk_size: int = 128
-        """Queries treated at a time; memory grows with it and the result does not change."""
+        """Queries treated at a time on a CPU; memory grows with it and the result does not change."""
 
         def __post_init__(self):
             super().__post_init__()
@@ -89,22 +90,21 @@ class DifferentialAttention(Attention):
         pairs_BPQW = out_BHQV.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3)
         return self._normed(pairs_BPQW).to(v_BGKV.dtype), weights_BHQK
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, dropout, position_bias=None, sinks=None, **options):
-        dtype, size = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV), v_BGKV.shape[3]
-        weight, q_BHQD, k_BGKD = self._weight(dtype), q_BHQD.to(dtype), k_BGKD.to(dtype)
-        v_BHKV = expand_heads(v_BGKV.to(dtype), q_BHQD.shape[1])
-        v_BP1KW = v_BHKV.unflatten(1, (-1, 2)).transpose(2, 3).flatten(3).unsqueeze(2)
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, dropout, **options):
+        return self._attend(q_BHQD, k_BGKD, v_BGKV, chunk_size=self.config.chunk_size, **options)
 
-        def attend(queries, keys):
-            bias, visible = bias_of(position_bias, queries, keys), visible_pairs(mask, queries, keys)
-            s_BHQK = scores(q_BHQD[:, :, queries], k_BGKD[:, :, keys], position_bias=bias, **options)
-            maps_BP2QK = masked_softmax(s_BHQK, visible, sinks).unflatten(1, (-1, 2))
-            first_BPQW, second_BPQW = (maps_BP2QK @ v_BP1KW[:, :, :, keys]).unbind(2)
-            one_BPQW = first_BPQW - weight * second_BPQW
-            other_BPQW = one_BPQW if self.config.form == "paper" else second_BPQW - weight * first_BPQW
-            return self._normed(torch.cat([one_BPQW[..., :size], other_BPQW[..., size:]], dim=3))
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, dropout, **options):
+        return self._attend(q_BHQD, k_BGKD, v_BGKV, chunk_size=None, **options)
 
-        return in_query_chunks(attend, mask, self.config.chunk_size).to(v_BGKV.dtype)
+    def _attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        combine = functools.partial(self._combined, self._weight(accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)))
+        return attention_of_pairs(q_BHQD, k_BGKD, v_BGKV, mask, combine, **options)
+
+    def _combined(self, weight, first_BPQW, second_BPQW):
+        size = first_BPQW.shape[3] // 2
+        one_BPQW = first_BPQW - weight * second_BPQW
+        other_BPQW = one_BPQW if self.config.form == "paper" else second_BPQW - weight * first_BPQW
+        return self._normed(torch.cat([one_BPQW[..., :size], other_BPQW[..., size:]], dim=3))
 
     def _weight(self, dtype):
         """lambda."""

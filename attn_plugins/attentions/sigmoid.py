@@ -2,7 +2,7 @@ from dataclasses import dataclass
 
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.softmax.sigmoid import dense_sigmoid_attention, sigmoid_attention
+from attn_plugins.ops.softmax.sigmoid import batched_sigmoid_attention, dense_sigmoid_attention, sigmoid_attention
 
 
 @register_attention("sigmoid")
@@ -41,3 +41,6 @@ class SigmoidAttention(Attention):
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         return sigmoid_attention(q_BHQD, k_BGKD, v_BGKV, mask, offset=self.config.bias, **options)
+
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return batched_sigmoid_attention(q_BHQD, k_BGKD, v_BGKV, mask, offset=self.config.bias, **options)

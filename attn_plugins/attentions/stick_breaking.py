@@ -6,7 +6,7 @@ from torch.nn.functional import logsigmoid, pad
 
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.query_chunks import bias_of, in_query_chunks, visible_pairs
+from attn_plugins.ops.query_chunks import bias_of, in_large_chunks, in_query_chunks, visible_pairs
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads, scores
 
 HIDDEN = -1e30
@@ -51,7 +51,7 @@ class StickBreakingAttention(Attention):
         attend_current: bool = True
         """Whether a query sees the key of its own token."""
         chunk_size: int = 128
-        """Queries treated at a time; memory grows with it and the result does not change."""
+        """Queries treated at a time on a CPU; memory grows with it and the result does not change."""
 
         def __post_init__(self):
             super().__post_init__()
@@ -73,7 +73,15 @@ class StickBreakingAttention(Attention):
         out_BHQV, weights_BHQK = _attend(q_BHQD, k_BGKD, v_BHKV, self._visible(mask, *whole), gate_H, **options)
         return out_BHQV.to(v_BGKV.dtype), weights_BHQK
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, dropout, position_bias=None, **options):
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, dropout, **options):
+        chunk = self._chunk(q_BHQD, k_BGKD, v_BGKV, mask=mask, dropout=dropout, **options)
+        return in_query_chunks(chunk, mask, self.config.chunk_size, dropout=dropout).to(v_BGKV.dtype)
+
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, dropout, **options):
+        chunk = self._chunk(q_BHQD, k_BGKD, v_BGKV, mask=mask, dropout=dropout, **options)
+        return in_large_chunks(chunk, mask, q_BHQD.shape[1], dropout=dropout).to(v_BGKV.dtype)
+
+    def _chunk(self, q_BHQD, k_BGKD, v_BGKV, *, mask, dropout, position_bias=None, **options):
         v_BHKV, gate_H = self._wide(q_BHQD, k_BGKD, v_BGKV)
         q_BHQD, k_BGKD = q_BHQD.to(v_BHKV.dtype), k_BGKD.to(v_BHKV.dtype)
 
@@ -82,7 +90,7 @@ class StickBreakingAttention(Attention):
             q, k, v = q_BHQD[:, :, queries], k_BGKD[:, :, keys], v_BHKV[:, :, keys]
             return _attend(q, k, v, self._visible(mask, queries, keys), gate_H, **options_of)[0]
 
-        return in_query_chunks(attend, mask, self.config.chunk_size, dropout=dropout).to(v_BGKV.dtype)
+        return attend
 
     def _wide(self, q_BHQD, k_BGKD, v_BGKV):
         """Values of each query head, and gates, in the dtype of sums."""
@@ -106,5 +114,6 @@ def _attend(q_BHQD, k_BGKD, v_BHKV, visible, gate_H, *, dropout, **options):
     passed_BHQK = logsigmoid(-z_BHQK).masked_fill(~visible, 0.0)
     after_BHQK = pad(passed_BHQK.flip(-1), (1, 0))[..., :-1].cumsum(dim=-1).flip(-1)
     weights_BHQK = torch.exp(logsigmoid(z_BHQK) + after_BHQK).masked_fill(~visible, 0.0)
-    weights_BHQK = torch.dropout(weights_BHQK, dropout, train=dropout > 0)
+    if dropout:
+        weights_BHQK = torch.dropout(weights_BHQK, dropout, train=True)
     return weights_BHQK @ v_BHKV, weights_BHQK

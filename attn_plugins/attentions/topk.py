@@ -7,7 +7,7 @@ from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.reference import dense_attention
 from attn_plugins.ops.softmax.tile_engine import topk_mask, topk_threshold
-from attn_plugins.ops.softmax.topk import tie_stable_scores, topk_attention
+from attn_plugins.ops.softmax.topk import batched_topk_attention, tie_stable_scores, topk_attention
 
 
 @register_attention("topk")
@@ -51,3 +51,6 @@ class TopkAttention(Attention):
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         return topk_attention(q_BHQD, k_BGKD, v_BGKV, mask, topk=self.config.topk, **options)
+
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        return batched_topk_attention(q_BHQD, k_BGKD, v_BGKV, mask, topk=self.config.topk, **options)

@@ -8,6 +8,7 @@ import torch
 from attn_plugins.attentions.additive import AdditiveAttention
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops import sizes
 from attn_plugins.ops.additive import additive as ops
 from attn_plugins.ops.reference import dense_attention
 
@@ -106,28 +107,35 @@ def test_tiles_in_all_combinations(tile_size):
         torch.testing.assert_close(got, want)
 
 
-def test_score_gradients_equal_finite_differences():
+SCORES = (ops.additive_scores, ops.additive_scores_at_once)
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_score_gradients_equal_finite_differences(scores, monkeypatch):
+    monkeypatch.setattr(sizes, "SCORES_AT_ONCE_ELSEWHERE", 250)  # two of four units
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 4, 3, 5), (2, 2, 3, 4), (4, 3))
     a, b, w = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
     w = torch.cat([w, w[:, :1]], dim=1).detach().requires_grad_()
     a, b = (torch.cat([x, x[:, :, :1]], dim=2).detach().requires_grad_() for x in (a, b))
-    assert torch.autograd.gradcheck(ops.additive_scores, (a, b, w))
+    assert torch.autograd.gradcheck(scores, (a, b, w))
 
 
-def test_scores_keep_the_rules_of_a_torch_operator():
+@pytest.mark.parametrize("scores", SCORES)
+def test_scores_keep_the_rules_of_a_torch_operator(scores):
     arguments = [torch.randn(shape, requires_grad=True) for shape in ((2, 4, 2, 5), (2, 2, 2, 3), (4, 2))]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(ops.additive_scores, arguments, test_utils=checks)
+    torch.library.opcheck(scores, arguments, test_utils=checks)
 
 
-def test_scores_of_saturated_projections_are_those_of_tanh():
+@pytest.mark.parametrize("scores", SCORES)
+def test_scores_of_saturated_projections_are_those_of_tanh(scores):
     # exp(2 a) and exp(-2 b) differ by e^80 here.
     a = torch.tensor([-1e4, -30.0, -15.0, 0.0, 1e-3, 15.0, 30.0, 1e4])
     weight = torch.ones(1, 1, 1)
     projected = ops.project(a.view(1, 1, -1, 1), weight)
     w = torch.tensor([[1.0, 0.0]])
-    got = ops.additive_scores(*(projected.expand(1, 1, 2, -1).contiguous().requires_grad_() for _ in "ab"), w)
+    got = scores(*(projected.expand(1, 1, 2, -1).contiguous().requires_grad_() for _ in "ab"), w)
     exact = projected.flatten().double()
     torch.testing.assert_close(got[0, 0].double(), torch.tanh(exact[:, None] + exact[None, :]), rtol=0, atol=2e-6)
     (gradient,) = torch.autograd.grad(got.sum(), [got.grad_fn.next_functions[0][0].variable])

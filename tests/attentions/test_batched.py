@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from test_capabilities import RULES
 from test_contract import assert_forms_agree_on_any_shape
 
+from attn_plugins.ops import sizes
+
 BATCHED = {"backend": "batched"}
 
 
@@ -25,6 +27,15 @@ def test_equals_reference_beyond_the_default_sizes(case):
     mask = case.mask(1, 331, 331, padding_BK=left_padding([320], 331))
     shape = {"num_heads": 2, "num_key_value_heads": 1}
     assert_forms_agree(case, given, mask, dtype=torch.float32, tolerance=2e-5, **shape, **BATCHED)
+
+
+@every_case(batched=True)
+@rounds("size", [1, 900])
+def test_pieces_of_any_size_equal_reference(case, size, monkeypatch):
+    """What is beyond one piece is done in several; the smallest is one query, tile or chunk."""
+    monkeypatch.setattr(sizes, "SCORES_AT_ONCE_ELSEWHERE", size)
+    for options in ({}, {"padding_BK": left_padding([37, 25], 37)}):
+        assert_forms_agree(case, inputs(2, 37), case.mask(2, 37, 37, **options), **BATCHED)
 
 
 @every_case(batched=True)

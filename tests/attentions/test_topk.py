@@ -40,7 +40,7 @@ def test_each_head_of_each_query_sees_its_highest_scores(causal, extras):
         torch.testing.assert_close(out[b, i, h], want)
 
 
-@pytest.mark.parametrize("form", ["torch", "reference"])
+@pytest.mark.parametrize("form", ["torch", "batched", "reference"])
 def test_of_equal_scores_the_earlier_ones_are_chosen(form):
     case, length = topk(topk=3), 11
     given = inputs(1, length)

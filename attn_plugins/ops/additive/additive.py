@@ -4,10 +4,12 @@ Letters beside the legend's: E hidden units.
 """
 
 import torch
+from torch.library import CustomOpDef
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.query_chunks import bias_of, in_query_chunks, visible_pairs
+from attn_plugins.ops.query_chunks import bias_of, in_large_chunks, in_query_chunks, visible_pairs
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax
+from attn_plugins.ops.sizes import scores_at_once
 
 SATURATED = 20.0
 """Projections are limited to this: tanh is 1 to the last digit of float64 long before."""
@@ -67,20 +69,64 @@ def _grouped(a_BHEQ, b_BGEK, w_HE, group):
     return p_BGREQ, b_BGEK.mul(2).exp_().unsqueeze(2), w_HE.unflatten(0, (-1, group))
 
 
-@additive_scores.register_fake
-def _(a_BHEQ, b_BGEK, w_HE):
-    return a_BHEQ.new_empty(*a_BHEQ.shape[:2], a_BHEQ.shape[3], b_BGEK.shape[3])
+@torch.library.custom_op("attn_plugins::additive_scores_at_once", mutates_args=())
+def additive_scores_at_once(a_BHEQ: torch.Tensor, b_BGEK: torch.Tensor, w_HE: torch.Tensor) -> torch.Tensor:
+    """:func:`additive_scores` by tanh itself, of as many units at a time as are a piece on this device."""
+    scores = []
+    for units in _units_at_once(a_BHEQ, b_BGEK):
+        t_BHEQK = _tanh(a_BHEQ, b_BGEK, units).mul_(w_HE[:, units, None, None])
+        # Twins of opposite sign are summed first: what they leave is exactly nothing.
+        scores.append((t_BHEQK[:, :, ::2] + t_BHEQK[:, :, 1::2]).sum(dim=2))
+        if len(scores) > 1:
+            scores = [scores[0].add_(scores[1])]
+    return scores[0]
 
 
-@additive_scores_backward.register_fake
-def _(ds_BHQK, a_BHEQ, b_BGEK, w_HE):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a_BHEQ, b_BGEK, w_HE))
+@torch.library.custom_op("attn_plugins::additive_scores_at_once_backward", mutates_args=())
+def additive_scores_at_once_backward(
+    ds_BHQK: torch.Tensor, a_BHEQ: torch.Tensor, b_BGEK: torch.Tensor, w_HE: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of a, b and w."""
+    das, dbs, dws = [], [], []
+    for units in _units_at_once(a_BHEQ, b_BGEK):
+        t_BHEQK = _tanh(a_BHEQ, b_BGEK, units)
+        dws.append((t_BHEQK * ds_BHQK.unsqueeze(2)).sum(dim=(0, 3, 4)))
+        dt_BHEQK = t_BHEQK.square_().neg_().add_(1).mul_(ds_BHQK.unsqueeze(2)).mul_(w_HE[:, units, None, None])
+        das.append(dt_BHEQK.sum(dim=4))
+        dbs.append(dt_BHEQK.sum(dim=3))
+    db_BGREK = torch.cat(dbs, dim=2).unflatten(1, (b_BGEK.shape[1], -1))
+    return torch.cat(das, dim=2), db_BGREK.sum(dim=2), torch.cat(dws, dim=1)
 
 
-additive_scores.register_autograd(
-    lambda ctx, ds: additive_scores_backward(ds, *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+def _units_at_once(a_BHEQ: torch.Tensor, b_BGEK: torch.Tensor) -> list[slice]:
+    (batch, heads, units, queries), keys = a_BHEQ.shape, b_BGEK.shape[3]
+    size = scores_at_once(a_BHEQ.device) // max(1, batch * heads * queries * keys)
+    size = max(2, size - size % 2)
+    return [slice(start, min(start + size, units)) for start in range(0, units, size)]
+
+
+def _tanh(a_BHEQ: torch.Tensor, b_BGEK: torch.Tensor, units: slice) -> torch.Tensor:
+    b_BHEK = expand_heads(b_BGEK[:, :, units], a_BHEQ.shape[1])
+    return (a_BHEQ[:, :, units, :, None] + b_BHEK.unsqueeze(3)).tanh_()
+
+
+def _differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:
+    def fake(a_BHEQ, b_BGEK, w_HE):
+        return a_BHEQ.new_empty(*a_BHEQ.shape[:2], a_BHEQ.shape[3], b_BGEK.shape[3])
+
+    def fake_backward(ds_BHQK, a_BHEQ, b_BGEK, w_HE):
+        return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (a_BHEQ, b_BGEK, w_HE))
+
+    forward.register_fake(fake)
+    backward.register_fake(fake_backward)
+    forward.register_autograd(
+        lambda ctx, ds: backward(ds, *ctx.saved_tensors),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+
+
+_differentiable(additive_scores, additive_scores_backward)
+_differentiable(additive_scores_at_once, additive_scores_at_once_backward)
 
 
 def dense_additive_attention(
@@ -115,7 +161,7 @@ def additive_attention(
     w_k_GED: torch.Tensor,
     w_HE: torch.Tensor,
     gate_H: torch.Tensor,
-    tile_size: int,
+    tile_size: int | None,
     dropout: float,
     position_bias: torch.Tensor | None = None,
     **options,
@@ -124,20 +170,25 @@ def additive_attention(
 
     Each tile is computed again in backward. Where the mask is causal, keys after a tile are left out.
 
+    Args:
+        tile_size: None for few large tiles, and scores of several units at a time, for devices that are not a CPU.
+
     Returns:
         out_BHQV in the dtype of v.
     """
     with torch.autocast(q_BHQD.device.type, enabled=False):
         a_BHEQ, b_BGEK = project(q_BHQD, w_q_HED), project(k_BGKD, w_k_GED)
-        w_HE = w_HE.to(a_BHEQ.dtype)
+        w_HE, of_units = w_HE.to(a_BHEQ.dtype), additive_scores if tile_size is not None else additive_scores_at_once
 
         def attend(queries: slice, keys: slice) -> torch.Tensor:
             visible, bias = visible_pairs(mask, queries, keys), bias_of(position_bias, queries, keys)
-            s_BHQK = additive_scores(a_BHEQ[:, :, :, queries], b_BGEK[:, :, :, keys], w_HE)
+            s_BHQK = of_units(a_BHEQ[:, :, :, queries], b_BGEK[:, :, :, keys], w_HE)
             q, k, v = q_BHQD[:, :, queries], k_BGKD[:, :, keys], v_BGKV[:, :, keys]
             extras = {"gate_H": gate_H, "dropout": dropout, "position_bias": bias, **options}
             return _attend(q, k, v, s_BHQK, visible, **extras)[0]
 
+        if tile_size is None:
+            return in_large_chunks(attend, mask, q_BHQD.shape[1], dropout=dropout, copies=2)
         return in_query_chunks(attend, mask, tile_size, dropout=dropout)
 
 
@@ -163,6 +214,8 @@ def _attend(
         s_BHQK = softcap * torch.tanh(s_BHQK / softcap)
     if position_bias is not None:
         s_BHQK = s_BHQK + position_bias.to(dtype)
-    weights_BHQK = torch.dropout(masked_softmax(s_BHQK, visible, sinks), dropout, train=dropout > 0)
+    weights_BHQK = masked_softmax(s_BHQK, visible, sinks)
+    if dropout:
+        weights_BHQK = torch.dropout(weights_BHQK, dropout, train=True)
     out_BHQV = weights_BHQK @ expand_heads(v_BGKV, heads).to(dtype)
     return out_BHQV.to(v_BGKV.dtype), weights_BHQK

@@ -6,13 +6,18 @@ The weights of a tile are never kept: they are computed again in the backward.
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.query_chunks import bias_of, in_large_chunks, visible_pairs
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads, scores
+from attn_plugins.ops.sizes import scores_at_once
 from attn_plugins.ops.softmax.tile_engine import Tile, attend_tiles, slices, visible_tile
 
+PAIRS_AT_ONCE = 2**20
+"""Pairs of which is counted at a time which are visible."""
 TILE = (128, 512)
 """Queries and keys whose weights are formed at a time: few enough for the CPU's cache, enough for its matrix units."""
 
@@ -37,16 +42,14 @@ def tiles_of(mask: AttentionMask) -> Iterator[Tile]:
 
 
 def log_count(mask: AttentionMask, dtype: torch.dtype) -> torch.Tensor:
-    """(B, Q): logarithm of the number of keys that a query sees, 0 where it sees none; made once a forward pass."""
+    """(B or 1, Q): logarithm of the number of keys that a query sees, 0 for none; made once a forward pass."""
 
     def build() -> torch.Tensor:
-        count = torch.zeros(mask.batch_size, mask.q_length, dtype=torch.long, device=mask.device)
-        for tile in tiles_of(mask):
-            if tile.hidden is None:
-                count[:, tile.queries] += tile.keys[0].stop - tile.keys[0].start
-            else:
-                count[:, tile.queries] += (~tile.hidden).sum(dim=-1)[:, 0, 0]
-        return count.clamp(min=1).to(dtype).log()
+        pairs = PAIRS_AT_ONCE if mask.device.type == "cpu" else scores_at_once(mask.device)
+        size = max(1, pairs // max(1, mask.batch_size * mask.kv_length))
+        keys = slice(0, mask.kv_length)
+        counts = [visible_pairs(mask, queries, keys).sum(dim=(1, 3)) for queries in slices(mask.q_length, size)]
+        return torch.cat(counts, dim=1).clamp(min=1).to(dtype).log()
 
     return mask.cached(("log_count", dtype), build)
 
@@ -110,3 +113,31 @@ def sigmoid_attention(
         position_bias=position_bias,
         softcap=softcap,
     )
+
+
+def batched_sigmoid_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    *,
+    offset: float | None,
+    dropout: float,
+    position_bias: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The same in few large pieces, for devices that are not a CPU."""
+    dtype, heads = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape[1]
+    q, k, v = q_BHQD.to(dtype), *(expand_heads(x, heads).to(dtype) for x in (k_BGKD, v_BGKV))
+    offset_B1Q1 = -log_count(mask, dtype)[:, None, :, None] if offset is None else float(offset)
+
+    def attend(queries: slice, keys: slice) -> torch.Tensor:
+        bias = bias_of(position_bias, queries, keys)
+        s_BHQK = scores(q[:, :, queries], k[:, :, keys], position_bias=bias, **options)
+        s_BHQK = s_BHQK + (offset_B1Q1 if isinstance(offset_B1Q1, float) else offset_B1Q1[:, :, queries])
+        weights_BHQK = torch.sigmoid(s_BHQK).masked_fill(~visible_pairs(mask, queries, keys), 0.0)
+        if dropout:
+            weights_BHQK = torch.dropout(weights_BHQK, dropout, train=True)
+        return weights_BHQK @ v[:, :, keys]
+
+    return in_large_chunks(attend, mask, heads, dropout=dropout).to(v_BGKV.dtype)

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.reference import scores
+from attn_plugins.ops.query_chunks import bias_of, in_large_chunks, softmax_of_visible, visible_pairs
+from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, expand_heads, scores
 from attn_plugins.ops.softmax.tile_engine import Tile, attend_tiles, slices, visible_tile
 
 SCORES_AT_ONCE = 2**21
@@ -40,7 +41,8 @@ def tie_stable_scores(
     Zeros keep the ragged end of the matrix product off the keys.
     """
     keys = k_BGKD.shape[2]
-    k_BGKD = pad(k_BGKD, (0, 0, 0, -keys % MULTIPLE))
+    if keys % MULTIPLE:
+        k_BGKD = pad(k_BGKD, (0, 0, 0, -keys % MULTIPLE))
     s_BHQK = scores(q_BHQD, k_BGKD, scale=scale, softcap=softcap)[..., :keys]
     return s_BHQK if position_bias is None else s_BHQK + position_bias.to(s_BHQK.dtype)
 
@@ -100,3 +102,40 @@ def topk_attention(
     q_parts, k_parts, v_parts = q_BHQD.split(at_once * shared, 1), k_BGKD.split(at_once, 1), v_BGKV.split(at_once, 1)
     parts = zip(q_parts, k_parts, v_parts, bias, logits, strict=True)
     return torch.cat([part(*one) for one in parts], dim=1)
+
+
+def batched_topk_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    *,
+    topk: int,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The same in few large pieces, for devices that are not a CPU; may be traced."""
+    dtype, heads = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape[1]
+    q, k, v = q_BHQD.to(dtype), *(expand_heads(x, heads).to(dtype) for x in (k_BGKD, v_BGKV))
+
+    def attend(queries: slice, keys: slice) -> torch.Tensor:
+        bias = bias_of(position_bias, queries, keys)
+        s_BHQK = tie_stable_scores(q[:, :, queries], k[:, :, keys], position_bias=bias, **options)
+        chosen = _chosen(s_BHQK.detach(), visible_pairs(mask, queries, keys), topk)
+        weights_BHQK = softmax_of_visible(s_BHQK, chosen, sinks)
+        if dropout:
+            weights_BHQK = torch.dropout(weights_BHQK, dropout, train=True)
+        return weights_BHQK @ v[:, :, keys]
+
+    return in_large_chunks(attend, mask, heads, dropout=dropout).to(v_BGKV.dtype)
+
+
+def _chosen(s_BHQK: torch.Tensor, visible: torch.Tensor, topk: int) -> torch.Tensor:
+    """:func:`attn_plugins.ops.softmax.tile_engine.topk_mask` of the visible scores, without a look at them."""
+    s_BHQK = torch.where(visible, s_BHQK, -torch.inf).nan_to_num_(torch.inf, torch.inf, -torch.inf)
+    lowest = s_BHQK.topk(min(topk, s_BHQK.shape[3]), dim=3).values[..., -1:].clamp(min=MASKED_SCORE / 2)
+    above, tied = s_BHQK > lowest, s_BHQK == lowest
+    wanted = topk - above.sum(dim=-1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= wanted))
