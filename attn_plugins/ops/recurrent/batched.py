@@ -1,13 +1,12 @@
 """The same recurrences with all chunks at once, for devices where starting an operation costs more than running it.
 
-States are carried from chunk to chunk by doubling: after d = 1, 2, 4, ... the state before a chunk knows of the 2 d
-chunks before it. So there are as many steps as the number of chunks has bits. For the delta rules a chunk's effect on
-the state before it is a whole F x F matrix, which takes more work than going through the chunks in order.
+States are carried from chunk to chunk in as many steps as the number of chunks has bits. For the delta rules a chunk's
+effect on the state before it is a whole F x F matrix, which takes more work than going through the chunks in order.
 
 Letters as in :mod:`attn_plugins.ops.recurrent.chunked`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import pad
@@ -53,71 +52,18 @@ def recurrent_attention_batched(
         return out[:, :, before:]
 
 
+FEW = 32
+"""Chunks that are joined by doubling alone."""
+
+
 @torch.library.custom_op("attn_plugins::carry_states", mutates_args=())
-def carry_states(by: torch.Tensor, added: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """States S_0 = state and S_{n+1} = A_n S_n + B_n, (N + 1, ...), of N gates or matrices A and additions B.
+def carry_states(by: torch.Tensor, added: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """States S_1 = state and S_{n+1} = A_n S_n + B_n of N gates or matrices A and additions B.
 
     An operator, so that autograd keeps its result and none of the steps between, in a compiled graph too.
-    """
-    states = torch.cat([state.unsqueeze(0), added])
-    with torch.autocast(by.device.type, enabled=False):
-        _double(by.contiguous(), states)
-    return states
-
-
-@torch.library.custom_op("attn_plugins::carry_back", mutates_args=())
-def carry_back(by: torch.Tensor, d_states: torch.Tensor) -> torch.Tensor:
-    """The gradient of each state, what comes to it from the states after it included."""
-    by, d_states = by.contiguous(), d_states.clone(memory_format=torch.contiguous_format)
-    with torch.autocast(by.device.type, enabled=False):
-        _double(by.mT if by.shape[-1] > 1 else by, d_states, backwards=True)
-    return d_states
-
-
-@carry_states.register_fake
-def _(by, added, state):
-    return added.new_empty(len(added) + 1, *state.shape)
-
-
-@carry_back.register_fake
-def _(by, d_states):
-    return torch.empty_like(d_states, memory_format=torch.contiguous_format)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(inputs[0], output)
-
-
-@outside_autocast
-def _backward(ctx, d_states):
-    by, states = ctx.saved_tensors
-    d_states = carry_back(by, d_states)
-    d_added, before = d_states[1:], states[:-1]
-    d_by = d_added @ before.mT if by.shape[-1] > 1 else d_added * before
-    return d_by.sum_to_size(by.shape), d_added, d_states[0]
-
-
-carry_states.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _double(by: torch.Tensor, states: torch.Tensor, *, backwards: bool = False) -> None:
-    """Add to each of N + 1 states, in place, what comes to it from those before, or after, by N steps."""
-    matrix, distance = by.shape[-1] > 1, 1
-    while True:
-        # ``by`` leads over ``distance`` steps, from or to each place that has as many before or after it.
-        near, far = (slice(None, -distance), slice(distance, None))[:: -1 if backwards else 1]
-        states[far].add_(by @ states[near] if matrix else by * states[near])
-        if 2 * distance >= len(states):
-            return
-        by = by[far] @ by[near] if matrix else by[far] * by[near]
-        distance *= 2
-
-
-def _carry(by: torch.Tensor, added: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Go through all chunks.
 
     Args:
-        by: from the state before a chunk to the state after it, gates (B or 1, G or 1, N or 1, F or 1, 1) or matrices
+        by: from the state before a chunk to the state after it, gates (B or 1, G or 1, N, F or 1, 1) or matrices
             (B, G, N, F, F).
         added: what the chunks add, (B, G, N, F, V).
         state: (B, G, F, V).
@@ -125,9 +71,86 @@ def _carry(by: torch.Tensor, added: torch.Tensor, state: torch.Tensor) -> tuple[
     Returns:
         (the states before each chunk, (B, G, N, F, V), and that after the last).
     """
-    chunks = added.shape[2]
-    states = carry_states(by.movedim(2, 0).expand(chunks, -1, -1, -1, -1), added.movedim(2, 0), state)
-    return states[:-1].movedim(0, 2), states[-1].clone()
+    with torch.autocast(by.device.type, enabled=False):
+        times = _times(by)
+        first = times(by[:, :, :1], state.unsqueeze(2)) + added[:, :, :1]
+        after = _accumulate(by, torch.cat([first, added[:, :, 1:]], dim=2), backwards=False)
+    return torch.cat([state.unsqueeze(2), after[:, :, :-1]], dim=2), after[:, :, -1].clone()
+
+
+@torch.library.custom_op("attn_plugins::carry_back", mutates_args=())
+def carry_back(by: torch.Tensor, d_before: torch.Tensor, d_after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of what chunks add and of the first state, from those of all states."""
+    with torch.autocast(by.device.type, enabled=False):
+        by, times = by.mT if by.shape[-1] > 1 else by, _times(by)
+        d_states = torch.cat([d_before[:, :, 1:], d_after.unsqueeze(2)], dim=2)
+        d_added = _accumulate(by.roll(-1, 2), d_states, backwards=True)
+        return d_added, d_before[:, :, 0] + times(by[:, :, 0], d_added[:, :, 0])
+
+
+@carry_states.register_fake
+def _(by, added, state):
+    return torch.empty_like(added, memory_format=torch.contiguous_format), state.new_empty(state.shape)
+
+
+@carry_back.register_fake
+def _(by, d_before, d_after):
+    return torch.empty_like(d_before, memory_format=torch.contiguous_format), d_after.new_empty(d_after.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[0])
+
+
+@outside_autocast
+def _backward(ctx, d_before, d_after):
+    by, before = ctx.saved_tensors
+    d_added, d_state = carry_back(by, d_before, d_after)
+    d_by = d_added @ before.mT if by.shape[-1] > 1 else d_added * before
+    return d_by.sum_to_size(by.shape), d_added, d_state
+
+
+carry_states.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _times(by: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    return torch.matmul if by.shape[-1] > 1 else torch.mul
+
+
+def _accumulate(by: torch.Tensor, added: torch.Tensor, *, backwards: bool) -> torch.Tensor:
+    """Sums T_n = by_n T_{n-1} + added_n from the first on, or T_n = by_n T_{n+1} + added_n from the last.
+
+    Two neighbours make one of half as many, as long as there are many: doubling alone is less to start and more to do.
+    """
+    number, times = added.shape[2], _times(by)
+    if number <= FEW or added.shape[-2] == 1:
+        return _double(by, added, backwards=backwards)
+    if number % 2:
+        longer = (pad(x, (0, 0, 0, 0, 0, 1)) for x in (by, added))
+        return _accumulate(*longer, backwards=backwards)[:, :, :number]
+    order = -1 if backwards else 1
+    (by_1, by_2), (added_1, added_2) = (x.unflatten(2, (-1, 2)).unbind(3)[::order] for x in (by, added))
+    second = _accumulate(times(by_2, by_1), times(by_2, added_1).add_(added_2), backwards=backwards)
+    none = torch.zeros_like(second[:, :, :1])
+    before = torch.cat([second[:, :, 1:], none] if backwards else [none, second[:, :, :-1]], dim=2)
+    first = times(by_1, before).add_(added_1)
+    return torch.stack([first, second][::order], dim=3).flatten(2, 3)
+
+
+def _double(by: torch.Tensor, added: torch.Tensor, *, backwards: bool) -> torch.Tensor:
+    """The same: after d = 1, 2, 4, ... each sum is over the 2 d terms up to its own."""
+    number, times, distance = added.shape[2], _times(by), 1
+    total = added.clone(memory_format=torch.contiguous_format)
+    own, other = (slice(1, None), slice(None, -1))[:: -1 if backwards else 1]
+    by = by[:, :, own]
+    while distance < number:
+        # ``by`` leads over ``distance`` terms, to each that has as many on that side.
+        total[:, :, own].add_(times(by, total[:, :, other]))
+        if 2 * distance < number:
+            by = times(by[:, :, own], by[:, :, other])
+        distance *= 2
+        own, other = (slice(distance, None), slice(None, -distance))[:: -1 if backwards else 1]
+    return total
 
 
 def _average(chunks: Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +168,7 @@ def _average(chunks: Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.T
         counted = (until if counts is None else until * counts).sum(-2).unsqueeze(-1)
     whole = since[..., -1, :].unsqueeze(-1)
     added = torch.cat([(k * until).mT @ v, counted.expand(*k.shape[:3], k.shape[-1], 1)], dim=-1)
-    states, after = _carry(whole, added, state)
+    states, after = carry_states(whole.expand(-1, -1, added.shape[2], -1, -1), added, state)
     if silent:
         return v.new_empty(v.shape[0], v.shape[1], 0, v.shape[-1]), after
 
@@ -184,10 +207,10 @@ def _delta(chunks: Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Ten
     left = (k * until).mT
     whole = whole.expand(*k.shape[:3], 1, 1)
     by = whole * torch.eye(features, dtype=k.dtype, device=k.device) - left @ w
-    memory, after = _carry(by, left @ u, state[..., :-1, :-1])
+    memory, after = carry_states(by, left @ u, state[..., :-1, :-1])
     counted = pad(v, (0, 1), value=1.0)
     counted = counted if counts is None else counted * counts
-    total, total_after = _carry(whole, (counted * until).sum(dim=-2, keepdim=True), state[..., -1:, :])
+    total, total_after = carry_states(whole, (counted * until).sum(dim=-2, keepdim=True), state[..., -1:, :])
     after = torch.cat([pad(after, (0, 1)), total_after], dim=-2)
     if silent:
         return v.new_empty(v.shape[0], v.shape[1], 0, v.shape[-1]), after
