@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
+from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding, outcome
 from transformers import NystromformerConfig
 from transformers.models.nystromformer.modeling_nystromformer import NystromformerSelfAttention
 
@@ -156,3 +156,13 @@ def test_many_steps_lose_no_precision(form):
 def test_more_steps_than_float64_can_take_are_refused():
     with pytest.raises(ValueError, match="num_iterations=41; allowed: an integer from 1 to 40"):
         NystromAttention.Config(num_iterations=41)
+
+
+def test_is_part_of_a_graph():
+    """torch.compile takes all of it, forward and backward, the inverse that is computed twice too."""
+    case, given = nystrom(num_landmarks=4, num_iterations=3), inputs(2, 20)
+    mask, cotangent = case.mask(2, 20, 20, padding_BK=left_padding([20, 11], 20)), torch.randn(2, 20, 4, 8)
+    module = case.module()
+    want = outcome(module, given, mask, cotangent)
+    module.compile(backend="aot_eager", fullgraph=True)
+    assert_same(outcome(module, given, mask, cotangent), want, 1e-9)

@@ -6,11 +6,11 @@ Letter beside the legend's: M landmarks.
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax, outside_autocast
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax
 
 
 class Landmarks(NamedTuple):
@@ -103,7 +103,6 @@ def dense_nystrom_attention(
     return out_BHQV.to(v_BGKV.dtype), weights_BHQK
 
 
-@torch.compiler.disable(reason="its backward calls autograd, which can't be traced")
 def nystrom_attention(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
@@ -135,7 +134,10 @@ def nystrom_attention(
         q_BHMD.reshape(batch, groups, -1, q.shape[3]), k, v, attn_mask=far_mask, scale=scale
     )
     far_BHMV = far.view(batch, heads, held.shape[-1], -1)
-    value_BHMV = _LandmarkValues.apply(q_BHMD, k_BHMD, far_BHMV, held, scale, num_iterations)
+    # Products of all iterations are computed again in backward. They are in float64, which autocast leaves alone: they
+    # follow from each other, so that products in bfloat16 would spoil the gradient.
+    inputs = (q_BHMD, k_BHMD, far_BHMV, held, scale, num_iterations)
+    value_BHMV = checkpoint(_landmark_values, *inputs, use_reentrant=False, preserve_rng_state=False)
     out_BHQV = scaled_dot_product_attention(q, k_BHMD, value_BHMV, attn_mask=held | nobody, scale=scale)
     if conv_HC is not None:
         if mask.padding_BK is not None:
@@ -145,32 +147,8 @@ def nystrom_attention(
     return out_BHQV.to(v_BGKV.dtype)
 
 
-class _LandmarkValues(torch.autograd.Function):
-    """What queries collect at the landmarks: the inverse times what the landmarks collect from the keys.
-
-    Kept are its inputs, not the products of all iterations. These follow from each other, so that products which
-    autocast had lowered to bfloat16 in a backward would spoil the gradient.
-    """
-
-    @staticmethod
-    def forward(ctx, q_BHMD, k_BHMD, far_BHMV, held, scale, num_iterations):
-        ctx.save_for_backward(q_BHMD, k_BHMD, far_BHMV, held)
-        ctx.options = scale, num_iterations
-        return _landmark_values(q_BHMD, k_BHMD, far_BHMV, held, scale, num_iterations)
-
-    @staticmethod
-    @once_differentiable
-    @outside_autocast
-    def backward(ctx, grad_BHMV):
-        saved = ctx.saved_tensors  # once: gradient checkpointing refuses a second look
-        q_BHMD, k_BHMD, far_BHMV = (x.detach().requires_grad_() for x in saved[:3])
-        held, (scale, num_iterations) = saved[3], ctx.options
-        with torch.enable_grad():
-            out = _landmark_values(q_BHMD, k_BHMD, far_BHMV, held, scale, num_iterations)
-        return *torch.autograd.grad(out, [q_BHMD, k_BHMD, far_BHMV], grad_BHMV), None, None, None
-
-
 def _landmark_values(q_BHMD, k_BHMD, far_BHMV, held, scale, num_iterations):
+    """What queries collect at the landmarks: the inverse times what the landmarks collect from the keys."""
     inverse = inverse_of_core(q_BHMD, k_BHMD, held, scale, num_iterations)
     return (inverse @ far_BHMV.to(inverse.dtype)).to(far_BHMV.dtype)
 
