@@ -4,6 +4,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.reference import dense_attention, expand_heads
+from attn_plugins.ops.softmax.patterns.all_pairs import AllPairs
 
 
 @register_attention("softmax_plus_one")
@@ -36,6 +37,9 @@ class SoftmaxPlusOneAttention(Attention):
     symbolic_length = True
     convex = False
     subquadratic = False
+
+    def by_rules(self, q_BHQD, k_BGKD, mask, *, rotary=None, grid_size=None, sinks=None):
+        return q_BHQD, k_BGKD, [(slice(0, q_BHQD.shape[1]), AllPairs())], self._with_one(q_BHQD, sinks)
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, sinks=None, **options):
         sinks_H = self._with_one(q_BHQD, sinks)

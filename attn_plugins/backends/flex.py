@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from attn_plugins.backends.flex_masks import flex_mask
 from attn_plugins.core.backend import Backend, register_backend
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.softmax.attention import PatternAttention, by_heads
-from attn_plugins.ops.softmax.tiles import Pattern
+from attn_plugins.ops.softmax.attention import FollowsRules, by_heads
+from attn_plugins.ops.softmax.tiles import Rule
 
 SMALLEST_HEAD, LARGEST_HEAD = 16, 256
 """Sizes of heads between which its kernels exist and fit into a GPU's shared memory."""
@@ -25,15 +25,17 @@ _numbers = itertools.count()
 
 @register_backend("flex")
 class Flex(Backend):
-    """FlexAttention's Triton kernels, forward and backward, for every attention with a pattern.
+    """FlexAttention's Triton kernels, forward and backward, for every attention whose visible pairs follow a rule.
 
-    What is visible follows from the pattern's own rule: blocks of 128 queries and keys without a visible pair are left
-    out, in blocks that are visible as a whole nothing is asked, elsewhere the rule itself is part of the kernel. A
+    What is visible follows from the attention's own rule: blocks of 128 queries and keys without a visible pair are
+    left out, in blocks that are visible as a whole nothing is asked, elsewhere the rule is part of the kernel. A
     softcap and a position bias are in the kernel too, the bias with its gradient; learned sinks come in through the
-    log-sum-exp that it returns. A pattern that has a visible pair in most blocks gains nothing from it.
+    log-sum-exp that it returns. A rule that shows a pair in most blocks gains nothing from it.
 
     Kernels are compiled when they are first needed, for each pattern and kind of mask anew (with padding, packed), and
     then serve all masks of the kind. Inside torch.compile they are part of the graph.
+
+    They have been run by Triton's interpreter and compiled for GPUs, and have not run on a GPU yet.
     """
 
     what = "torch's FlexAttention, for attentions whose visible pairs are known before the scores"
@@ -45,8 +47,8 @@ class Flex(Backend):
         return None
 
     def refuses(self, attention, q_BHQD, k_BGKD, v_BGKV, *, mask, dropout=0.0, **options):
-        if not isinstance(attention, PatternAttention):
-            return "it serves attentions whose visible pairs are known before the scores (PatternAttention)"
+        if not isinstance(attention, FollowsRules):
+            return "it serves attentions whose visible pairs are known before the scores (FollowsRules)"
         if dropout:
             return f"it drops no weights, got an attention dropout of {dropout}"
         dtypes = {x.dtype for x in (q_BHQD, k_BGKD, v_BGKV)}
@@ -61,10 +63,23 @@ class Flex(Backend):
             return "it takes masks of causality, padding and segments, and dense ones, got a rule of the model's own"
         return None
 
-    def attend(self, attention, q_BHQD, k_BGKD, v_BGKV, *, mask, dropout=0.0, rotary=None, grid_size=None, **options):
-        q_BHQD, k_BGKD = attention.place(q_BHQD, k_BGKD, mask, rotary)
-        parts = attention.patterns(q_BHQD.shape[1], mask, grid_size)
-        return by_heads(_attend, q_BHQD, k_BGKD, v_BGKV, mask, parts, **options)
+    def attend(
+        self,
+        attention,
+        q_BHQD,
+        k_BGKD,
+        v_BGKV,
+        *,
+        mask,
+        dropout=0.0,
+        rotary=None,
+        grid_size=None,
+        sinks=None,
+        **options,
+    ):
+        given = {"rotary": rotary, "grid_size": grid_size, "sinks": sinks}
+        q_BHQD, k_BGKD, parts, sinks = attention.by_rules(q_BHQD, k_BGKD, mask, **given)
+        return by_heads(_attend, q_BHQD, k_BGKD, v_BGKV, mask, parts, sinks=sinks, **options)
 
 
 def _attend(
@@ -72,7 +87,7 @@ def _attend(
     k_BGKD: torch.Tensor,
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
-    pattern: Pattern,
+    pattern: Rule,
     *,
     scale: float,
     softcap: float | None = None,

@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.softmax.block_limits import Blocks, MaskOfBlocks, visible_blocks
-from attn_plugins.ops.softmax.tiles import Pattern
+from attn_plugins.ops.softmax.tiles import Rule
 
 BLOCK = 128
 """Queries, and keys, of a block: what FlexAttention's kernels are made for."""
@@ -59,12 +59,12 @@ class _Tables:
     made: dict[Hashable, Any]
 
 
-def flex_mask(mask: AttentionMask, pattern: Pattern) -> BlockMask:
+def flex_mask(mask: AttentionMask, pattern: Rule) -> BlockMask:
     """What mask and pattern show, made once a forward pass for all layers."""
     return mask.cached((pattern, "flex"), lambda: _flex_mask(mask, pattern))
 
 
-def _flex_mask(mask: AttentionMask, pattern: Pattern) -> BlockMask:
+def _flex_mask(mask: AttentionMask, pattern: Rule) -> BlockMask:
     of_blocks = MaskOfBlocks(mask)
     seen = visible_blocks(of_blocks, pattern, BLOCK)
     held = {name: _contiguous(getattr(mask, name)) for name in ("padding_BK", "segments_BK", "dense_BQK")}

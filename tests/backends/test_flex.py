@@ -14,16 +14,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from attn_plugins.backends import flex
 from attn_plugins.backends.flex_masks import flex_mask
+from attn_plugins.benchmark.launches import MOST_OF_A_MASK, SYNCS_OF_A_MASK
+from attn_plugins.benchmark.operations import counted
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention, list_attentions
-from attn_plugins.ops.softmax.attention import PatternAttention
+from attn_plugins.ops.softmax.attention import FollowsRules
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at views
 
 SHAPE = {"head_dim": 16, "value_dim": 16}
 FLEX = {"backend": "flex", "dtype": torch.float32, "tolerance": 2e-5, **SHAPE}
-PATTERNS = [case for case in CASES if issubclass(case.cls, PatternAttention)]
-GRIDS = [cls for cls in map(get_attention, list_attentions()) if cls.wants_grid and issubclass(cls, PatternAttention)]
+PATTERNS = [case for case in CASES if issubclass(case.cls, FollowsRules)]
+GRIDS = [cls for cls in map(get_attention, list_attentions()) if cls.wants_grid and issubclass(cls, FollowsRules)]
+CROSS = [cls for cls in map(get_attention, list_attentions()) if cls.cross and issubclass(cls, FollowsRules)]
 every_pattern = pytest.mark.parametrize("case", PATTERNS, ids=str)
 every_pattern_by_default = pytest.mark.parametrize("case", [case for case in PATTERNS if not case.options], ids=str)
 
@@ -58,6 +61,11 @@ def packed(length=LENGTH):
         "segments_BK": torch.stack([index // 30, index // 50]),
         "padding_BK": left_padding([length, length - 9], length).flip(1),
     }
+
+
+def rules_of(case, mask):
+    q = torch.zeros(mask.batch_size, 4, mask.q_length, 16)
+    return case.module().by_rules(q, q, mask)[2]
 
 
 @every_pattern
@@ -104,6 +112,26 @@ def test_equals_reference_on_a_grid(eager, cls):
         assert_forms_agree(case, inputs(1, length, **SHAPE), mask, **FLEX)
 
 
+@pytest.mark.parametrize("cls", CROSS, ids=lambda cls: cls.name)
+def test_equals_reference_for_keys_of_another_sequence(eager, cls):
+    mask = AttentionMask(2, 33, 20, causal=False, cross=True, padding_BK=left_padding([20, 11], 20).flip(1))
+    assert_forms_agree(Case(cls, {}, False), some_inputs(33, 20), mask, **FLEX)
+
+
+@pytest.mark.parametrize("case", PATTERNS, ids=str)
+def test_tables_of_a_mask_are_within_the_bars(case):
+    """Packed rows included: the number of operations does not follow from the length."""
+    numbers = []
+    for length in (512, 1024):
+        mask = case.mask(1, length, length, segments_BK=torch.arange(length).unsqueeze(0) // 300)
+        with counted() as found:
+            for _, pattern in rules_of(case, mask):
+                flex_mask(mask, pattern)
+        numbers.append(len(found.launches))
+        assert found.syncs.total() <= SYNCS_OF_A_MASK
+    assert numbers[1] <= numbers[0] <= MOST_OF_A_MASK
+
+
 def test_masks_of_a_kind_share_what_is_compiled():
     """Neither a new mask nor a third length is compiled anew, nor what another kind of call has already compiled."""
     case = next(case for case in PATTERNS if case.options.get("num_sink_tokens"))
@@ -122,7 +150,8 @@ def test_masks_of_a_kind_share_what_is_compiled():
 
 def test_the_blocks_are_made_once_for_all_layers():
     case = next(case for case in PATTERNS if case.causal)
-    (_, pattern), *_ = case.module().patterns(4, mask := case.mask(2, LENGTH, LENGTH, **packed()))
+    mask = case.mask(2, LENGTH, LENGTH, **packed())
+    (_, pattern), *_ = rules_of(case, mask)
     assert flex_mask(mask, pattern) is flex_mask(mask, pattern)
 
 
@@ -146,7 +175,7 @@ def test_refuses_what_its_kernels_cannot(change, reason):
 
 
 def test_serves_what_has_a_pattern_alone():
-    case = next(case for case in CASES if not issubclass(case.cls, PatternAttention))
+    case = next(case for case in CASES if not issubclass(case.cls, FollowsRules))
     with pytest.raises(ValueError, match=r"it serves attentions whose visible pairs are known before the scores"):
         inputs(1, 20, **SHAPE).run(case.module(backend="flex", **SHAPE), case.mask(1, 20, 20))
 

@@ -6,7 +6,7 @@ from cases import CASES, left_padding, naming
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention, list_attentions
-from attn_plugins.ops.softmax.attention import PatternAttention
+from attn_plugins.ops.softmax.attention import FollowsRules
 from attn_plugins.ops.softmax.block_limits import MaskOfBlocks, visible_blocks
 from attn_plugins.ops.softmax.patterns.band import Band, BlockBand
 from attn_plugins.ops.softmax.patterns.neighborhood import Neighborhood
@@ -52,14 +52,15 @@ def assert_limits_hold(mask, pattern, spare):
     assert got.some.float().mean() <= some.float().mean() + spare, "blocks that hold nothing are not left out"
 
 
-CLASSES = [cls for cls in map(get_attention, list_attentions()) if issubclass(cls, PatternAttention)]
+CLASSES = [cls for cls in map(get_attention, list_attentions()) if issubclass(cls, FollowsRules)]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.cls in CLASSES], ids=str)
 def test_every_visible_pair_is_in_a_block_and_whole_blocks_hide_none(case):
     for queries in (LENGTH, 37):
         for name, mask in masks(case.causal, queries):
-            for _, pattern in case.module().patterns(2, mask):
+            q = torch.zeros(2, 2, queries, 8)
+            for _, pattern in case.module().by_rules(q, q, mask)[2]:
                 with naming(queries, "queries", name, pattern):
                     assert_limits_hold(mask, pattern, 0.2 if mask.plain else 1)
 

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -11,7 +11,31 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rotary import Rotary
 from attn_plugins.ops.reference import dense_attention, expand_heads
 from attn_plugins.ops.softmax.batched import batched_pattern_attention
-from attn_plugins.ops.softmax.tiles import Pattern, dense_pattern, tiled_attention
+from attn_plugins.ops.softmax.tiles import Pattern, Rule, dense_pattern, tiled_attention
+
+
+@runtime_checkable
+class FollowsRules(Protocol):
+    """An attention that is softmax attention over the keys that rules and the mask show, for kernels that take rules.
+
+    A capability, not a base: whatever has this method is served.
+    """
+
+    def by_rules(
+        self,
+        q_BHQD: torch.Tensor,
+        k_BGKD: torch.Tensor,
+        mask: AttentionMask,
+        *,
+        rotary: Rotary | None = None,
+        grid_size: tuple[int, int] | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, Sequence[tuple[slice, Rule]], torch.Tensor | None]:
+        """Queries and keys of the scores, slices of the query heads with their rules, and all sinks (H,).
+
+        Args:
+            sinks: the model's own.
+        """
 
 
 class PatternAttention(Attention, abc.ABC):
@@ -36,6 +60,11 @@ class PatternAttention(Attention, abc.ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys as the scores are made of them: as they are, unless a subclass changes their positions."""
         return q_BHQD, k_BGKD
+
+    def by_rules(self, q_BHQD, k_BGKD, mask, *, rotary=None, grid_size=None, sinks=None):
+        """As :class:`FollowsRules` says."""
+        q_BHQD, k_BGKD = self.place(q_BHQD, k_BGKD, mask, rotary)
+        return q_BHQD, k_BGKD, self.patterns(q_BHQD.shape[1], mask, grid_size), sinks
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, rotary=None, grid_size=None, **options):
         q_BHQD, k_BGKD = self.place(q_BHQD, k_BGKD, mask, rotary)
@@ -63,7 +92,7 @@ def by_heads(
     k_BGKD: torch.Tensor,
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
-    parts: Sequence[tuple[slice, Pattern]],
+    parts: Sequence[tuple[slice, Rule]],
     *,
     position_bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
@@ -83,7 +112,7 @@ def by_heads(
 
 
 def _inputs(
-    q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, parts: Sequence[tuple[slice, Pattern]]
+    q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, parts: Sequence[tuple[slice, Rule]]
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Queries of each part of the heads, and the key/value heads that these share."""
     number, groups = q_BHQD.shape[1], k_BGKD.shape[1]

@@ -1,6 +1,6 @@
 """Which blocks of queries and keys hold visible pairs, from what bounds each block: for kernels that leave blocks out.
 
-A rule (:meth:`AttentionMask.shows`, :meth:`Pattern.sees`) gets :class:`Span` in place of indices, and computes with the
+A rule (:meth:`AttentionMask.shows`, :meth:`Rule.sees`) gets :class:`Span` in place of indices, and computes with the
 limits of all blocks at once what it would compute pair by pair. What comes out is :class:`Blocks`. Nothing here is
 Q x K, and nothing is read on the host.
 """
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.softmax.tiles import Pattern
+from attn_plugins.ops.softmax.tiles import Rule
 
 T = TypeVar("T")
 
@@ -171,7 +171,7 @@ class MaskOfBlocks(AttentionMask):
         return (k_position <= q_position if self.causal else k_position >= 0) & Blocks(~none, none)
 
 
-def visible_blocks(mask: MaskOfBlocks, pattern: Pattern, size: int) -> Blocks:
+def visible_blocks(mask: MaskOfBlocks, pattern: Rule, size: int) -> Blocks:
     """What mask and pattern show, in blocks of ``size`` queries and keys: tables (B or 1, ceil(Q/size), ceil(K/size)).
 
     Blocks that reach over the end are never among those of which every pair is visible.

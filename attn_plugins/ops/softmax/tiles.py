@@ -17,19 +17,27 @@ Sees = Callable[[AttentionMask, torch.Tensor, torch.Tensor], torch.Tensor]
 """As :meth:`Pattern.sees`."""
 
 
-class Pattern(Protocol):
-    """Who sees whom, as one rule and as the tiles that follow it. A frozen dataclass: it is the key of its tiles."""
+class Rule(Protocol):
+    """Who sees whom. A frozen dataclass: it is the key of what follows from it."""
+
+    def __hash__(self) -> int: ...
+
+    def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
+        """Whether queries see keys as far as the rule goes, for indices in range whose shapes broadcast.
+
+        It computes with indices as numbers, and looks them up in tables by ``mask.look_up`` alone, so that it takes
+        other things than tensors too (:mod:`attn_plugins.ops.softmax.block_limits`).
+        """
+
+
+class Pattern(Rule, Protocol):
+    """Who sees whom, as one rule and as the tiles that follow it."""
 
     @property
     def merged(self) -> bool:
         """Whether a query may see keys in several tiles; partial results are then merged, which costs a little.
 
         If not, a query may still be in several tiles if it sees keys in none but the last of them."""
-
-    def __hash__(self) -> int: ...
-
-    def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
-        """Whether queries see keys as far as the pattern goes, for indices in range whose shapes broadcast."""
 
     def tiles(self, mask: AttentionMask) -> Iterable[Tile]:
         """Tiles in which every query occurs, and every pair that ``sees`` and the mask allow is visible just once."""
@@ -41,7 +49,7 @@ class Pattern(Protocol):
         """
 
 
-def dense_pattern(mask: AttentionMask, pattern: Pattern) -> torch.Tensor:
+def dense_pattern(mask: AttentionMask, pattern: Rule) -> torch.Tensor:
     """What mask and pattern show, (B or 1, 1, Q, K) bool: the definition, for the reference form."""
     q_index = torch.arange(mask.q_length, device=mask.device).view(1, -1, 1)
     k_index = torch.arange(mask.kv_length, device=mask.device).view(1, 1, -1)
