@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from cases import CASES, assert_forms_agree, assert_same, every_case, inputs, left_padding, outcome, rounds, seeded
+from cases import (
+    CASES,
+    Inputs,
+    assert_forms_agree,
+    assert_same,
+    every_case,
+    inputs,
+    left_padding,
+    outcome,
+    rounds,
+    seeded,
+)
 from hypothesis import given as drawn
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -139,13 +150,53 @@ def test_rows_without_a_real_token_stay_finite(case):
     assert all(x is None or x.isfinite().all() for x in got.values())
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at all inputs
-@every_case(batched=True)
-def test_is_part_of_a_graph(case):
+not_a_leaf = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+"""Dynamo looks at all inputs."""
+
+
+def assert_compiles(case, backend):
     """torch.compile takes all of it, forward and backward, and gives the same."""
     given, module = inputs(2, 40).to(torch.float32), case.module(**BATCHED, dtype=torch.float32)
     cotangent = torch.randn(2, 40, 4, 8, generator=seeded(5))
     mask = case.mask(2, 40, 40, padding_BK=left_padding([40, 31], 40))
     want = outcome(module, given, mask, cotangent)
-    module.compile(backend="aot_eager", fullgraph=True)
+    module.compile(backend=backend, fullgraph=True)
     assert_same(outcome(module, given, mask, cotangent), want, 1e-4)
+
+
+@not_a_leaf
+@every_case(batched=True)
+def test_is_part_of_a_graph(case):
+    assert_compiles(case, "aot_eager")
+
+
+@pytest.mark.slow
+@not_a_leaf
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's imports
+@every_case(batched=True, options={})
+def test_is_compiled_by_inductor(case):
+    assert_compiles(case, "inductor")
+
+
+class Masked(torch.nn.Module):
+    """An attention that makes its mask of padding that it is given, as a model does."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.case, self.slot = case, case.module(**BATCHED, dtype=torch.float32)
+
+    def forward(self, q, k, v, hidden, padding_BK):
+        mask = self.case.mask(2, 40, 40, padding_BK=padding_BK, device="cpu")
+        return Inputs(q, k, v, hidden).run(self.slot, mask)
+
+
+@pytest.mark.slow
+@every_case(batched=True, options={})
+def test_is_exported(case):
+    """Nothing of the values that the graph was recorded with stays in it."""
+    model = Masked(case)
+    first, second = (inputs(2, 40, seed=seed).to(torch.float32).of_tokens() for seed in (0, 1))
+    paddings = left_padding([40, 31], 40), left_padding([17, 40], 40)
+    graph = torch.export.export(model, (*first, paddings[0]), strict=False).module()
+    got, want = (run(*second, paddings[1]) * paddings[1][:, :, None, None] for run in (graph, model))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)

@@ -181,11 +181,9 @@ class RandomBlocks:
         needed = torch.cat([top, near.masked_fill(near < self.num_global, -1), chosen], dim=2)
         if needed.shape[2] * size >= keys:
             return tables_of(mask, self._sees_as_one_of_many, queries, counted(keys, device))
-        seen = ((start.unsqueeze(2) + needed * size).unsqueeze(3) + torch.arange(size, device=device)).flatten(2)
-        inside = seen.clamp(0, keys - 1)
-        same = starts.gather(1, inside.flatten(1)).view_as(seen) == start.unsqueeze(2)
-        held = (needed >= 0).repeat_interleave(size, dim=2) & (seen == inside) & same
-        return tables_of(mask, self._sees_as_one_of_many, queries, seen.masked_fill(~held, -1))
+        seen = (start.unsqueeze(2) + needed * size).unsqueeze(3) + torch.arange(size, device=device)
+        seen = seen.masked_fill((needed < 0).unsqueeze(3), -1).flatten(2)
+        return tables_of(mask, self._sees_as_one_of_many, queries, seen)
 
     def _blocks(self, mask: AttentionMask) -> "_Blocks":
         """The blocks that queries are in."""
