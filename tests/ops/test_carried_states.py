@@ -26,9 +26,13 @@ def test_states_and_gradients_equal_those_of_one_chunk_after_another(monkeypatch
         torch.testing.assert_close(*gradients)
 
 
-def test_the_operator_keeps_the_rules_of_torch():
+@pytest.mark.parametrize("number", [5, 35])
+def test_operators_keep_the_rules_of_torch(number):
     generator = torch.Generator().manual_seed(0)
-    sizes = ((1, 2, 5, 3, 3), (1, 2, 5, 3, 4), (1, 2, 3, 4))
-    arguments = tuple(torch.randn(size, generator=generator).requires_grad_() for size in sizes)
+    sizes = ((1, 2, number, 3, 3), (1, 2, number, 4, 3), (1, 2, 4, 3))
+    by, added, state = (torch.randn(size, generator=generator) for size in sizes)
+    transposed = by, added.mT, state.mT
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    arguments = tuple(x.detach().requires_grad_() for x in transposed)
     torch.library.opcheck(batched.carry_states, arguments, test_utils=checks)
+    torch.library.opcheck(batched.carry_back, transposed, test_utils=checks)

@@ -75,7 +75,8 @@ def carry_states(by: torch.Tensor, added: torch.Tensor, state: torch.Tensor) -> 
         times = _times(by)
         first = times(by[:, :, :1], state.unsqueeze(2)) + added[:, :, :1]
         after = _accumulate(by, torch.cat([first, added[:, :, 1:]], dim=2), backwards=False)
-    return torch.cat([state.unsqueeze(2), after[:, :, :-1]], dim=2), after[:, :, -1].clone()
+    before = torch.cat([state.unsqueeze(2), after[:, :, :-1]], dim=2)
+    return before, after[:, :, -1].clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("attn_plugins::carry_back", mutates_args=())
@@ -85,17 +86,18 @@ def carry_back(by: torch.Tensor, d_before: torch.Tensor, d_after: torch.Tensor) 
         by, times = by.mT if by.shape[-1] > 1 else by, _times(by)
         d_states = torch.cat([d_before[:, :, 1:], d_after.unsqueeze(2)], dim=2)
         d_added = _accumulate(by.roll(-1, 2), d_states, backwards=True)
-        return d_added, d_before[:, :, 0] + times(by[:, :, 0], d_added[:, :, 0])
+        d_state = times(by[:, :, 0], d_added[:, :, 0]).add_(d_before[:, :, 0])
+        return d_added.contiguous(), d_state.contiguous()
 
 
 @carry_states.register_fake
 def _(by, added, state):
-    return torch.empty_like(added, memory_format=torch.contiguous_format), state.new_empty(state.shape)
+    return added.new_empty(added.shape), state.new_empty(state.shape)
 
 
 @carry_back.register_fake
 def _(by, d_before, d_after):
-    return torch.empty_like(d_before, memory_format=torch.contiguous_format), d_after.new_empty(d_after.shape)
+    return d_before.new_empty(d_before.shape), d_after.new_empty(d_after.shape)
 
 
 def _setup_context(ctx, inputs, output):
