@@ -170,6 +170,21 @@ def test_compiles_whole(causal):
     torch.testing.assert_close(compiled(q, k, v), module.attend(q, k, v, mask=mask, scale=1.0, dropout=0.0))
 
 
+def test_cosformer_compiles_over_packed_rows_that_are_longer_than_its_longest_sequence():
+    module, (q, k, v) = attention(feature_map="cosformer", max_length=25), tensors(2, 40, 40)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def attend(q, segments):
+        mask = AttentionMask(2, 40, 40, causal=True, segments_BK=segments, device="cpu")
+        return module.attend(q, k, v, mask=mask, scale=1.0, dropout=0.0)
+
+    segments = (torch.arange(40) >= torch.tensor([[15], [25]])).long()
+    mask = AttentionMask(2, 40, 40, causal=True, segments_BK=segments)
+    torch.testing.assert_close(attend(q, segments), module.attend(q, k, v, mask=mask, scale=1.0, dropout=0.0))
+    with pytest.raises(RuntimeError, match="'cosformer' got more than max_length"):
+        attend(q, (torch.arange(40) >= torch.tensor([[15], [26]])).long())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_long_sequences_in_half_precision_do_not_drift(dtype):
     # A float16 denominator overflows after a thousand tokens, a bfloat16 state stops growing.

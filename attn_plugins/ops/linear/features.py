@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import elu, pad, relu
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.core.tracing import recorded
+from attn_plugins.core.tracing import readable, recorded
 from attn_plugins.ops.reference import accumulation_dtype
 
 LEARNED = ("hedgehog", "t2r", "taylor")
@@ -290,7 +290,12 @@ def _cos_sin(mask: AttentionMask, max_length: int, dtype: torch.dtype) -> tuple[
     if mask.kv_offset + mask.kv_length > max_length:
         before = mask.q_offset - mask.kv_offset
         position_BQ, whole = position_BK[:, before : before + mask.q_length], mask.kv_offset + mask.kv_length
-        check_length(whole if recorded(position_BQ) else int(position_BQ.max()) + 1, max_length)
+        if recorded(position_BQ):
+            check_length(whole, max_length)
+        elif position_BQ.is_cuda or not readable(position_BQ):
+            torch._assert_async((position_BQ < max_length).all(), "feature_map='cosformer' got more than max_length")
+        else:
+            check_length(int(position_BQ.max()) + 1, max_length)
     return _angles(position_BK, max_length, dtype)
 
 

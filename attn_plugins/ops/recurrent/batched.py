@@ -102,6 +102,7 @@ def _(by, d_before, d_after):
 
 def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], output[0])
+    ctx.set_materialize_grads(True)
 
 
 @outside_autocast
