@@ -60,7 +60,8 @@ class BlockTopkAttention(Attention):
 
     def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         block_size, at_once = self.config.block_size, scores_at_once(q_BHQD.device)
-        chosen = choose_blocks(q_BHQD, k_BGKD, block_layout(mask, block_size), self.config.topk, at_once=at_once)
+        blocks = block_layout(mask, block_size)
+        chosen = choose_blocks(q_BHQD, k_BGKD, blocks, self.config.topk, at_once=at_once, look=False)
         return batched_block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=block_size, **options)
 
     def new_state(self, fixed_length=None):

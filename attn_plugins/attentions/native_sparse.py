@@ -1,4 +1,3 @@
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -8,7 +7,7 @@ from torch import nn
 
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.blocks import native_sparse
+from attn_plugins.ops.blocks import batched_native_sparse, native_sparse
 from attn_plugins.ops.decode.block_cache import KeyBlocks
 
 
@@ -79,9 +78,7 @@ class NativeSparseAttention(Attention):
         super().__init__(config, heads, **options)
         if heads is None:
             raise ValueError("attention 'native_sparse' has weights a head and needs the sizes of the heads, got None")
-        self.wants_hidden = config.gate_input == "hidden"
-        names = [field.name for field in dataclasses.fields(native_sparse.NativeSparseSizes)]
-        self.sizes = native_sparse.NativeSparseSizes(**{name: getattr(config, name) for name in names})
+        self.wants_hidden, self.sizes = config.gate_input == "hidden", native_sparse.NativeSparseSizes.of(config)
         size = heads.known_hidden_size(self.name) if self.wants_hidden else heads.head_dim
         self.gate_weight = nn.Parameter(torch.empty(heads.num_heads, 3, size))
         gates = (nn.Parameter(torch.empty(heads.num_heads)) for _ in range(3))
@@ -97,24 +94,27 @@ class NativeSparseAttention(Attention):
         for weight in (self.key_weight, self.value_weight):
             nn.init.constant_(weight, 1 / self.config.kernel_size)
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, hidden_BQE=None, **options):
-        given = self._given(q_BHQD, hidden_BQE)
-        return native_sparse.dense_native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, *given, **options)
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, hidden_BQE=None, **options):
+        return self._by(native_sparse.dense_native_sparse_attention, q_BHQD, k_BGKD, v_BGKV, hidden_BQE, options)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, hidden_BQE=None, **options):
-        given = self._given(q_BHQD, hidden_BQE)
-        return native_sparse.native_sparse_attention(q_BHQD, k_BGKD, v_BGKV, mask, *given, **options)
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, hidden_BQE=None, **options):
+        return self._by(native_sparse.native_sparse_attention, q_BHQD, k_BGKD, v_BGKV, hidden_BQE, options)
+
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, hidden_BQE=None, **options):
+        return self._by(batched_native_sparse.native_sparse_attention, q_BHQD, k_BGKD, v_BGKV, hidden_BQE, options)
 
     def new_state(self, fixed_length=None):
         return KeyBlocks(self.config.block_size, (self.config.kernel_size, self.config.kernel_stride), fixed_length)
 
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, hidden_BKE=None, **options):
-        given = self._given(q_BHQD, hidden_BKE)
-        return native_sparse.native_sparse_from(q_BHQD, k_BGKD, v_BGKV, mask, state, *given, **options)
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, hidden_BKE=None, **options):
+        form = native_sparse if self.chosen(q_BHQD) == "torch" else batched_native_sparse
+        options["attend"] = form.native_sparse_attention
+        return self._by(native_sparse.native_sparse_from, q_BHQD, k_BGKD, v_BGKV, hidden_BKE, options)
 
-    def _given(self, q_BHQD, hidden_BKE):
-        """The weights of this call, and sizes."""
+    def _by(self, form, q_BHQD, k_BGKD, v_BGKV, hidden_BKE, options):
+        """A form, given the weights of this call, and sizes."""
         x_BHQX = q_BHQD if hidden_BKE is None else hidden_BKE[:, None, -q_BHQD.shape[2] :]
         bias_H3 = torch.stack([self.compressed_gate, self.selected_gate, self.window_gate], dim=1)
         gates_BHQ3 = native_sparse.gates_of(x_BHQX, self.gate_weight, bias_H3)
-        return native_sparse.NativeSparseWeights(gates_BHQ3, self.key_weight, self.value_weight), self.sizes
+        weights = native_sparse.NativeSparseWeights(gates_BHQ3, self.key_weight, self.value_weight)
+        return form(q_BHQD, k_BGKD, v_BGKV, weights=weights, sizes=self.sizes, **options)

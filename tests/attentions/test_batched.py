@@ -1,5 +1,7 @@
 """The form for devices that are not a CPU, run on one: it equals ``reference`` whatever is declared and asked."""
 
+import dataclasses
+
 import pytest
 import torch
 from cases import (
@@ -124,7 +126,7 @@ def test_dropout_is_drawn_anew_and_seen_by_gradients(case):
 
     def run(seed, v):
         torch.manual_seed(seed)
-        return module(given.q, given.k, v, mask=mask, scale=0.4, dropout=0.4)[0]
+        return dataclasses.replace(given, v=v).run(module, mask, dropout=0.4)
 
     v = given.v.clone().requires_grad_()
     out = run(0, v)
@@ -136,7 +138,7 @@ def test_dropout_is_drawn_anew_and_seen_by_gradients(case):
         high, low = (run(0, v + sign * 1e-5 * along).square().sum() for sign in (1, -1))
     torch.testing.assert_close((gradient * along).sum(), (high - low) / 2e-5, rtol=1e-5, atol=1e-5)
     kept = torch.stack([run(seed, given.v) for seed in range(400)]).mean(0)
-    plain = module(given.q, given.k, given.v, mask=mask, scale=0.4)[0]
+    plain = given.run(module, mask)
     assert (kept - plain).abs().mean() < 0.15 * plain.abs().mean() + 0.02, (
         "what is kept does not make up for what is dropped"
     )

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from attn_plugins.core.registry import get_attention
 from attn_plugins.ops import sizes
+from attn_plugins.ops.blocks import batched, batched_native_sparse
 from attn_plugins.ops.blocks.batched import PairTiles, batched_gathered_attention, not_visible, pairs_by_block
 from attn_plugins.ops.dropout import draw_seed, dropped
 
 CASES = [
     Case(cls, options, causal)
-    for cls in map(get_attention, ["block_topk"])
+    for cls in map(get_attention, ["block_topk", "native_sparse"])
     for options in cls.examples
     for causal in ([True, False] if cls.causal else [False])
 ]
@@ -27,6 +28,17 @@ def test_pieces_add_up_to_the_same(case, monkeypatch):
     whole = outcome(module, given, mask, cotangent)
     monkeypatch.setattr(sizes, "SCORES_AT_ONCE_ELSEWHERE", 1 << 11)
     assert_same(outcome(module, given, case.mask(2, 65, 65, padding_BK=mask.padding_BK), cotangent), whole, 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products_of_half_precision_are_exact_enough(case, monkeypatch):
+    """As on a GPU: operands are rounded to their inputs' dtype, and sums are not."""
+    for module in (batched, batched_native_sparse):
+        monkeypatch.setattr(module, "operand_dtype", lambda *tensors: tensors[0].dtype)
+    for dtype, tolerance in ((torch.bfloat16, 1e-2), (torch.float16, 2e-3)):
+        given = inputs(2, 65).to(dtype).to(torch.float64)
+        mask = case.mask(2, 65, 65, padding_BK=left_padding([65, 40], 65))
+        assert_forms_agree(case, given, mask, dtype=dtype, tolerance=tolerance, backend="batched")
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -9,6 +9,7 @@ from cases import SCALE, Case, inputs, left_padding
 
 from attn_plugins.attentions.block_topk import BlockTopkAttention
 from attn_plugins.attentions.native_sparse import NativeSparseAttention
+from attn_plugins.ops.blocks import native_sparse
 from attn_plugins.ops.decode import block_cache as key_blocks
 
 LENGTH = 41
@@ -79,6 +80,7 @@ def test_many_queries_are_attended_from_in_the_form_of_the_device(case, monkeypa
     text = Text(case)
     text.module.backend = "batched"
     monkeypatch.setattr(case.cls, "attend", None)
+    monkeypatch.setattr(native_sparse, "native_sparse_attention", None)
     text.go_on(text.module.new_state(), [11, 1, 17, 12])
 
 

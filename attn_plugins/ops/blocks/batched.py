@@ -11,7 +11,7 @@ add up in float32, in which all else is computed.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -21,6 +21,7 @@ from attn_plugins.ops.blocks.gather import block_layout
 from attn_plugins.ops.dropout import draw_seed, dropped
 from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, outside_autocast
 from attn_plugins.ops.sizes import scores_at_once
+from attn_plugins.ops.softmax.batched import product
 
 LARGEST_TILE = 128
 """Pairs that are multiplied with one block at a time."""
@@ -59,6 +60,7 @@ class _Part(NamedTuple):
 class _Options(NamedTuple):
     scale: float
     dropout: float
+    out_dtype: torch.dtype
     parts: tuple[_Part, ...]
 
 
@@ -70,12 +72,13 @@ def batched_gathered_attention(
     *,
     scale: float,
     dropout: float = 0.0,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention over the pairs of query and key in ``parts``, none twice.
 
     Returns:
-        out_BHQV in the dtype of v, zero for a query that sees nothing, and the log-sum-exp of the scores (B, H, Q) in
-        at least float32, -inf there; both have gradients. Differentiable once.
+        out_BHQV in ``out_dtype``, else the dtype of v, zero for a query that sees nothing, and the log-sum-exp of the
+        scores (B, H, Q) in at least float32, -inf there; both have gradients. Differentiable once.
     """
     seed = draw_seed(q_BHQD.device) if dropout else None
     tensors: list[torch.Tensor] = []
@@ -84,7 +87,8 @@ def batched_gathered_attention(
         own = (part.pair_TR, part.block_T, part.keys_XC, *part.tables)
         tensors += own
         about.append(_Part(part.width, part.hidden, len(own)))
-    return _Gathered.apply(q_BHQD, k_BGKD, v_BGKV, seed, _Options(scale, dropout, tuple(about)), *tensors)
+    options = _Options(scale, dropout, out_dtype or v_BGKV.dtype, tuple(about))
+    return _Gathered.apply(q_BHQD, k_BGKD, v_BGKV, seed, options, *tensors)
 
 
 class _Gathered(torch.autograd.Function):
@@ -97,15 +101,16 @@ class _Gathered(torch.autograd.Function):
             pairs = rows * part.width + 1
             top = torch.full((pairs,), MASKED_SCORE, dtype=call.dtype, device=call.q.device)
             total, out = torch.zeros_like(top), top.new_zeros(pairs, size)
-            for tile in call.tiles(part, own, size):
-                scores = call.scores(tile)
-                highest = (scores.amax(dim=-1) * options.scale).clamp_(min=MASKED_SCORE)
-                weights = torch.add(highest.neg().unsqueeze(-1), scores, alpha=options.scale).exp_()
+            for tile in call.tiles(part, own, scores=1.25):
+                weights = call.scores(tile)
+                highest = weights.amax(dim=-1).clamp_(min=MASKED_SCORE)
+                weights.sub_(highest.unsqueeze(-1)).exp_()
                 pair = tile.pair_TR.flatten()
                 top.index_copy_(0, pair, highest.flatten())
                 total.index_copy_(0, pair, weights.sum(dim=-1).flatten())
                 values = call.product(call.kept(weights, tile), call.rows_of(call.v, tile.keys_TC))
                 out.index_copy_(0, pair, values.flatten(0, 1))
+                del weights, values  # before those of the next tiles are made
             tops.append(top[:-1].view(rows, -1))
             totals.append(total[:-1].view(rows, -1))
             outs.append(out[:-1].view(rows, -1, size))
@@ -119,7 +124,7 @@ class _Gathered(torch.autograd.Function):
         merged = [torch.bmm(s.unsqueeze(1), o).squeeze(1) for s, o in zip(shares, outs, strict=True)]
         out = merged[0] if len(merged) == 1 else torch.stack(merged).sum(dim=0)
         lse = highest.squeeze(1) + total.log()
-        out_BHQV = out.to(v_BGKV.dtype).view(*q_BHQD.shape[:3], -1)
+        out_BHQV = out.to(options.out_dtype).view(*q_BHQD.shape[:3], -1)
         ctx.save_for_backward(q_BHQD, k_BGKD, v_BGKV, seed, out_BHQV, lse.masked_fill(empty, torch.inf), *tensors)
         ctx.options = options
         return out_BHQV, lse.masked_fill(empty, -torch.inf).view(q_BHQD.shape[:3])
@@ -139,19 +144,19 @@ class _Gathered(torch.autograd.Function):
         grad = with_none(grad.to(call.operands).reshape(-1, grad.shape[-1]))
         dq, dk, dv = (torch.zeros_like(x, dtype=call.dtype) for x in (call.q, call.k, call.v))
         for part, own in call.parts(tensors):
-            for tile in call.tiles(part, own, call.v.shape[1]):
-                shift = lse[tile.rows_TR].neg_().unsqueeze(-1)
-                weights = torch.add(shift, call.scores(tile), alpha=options.scale).exp_()
+            for tile in call.tiles(part, own, scores=2):
+                weights = call.scores(tile).sub_(lse[tile.rows_TR].unsqueeze(-1)).exp_()
                 keys, rows, g = tile.keys_TC.flatten(), tile.rows_TR.flatten(), call.rows_of(grad, tile.rows_TR)
                 dv.index_add_(0, keys, call.product(call.kept(weights, tile).mT, g).flatten(0, 1))
                 ds = call.kept(call.product(g, call.rows_of(call.v, tile.keys_TC).mT), tile)
+                del g
                 ds = weights.mul_(ds.sub_(delta[tile.rows_TR].unsqueeze(-1)))
                 dk.index_add_(0, keys, call.product(ds.mT, call.rows_of(call.q, tile.rows_TR)).flatten(0, 1))
                 dq.index_add_(0, rows, call.product(ds, call.rows_of(call.k, tile.keys_TC)).flatten(0, 1))
+                del ds, weights
         # autograd casts each gradient to the dtype of its input.
-        dq, dk = dq[:-1].mul_(options.scale), dk[:-1].mul_(options.scale)
-        given = dq.view(q_BHQD.shape), dk.view(k_BGKD.shape), dv[:-1].view(v_BGKV.shape)
-        return *given, None, None, *[None] * len(tensors)
+        dq = dq[:-1].mul_(options.scale).view(q_BHQD.shape)
+        return dq, dk[:-1].view(k_BGKD.shape), dv[:-1].view(v_BGKV.shape), None, None, *[None] * len(tensors)
 
 
 class _Tile(NamedTuple):
@@ -164,14 +169,13 @@ class _Tile(NamedTuple):
 
 
 class _Inputs:
-    """The inputs of one call by row, head and position, one of zeros behind them; for both directions."""
+    """The inputs of one call by row, head and position, queries scaled, a row of zeros behind; for both directions."""
 
     def __init__(self, q_BHQD, k_BGKD, v_BGKV, seed, options):
         self.options, self.seed = options, seed
-        self.dtype = self.operands = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
-        if q_BHQD.is_cuda and q_BHQD.dtype == k_BGKD.dtype == v_BGKV.dtype:
-            self.operands = q_BHQD.dtype
         given = (q_BHQD, k_BGKD, v_BGKV)
+        self.dtype, self.operands = accumulation_dtype(*given), operand_dtype(*given)
+        given = (q_BHQD.to(self.dtype) * options.scale, k_BGKD, v_BGKV)
         self.q, self.k, self.v = (with_none(x.to(self.operands).reshape(-1, x.shape[-1])) for x in given)
 
     def parts(self, tensors) -> Iterator[tuple[_Part, tuple[torch.Tensor, ...]]]:
@@ -180,12 +184,13 @@ class _Inputs:
             yield part, tensors[low : low + part.tensors]
             low += part.tensors
 
-    def tiles(self, part, own, value_size) -> Iterator[_Tile]:
+    def tiles(self, part, own, *, scores) -> Iterator[_Tile]:
+        """A few at a time; of each of their pairs of query and key ``scores`` numbers are held."""
         pair_TR, block_T, keys_XC, *tables = own
-        (number, places), keys, size = pair_TR.shape, keys_XC.shape[1], max(self.q.shape[1], value_size)
-        # Weights and their gradients; queries and the output's gradient; keys, or values, or gradients of one of them.
-        held = 2 * places * keys + 2 * places * size + max(places, keys) * size
-        step = max(1, scores_at_once(pair_TR.device) // held)
+        (number, places), keys, size = pair_TR.shape, keys_XC.shape[1], max(self.q.shape[1], self.v.shape[1])
+        # Beside them what is multiplied: queries, values and the like, and what comes of it.
+        held = scores * places * keys + (places + max(places, keys)) * size
+        step = max(1, int(scores_at_once(pair_TR.device) / held))
         for low in range(0, number, step):
             pair, block = pair_TR[low : low + step], block_T[low : low + step]
             rows, keys_TC = pair // part.width, keys_XC.index_select(0, block)
@@ -197,11 +202,9 @@ class _Inputs:
 
     def product(self, a, b):
         """In the dtype of sums."""
-        a, b = a.to(self.operands), b.to(self.operands)
-        return torch.bmm(a, b) if self.operands == self.dtype else torch.bmm(a, b, out_dtype=self.dtype)
+        return product(a.to(self.operands), b.to(self.operands), self.dtype)
 
     def scores(self, tile):
-        """Before they are scaled."""
         scores = self.product(self.rows_of(self.q, tile.rows_TR), self.rows_of(self.k, tile.keys_TC).mT)
         return scores.masked_fill_(tile.hidden_TRC, -torch.inf)
 
@@ -211,6 +214,23 @@ class _Inputs:
             return x_TRC
         taken = dropped(self.seed, tile.rows_TR.unsqueeze(2), tile.keys_TC.unsqueeze(1), self.options.dropout)
         return x_TRC.masked_fill(taken, 0.0)
+
+
+def operand_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype that matrix products take these tensors in: their own on a GPU, else that of sums."""
+    dtype = tensors[0].dtype
+    alike = tensors[0].is_cuda and all(tensor.dtype == dtype for tensor in tensors)
+    return dtype if alike else accumulation_dtype(*tensors)
+
+
+def product_with_sums(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``torch.bmm(a, b)`` in the dtype of ``b``, that of sums; what a GPU rounds of these is multiplied too."""
+    dtype = operand_dtype(a)
+    if dtype == b.dtype:
+        return torch.bmm(a.to(dtype), b)
+    high = b.to(dtype)
+    low = (b - high.to(b.dtype)).to(dtype)
+    return product(torch.cat([a, a], dim=2), torch.cat([high, low], dim=1), b.dtype)
 
 
 def with_none(x: torch.Tensor) -> torch.Tensor:
@@ -258,13 +278,13 @@ def batched_block_attention(
     chosen_BXQT: torch.Tensor,
     *,
     block_size: int,
-    scale: float,
-    dropout: float = 0.0,
+    **options: Any,
 ) -> torch.Tensor:
     """As :func:`attn_plugins.ops.blocks.gather.block_attention`.
 
     Args:
         chosen_BXQT: as there, of each query head, or of a few heads after another that share a key/value head.
+        options: of :func:`batched_gathered_attention`.
     """
     (batch, choosing, queries, width), groups = chosen_BXQT.shape, k_BGKD.shape[1]
     heads = q_BHQD.shape[1]
@@ -280,7 +300,7 @@ def batched_block_attention(
     if shared > 1:
         pair_TR = _of_each_head(pair_TR, shared, queries * width, len(block))
     part = PairTiles(pair_TR, block_T, keys_XC, width, not_visible, (place_XC, last_N))
-    return batched_gathered_attention(q_BHQD, k_BGKD, v_BGKV, [part], scale=scale, dropout=dropout)[0]
+    return batched_gathered_attention(q_BHQD, k_BGKD, v_BGKV, [part], **options)[0]
 
 
 def _keys_of_blocks(mask: AttentionMask, block_size: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:

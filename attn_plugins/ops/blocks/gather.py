@@ -46,12 +46,18 @@ class BlockLayout:
     """Keys before the first query."""
     packed: bool
 
-    def past(self, queries: int) -> int:
-        """The most blocks that are before those of all of the first ``queries`` queries, however rows begin."""
+    def past(self, queries: int, *, look: bool = True) -> int:
+        """The most blocks that lie before the own block of one of the first ``queries`` queries.
+
+        Args:
+            look: where that does not follow from shapes, it may be found in the values.
+        """
         number, block_size = self.keys_BNC.shape[1:]
-        if self.packed:
-            return number
-        return min(number, -(-(self.before_queries + queries - 1) // block_size))
+        last = self.before_queries + queries - 1
+        if not self.packed:
+            return min(number, -(-last // block_size))
+        own_B = self.block_BK[:, last]
+        return int(own_B.max()) if look and readable(own_B) else number
 
 
 def block_layout(mask: AttentionMask, block_size: int) -> BlockLayout:
@@ -99,6 +105,7 @@ def choose_blocks(
     topk: int,
     *,
     at_once: int = SCORES_AT_ONCE,
+    look: bool = True,
 ) -> torch.Tensor:
     """The blocks that each query of each head attends to.
 
@@ -107,6 +114,7 @@ def choose_blocks(
 
     Args:
         at_once: scores of queries with blocks that are worked on at a time.
+        look: values may be asked for that leave out work.
 
     Returns:
         (B, H, Q, at most topk) block numbers, -1 where there are fewer to choose from.
@@ -138,9 +146,10 @@ def choose_blocks(
         at = slice(low, low + step)
         own, start = own_BQ[:, at, None], start_BQ[:, at, None]
         # Where causal, the last query's own block and what follows it are no candidates.
-        block = torch.arange(blocks.past(min(low + step, queries)) if blocks.causal else number, device=q_BHQD.device)
-        if not len(block):
+        until = blocks.past(min(low + step, queries), look=look) if blocks.causal else number
+        if not until:
             continue
+        block = torch.arange(until, device=q_BHQD.device)
         candidate = (block < own) if blocks.causal else (block != own)
         candidate = candidate & (blocks.start_BN[:, None, block] == start) & (count[:, :, block] > 0)
         q = q_BHQD[:, :, at].to(dtype).reshape(batch, groups, -1, q_BHQD.shape[3])

@@ -3,8 +3,9 @@
 Letter beside the legend's: M compressed blocks.
 """
 
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.core.tracing import recorded
 from attn_plugins.ops.blocks.gather import BlockLayout, block_attention, block_layout, chosen_keys
 from attn_plugins.ops.decode.block_cache import (
     KeyBlocks,
@@ -67,6 +67,11 @@ class NativeSparseSizes:
     local_blocks: int
     window_size: int
 
+    @classmethod
+    def of(cls, config: Any) -> "NativeSparseSizes":
+        """From an object with attributes of these names."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
 
 @dataclass(frozen=True)
 class Compression:
@@ -104,8 +109,10 @@ def compression_of(mask: AttentionMask, sizes: NativeSparseSizes) -> Compression
         end = (index + kernel_size).clamp(max=length)
         whole_BK = until_BK[:, end] - until_BK[:, :-1] == kernel_size
         whole_BK = whole_BK & (starts_BK[:, end - 1] == starts_BK) & ((index - starts_BK) % kernel_stride == 0)
-        # The first keys of whole blocks, in order; rows with fewer end with keys that begin none.
-        most = length if recorded(whole_BK) else max(1, int(whole_BK.sum(dim=1).max()))
+        # The first keys of whole blocks, in order; rows with fewer end with keys that begin none. A packed text may
+        # begin one as soon as the last block is over.
+        step = kernel_stride if mask.segments_BK is None else min(kernel_stride, kernel_size)
+        most = max(0, length - kernel_size) // step + 1
         first_BM = torch.where(whole_BK, index, length).sort(dim=1).values[:, :most]
         exists_BM = first_BM < length
         first_BM = first_BM.masked_fill(~exists_BM, 0)
@@ -202,31 +209,47 @@ def choose_by_weights(
     compression: Compression,
     sizes: NativeSparseSizes,
 ) -> torch.Tensor:
-    """The blocks that queries of one key/value head see: (B, G, T, topk), own first, -1 where there are fewer.
+    """The blocks that queries of one key/value head see, by the weights of the compressed branch: (B, G, T, topk).
 
-    A block's score is what the compressed blocks' weights, summed over the heads, leave to its keys. The first
-    ``init_blocks`` of a row or segment and those less than ``local_blocks`` away are chosen in any case.
+    A block's score is what the compressed blocks' weights, summed over the heads, leave to its keys.
     """
-    blocks, (batch, _, queries, number) = compression.blocks, p_BHTM.shape
+    blocks = compression.blocks
+    until = blocks.past(at.indices(len(blocks.position_Q))[1]) if blocks.causal else blocks.start_BN.shape[1]
+    return choose_by_scores(block_scores(p_BHTM, groups, compression, until), at, compression, sizes)
+
+
+def block_scores(p_BHTM: torch.Tensor, groups: int, compression: Compression, until: int) -> torch.Tensor:
+    """(B, G, T, N): the score of each of the first ``until`` blocks by the weights of queries."""
+    number = p_BHTM.shape[3]
+    p_BGTM = p_BHTM if p_BHTM.shape[1] == groups else p_BHTM.unflatten(1, (groups, -1)).sum(dim=2)
+    over, share = compression.over_BNW[:, :until], compression.share_BNW[:, :until].to(p_BGTM.dtype)
+    share = share.masked_fill(over >= number, 0.0)  # what no query of these sees
+    index = over.clamp(max=number - 1).flatten(1)[:, None, None].expand(*p_BGTM.shape[:3], -1)
+    return p_BGTM.gather(-1, index).unflatten(-1, over.shape[1:]).mul_(share[:, None, None]).sum(dim=-1)
+
+
+def choose_by_scores(
+    score_BGTN: torch.Tensor, at: slice, compression: Compression, sizes: NativeSparseSizes
+) -> torch.Tensor:
+    """(B, G, T, topk) blocks of highest score, of the first N: own first, -1 where there are fewer.
+
+    The first ``init_blocks`` of a row or segment and those less than ``local_blocks`` away are chosen in any case.
+    """
+    blocks, (batch, groups, queries, number) = compression.blocks, score_BGTN.shape
     own = blocks.block_BK[:, blocks.position_Q[at]].unsqueeze(2)
     start = blocks.start_BN.gather(1, own.squeeze(2)).unsqueeze(2)
     chosen = own.new_full((batch, groups, queries, min(sizes.topk, blocks.start_BN.shape[1])), -1)
     chosen[..., 0] = own.squeeze(2).unsqueeze(1)
-    last = int(own.max()) if blocks.causal and not recorded(own) else blocks.start_BN.shape[1]
-    block = torch.arange(last, device=own.device)
-    if not len(block) or chosen.shape[-1] == 1:
+    if not number or chosen.shape[-1] == 1:
         return chosen
-    p_BGTM = p_BHTM.unflatten(1, (groups, -1)).sum(dim=2)
-    over, share = compression.over_BNW[:, block], compression.share_BNW[:, block].to(p_BGTM.dtype)
-    share = share.masked_fill(over >= number, 0.0)  # what no query of these sees
-    index = over.clamp(max=number - 1).flatten(1)[:, None, None].expand(*p_BGTM.shape[:3], -1)
-    score = (p_BGTM.gather(-1, index).unflatten(-1, over.shape[1:]) * share[:, None, None]).sum(dim=-1)
-    there = blocks.not_padding_BNC[:, block].any(dim=-1).unsqueeze(1) & (blocks.start_BN[:, None, block] == start)
+    seen = slice(number)
+    block = torch.arange(number, device=own.device)
+    there = blocks.not_padding_BNC[:, seen].any(dim=-1).unsqueeze(1) & (blocks.start_BN[:, None, seen] == start)
     there &= (block < own) if blocks.causal else (block != own)
     near = (own - block).abs() < sizes.local_blocks
-    near |= (blocks.keys_BNC[:, None, block, 0] - start) < sizes.init_blocks * blocks.keys_BNC.shape[-1]
-    score = score.masked_fill(near.unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
-    best = score.topk(min(chosen.shape[-1] - 1, len(block)), dim=-1)
+    near |= (blocks.keys_BNC[:, None, seen, 0] - start) < sizes.init_blocks * blocks.keys_BNC.shape[-1]
+    score = score_BGTN.masked_fill(near.unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
+    best = score.topk(min(chosen.shape[-1] - 1, number), dim=-1)
     chosen[..., 1 : 1 + best.indices.shape[-1]] = best.indices.masked_fill(best.values == 0, -1)
     return chosen
 
@@ -293,9 +316,13 @@ def native_sparse_attention(
     chosen = expand_heads(chosen_BGQT, q_BHQD.shape[1])
     selected = block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=sizes.block_size, **options)
     window = tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, Band(sizes.window_size, sizes.window_size - 1), **options)
-    gates = weights.gates_BHQ3
-    out = sum(gates[..., [b]] * branch.to(gates.dtype) for b, branch in enumerate((compressed, selected, window)))
-    return torch.as_tensor(out).to(v_BGKV.dtype)
+    return gated_sum(weights.gates_BHQ3, (compressed, selected, window)).to(v_BGKV.dtype)
+
+
+def gated_sum(gates_BHQ3: torch.Tensor, branches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The outputs of the three branches by their gates, in the dtype of these."""
+    parts = [gate * x.to(gate.dtype) for gate, x in zip(gates_BHQ3.split(1, dim=3), branches, strict=True)]
+    return parts[0] + parts[1] + parts[2]
 
 
 def native_sparse_from(
@@ -304,12 +331,17 @@ def native_sparse_from(
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
     state: KeyBlocks,
+    attend: Callable[..., torch.Tensor],
     weights: NativeSparseWeights,
     sizes: NativeSparseSizes,
     **options: Any,
 ) -> torch.Tensor:
-    """The same for the last Q of K new tokens and all before them, which ``state`` keeps; it takes the new ones in."""
-    attend = functools.partial(native_sparse_attention, weights=weights, sizes=sizes)
+    """The same for the last Q of K new tokens and all before them, which ``state`` keeps; it takes the new ones in.
+
+    Args:
+        attend: :func:`native_sparse_attention`, or another form of it, for many queries.
+    """
+    attend = functools.partial(attend, weights=weights, sizes=sizes)
     gather_attend = functools.partial(gather_native_sparse_attention, weights=weights, sizes=sizes)
     kernels = (weights.key_weight_GC, weights.value_weight_GC)
     return attention_from_blocks(q_BHQD, k_BGKD, v_BGKV, mask, state, attend, gather_attend, kernels, **options)
@@ -347,8 +379,7 @@ def gather_native_sparse_attention(
     if state.padded:
         visible = visible & held["not_padding"].index_select(1, near_K.clamp(min=0))[:, None, None, None]
     window, _ = grouped_attention(q_BHQD, k, v, visible, **options)
-    gates = weights.gates_BHQ3
-    return gates[..., [0]] * compressed + gates[..., [1]] * selected + gates[..., [2]] * window
+    return gated_sum(weights.gates_BHQ3, (compressed, selected, window))
 
 
 @torch.no_grad()
