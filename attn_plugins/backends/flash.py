@@ -43,6 +43,8 @@ class Flash(Backend):
     A window with tokens that are seen from everywhere takes three calls, merged by their logarithms of sums; learned
     sinks are merged in the same way. Texts of a packed row and rows without their padding are sequences of the kernel,
     phases of a dilated window and blocks too.
+
+    Seen right with other kernels in the place of torch's, the fused one for CPUs among them; not yet run on a GPU.
     """
 
     what = "torch's own flash attention: windows, with sinks and dilation, and separate blocks; half precision"

@@ -220,6 +220,32 @@ def test_torchs_kernel_takes_the_arguments():
     assert [x.shape for x in found] == [q.shape, k.shape, k.shape]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernel runs on a GPU alone")
+@rounds("window", [(-1, -1), (-1, 0), (0, -1), (5, 0), (5, 3), (0, 0), (255, 0), (1023, 1023)])
+@rounds("lengths, keys", [([300], [300]), ([100, 1, 57], [100, 1, 57]), ([50, 70], [90, 300]), ([0, 9, 0], [0, 9, 0])])
+def test_torchs_kernel_is_what_stands_in_its_place(window, lengths, keys):
+    """Windows at their edges, sequences of which some are empty, more keys than queries: values and gradients."""
+    generator, options = seeded(3), {"dtype": torch.float64}
+    sides = [
+        Rows(slice(None), torch.tensor([0, *x], dtype=torch.int32).cumsum(0, dtype=torch.int32), max(x))
+        for x in (lengths, keys)
+    ]
+    given = [
+        torch.randn(sum(n), h, 64, generator=generator, **options) for n, h in ((lengths, 4), (keys, 2), (keys, 2))
+    ]
+    dout, *given = (x.bfloat16() for x in (torch.randn(given[0].shape, generator=generator, **options), *given))
+    call = Call(*sides, window)
+    on_gpu = Call(*(side._replace(bounds_L=side.bounds_L.cuda()) for side in sides), window)
+    wide, there = [x.float() for x in given], [x.cuda() for x in given]
+    want, want_lse, known = dense_forward(*wide, call, 0.125)
+    out, lse, known_there = flash.forward(*there, on_gpu, 0.125)
+    want_gradients = dense_backward(dout.float(), *wide, want.contiguous(), want_lse.contiguous(), known, call, 0.125)
+    gradients = flash.backward(dout.cuda(), *there, out, lse, known_there, on_gpu, 0.125)
+    torch.testing.assert_close(lse.cpu(), want_lse, atol=1e-2, rtol=1e-2)
+    for got, wanted in zip((out, *gradients), (want, *want_gradients), strict=True):
+        torch.testing.assert_close(got.cpu().float(), wanted, atol=2e-2, rtol=2e-2)
+
+
 def at_most_causal(batch, head, query, key):
     return query >= key
 
