@@ -135,6 +135,14 @@ def test_equals_reference_in_half_precision(case, dtype, tolerance):
 
 
 @pytest.mark.usefixtures("naive")
+def test_features_that_may_be_negative_are_not_rounded():
+    case = next(case for case in CASES if is_served(case) and case.options.get("feature_map") == "taylor")
+    given = inputs(2, 33).to(torch.bfloat16).to(torch.float64)
+    mask = case.mask(2, 33, 33, padding_BK=left_padding([33, 17], 33))
+    assert_forms_agree(case, given, mask, backend="fla", dtype=torch.bfloat16, tolerance=1e-2)
+
+
+@pytest.mark.usefixtures("naive")
 def test_rows_are_read_once_for_all_layers(monkeypatch):
     case = next(case for case in CASES if case.cls.name == "gated_delta")
     segments = torch.tensor([[0] * 4 + [1] * 5])

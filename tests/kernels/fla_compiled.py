@@ -1,13 +1,15 @@
 """Compiles the kernels that a call would launch on a GPU that is not there, and says what shared memory they take.
 
-    python tests/kernels/compiled.py ARCHITECTURE ATTENTION ...
+    python tests/kernels/fla_compiled.py ARCHITECTURE compile|count ATTENTION ...
 
 Runs the backend fla on CPU tensors, forward and backward, with a driver that answers as such a GPU would; each kernel
-is compiled instead of launched, in the first of its configurations that fits. Prints JSON, a row a kernel.
+is noted instead of launched. ``compile`` compiles it, in the first of its configurations that fits; ``count`` says how
+many a layer needs beside operations of PyTorch. Prints JSON.
 """
 
 import contextlib
 import importlib
+import itertools
 import json
 import os
 import sys
@@ -15,9 +17,8 @@ import warnings
 from unittest import mock
 
 import torch
+from flex_in_triton import GPUS
 
-SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
-"""Bytes that a block may have, by compute capability (A100, H100 and H200, B200)."""
 HEADS, HEAD_DIM, LENGTH = 16, 64, 4096
 
 
@@ -28,7 +29,7 @@ def pretend(architecture):
 
     there = mock.MagicMock()
     there.get_current_target.return_value = GPUTarget("cuda", architecture, 32)
-    there.utils.get_device_properties.return_value = {"max_shared_mem": SHARED_MEMORY[architecture]}
+    there.utils.get_device_properties.return_value = {"max_shared_mem": GPUS[architecture]}
     driver.set_active(there)
     answers = {
         "get_device_name": {80: "NVIDIA A100", 90: "NVIDIA H100", 100: "NVIDIA B200"}[architecture],
@@ -44,7 +45,7 @@ class Launches:
     """The kernels that are launched in its context, which do not run: their functions, arguments and configurations."""
 
     def __init__(self):
-        self.seen = {}
+        self.seen, self.number = {}, 0
 
     def __enter__(self):
         from triton.runtime.autotuner import Autotuner
@@ -59,6 +60,7 @@ class Launches:
             choices[:] = [{}]
 
         def note(fn, *args, grid, warmup, **options):
+            self.number += 1
             bound = {**dict(zip(fn.arg_names, args, strict=False)), **options}
             key = (fn.fn.__name__, tuple(_kind(bound.get(one.name), one) for one in fn.params))
             seen.setdefault(key, (fn, bound, list(choices)))
@@ -106,13 +108,13 @@ def compiled(fn, bound, choices, architecture):
         options = {name: given[name] for name in ("num_warps", "num_stages") if name in given}
         source = ASTSource(fn, signature=signature, constexprs=constants, attrs=divisible)
         binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-        if binary.metadata.shared <= SHARED_MEMORY[architecture]:
+        if binary.metadata.shared <= GPUS[architecture]:
             return binary, choice, number
     raise ValueError(f"{fn.fn.__name__}: none of its {len(choices)} configurations fits into shared memory")
 
 
-def launched(attentions):
-    """What forward and backward of these attentions launch in bfloat16, for whole rows and packed ones: with names."""
+def layer(name, heads, length, packed):
+    """A function that runs forward and backward of one attention in bfloat16, with one mask."""
     from attn_plugins.backends.fla import Fla
     from attn_plugins.core.attention import HeadShape
     from attn_plugins.core.mask import AttentionMask
@@ -121,22 +123,60 @@ def launched(attentions):
     Fla.devices = ("cpu",)
     # On Hopper GPUs the library refuses gates below this version, whose code for one kernel is wrong there.
     importlib.import_module("fla.ops.common.chunk_o").TRITON_ABOVE_3_7_1 = True
-    heads = HeadShape(num_heads=HEADS, num_key_value_heads=HEADS, head_dim=HEAD_DIM, value_dim=HEAD_DIM)
-    segments = (torch.arange(LENGTH) >= LENGTH // 3).long().unsqueeze(0)
+    (rule,) = parse_rules(name)
+    shape = HeadShape(num_heads=heads, num_key_value_heads=heads, head_dim=HEAD_DIM, value_dim=HEAD_DIM)
+    module = rule.attention(rule.config, shape, backend="fla").to(torch.bfloat16)
+    segments = (torch.arange(length) // 1000).unsqueeze(0) if packed else None
+    mask = AttentionMask(1, length, length, causal=True, segments_BK=segments)
+    given = [torch.zeros(1, length, heads, HEAD_DIM, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)]
+
+    def run():
+        leaves = [x.detach().requires_grad_() for x in given]
+        out, _ = module(*leaves, mask=mask, scale=HEAD_DIM**-0.5)
+        torch.autograd.grad(out, [*leaves, *module.parameters()], torch.zeros_like(out))
+
+    return run
+
+
+def launched(attentions):
+    """What these attentions launch, for whole rows and packed ones: (names, function, arguments, configurations)."""
     found, names = {}, {}
     for name in attentions:
-        (rule,) = parse_rules(name)
-        module = rule.attention(rule.config, heads, backend="fla").to(torch.bfloat16)
         with Launches() as launches:
-            for packed in (None, segments):
-                mask = AttentionMask(1, LENGTH, LENGTH, causal=True, segments_BK=packed)
-                q, k, v = torch.zeros(3, 1, HEADS, LENGTH, HEAD_DIM, dtype=torch.bfloat16, requires_grad=True).unbind()
-                out, _ = module(q, k, v, mask=mask, scale=HEAD_DIM**-0.5)
-                out.backward(torch.zeros_like(out))
+            for packed in (False, True):
+                layer(name, HEADS, LENGTH, packed)()
         found |= launches.seen
         for key in launches.seen:
             names.setdefault(key, []).append(name)
     return [(names[key], *launch) for key, launch in found.items()]
+
+
+def counts(attentions):
+    """A row for each attention, length and kind of rows: what a further layer with the same mask asks of a device."""
+    from attn_plugins.benchmark.operations import counted
+    from attn_plugins.benchmark.timing import Workload, peak_bytes
+
+    rows = []
+    for name, packed, length in itertools.product(attentions, (False, True), (4096, 16384)):
+        run = layer(name, 8, length, packed)
+        with Launches():
+            run()
+        with Launches() as launches, counted() as operations:
+            run()
+        with Launches():
+            peak = peak_bytes([Workload(run=run, count=1)], torch.device("cpu"))
+        rows.append(
+            {
+                "attention": name,
+                "packed": packed,
+                "length": length,
+                "operations": len(operations.launches),
+                "kernels": launches.number,
+                "syncs": sum(operations.syncs.values()),
+                "peak": peak / (4 * 8 * length * HEAD_DIM * 2),
+            }
+        )
+    return rows
 
 
 def table(architecture, attentions):
@@ -162,5 +202,6 @@ def table(architecture, attentions):
 if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)
     warnings.filterwarnings("ignore")
-    pretend(int(sys.argv[1]))
-    print(json.dumps(table(int(sys.argv[1]), sys.argv[2:])))
+    architecture, what, *attentions = sys.argv[1:]
+    pretend(int(architecture))
+    print(json.dumps(table(int(architecture), attentions) if what == "compile" else counts(attentions)))
