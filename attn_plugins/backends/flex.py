@@ -59,8 +59,9 @@ class Flex(Backend):
                 return f"its heads are of {SMALLEST_HEAD} to {LARGEST_HEAD} channels, got {size}"
         if mask.positions_BK is not None:
             return "it takes keys that follow one another, got positions of their own"
-        if not mask.plain and mask.dense_BQK is None:
-            return "it takes masks of causality, padding and segments, and dense ones, got a rule of the model's own"
+        there = [(device.type, device.index or 0) for device in (mask.rule_device, mask.device)]
+        if mask.rule is not None and there[0] != there[1]:
+            return f"it takes rules of the model's own on the device of the mask, {mask.device}, got {mask.rule_device}"
         return None
 
     def attend(
@@ -100,7 +101,12 @@ def _attend(
     if torch.compiler.is_compiling():
         return attend_blocks(*inputs)
     tables = (mask.padding_BK, mask.segments_BK, mask.dense_BQK)
-    kind = (mask.causal, mask.row_starts, *(None if table is None else len(table) > 1 for table in tables))
+    kind = (
+        mask.causal,
+        mask.row_starts,
+        _code(mask.rule),
+        *(None if table is None else len(table) > 1 for table in tables),
+    )
     extras = (scale, softcap, None if position_bias is None else _varies(position_bias), sinks is None)
     shapes = (q_BHQD.shape[1], q_BHQD.shape[3], *v_BGKV.shape[1::2], q_BHQD.dtype, q_BHQD.device)
     learns = (torch.is_grad_enabled(), *(x is not None and x.requires_grad for x in (q_BHQD, position_bias, sinks)))
@@ -160,3 +166,12 @@ def attend_blocks(
 def _varies(bias: torch.Tensor) -> Any:
     """1 for each dimension that a bias has, 0 for those in which it is the same everywhere."""
     return tuple(int(size > 1) for size in bias.shape)
+
+
+def _code(rule: Any) -> Hashable:
+    """What tells a model's own rule from others, whatever tensors it holds: its code, and that of rules inside it."""
+    if not isinstance(rule, types.FunctionType):
+        return id(type(rule))
+    held = [cell.cell_contents for cell in rule.__closure__ or ()]
+    inside = [_code(one) for part in held for one in (part if isinstance(part, tuple) else (part,)) if callable(one)]
+    return (rule.__code__, *inside)

@@ -68,7 +68,7 @@ class AttentionMask:
         self.rule, self.vectorised, self.dense_BQK = rule, vectorised, dense_BQK
         self.kv_offset, self.first_B, self.positions_BK = kv_offset, first_B, positions_BK
         self.q_offset = kv_offset + kv_length - q_length if q_offset is None else q_offset
-        self.device = self._rule_device = torch.get_default_device() if device is None else torch.device(device)
+        self.device = self.rule_device = torch.get_default_device() if device is None else torch.device(device)
         self.memo: dict[Hashable, Any] = {}
 
     def __repr__(self) -> str:
@@ -285,8 +285,8 @@ class AttentionMask:
         assert self.rule is not None
         batch = torch.arange(self.batch_size, device=q_position.device)
         batch = batch.view(-1, *[1] * (max(q_position.ndim, k_position.ndim) - 1))
-        batch, q_position, k_position = (index.to(self._rule_device) for index in (batch, q_position, k_position))
-        head = torch.zeros((), dtype=torch.long, device=self._rule_device)
+        batch, q_position, k_position = (index.to(self.rule_device) for index in (batch, q_position, k_position))
+        head = torch.zeros((), dtype=torch.long, device=self.rule_device)
         if self.vectorised:
             return self.rule(batch, head, q_position, k_position).to(self.device)
         # A user's rule may index tensors with scalars, which only works under vmap with this rewrite of indexing.

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention as flex_attention
 from cases import CASES, Case, assert_forms_agree, inputs, left_padding, seeded
+from test_capabilities import RULES
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from attn_plugins.backends import flex
@@ -112,6 +113,14 @@ def test_equals_reference_on_a_grid(eager, cls):
         assert_forms_agree(case, inputs(1, length, **SHAPE), mask, **FLEX)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_equals_reference_for_a_rule_of_the_model(rule):
+    causal, rule = RULES[rule]
+    for case in [case for case in PATTERNS if case.causal == causal and not case.options and case.cls.any_mask][:2]:
+        mask = case.mask(2, 13, LENGTH, plain=False, rule=rule, padding_BK=left_padding([LENGTH, 41], LENGTH))
+        assert_forms_agree(case, some_inputs(13, LENGTH), mask, **FLEX)
+
+
 @pytest.mark.parametrize("cls", CROSS, ids=lambda cls: cls.name)
 def test_equals_reference_for_keys_of_another_sequence(eager, cls):
     mask = AttentionMask(2, 33, 20, causal=False, cross=True, padding_BK=left_padding([20, 11], 20).flip(1))
@@ -161,17 +170,17 @@ def test_the_blocks_are_made_once_for_all_layers():
         ({"dropout": 0.1}, "it drops no weights, got an attention dropout of 0.1"),
         ({"dtype": torch.float64}, "it takes one of torch.float32, .*, got torch.float64"),
         ({"head_dim": 8}, "its heads are of 16 to 256 channels, got 8"),
-        ({"rule": True}, "it takes masks of causality, padding and segments, and dense ones"),
+        ({"rule": True}, "it takes rules of the model's own on the device of the mask, cpu, got meta"),
     ],
 )
 def test_refuses_what_its_kernels_cannot(change, reason):
     case = next(case for case in PATTERNS if case.cls.any_mask and case.cls.dropout and case.causal)
     dtype = change.get("dtype", torch.float32)
-    rule = {"plain": False, "rule": lambda b, h, q, k: k <= q} if change.get("rule") else {}
+    rule = {"plain": False, "rule": lambda b, h, q, k: k <= q, "device": "meta"} if change.get("rule") else {}
     given = inputs(1, 20, **{**SHAPE, "head_dim": change.get("head_dim", 16)}).to(dtype)
     module = case.module(backend="flex", dtype=dtype, **SHAPE)
     with pytest.raises(ValueError, match=f"backend 'flex' cannot serve this call of .*: {reason}"):
-        given.run(module, case.mask(1, 20, 20, **rule), dropout=change.get("dropout", 0.0))
+        given.run(module, case.mask(1, 20, 20, **rule).to("cpu"), dropout=change.get("dropout", 0.0))
 
 
 def test_serves_what_has_a_pattern_alone():

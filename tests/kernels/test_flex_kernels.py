@@ -82,6 +82,14 @@ def test_few_queries_equal_reference():
     assert_forms_agree(case, given, case.mask(2, 9, LENGTH, **masks("left padding")), **FLEX)
 
 
+def test_a_rule_of_the_model_equals_reference():
+    """Its own window, by absolute positions, for the last of the keys."""
+    case = Case(get_attention("local"), {"window_size": 80, "num_sink_tokens": 3}, True)
+    rule = {"plain": False, "rule": lambda b, h, q, k: (k <= q) & (k > q - 50 - b)}
+    mask = case.mask(2, 150, 190, **masks("left padding", 190), **rule)
+    assert_forms_agree(case, inputs(2, 150, 190, **SHAPE), mask, **FLEX)
+
+
 def test_a_second_length_and_later_ones_equal_reference():
     """They run what was compiled for every length."""
     case = Case(get_attention("local"), {"window_size": 80, "num_sink_tokens": 3}, True)
