@@ -75,7 +75,7 @@ class Fla(Backend):
         absent = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
         return f"it needs {', '.join(absent)}: pip install {' '.join(absent)}" if absent else None
 
-    def refuses(self, attention, q_BHQD, k_BGKD, v_BGKV, *, mask, hidden_BQE=None, **options):
+    def refuses(self, attention, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         if isinstance(attention, FeatureAttention):
             if mask.cross or not mask.causal:
                 return "of linear attention it serves the causal one, got one that is not"
@@ -89,8 +89,7 @@ class Fla(Backend):
         if largest > LARGEST_HEAD:
             return f"heads may have {LARGEST_HEAD} channels, got {largest}"
         if torch.is_grad_enabled() and _wrong_with_gates(q_BHQD.device) and isinstance(attention, RecurrentAttention):
-            of_keys = [k_BGKD, v_BGKV] if hidden_BQE is None else [k_BGKD, v_BGKV, hidden_BQE.unsqueeze(1)]
-            none = attention.prepare(1.0)(*(x[:, :, :0] for x in (q_BHQD, *of_keys)), *attention.weights())
+            none = _no_tokens(attention, q_BHQD, k_BGKD, v_BGKV)
             exact_delta = none.log_gate is None and q_BHQD.dtype != torch.bfloat16
             if exact_delta or (none.log_gate is not None and none.log_gate.shape[3] == 1):
                 return (
@@ -134,6 +133,17 @@ def _wrong_with_gates(device: torch.device) -> bool:
         return False
     version = tuple(int(part) for part in metadata.version("triton").split("+")[0].split(".")[:3])
     return (3, 4) <= version < (3, 7, 1) and importlib.util.find_spec("tilelang") is None
+
+
+def _no_tokens(
+    attention: RecurrentAttention, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor
+) -> Tokens:
+    """What a recurrence takes in of no tokens, which shows its kind."""
+    given = [x[:, :, :0] for x in (q_BHQD, k_BGKD, v_BGKV)]
+    if attention.wants_hidden:
+        assert attention.heads is not None
+        given.append(q_BHQD.new_empty(len(q_BHQD), 1, 0, attention.heads.known_hidden_size(attention.name)))
+    return attention.prepare(1.0)(*given, *attention.weights())
 
 
 class _Rows(NamedTuple):

@@ -194,8 +194,13 @@ def test_where_triton_compiles_wrong_gradients_gates_are_refused(monkeypatch, ve
     assert here == wrong
     monkeypatch.setattr(fla, "_wrong_with_gates", lambda device: here)
     message = f"one gate a token, got Triton {version}: pip install 'triton>=3.7.1'"
-    for name in ("retention", "gated_delta", "delta"):
-        assert (message in (reason(name) or "")) == wrong, name
+    for name, options in (
+        ("retention", {}),
+        ("gated_delta", {}),
+        ("gated_delta", {"gate_input": "hidden"}),
+        ("delta", {}),
+    ):
+        assert (message in (reason(name, **options) or "")) == wrong, name
     assert reason("delta", dtype=torch.bfloat16) is None
     assert reason("gated_linear") is None
     assert reason("linear") is None
