@@ -6,6 +6,7 @@ import pytest
 import test_states
 import torch
 from cases import Case, assert_forms_agree, assert_same, inputs, left_padding, outcome, seeded
+from torch._dynamo.testing import CompileCounter
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention
@@ -132,6 +133,24 @@ def test_a_state_goes_on_by_tables(case, monkeypatch):
     for split in ("prefill, then single tokens", "pieces", "padding alone, then all"):
         test_states.test_every_split_of_a_text_gives_what_one_pass_gives(case, split)
     assert len(used) > 10
+
+
+@pytest.mark.slow
+def test_a_compiled_call_holds_for_other_lengths():
+    case, count = CASES[0], CompileCounter()
+    module = case.module(backend="batched", dtype=torch.float32)
+
+    def attend(q, k, v, padding_BK):
+        mask = case.mask(2, q.shape[2], k.shape[2], padding_BK=padding_BK, device="cpu")
+        return module(q, k, v, mask=mask, scale=0.4)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, backend=count, fullgraph=True)
+    for length in (N, 110, 155):
+        given, padding = inputs(2, length).to(torch.float32), left_padding([length, 70], length)
+        got, want = (run(given.q, given.k, given.v, padding)[padding] for run in (compiled, attend))
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+    assert count.frame_count == 2, "one for the first length, one for all"
 
 
 def test_the_operation_keeps_what_torch_asks_of_operations():

@@ -55,6 +55,8 @@ def tables_of(mask: AttentionMask, sees: Sees, q_BTR: torch.Tensor, k_BTC: torch
 def pieces(device: torch.device, tiles: int, elements: int) -> Sequence[slice]:
     """Slices of so many tiles, of this many elements each, that are worked on at a time: one at usual sizes."""
     at_once = max(1, scores_at_once(device) // max(1, elements))
+    if tiles <= at_once:
+        return [slice(0, tiles)]  # whatever the length, in a graph for all of them
     return [slice(low, min(low + at_once, tiles)) for low in range(0, max(1, tiles), at_once)]
 
 

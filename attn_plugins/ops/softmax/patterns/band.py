@@ -179,7 +179,7 @@ class Band:
         first, step, device = first_query(mask), self.dilation, mask.device
         queries, keys = -(-mask.q_length // step), -(-mask.kv_length // step)  # of a phase, at most
         window, ahead = min(self.window_size, keys), 0 if mask.causal else min(self.look_forward, keys)
-        rows = min(rows_for(window + ahead), queries)
+        rows = min(rows_for(self.window_size + (0 if mask.causal else self.look_forward)), queries)
         phase = torch.arange(min(step, mask.q_length), device=device).view(-1, 1, 1)
         begin = torch.arange(0, queries, rows, device=device).unsqueeze(1)
         q_1TR = (phase + (begin + counted(rows, device)) * step).flatten(0, 1).unsqueeze(0)
