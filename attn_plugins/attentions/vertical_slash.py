@@ -4,7 +4,12 @@ from typing import ClassVar
 
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.blocks.vertical_slash import choose, dense_visible, vertical_slash_attention
+from attn_plugins.ops.blocks.vertical_slash import (
+    batched_vertical_slash_attention,
+    choose,
+    dense_visible,
+    vertical_slash_attention,
+)
 from attn_plugins.ops.reference import dense_attention
 
 
@@ -61,3 +66,7 @@ class VerticalSlashAttention(Attention):
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         return vertical_slash_attention(q_BHQD, k_BGKD, v_BGKV, mask, **dataclasses.asdict(self.config), **options)
+
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        sizes = dataclasses.asdict(self.config)
+        return batched_vertical_slash_attention(q_BHQD, k_BGKD, v_BGKV, mask, **sizes, **options)

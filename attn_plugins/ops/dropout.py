@@ -22,7 +22,7 @@ def dropped(seed: torch.Tensor, query: torch.Tensor, key: torch.Tensor, probabil
 
     Queries and keys are mixed in 64 bits, and pairs of them, of which there are many, in 32.
     """
-    number = _half(mixed(mixed(seed) + query)) + _half(mixed(mixed(seed + 1) + key))
+    number = _half(mixed(mixed(seed) + query.long())) + _half(mixed(mixed(seed + 1) + key.long()))
     for shift, factor in ROUNDS:
         number = number.bitwise_xor_(number >> shift).mul_(factor)
     return number < round(probability * (1 << 32)) - (1 << 31)

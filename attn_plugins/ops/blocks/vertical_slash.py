@@ -6,11 +6,14 @@ Letter beside the legend's: S sampled queries.
 import torch
 
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.blocks import batched
 from attn_plugins.ops.blocks.gather import PairTiles, gathered_attention
 from attn_plugins.ops.reference import masked_softmax, scores
 
 ROWS = 64
 """Queries that are multiplied with the vertical keys at a time."""
+BATCHED_ROWS = 1024
+"""The same where a device is not a CPU: a gradient of the vertical keys is added up for each."""
 KEYS_AT_ONCE = 2**16
 """Keys along diagonals that are copied at a time."""
 
@@ -155,3 +158,56 @@ def vertical_slash_attention(
     """
     parts = parts_of(*choose(q_BHQD, k_BGKD, mask, scale=scale, **sizes), mask, k_BGKD.shape[1])
     return gathered_attention(q_BHQD, k_BGKD, v_BGKV, mask, parts, scale=scale, dropout=dropout)
+
+
+def batched_parts_of(
+    all_see_BHK: torch.Tensor, distance_BHS: torch.Tensor, mask: AttentionMask, groups: int, vertical_size: int
+) -> list[batched.PairTiles]:
+    """As :func:`parts_of`, with as many vertical keys as there can be; a query has one pair in each part."""
+    (batch, heads, length), device = all_see_BHK.shape, all_see_BHK.device
+    none, head = batch * groups * length, torch.arange(batch * heads, device=device)
+    first_key = head // (heads // groups) * length
+    all_see = all_see_BHK.flatten(0, 1)
+
+    def part(pair_TR, block_T, keys_XC, there_XC):
+        keys_XC = torch.where(there_XC, keys_XC, none).to(torch.int32 if none < 2**31 else torch.int64)
+        # Of its own: Dynamo takes no tensor twice.
+        last_N = torch.nn.functional.pad(torch.zeros(batch * heads * length, device=device), (0, 1), value=-1)
+        return batched.PairTiles(pair_TR, block_T, keys_XC, 1, batched.not_visible, ((~there_XC).byte(), last_N))
+
+    parts = []
+    if vertical_size:
+        held, keys = all_see.float().topk(min(vertical_size, length), dim=1, sorted=False)
+        size = min(BATCHED_ROWS, length)
+        i = torch.arange(-(-length // size) * size, device=device)
+        rows = torch.where(i < length, i + length * head[:, None], batch * heads * length).view(-1, size)
+        tiles = head.repeat_interleave(len(rows) // len(head), output_size=len(rows))
+        parts.append(part(rows, tiles, first_key[:, None] + keys, held > 0))
+    distance = distance_BHS.flatten(0, 1)[:, None]
+    keys = torch.arange(length, device=device)[:, None] + distance
+    inside = keys.clamp(0, length - 1)
+    there = all_see
+    if mask.padding_BK is not None:
+        padding = ~mask.padding_BK.expand(batch, -1).repeat_interleave(heads, dim=0, output_size=batch * heads)
+        there = there | padding
+    there = (keys == inside) & ~there.gather(1, inside.flatten(1)).view(keys.shape)
+    there[..., 1:] &= distance[..., 1:] != 0
+    rows = torch.arange(batch * heads * length, device=device)
+    keys = (first_key[:, None, None] + inside).flatten(0, 1)
+    return [*parts, part(rows.unsqueeze(1), rows, keys, there.flatten(0, 1))]
+
+
+def batched_vertical_slash_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    *,
+    scale: float,
+    dropout: float,
+    **sizes: int,
+) -> torch.Tensor:
+    """As :func:`vertical_slash_attention`, in operations of a fixed number without a sync; may be traced."""
+    chosen = choose(q_BHQD, k_BGKD, mask, scale=scale, **sizes)
+    parts = batched_parts_of(*chosen, mask, k_BGKD.shape[1], sizes["vertical_size"])
+    return batched.batched_gathered_attention(q_BHQD, k_BGKD, v_BGKV, parts, scale=scale, dropout=dropout)[0]
