@@ -5,7 +5,7 @@ import torch
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.options import LARGEST_SEED
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.blocks.lsh import dense_visible, lsh_attention
+from attn_plugins.ops.blocks.lsh import batched_lsh_attention, dense_visible, lsh_attention
 from attn_plugins.ops.reference import dense_attention
 
 
@@ -82,3 +82,7 @@ class LSHAttention(Attention):
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         bucket_size = self.config.bucket_size
         return lsh_attention(q_BHQD, k_BGKD, v_BGKV, mask, self.rotations, bucket_size=bucket_size, **options)
+
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+        bucket_size = self.config.bucket_size
+        return batched_lsh_attention(q_BHQD, k_BGKD, v_BGKV, mask, self.rotations, bucket_size=bucket_size, **options)

@@ -14,7 +14,7 @@ from attn_plugins.ops.dropout import draw_seed, dropped
 
 CASES = [
     Case(cls, options, causal)
-    for cls in map(get_attention, ["block_topk", "native_sparse"])
+    for cls in map(get_attention, ["block_topk", "native_sparse", "vertical_slash", "lsh"])
     for options in cls.examples
     for causal in ([True, False] if cls.causal else [False])
 ]

@@ -239,20 +239,20 @@ def with_none(x: torch.Tensor) -> torch.Tensor:
 
 
 def pairs_by_block(
-    block_P: torch.Tensor, number: int, largest: int = LARGEST_TILE
+    block_P: torch.Tensor, number: int, largest: int = LARGEST_TILE, *, filled: int = 4
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """P pairs, sorted by block and cut into T tiles of one block each: (T, R) pairs, P at free places; (T,) blocks.
 
-    As many tiles as there can be, and about a quarter of what a block has on average in each: more are worth their
-    places that stay free.
+    As many tiles as there can be, which is one more a block than their places are needed for.
 
     Args:
         block_P: in 0..number, ``number`` for a pair that is none.
         largest: the most places of a tile.
+        filled: tiles that a block on average fills.
     """
     # Plain numbers: a graph whose lengths are symbols is then one of this length.
     pairs, number, device = int(block_P.shape[0]), int(number), block_P.device
-    size = min(largest, 1 << max(0, (pairs // max(1, 4 * number)).bit_length() - 1))
+    size = min(largest, 1 << max(0, (pairs // max(1, filled * number)).bit_length() - 1))
     tiles = pairs // size + min(number, pairs)
     sorted_P, order = block_P.sort(stable=True)
     begin = torch.searchsorted(sorted_P, torch.arange(number + 1, device=device, dtype=sorted_P.dtype))

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.blocks import batched
 from attn_plugins.ops.blocks.gather import PairTiles, gathered_attention, positions
-from attn_plugins.ops.reference import accumulation_dtype, expand_heads
+from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, expand_heads
 
 TILE = 32
 """Sorted queries, and sorted keys, that are multiplied with each other at a time."""
@@ -149,3 +150,112 @@ def lsh_attention(
     own_key = (row.unsqueeze(1) * length + positions(mask)).flatten()
     parts = parts_of(rounds, own_key, heads // groups)
     return gathered_attention(q_BHQD, k_BGKD, v_BGKV, mask, parts, scale=scale, dropout=dropout)
+
+
+@torch.no_grad()
+def batched_parts_of(
+    of_queries_EBHQ: torch.Tensor, of_keys_EBGK: torch.Tensor, mask: AttentionMask, number: int, bucket_size: int
+) -> batched.PairTiles:
+    """As :func:`parts_of` but for queries with their own keys: a query has a pair in each round.
+
+    What a query sees of a round are at most ``bucket_size`` keys one after the other in the round's order, or twice as
+    many. The order is cut into blocks of ``bucket_size``, each with as many keys behind it as a query that begins in it
+    may see: so all of them lie in one block.
+    """
+    (rounds, batch, groups, length), device = of_keys_EBGK.shape, mask.device
+    heads = of_queries_EBHQ.shape[2]
+    position_Q, starts_BK = positions(mask), mask.starts_BK().expand(batch, -1).clamp(min=0)
+    # One number that sorts the keys of a row by row or segment, bucket, and position.
+    codes = (starts_BK.unsqueeze(1) * number + of_keys_EBGK) * length + torch.arange(length, device=device)
+    last = torch.iinfo(torch.long).max
+    if mask.padding_BK is not None:
+        codes = codes.masked_fill(~mask.padding_BK.unsqueeze(1), last)
+    codes_XK, keys_XK = codes.flatten(0, 2).sort(dim=1)
+    there_XK = codes_XK < last
+    index_K = torch.arange(length, device=device)
+    place = torch.empty_like(keys_XK).scatter_(1, keys_XK, torch.where(there_XK, index_K, -1))
+    begin = (starts_BK[:, position_Q].unsqueeze(1) * number + of_queries_EBHQ) * length
+    own_XQ = (begin + position_Q).view(len(codes_XK), -1)
+    begin_XQ = begin.view(own_XQ.shape)
+    middle = torch.searchsorted(codes_XK, own_XQ, right=True)
+    low = torch.maximum(torch.searchsorted(codes_XK, begin_XQ), middle - bucket_size)
+    high = middle
+    if not mask.causal:
+        high = torch.minimum(torch.searchsorted(codes_XK, begin_XQ + length), middle + bucket_size)
+    # Blocks of each round, row and key/value head.
+    size = min(bucket_size, length)
+    begins_N = torch.arange(0, length, size, device=device)
+    order_NC = begins_N.unsqueeze(1) + torch.arange(min(size * (2 if mask.causal else 3), length), device=device)
+    blocks = len(begins_N)
+    row_X = torch.arange(len(codes_XK), device=device).unsqueeze(1)
+    block = torch.where(low < high, row_X * blocks + low // size, row_X.numel() * blocks)
+    pair_TR, block_T = batched.pairs_by_block(block.view(rounds, -1).mT.flatten(), row_X.numel() * blocks, filled=2)
+    none, inside = batch * groups * length, order_NC.clamp(max=length - 1).flatten()
+    keys = keys_XK[:, inside] + row_X % (batch * groups) * length
+    keys_XC = torch.where(there_XK[:, inside] & (order_NC < length).flatten(), keys, none).view(-1, order_NC.shape[1])
+    row = torch.arange(batch * groups, device=device).view(-1, 1, 1) * length
+    own_N = (row + position_Q).expand(-1, heads // groups, -1).flatten()
+    pad = torch.nn.functional.pad
+    tables = (
+        pad(place.view(rounds, -1), (0, 1), value=-1),
+        pad(low.view(rounds, -1), (0, 1)),
+        pad(high.view(rounds, -1), (0, 1)),
+        pad(own_N, (0, 1), value=-1),
+        torch.arange(rounds, device=device).repeat_interleave(len(keys_XC) // rounds, output_size=len(keys_XC)),
+    )
+    return batched.PairTiles(pair_TR, block_T, keys_XC, rounds, _hidden, tables)
+
+
+def _hidden(rows_TR, block_T, keys_TC, place_EN, low_EN, high_EN, own_N, round_X):
+    """Whether a key is the query's own, was seen in an earlier round, or is not seen in this one."""
+    hidden = own_N[rows_TR].unsqueeze(2) == keys_TC.unsqueeze(1)
+    now_T = round_X[block_T].view(-1, 1, 1)
+    place_ETC, low_ETR, high_ETR = place_EN[:, keys_TC], low_EN[:, rows_TR], high_EN[:, rows_TR]
+    for at in range(len(place_EN)):
+        place = place_ETC[at].unsqueeze(1)
+        seen = (place >= low_ETR[at].unsqueeze(2)) & (place < high_ETR[at].unsqueeze(2))
+        hidden |= (seen ^ (now_T == at)) & (now_T >= at)
+    return hidden
+
+
+def batched_lsh_attention(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    mask: AttentionMask,
+    rotations_EFD: torch.Tensor,
+    *,
+    bucket_size: int,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """As :func:`lsh_attention`, in operations of a fixed number without a sync; may be traced.
+
+    A query's own key, which it sees in any case, is merged with what it sees in rounds.
+    """
+    part = batched_parts_of(
+        buckets(q_BHQD, rotations_EFD),
+        buckets(k_BGKD, rotations_EFD),
+        mask,
+        2 * rotations_EFD.shape[1],
+        bucket_size,
+    )
+    dtype, groups = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV), k_BGKD.shape[1]
+    out_BHQV, lse_BHQ = batched.batched_gathered_attention(
+        q_BHQD, k_BGKD, v_BGKV, [part], scale=scale, dropout=dropout, out_dtype=dtype
+    )
+    own = slice(mask.kv_length - mask.q_length, None)
+    k_BG1QD, v_BG1QV = (x[:, :, own].to(dtype).unsqueeze(2) for x in (k_BGKD, v_BGKV))
+    padding = None
+    if mask.padding_BK is not None:
+        padding = ~mask.padding_BK[:, None, None, own, None]
+        k_BG1QD, v_BG1QV = (x.masked_fill(padding, 0.0) for x in (k_BG1QD, v_BG1QV))  # it may hold anything
+    q = q_BHQD.to(dtype).unflatten(1, (groups, -1))
+    score = torch.einsum("bgsqd,bgxqd->bgsq", q, k_BG1QD).unsqueeze(4) * scale
+    lse = lse_BHQ.clamp(min=MASKED_SCORE).unflatten(1, (groups, -1)).unsqueeze(4)
+    share = torch.sigmoid(score - lse)
+    if padding is not None:
+        share = share.masked_fill(padding, 0.0)
+    rest = out_BHQV.unflatten(1, (groups, -1)) * (1 - share)
+    out = rest + torch.dropout(share, dropout, train=dropout > 0) * v_BG1QV
+    return out.flatten(1, 2).to(v_BGKV.dtype)
