@@ -54,7 +54,7 @@ def masks(name, length=LENGTH):
         ("neighborhood_2d", {"kernel_size": 5, "num_prefix_tokens": 2, "grid_size": (10, 15)}, False, "plain", ()),
         ("local", {"window_size": 80}, True, "left padding", ("softcap", "sinks")),
         ("local", {"window_size": 80}, True, "plain", ("position_bias",)),
-        ("softmax_plus_one", {}, True, "packed and padded", ("sinks",)),
+        ("softmax_plus_one", {}, True, "left padding", ("sinks",)),
     ],
 )
 def test_equals_reference(name, options, causal, mask, extras, interpreted):
