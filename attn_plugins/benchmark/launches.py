@@ -5,6 +5,7 @@ the same mask, as each layer of a model but the first makes it; what the first c
 mask, once a forward pass. Numbers of heads and sizes change what an operation does, and hardly how many there are.
 """
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from attn_plugins.benchmark.cells import described
 from attn_plugins.benchmark.operations import Operations, counted
 from attn_plugins.benchmark.tables import Table
 from attn_plugins.config.output import check_folder
-from attn_plugins.config.versions import versions
+from attn_plugins.config.versions import spelled, versions
 from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.core.backend import FORMS, get_backend
 from attn_plugins.core.mask import AttentionMask
@@ -33,6 +34,8 @@ GROWTH = 1.3
 MOST_OF_A_MASK, SYNCS_OF_A_MASK = 300, 5
 """Operations and syncs that the first call with a mask may need more than others. A layer has no sync."""
 
+ALL_PAIRS = 512
+"""Longest length at which attentions of quadratic cost are counted on tensors that have values."""
 LONGEST_GAP = 1024
 """How many tokens more than asked for an attention may get that does not serve every length."""
 
@@ -157,6 +160,9 @@ def count_layer(
 ) -> LayerCounts:
     """Count what a layer starts.
 
+    All pairs of many tokens take long: attentions of quadratic cost are counted on tensors without values beyond
+    :data:`ALL_PAIRS`, where it is an error to ask for one.
+
     Args:
         length: tokens; an attention that does not serve every length gets the first that it does from there on.
         packed_length: tokens of the texts that rows are packed with; 0 is one text a row.
@@ -164,10 +170,11 @@ def count_layer(
     Raises:
         ValueError: the attention serves no such length, or cannot honour packed rows.
     """
-    with torch.random.fork_rng(devices=[]):
+    values = length <= ALL_PAIRS or not quadratic(rule.attention)
+    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if values else FakeTensorMode():
         torch.manual_seed(0)
         module = rule.attention(rule.config, heads, backend=rule.backend)
-        length = served(module, length)
+        length = served(module, length) if values else served_without_values(module, length)
         call = LaunchCall(module, length, packed_length, batch_size)
         first, again, forward = call.both(), call.both(), call.forward()
     return LayerCounts(
@@ -185,10 +192,17 @@ def served(module: Attention, length: int) -> int:
     """The first length from ``length`` on that an attention serves; itself unless it declares otherwise."""
     if module.any_length:
         return length
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return served_without_values(module, length)
+
+
+def served_without_values(module: Attention, length: int) -> int:
+    """The same where tensors have no values."""
+    if module.any_length:
+        return length
     for longer in range(length, length + LONGEST_GAP):
         try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-                LaunchCall(module, longer).forward()
+            LaunchCall(module, longer).forward()
         except ValueError as error:
             reason = error
         except DataDependentOutputException:  # it has taken the length, and asks for values that are not there
@@ -207,7 +221,7 @@ class LaunchCall:
         length: int,
         packed_length: int = 0,
         batch_size: int = 1,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ):
         heads = module.heads
         assert heads is not None
@@ -286,7 +300,13 @@ def write_launches(config: LaunchesConfig, records: list[dict[str, Any]]) -> tup
     written = {"config": asdict(config), "versions": versions(), "records": records}
     (out / "launches.json").write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
     shape = f"batch 1, {config.num_heads} heads of {config.head_dim}"
-    lines = ["# Operations that a layer starts", "", f"- {shape}, counted on CPU tensors", ""]
+    lines = [
+        "# Operations that a layer starts",
+        "",
+        f"- {shape}, counted on CPU tensors",
+        f"- {spelled(versions())}",
+        "",
+    ]
     lines += [part for table in tables for part in (table.markdown(), "")]
     (out / "report.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     return tables, [out / "launches.json", out / "report.md"]

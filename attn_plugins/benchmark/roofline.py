@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attn_plugins.benchmark.cells import described
-from attn_plugins.benchmark.launches import LaunchCall, quadratic, served
+from attn_plugins.benchmark.launches import LaunchCall, quadratic, served, served_without_values
 from attn_plugins.benchmark.operations import Launch, Operations
 from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.core.backend import get_backend, list_backends
@@ -30,7 +30,7 @@ from attn_plugins.training.models import resolve
 
 MOST_COUNTED = 4000
 """Operations of a pass that are counted one by one: a few seconds."""
-GRID = (1024, 4096, 16384, 65536)
+GRID = (256, 1024, 4096, 16384, 65536)
 """Lengths that are counted, beside those asked for, to tell from which one it pays and how it grows."""
 BLOCK = 128
 """Queries and keys to a side of the blocks that FlexAttention's and flash attention's kernels leave out or compute."""
@@ -194,14 +194,17 @@ def count_batched(rule: Rule, heads: HeadShape, length: int, batch_size: int = 1
     Raises:
         Exception: the form asks for values of tensors, or the attention serves no such length.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = rule.attention(rule.config, heads, backend="batched").to(torch.bfloat16)
-        length = served(module, length)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            call = LaunchCall(module, length, 0, batch_size, torch.bfloat16)
+    before = torch.get_default_dtype()
+    try:
+        with FakeTensorMode():  # weights too, which may be of the longest length
+            torch.set_default_dtype(torch.bfloat16)
+            module = rule.attention(rule.config, heads, backend="batched")
+            call = LaunchCall(module, served_without_values(module, length), 0, batch_size)
+            torch.set_default_dtype(before)
             call.forward()
             return call.both()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def pairs(attention: Attention, heads: HeadShape, length: int) -> float | None:
@@ -302,8 +305,7 @@ def costs(config: RooflineConfig, heads: HeadShape, say: Callable[[str], None] =
     found = []
     for label, rule in config.rules().items():
         started = time.perf_counter()
-        rule = _long_enough(rule, max(config.lengths))
-        own = _batched_cost(label, rule, heads, config)
+        own = _batched_cost(label, _long_enough(rule, max(config.lengths)), heads, config)
         kernels = [_kernel_cost(label, name, rule, heads, own, config) for name in serving(rule, heads)]
         if rule.backend in ("auto", "batched"):
             found.append(own)
@@ -327,9 +329,10 @@ def _batched_cost(label: str, rule: Rule, heads: HeadShape, config: RooflineConf
     power = 2 if quadratic(rule.attention) else 1
     try:
         for length in sorted({*GRID, *config.lengths}):
-            last = cost.counted[-1] if cost.counted else length
-            if cost.counted and cost.amounts[last]["launches"] * (length / last) ** power > MOST_COUNTED:
-                continue
+            if len(cost.counted) >= 3:  # enough to tell how it grows
+                last = cost.counted[-1]
+                if cost.amounts[last]["launches"] * (length / last) ** power > MOST_COUNTED:
+                    continue
             operations = count_batched(rule, heads, length, config.batch_size)
             cost.amounts[length] = batched(operations, config.devices)
             cost.counted.append(length)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from typer.testing import CliRunner
 
 from attn_plugins import cli
@@ -27,16 +28,29 @@ BATCHED = [name for name in list_attentions() if get_attention(name).attend_batc
 def test_the_form_for_other_devices_is_within_the_bars(name):
     """Operations and syncs of a layer and of the tables of a mask, at 1k and 4k tokens, plain and packed."""
     (rule,) = build(LaunchesConfig, {"attentions": {name: name}, "lengths": [4096]}).rules().values()
+    squared = launches.quadratic(rule.attention)
     above = []
     for packed_length in (0, 1000) if rule.attention.segments else (0,):
         shorter = None
-        for length in (1024, 4096):
+        for length in (256, 1024, 4096) if squared else (1024, 4096):  # the first of all pairs has values
             found = count_layer(rule, NARROW, length, packed_length=packed_length)
             what = "packed" if packed_length else "plain"
-            for line in found.exceeds(shorter=shorter, quadratic=launches.quadratic(rule.attention)):
-                above.append(f"{length}, {what}: {line}")
+            above += [f"{length}, {what}: {line}" for line in found.exceeds(shorter=shorter, quadratic=squared)]
             shorter = found
     assert above == []
+
+
+def test_all_pairs_of_many_tokens_are_counted_without_values(monkeypatch):
+    (rule,) = parse_rules("topk", backend="batched")
+    want = count_layer(rule, HEADS, 64)
+    monkeypatch.setattr(launches, "ALL_PAIRS", 32)
+    assert count_layer(rule, HEADS, 64) == want
+    attend = get_attention("topk").attend_batched
+    monkeypatch.setattr(
+        get_attention("topk"), "attend_batched", lambda s, q, *a, **o: attend(s, q * int(q.sum()), *a, **o)
+    )
+    with pytest.raises(DataDependentOutputException):
+        count_layer(rule, HEADS, 64)
 
 
 def counts(**changes):
