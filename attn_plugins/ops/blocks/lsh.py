@@ -208,14 +208,14 @@ def batched_parts_of(
 
 def _hidden(rows_TR, block_T, keys_TC, place_EN, low_EN, high_EN, own_N, round_X):
     """Whether a key is the query's own, was seen in an earlier round, or is not seen in this one."""
-    hidden = own_N[rows_TR].unsqueeze(2) == keys_TC.unsqueeze(1)
-    now_T = round_X[block_T].view(-1, 1, 1)
-    place_ETC, low_ETR, high_ETR = place_EN[:, keys_TC], low_EN[:, rows_TR], high_EN[:, rows_TR]
-    for at in range(len(place_EN)):
-        place = place_ETC[at].unsqueeze(1)
-        seen = (place >= low_ETR[at].unsqueeze(2)) & (place < high_ETR[at].unsqueeze(2))
-        hidden |= (seen ^ (now_T == at)) & (now_T >= at)
-    return hidden
+    each_E1, round_T = torch.arange(len(place_EN), device=place_EN.device).unsqueeze(1), round_X[block_T]
+    place_ETC, low_ETR = place_EN[:, keys_TC].unsqueeze(2), low_EN[:, rows_TR].unsqueeze(3)
+    # Nothing is seen in later rounds, of which nothing is asked.
+    high_ETR = high_EN[:, rows_TR].masked_fill_((each_E1 > round_T).unsqueeze(2), -1).unsqueeze(3)
+    seen_ETRC = place_ETC >= low_ETR
+    seen_ETRC &= place_ETC < high_ETR
+    seen_ETRC ^= (each_E1 == round_T)[..., None, None]
+    return seen_ETRC.any(dim=0) | (own_N[rows_TR].unsqueeze(2) == keys_TC.unsqueeze(1))
 
 
 def batched_lsh_attention(
