@@ -347,14 +347,14 @@ def _kernel_cost(label: str, name: str, rule: Rule, heads: HeadShape, own: Cost,
     cost = Cost(label, name, {}, [])
     module = rule.attention(rule.config, heads, backend="batched")
     try:
-        for length in sorted({*GRID, *(length for length in config.lengths if length < GRID[-1])}):
+        is_pattern = hasattr(module, "patterns")
+        asked = {length for length in config.lengths if length < GRID[-1]}
+        for length in sorted({*GRID, *asked}) if is_pattern else own.counted:
             multiplied = pairs(module, heads, length)
             if multiplied is not None:
                 flops = multiplied * heads.head_dim * FUSED * config.batch_size
-            elif length in own.counted:
-                flops = own.amounts[length]["flops"]
             else:
-                continue
+                flops = own.amounts[length]["flops"]
             cost.amounts[length] = fused(heads, length, config.batch_size, config.devices, flops)
             cost.counted.append(length)
         cost.extrapolate(config.lengths, quadratic=False)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from attn_plugins import cli
 from attn_plugins.benchmark import launches
 from attn_plugins.benchmark.launches import LaunchesConfig, LayerCounts, count_layer, run_launches, served
-from attn_plugins.core.attention import Attention, HeadShape
+from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.core.rules import parse_rules
@@ -20,11 +20,8 @@ NARROW = HeadShape(num_heads=2, num_key_value_heads=1, head_dim=2, value_dim=2, 
 SMALL = {"lengths": [64, 128], "packed_length": 50, "num_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
 
 
-BATCHED = [name for name in list_attentions() if get_attention(name).attend_batched is not Attention.attend_batched]
-
-
 @pytest.mark.of_the_registry
-@pytest.mark.parametrize("name", BATCHED)
+@pytest.mark.parametrize("name", list_attentions())
 def test_the_form_for_other_devices_is_within_the_bars(name):
     """Operations and syncs of a layer and of the tables of a mask, at 1k and 4k tokens, plain and packed."""
     (rule,) = build(LaunchesConfig, {"attentions": {name: name}, "lengths": [4096]}).rules().values()
