@@ -86,3 +86,10 @@ def test_pairs_are_those_of_the_lines():
 def test_options_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         VerticalSlashAttention.Config(**options)
+
+
+@pytest.mark.parametrize("backend", ["torch", "batched"])
+def test_the_main_diagonal_counts_once_where_there_are_few(backend):
+    case = vertical_slash(vertical_size=0, slash_size=6)
+    mask = case.mask(2, 9, 9, padding_BK=left_padding([9, 2], 9))
+    assert_forms_agree(case, inputs(2, 9), mask, backend=backend)
