@@ -7,7 +7,7 @@ from torch.nn.functional import logsigmoid, pad
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.query_chunks import bias_of, in_large_chunks, in_query_chunks, visible_pairs
-from attn_plugins.ops.reference import accumulation_dtype, expand_heads, scores
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, scores, with_dropout
 
 HIDDEN = -1e30
 """Score of a key that is not visible: finite, so that no gradient is NaN."""
@@ -114,6 +114,5 @@ def _attend(q_BHQD, k_BGKD, v_BHKV, visible, gate_H, *, dropout, **options):
     passed_BHQK = logsigmoid(-z_BHQK).masked_fill(~visible, 0.0)
     after_BHQK = pad(passed_BHQK.flip(-1), (1, 0))[..., :-1].cumsum(dim=-1).flip(-1)
     weights_BHQK = torch.exp(logsigmoid(z_BHQK) + after_BHQK).masked_fill(~visible, 0.0)
-    if dropout:
-        weights_BHQK = torch.dropout(weights_BHQK, dropout, train=True)
+    weights_BHQK = with_dropout(weights_BHQK, dropout)
     return weights_BHQK @ v_BHKV, weights_BHQK

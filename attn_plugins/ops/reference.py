@@ -73,6 +73,12 @@ def masked_softmax(s_BHQK: torch.Tensor, visible: torch.Tensor, sinks_H: torch.T
     return weights / total.masked_fill(total == 0, 1.0)
 
 
+def with_dropout(weights: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Weights, each left out with probability ``dropout`` and made up for by the others, as in training."""
+    # Not by `train=`: a probability that changed between calls is symbolic in a compiled graph, and so would that be.
+    return torch.dropout(weights, dropout, train=True) if dropout else weights
+
+
 def dense_attention(
     q_BHQD: torch.Tensor,
     k_BGKD: torch.Tensor,
@@ -94,6 +100,6 @@ def dense_attention(
         (out_BHQV in the dtype of v, weights_BHQK in at least float32).
     """
     s_BHQK = scores(q_BHQD, k_BGKD, scale=scale, position_bias=position_bias, softcap=softcap)
-    weights_BHQK = torch.dropout(masked_softmax(s_BHQK, visible, sinks), dropout, train=dropout > 0)
+    weights_BHQK = with_dropout(masked_softmax(s_BHQK, visible, sinks), dropout)
     out_BHQV = weights_BHQK @ expand_heads(v_BGKV, q_BHQD.shape[1]).to(weights_BHQK.dtype)
     return out_BHQV.to(v_BGKV.dtype), weights_BHQK

@@ -74,3 +74,20 @@ def test_packed_sequences_in_pieces_are_refused_in_a_graph_too():
     attend(x, torch.tensor([[0, 0, 1, 1, 2, 2]]))
     with pytest.raises(RuntimeError, match="a row has packed sequences in several pieces; allowed: each packed"):
         attend(x, torch.tensor([[0, 0, 1, 1, 0, 0]]))
+
+
+BATCHED = [pytest.param(name, "batched", marks=pytest.mark.slow) for name in ("local", "lsh")]
+
+
+@pytest.mark.parametrize(("name", "backend"), [("softmax", "reference"), *BATCHED])
+def test_dropout_may_change_between_calls_of_a_graph(name, backend):
+    """A probability that has changed is symbolic from then on, and 0 in evaluation is another one too."""
+    model, call, _ = compiled({"type": name, "backend": backend})
+    ids = torch.randint(3, 90, (1, 12))
+    want = call(ids, use_cache=False).logits
+    for probability in (0.1, 0.2):
+        for module in model.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = probability
+        assert not torch.allclose(call.train()(ids, use_cache=False).logits, want)
+    torch.testing.assert_close(call.eval()(ids, use_cache=False).logits, want)

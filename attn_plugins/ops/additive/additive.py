@@ -8,7 +8,7 @@ from torch.library import CustomOpDef
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.query_chunks import bias_of, in_large_chunks, in_query_chunks, visible_pairs
-from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax, with_dropout
 from attn_plugins.ops.sizes import scores_at_once
 
 SATURATED = 20.0
@@ -215,7 +215,6 @@ def _attend(
     if position_bias is not None:
         s_BHQK = s_BHQK + position_bias.to(dtype)
     weights_BHQK = masked_softmax(s_BHQK, visible, sinks)
-    if dropout:
-        weights_BHQK = torch.dropout(weights_BHQK, dropout, train=True)
+    weights_BHQK = with_dropout(weights_BHQK, dropout)
     out_BHQV = weights_BHQK @ expand_heads(v_BGKV, heads).to(dtype)
     return out_BHQV.to(v_BGKV.dtype), weights_BHQK

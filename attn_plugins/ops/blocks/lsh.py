@@ -10,7 +10,7 @@ import torch
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.blocks import batched
 from attn_plugins.ops.blocks.gather import PairTiles, gathered_attention, positions
-from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, expand_heads
+from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, expand_heads, with_dropout
 
 TILE = 32
 """Sorted queries, and sorted keys, that are multiplied with each other at a time."""
@@ -257,5 +257,5 @@ def batched_lsh_attention(
     if padding is not None:
         share = share.masked_fill(padding, 0.0)
     rest = out_BHQV.unflatten(1, (groups, -1)) * (1 - share)
-    out = rest + torch.dropout(share, dropout, train=dropout > 0) * v_BG1QV
+    out = rest + with_dropout(share, dropout) * v_BG1QV
     return out.flatten(1, 2).to(v_BGKV.dtype)

@@ -28,6 +28,7 @@ from attn_plugins.ops.reference import (
     masked_softmax,
     outside_autocast,
     scores,
+    with_dropout,
 )
 from attn_plugins.ops.softmax.patterns.band import Band
 from attn_plugins.ops.softmax.tile_engine import Tile, attend_tiles, slices, visible_tile
@@ -450,7 +451,7 @@ def dense_native_sparse_attention(
     chosen_BGQT = choose_by_weights(p_BHQM, groups, everywhere, compression, sizes)
     # What a compressed block gets goes to its keys as its values are summed.
     spread_BGMK = spread(weights.value_weight_GC)
-    compressed = torch.dropout(p_BHQM, dropout, train=dropout > 0) @ expand_heads(spread_BGMK, heads)
+    compressed = with_dropout(p_BHQM, dropout) @ expand_heads(spread_BGMK, heads)
     chosen = chosen_keys(expand_heads(chosen_BGQT, heads), compression.blocks)
     selected = dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen, **options)[1]
     near = dense_pattern(mask, Band(sizes.window_size, sizes.window_size - 1))

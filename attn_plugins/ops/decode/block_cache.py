@@ -11,7 +11,7 @@ import torch
 
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.reference import accumulation_dtype, masked_softmax
+from attn_plugins.ops.reference import accumulation_dtype, masked_softmax, with_dropout
 
 MAX_GATHER_QUERIES = 16
 """Most queries that gather the keys of their blocks each for itself; for more, queries of one block share its keys."""
@@ -314,7 +314,7 @@ def grouped_attention(
     rows = (q_BHQD.to(dtype) * scale).reshape(batch, groups, -1, size)
     s = (rows @ k_BGKD.to(dtype).mT).view(batch, groups, -1, queries, k_BGKD.shape[2])
     weights = masked_softmax(s, visible)
-    kept = torch.dropout(weights, dropout, train=dropout > 0).flatten(2, 3)
+    kept = with_dropout(weights, dropout).flatten(2, 3)
     out = kept @ v_BGKV.to(dtype)
     return out.view(batch, heads, queries, -1), weights.flatten(1, 2)
 

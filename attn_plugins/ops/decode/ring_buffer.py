@@ -15,7 +15,7 @@ from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rotary import Rotary
 from attn_plugins.ops.decode.cache_positions import Anchors, two_keyed
-from attn_plugins.ops.reference import accumulation_dtype, masked_softmax
+from attn_plugins.ops.reference import accumulation_dtype, masked_softmax, with_dropout
 from attn_plugins.ops.softmax.batched import pattern_attention
 from attn_plugins.ops.softmax.patterns.band import ROWS, Band
 from attn_plugins.ops.softmax.tables import Tables, counted, rows_for, tables_of
@@ -328,5 +328,5 @@ def one_query(
     if softcap is not None:
         s_BHQK = softcap * torch.tanh(s_BHQK / softcap)
     visible = s_BHQK.new_ones((), dtype=torch.bool) if visible is None else visible
-    weights = torch.dropout(masked_softmax(s_BHQK, visible, sinks), dropout, train=dropout > 0)
+    weights = with_dropout(masked_softmax(s_BHQK, visible, sinks), dropout)
     return (weights.view(*q.shape[:3], -1) @ v_BGKV.to(dtype)).view(batch, heads, 1, -1).to(v_BGKV.dtype)

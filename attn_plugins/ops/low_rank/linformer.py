@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import recorded
-from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax, with_dropout
 
 
 class Projection(NamedTuple):
@@ -88,7 +88,7 @@ def dense_linformer_attention(
 
     k_BHPD = expand_heads(matrix(key_weight_GPL) @ k_BGKD.to(dtype), heads)
     s_BHQP = q_BHQD.to(dtype) @ k_BHPD.mT * scale
-    p_BHQP = torch.dropout(masked_softmax(s_BHQP, (made.factor_BP > 0)[:, None, None]), dropout, train=dropout > 0)
+    p_BHQP = with_dropout(masked_softmax(s_BHQP, (made.factor_BP > 0)[:, None, None]), dropout)
     f_BGPK = matrix(value_weight_GPL)
     f_BHPK = f_BGPK if f_BGPK.shape[1] == 1 else expand_heads(f_BGPK, heads)
     weights_BHQK = p_BHQP @ f_BHPK

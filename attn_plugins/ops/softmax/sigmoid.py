@@ -12,7 +12,7 @@ import torch
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.query_chunks import bias_of, in_large_chunks, visible_pairs
-from attn_plugins.ops.reference import accumulation_dtype, expand_heads, scores
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, scores, with_dropout
 from attn_plugins.ops.sizes import scores_at_once
 from attn_plugins.ops.softmax.tile_engine import Tile, attend_tiles, slices, visible_tile
 
@@ -70,7 +70,7 @@ def dense_sigmoid_attention(
         s_BHQK = s_BHQK - visible.sum(dim=-1, keepdim=True).clamp(min=1).to(s_BHQK.dtype).log()
     else:
         s_BHQK = s_BHQK + offset
-    weights_BHQK = torch.dropout(torch.where(visible, torch.sigmoid(s_BHQK), 0.0), dropout, train=dropout > 0)
+    weights_BHQK = with_dropout(torch.where(visible, torch.sigmoid(s_BHQK), 0.0), dropout)
     out_BHQV = weights_BHQK @ expand_heads(v_BGKV, q_BHQD.shape[1]).to(weights_BHQK.dtype)
     return out_BHQV.to(v_BGKV.dtype), weights_BHQK
 
@@ -136,8 +136,7 @@ def batched_sigmoid_attention(
         s_BHQK = scores(q[:, :, queries], k[:, :, keys], position_bias=bias, **options)
         s_BHQK = s_BHQK + (offset_B1Q1 if isinstance(offset_B1Q1, float) else offset_B1Q1[:, :, queries])
         weights_BHQK = torch.sigmoid(s_BHQK).masked_fill(~visible_pairs(mask, queries, keys), 0.0)
-        if dropout:
-            weights_BHQK = torch.dropout(weights_BHQK, dropout, train=True)
+        weights_BHQK = with_dropout(weights_BHQK, dropout)
         return weights_BHQK @ v[:, :, keys]
 
     return in_large_chunks(attend, mask, heads, dropout=dropout).to(v_BGKV.dtype)

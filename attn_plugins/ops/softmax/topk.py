@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.query_chunks import bias_of, in_large_chunks, softmax_of_visible, visible_pairs
-from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, expand_heads, scores
+from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, expand_heads, scores, with_dropout
 from attn_plugins.ops.softmax.tile_engine import Tile, attend_tiles, slices, visible_tile
 
 SCORES_AT_ONCE = 2**21
@@ -125,8 +125,7 @@ def batched_topk_attention(
         s_BHQK = tie_stable_scores(q[:, :, queries], k[:, :, keys], position_bias=bias, **options)
         chosen = _chosen(s_BHQK.detach(), visible_pairs(mask, queries, keys), topk)
         weights_BHQK = softmax_of_visible(s_BHQK, chosen, sinks)
-        if dropout:
-            weights_BHQK = torch.dropout(weights_BHQK, dropout, train=True)
+        weights_BHQK = with_dropout(weights_BHQK, dropout)
         return weights_BHQK @ v[:, :, keys]
 
     return in_large_chunks(attend, mask, heads, dropout=dropout).to(v_BGKV.dtype)
