@@ -41,17 +41,36 @@ def tiles_of(mask: AttentionMask) -> Iterator[Tile]:
                 yield visible_tile(visible, queries, keys)
 
 
-def log_count(mask: AttentionMask, dtype: torch.dtype) -> torch.Tensor:
-    """(B or 1, Q): logarithm of the number of keys that a query sees, 0 for none; made once a forward pass."""
+def log_count(mask: AttentionMask, dtype: torch.dtype, pairs_at_once: int) -> torch.Tensor:
+    """(B or 1, Q): logarithm of the number of keys that a query sees, 0 for none; made once a forward pass.
+
+    Args:
+        pairs_at_once: where pairs are looked at one by one, as many at a time.
+    """
 
     def build() -> torch.Tensor:
-        pairs = PAIRS_AT_ONCE if mask.device.type == "cpu" else scores_at_once(mask.device)
-        size = max(1, pairs // max(1, mask.batch_size * mask.kv_length))
-        keys = slice(0, mask.kv_length)
-        counts = [visible_pairs(mask, queries, keys).sum(dim=(1, 3)) for queries in slices(mask.q_length, size)]
-        return torch.cat(counts, dim=1).clamp(min=1).to(dtype).log()
+        tables = (mask.segments_BK, mask.positions_BK, mask.dense_BQK)
+        if mask.plain and all(table is None for table in tables):
+            count_BQ = _count_of_the_plain(mask)
+        else:
+            size = max(1, pairs_at_once // max(1, mask.batch_size * mask.kv_length))
+            keys = slice(0, mask.kv_length)
+            pieces = [visible_pairs(mask, queries, keys).sum(dim=(1, 3)) for queries in slices(mask.q_length, size)]
+            count_BQ = torch.cat(pieces, dim=1)
+        return count_BQ.clamp(min=1).to(dtype).log()
 
     return mask.cached(("log_count", dtype), build)
+
+
+def _count_of_the_plain(mask: AttentionMask) -> torch.Tensor:
+    """How many keys each query sees, (B or 1, Q), by causality and padding: keys are counted once for all queries."""
+    padding_BK = torch.ones(1, mask.kv_length, device=mask.device) if mask.padding_BK is None else mask.padding_BK
+    counted_BK = padding_BK.long().cumsum(dim=1)
+    last_Q = torch.full((mask.q_length,), mask.kv_length - 1, device=mask.device)
+    if mask.causal:
+        own_Q = torch.arange(mask.q_length, device=mask.device) + (mask.q_offset - mask.kv_offset)
+        last_Q = torch.minimum(own_Q, last_Q)
+    return counted_BK.index_select(1, last_Q.clamp(min=0)) * (last_Q >= 0)
 
 
 def dense_sigmoid_attention(
@@ -98,7 +117,7 @@ def sigmoid_attention(
     """
     dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
     if offset is None:
-        offset_BQ = -log_count(mask, dtype)
+        offset_BQ = -log_count(mask, dtype, PAIRS_AT_ONCE)
     else:
         offset_BQ = torch.full((1, mask.q_length), float(offset), dtype=dtype, device=q_BHQD.device)
     return attend_tiles(
@@ -129,7 +148,9 @@ def batched_sigmoid_attention(
     """The same in few large pieces, for devices that are not a CPU."""
     dtype, heads = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV), q_BHQD.shape[1]
     q, k, v = q_BHQD.to(dtype), *(expand_heads(x, heads).to(dtype) for x in (k_BGKD, v_BGKV))
-    offset_B1Q1 = -log_count(mask, dtype)[:, None, :, None] if offset is None else float(offset)
+    offset_B1Q1: Any = offset
+    if offset is None:
+        offset_B1Q1 = -log_count(mask, dtype, scores_at_once(mask.device))[:, None, :, None]
 
     def attend(queries: slice, keys: slice) -> torch.Tensor:
         bias = bias_of(position_bias, queries, keys)
