@@ -76,7 +76,7 @@ def _lacks(cls: Any) -> list[str]:
 
 
 BACKENDS: Registry[Backend] = Registry("backend", "attn_plugins.backends", _lacks, "attn_plugins.backends")
-_instances: dict[type[Backend], Backend] = {}
+_instances: dict[str, Backend] = {}
 
 
 def register_backend(name: str) -> Callable[[C], C]:
@@ -94,9 +94,9 @@ def list_backends() -> list[str]:
 def get_backend(name: str) -> Backend:
     """The backend registered under ``name``; ValueError where there is none."""
     cls = BACKENDS.get(name)
-    if cls not in _instances:
-        _instances[cls] = cls()
-    return _instances[cls]
+    if type(_instances.get(name)) is not cls:
+        _instances[name] = cls()
+    return _instances[name]
 
 
 def why_not(backend: Backend, attention: Any, *tensors: torch.Tensor, **options: Any) -> str | None:
@@ -126,15 +126,23 @@ def forced(name: str, attention: Any, *tensors: torch.Tensor, **options: Any) ->
 def fastest(attention: Any, *tensors: torch.Tensor, **options: Any) -> Backend | None:
     """What ``auto`` takes on a device that is not a CPU; None for the attention's own batched form."""
     device = tensors[0].device
-    for name in checked_backends(attention.name, device.type, device.index or 0):
-        if name == "batched":
-            return None
-        backend = get_backend(name)
+    for name in _tried_first(attention.name, device.type, device.index or 0):
+        backend = _instances[name]
         if torch.compiler.is_compiling() and not backend.traceable:
             continue
         if why_not(backend, attention, *tensors, **options) is None:
             return backend
     return None
+
+
+@torch.compiler.assume_constant_result  # it reads files, which a graph cannot
+def _tried_first(attention: str, device: str, index: int) -> tuple[str, ...]:
+    """Names of the backends that are faster than the batched form on a device, the fastest first; each is made."""
+    checked = checked_backends(attention, device, index)
+    names = checked[: checked.index("batched")] if "batched" in checked else checked
+    for name in names:
+        get_backend(name)
+    return names
 
 
 def usual(attention: str, device: torch.device) -> str:

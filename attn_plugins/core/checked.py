@@ -34,7 +34,7 @@ def own_file() -> Path:
 def place(device: str, index: int = 0) -> dict[str, Any]:
     """What a record is of: the device, its driver and the versions of what writes its kernels."""
     found: dict[str, Any] = {"device": device, "name": platform.processor() or device, "capability": None}
-    if device == "cuda":
+    if device == "cuda" and torch.cuda.is_available():
         found["name"] = torch.cuda.get_device_name(index)
         found["capability"] = ".".join(map(str, torch.cuda.get_device_capability(index)))
     found["torch"] = torch.__version__

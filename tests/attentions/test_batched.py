@@ -1,5 +1,6 @@
 """The form for devices that are not a CPU, run on one: it equals ``reference`` whatever is declared and asked."""
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -164,6 +165,24 @@ def assert_compiles(case, backend):
     want = outcome(module, given, mask, cotangent)
     module.compile(backend=backend, fullgraph=True)
     assert_same(outcome(module, given, mask, cotangent), want, 1e-4)
+
+
+@every_case(options={})
+def test_a_device_without_values_is_enough(case, monkeypatch):
+    """What auto takes on a device that is not a CPU reads no value on the host, of tables of the mask neither.
+
+    The device "meta" has none. It has no autocast either, which forms of linear cost switch off."""
+    autocast = torch.autocast
+    without = {"meta": lambda: contextlib.nullcontext()}
+    monkeypatch.setattr(torch, "autocast", lambda type, **how: without.get(type, lambda: autocast(type, **how))())
+    module, length = case.module(backend="auto", dtype=torch.float32).to("meta"), 200
+    padding, segments = torch.ones(2, length, dtype=torch.bool), torch.zeros(2, length, dtype=torch.long)
+    for tables in ({}, {"padding_BK": padding}, {"segments_BK": segments} if case.cls.segments else {}):
+        mask = case.mask(2, length, length, **{name: x.to("meta") for name, x in tables.items()}, device="meta")
+        leaves = [x.detach().float().to("meta").requires_grad_() for x in inputs(2, length).of_tokens()]
+        out = Inputs(*leaves).run(module, mask)
+        assert out.is_meta
+        out.sum().backward()
 
 
 @not_a_leaf

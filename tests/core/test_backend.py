@@ -54,10 +54,12 @@ def kernel(monkeypatch):
     return register_backend("kernel")(Kernel)
 
 
-def ran(backend="auto", length=8, device="cpu", **options):
+def ran(backend="auto", length=8, device="cpu", compiled=False, **options):
     q = torch.zeros(1, 2, length, 4, device=device)
     mask = AttentionMask(1, length, length, causal=True, device=device)
     module = Says(Says.Config(), backend=backend)
+    if compiled:
+        module.compile(backend="eager", fullgraph=True)
     return module(q, q, q, mask=mask, scale=1.0, **options)[0]
 
 
@@ -128,7 +130,7 @@ def test_own_backends_say_what_they_are():
 # On the device "meta", which is not a CPU and has no values, only the choice is made.
 
 
-def choice(monkeypatch, length=8):
+def choice(monkeypatch, length=8, **options):
     """Which forms and backends run for a call on a device that is not a CPU."""
     seen = []
     for cls, name in ((Says, "attend_batched"), (Says, "attend"), (Kernel, "attend")):
@@ -138,7 +140,7 @@ def choice(monkeypatch, length=8):
             return torch.empty_like(args[-3])
 
         monkeypatch.setattr(cls, name, attend)
-    ran(length=length, device="meta")
+    ran(length=length, device="meta", **options)
     return seen
 
 
@@ -173,6 +175,20 @@ def test_auto_takes_the_fastest_that_passed(remembered, monkeypatch):
     assert choice(monkeypatch) == ["Says.attend_batched"]
     remembered(("softmax", "kernel", True, 1.0))
     assert choice(monkeypatch) == ["Says.attend_batched"]
+
+
+def test_the_choice_of_auto_is_part_of_a_graph(remembered, monkeypatch):
+    """A backend that is none is passed over there."""
+
+    def compiled():
+        torch._dynamo.reset()
+        return choice(monkeypatch, compiled=True)
+
+    assert compiled() == ["Says.attend_batched"]
+    remembered(("says", "batched", True, 2.0), ("says", "kernel", True, 1.0))
+    assert compiled() == ["Says.attend_batched"]
+    monkeypatch.setattr(Kernel, "traceable", True)
+    assert compiled() == ["Kernel.attend"]
 
 
 def test_records_are_of_one_device_and_its_versions(remembered, monkeypatch):
