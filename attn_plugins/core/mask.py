@@ -161,7 +161,7 @@ class AttentionMask:
     def look_up(self, table: torch.Tensor, *index: torch.Tensor) -> torch.Tensor:
         """Entries of a table (B or 1, ...) at indices of its other dimensions, each (B or 1, ...), which broadcast."""
         dimensions = max(one.ndim for one in index)
-        rows = torch.arange(len(table), device=table.device).view(-1, *[1] * (dimensions - 1))
+        rows = torch.arange(table.shape[0], device=table.device).view(-1, *[1] * (dimensions - 1))
         places = (rows, *index)
         return table[places]
 

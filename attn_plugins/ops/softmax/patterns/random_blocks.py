@@ -229,7 +229,7 @@ class RandomBlocks:
         def build() -> torch.Tensor:
             chosen, number = self._chosen_BQN(mask), -(-(mask.kv_offset + mask.kv_length) // self.block_size)
             table = torch.zeros(*chosen.shape[:2], number + 1, dtype=torch.bool, device=chosen.device)
-            return table.scatter_(2, chosen.masked_fill(chosen < 0, number), True)[:, :, :number].contiguous()
+            return table.scatter_(2, chosen.masked_fill(chosen < 0, number), 1)[:, :, :number].contiguous()
 
         return mask.cached((self, "is chosen"), build)
 

@@ -87,6 +87,8 @@ class Fixed:
         near, index = self._near(), torch.arange(mask.kv_length, device=mask.device).unsqueeze(0)
         # No row has more, however it is cut into segments; but where keys were dropped its first block has a part left.
         bound = mask.kv_length * self.summary // self.block_size + (self.summary if mask.kv_offset else 0)
+        if not bound:
+            return near.tables(mask)
         summaries = where_true(self._sums_up(mask, index), bound).unsqueeze(1)
         begin = torch.arange(0, mask.q_length, SUMMED_ROWS, device=mask.device).view(1, -1, 1)
         queries = begin + counted(min(SUMMED_ROWS, mask.q_length), mask.device)
