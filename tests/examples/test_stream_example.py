@@ -110,7 +110,7 @@ def test_what_is_wrong_is_one_line(arguments, message, llama, stream, capsys, mo
 
 
 @pytest.mark.real
-@pytest.mark.skipif(not (demo._root() / "models" / demo.NAME).exists(), reason="the demo's model is not here")
+@pytest.mark.skipif(not (demo.cache_folder() / "models" / demo.NAME).exists(), reason="the demo's model is not here")
 def test_a_real_model_answers_and_its_cache_stays(stream, capsys, monkeypatch):
     turns = ["What is the capital of France?", "And of Italy?", "Write a few words about the sea."]
     options = [
