@@ -178,7 +178,8 @@ def describe(
         if device is None:
             print_attention(get_attention(what), as_json)
         else:
-            print_standings(what, device, as_json)
+            with one_line_errors():
+                print_standings(what, device, as_json)
         return
     with one_line_errors():
         if device is not None:

@@ -5,16 +5,20 @@ reference form, in outputs and gradients, times those that passed, and remembers
 driver and versions (:mod:`attn_plugins.core.checked`).
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from attn_plugins.benchmark.backend_contract import contract, time_of
+from attn_plugins.benchmark.apart import each_apart
+from attn_plugins.benchmark.backend_contract import contract, heads_of, time_of
+from attn_plugins.benchmark.cells import described
+from attn_plugins.benchmark.launches import served
 from attn_plugins.core import checked
-from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.backend import get_backend, list_backends
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention, list_attentions
@@ -23,9 +27,11 @@ LENGTHS = (2048, 8192)
 """Tokens at which a backend is timed, one row of 8 heads, forward and backward; ``auto`` goes by the longer."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """In which a backend is compared with the reference form, those of training first."""
-HEADS = HeadShape(
-    num_heads=8, num_key_value_heads=8, head_dim=64, value_dim=64, grid_size=(32, 64), hidden_size=512, layer=0
-)
+HEADS = heads_of(8, 8, 64)
+PROCESSES = 1
+"""0 checks in this process, where a kernel that crashes ends everything."""
+PATIENCE = 600.0
+"""Seconds after which a backend is given up for an attention: kernels may compile and tune for minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +51,7 @@ def candidates(attention: str) -> list[tuple[str, str | None]]:
     """Forms and backends that could serve an attention with its default options, and why one cannot, or None."""
     cls = get_attention(attention)
     module = cls(cls.Config(), HEADS)
-    length = 2048
+    length = served(module, LENGTHS[0])
     q, k, v = (
         torch.empty(1, HEADS.num_heads, length, HEADS.head_dim, dtype=torch.bfloat16, device="meta") for _ in "qkv"
     )
@@ -64,7 +70,7 @@ def standings(attention: str, device: str) -> list[Standing]:
         if one["attention"] == attention:
             known[one["backend"]] = one
     rows = []
-    if device == "cpu":
+    if _known(device).type == "cpu":
         rows.append(Standing(backend="torch", passed=None, seconds=None, note="the attention's own form for CPUs"))
     for name, refused in candidates(attention):
         one = known.get(name, {})
@@ -77,13 +83,13 @@ def _what(backend: str, device: str) -> str:
     if backend == "batched":
         return "the attention's own form for devices that are not a CPU"
     devices = get_backend(backend).devices
-    elsewhere = "" if torch.device(device).type in devices else f" (on {', '.join(devices)})"
+    elsewhere = "" if _known(device).type in devices else f" (on {', '.join(devices)})"
     return get_backend(backend).what + elsewhere
 
 
 def taken(attention: str, device: str) -> str:
     """In a sentence, what ``auto`` takes for an attention on a type of device."""
-    if device == "cpu":
+    if _known(device).type == "cpu":
         return "auto takes torch, the form for CPUs"
     if not _results(device):
         return f"auto takes batched: nothing was checked on this device; say attn-plugins check --device {device}"
@@ -92,11 +98,20 @@ def taken(attention: str, device: str) -> str:
     return f"auto takes the first of {', '.join(order)} that can honour a call"
 
 
-def _results(device: str) -> list[dict[str, Any]]:
+def _known(device: str) -> torch.device:
     try:
-        record = checked.record_for(checked.place(device))
-    except (RuntimeError, AssertionError):  # there is no such device here
-        return []
+        return torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device={device!r}; allowed: cuda, cpu, or another that torch knows") from None
+
+
+def _place(device: str) -> dict[str, Any]:
+    known = _known(device)
+    return checked.place(known.type, known.index or 0)
+
+
+def _results(device: str) -> list[dict[str, Any]]:
+    record = checked.record_for(_place(device))
     return record["results"] if record else []
 
 
@@ -109,6 +124,9 @@ def check(
         device: such as cuda.
         attentions: names; None is all.
         say: gets a line for each.
+
+    Each backend is tried in a process of its own, so that a kernel that crashes ends that alone; every result is
+    remembered as it comes.
 
     Returns:
         The file that remembers, and the results. An attention that is not named keeps its earlier results.
@@ -125,31 +143,38 @@ def check(
             f"device={device!r}; allowed: another device: on a CPU auto takes the form that is made for it"
         )
     names = list(attentions or list_attentions())
-    kept = [one for one in _results(device) if one["attention"] not in names]
-    results = []
-    for result in _checked(device, names):
+    earlier, results = _results(device), []
+
+    def add(result: dict[str, Any]) -> None:
         results.append(result)
+        now = {(one["attention"], one["backend"]): one for one in [*earlier, *results]}
+        checked.add_record(_place(device), list(now.values()))
         took = "" if result["seconds"] is None else f", {1000 * result['seconds']:.2f} ms at {LENGTHS[-1]} tokens"
         say(f"{result['attention']} by {result['backend']}: {result['note'] or 'passed'}{took}")
-    return checked.add_record(checked.place(device), [*kept, *results]), results
+
+    items = [(name, backend) for name in names for backend, refused in candidates(name) if refused is None]
+    work = partial(_checked, device=device)
+    each_apart(items, work, processes=PROCESSES, deadline=math.inf, patience=PATIENCE, add=add, failed=_failed)
+    kept = [one for one in earlier if one["attention"] not in names]
+    return checked.add_record(_place(device), [*kept, *results]), results
 
 
-def _checked(device: str, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    for name in names:
-        for backend, refused in candidates(name):
-            if refused is not None:
-                continue
-            result: dict[str, Any] = {"attention": name, "backend": backend, "passed": False, "seconds": None}
-            try:
-                failures = contract(name, {}, backend, device, DTYPES)
-            except ValueError as error:  # it serves none of the calls, on this device
-                failures = [str(error)]
-            result["note"] = "; ".join(failures)
-            if not failures:
-                result["passed"] = True
-                try:
-                    times = [time_of(name, {}, backend, device, length)[0] for length in LENGTHS]
-                    result |= {"seconds": times[-1], "times": dict(zip(map(str, LENGTHS), times, strict=True))}
-                except Exception as error:  # out of memory, a kernel that does not compile at this length
-                    result |= {"passed": False, "note": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-            yield result
+def _failed(item: tuple[str, str], why: str) -> dict[str, Any]:
+    attention, backend = item
+    return {"attention": attention, "backend": backend, "passed": False, "seconds": None, "note": why}
+
+
+def _checked(item: tuple[str, str], device: str) -> Iterator[dict[str, Any]]:
+    """The result of one attention by one backend."""
+    attention, backend = item
+    try:
+        failures = contract(attention, {}, backend, device, DTYPES)
+        if failures:
+            yield _failed(item, "; ".join(failures))
+            return
+        times = [time_of(attention, {}, backend, device, length)[0] for length in LENGTHS]
+    except Exception as error:  # it serves none of the calls here, or not at a length; out of memory
+        yield _failed(item, described(error))
+        return
+    timed = dict(zip(map(str, LENGTHS), times, strict=True))
+    yield {**_failed(item, ""), "passed": True, "seconds": times[-1], "times": timed}

@@ -86,6 +86,7 @@ def add_record(place_of: dict[str, Any], results: list[dict[str, Any]]) -> Path:
     partial = file.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps([*kept, {"place": place_of, "results": results}], indent=1), encoding="utf8")
     partial.replace(file)
+    _order.cache_clear()
     checked_backends.cache_clear()
     return file
 

@@ -10,6 +10,7 @@ from attn_plugins import cli
 from attn_plugins.benchmark import check as checks
 from attn_plugins.core import checked
 from attn_plugins.core.backend import list_backends
+from attn_plugins.core.registry import list_attentions
 
 
 def call(*arguments):
@@ -21,6 +22,7 @@ def device(monkeypatch, tmp_path):
     """A device whose kernels are fast and of which one is wrong; it is called meta."""
     monkeypatch.setenv("ATTN_PLUGINS_CACHE", str(tmp_path))
     monkeypatch.setattr(checked, "SHIPPED", tmp_path / "shipped.json")
+    monkeypatch.setattr(checks, "PROCESSES", 0)
     refused = {"batched": None, "quick": None, "wrong": None, "absent": "it needs kernels: pip install kernels"}
     monkeypatch.setattr(checks, "candidates", lambda _: list(refused.items()))
     monkeypatch.setattr(
@@ -61,7 +63,21 @@ def test_a_kernel_that_fails_at_length_has_not_passed(device, monkeypatch):
     monkeypatch.setattr(checks, "time_of", fails)
     _, results = checks.check(device, ["local"], say=lambda _: None)
     assert not any(one["passed"] for one in results)
-    assert results[0]["note"] == "RuntimeError: out of shared memory"
+    assert results[0]["note"] == "RuntimeError: out of shared memory at some line"
+
+
+def test_a_killed_check_keeps_what_it_has(device, monkeypatch):
+    def dies(_, options, backend, *rest):
+        if backend == "quick":
+            raise KeyboardInterrupt
+        return []
+
+    checks.check(device, ["linear"], say=lambda _: None)
+    monkeypatch.setattr(checks, "contract", dies)
+    with pytest.raises(KeyboardInterrupt):
+        checks.check(device, ["local", "linear"], say=lambda _: None)
+    assert checked.checked_backends("local", "meta") == ("batched",)
+    assert checked.checked_backends("linear", "meta") == ("quick", "batched"), "earlier results stay until replaced"
 
 
 def test_a_cpu_and_what_is_not_there_are_refused():
@@ -100,7 +116,7 @@ def test_the_verb_ends_with_status_1_where_a_backend_failed(device):
 
 
 def test_the_own_backends_are_candidates_or_say_why_not():
-    for name in ("local", "gated_delta", "linear"):
+    for name in list_attentions():
         found = dict(checks.candidates(name))
         assert set(found) == {"batched", *list_backends()}
         assert all(why is None or why for why in found.values())
