@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import attn_plugins as ap
 from attn_plugins import cli
 from attn_plugins.benchmark.store import Results
+from attn_plugins.cli import look
 from attn_plugins.config import extras
 from attn_plugins.core.capabilities import CAPABILITIES
 from attn_plugins.data.text import PYTHON_DOCS
@@ -76,16 +77,16 @@ def test_list_shows_all_of_the_registry_in_80_columns():
             seen.append(name)
             assert attention.family == family
             assert supports == "".join(
-                letter if getattr(attention, what) else "·" for what, letter in cli.LETTERS.items()
+                letter if getattr(attention, what) else "·" for what, letter in look.LETTERS.items()
             )
-            assert cli.brief_paper(attention.paper)[:20] in line
+            assert look.brief_paper(attention.paper)[:20] in line
             assert attention.cost[:12] in line
     assert sorted(seen) == ap.list_attentions()
     assert families == {ap.get_attention(name).family for name in ap.list_attentions()}
 
 
 def test_list_tells_everything_as_json():
-    assert list(cli.LETTERS) == list(CAPABILITIES)
+    assert list(look.LETTERS) == list(CAPABILITIES)
     known = json.loads(call("list", "--json").output)
     assert [entry["name"] for entry in known] == ap.list_attentions()
     for entry in known:

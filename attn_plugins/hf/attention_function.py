@@ -1,5 +1,6 @@
 """The attention function that transformers calls: a module's slot attends, or what served the module before."""
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from attn_plugins.hf.masks.given import as_mask, chosen_keys
 from attn_plugins.hf.masks.mask_function import LazyMask
 from attn_plugins.hf.names import BASE, ROLE, SLOT, slot_of
 from attn_plugins.hf.native_attention import attend_natively
+from attn_plugins.hf.observe import Observed, observer_of, refuse_state
 from attn_plugins.hf.recording import weights_wanted
 
 
@@ -54,18 +56,30 @@ def attention_forward(
             f"{type(module).__name__} was told to use attn_plugins, but no attention has been put into its model; "
             "load the whole model with from_pretrained, or call attn_plugins.swap_attention(model, ...)"
         )
-    slot, call = module._modules.get(SLOT), call_of(module)
+    slot: Any = module._modules.get(SLOT)
+    call = call_of(module)
     segmented = isinstance(attention_mask, AttentionMask) and attention_mask.segments_BK is not None
     packing.check(None if isinstance(attention_mask, torch.Tensor) else segmented)
     if segmented and call is not None:
         packing.mark_cache(call)
     if kwargs and (base in ("eager", "sdpa") or slot is not None):
         attention_mask = chosen_keys(module, query, key, attention_mask, kwargs)
-    need_weights = weights_wanted(module, kwargs)
-    if slot is None:
-        extras = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
-        given = {"scaling": scaling, "dropout": dropout, **extras, **kwargs}
-        return attend_natively(module, base, query, key, value, attention_mask, need_weights=need_weights, **given)
+    need_weights, observer = weights_wanted(module, kwargs), observer_of(module)
+    if slot is None or observer is not None:
+        extras: dict[str, Any] = {
+            "is_causal": is_causal,
+            "position_bias": position_bias,
+            "softcap": softcap,
+            "s_aux": s_aux,
+        }
+        given: Any = functools.partial(attend_natively, module, base, query, key, value, attention_mask)
+        own = functools.partial(given, scaling=scaling, **extras, **kwargs)
+        if observer is None:
+            return own(need_weights=need_weights, dropout=dropout)
+        refuse_state(module, None if call is None else call.state)
+        served = own(need_weights=need_weights, dropout=0.0)
+        if observer.see is None:
+            return served
     if kwargs:
         if kwargs.get("cache") is not None:
             raise ValueError("attn_plugins cannot serve paged caches (continuous batching); use generate() without it")
@@ -85,22 +99,21 @@ def attention_forward(
         key, value, position_bias, mask = _masked(
             module, attention, query, key, value, attention_mask, position_bias, base, is_causal
         )
-    attended = slot(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        dropout=dropout,
-        position_bias=position_bias,
-        softcap=softcap,
-        sinks=s_aux,
-        rotary=rotary_of(module, call) if attention.wants_rotary else None,
-        grid_size=grid_of(module, query) if attention.wants_grid else None,
-        hidden=hidden_states_of(module, call, query) if attention.wants_hidden else None,
-        state=state,
-        need_weights=need_weights,
-    )
+    arguments: dict[str, Any] = {
+        "mask": mask,
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "position_bias": position_bias,
+        "softcap": softcap,
+        "sinks": s_aux,
+        "rotary": rotary_of(module, call) if attention.wants_rotary else None,
+        "grid_size": grid_of(module, query) if attention.wants_grid else None,
+        "hidden": hidden_states_of(module, call, query) if attention.wants_hidden else None,
+    }
+    if observer is not None and observer.see is not None:
+        weigh = functools.partial(own, need_weights=True, dropout=0.0)
+        observer.see(Observed.of(module, (query, key, value), served, weigh, **arguments))
+        return served
+    attended = slot(query, key, value, **arguments, dropout=dropout, state=state, need_weights=need_weights)
     if state is not None and before is not None and state.seen != before + key.shape[2]:
         raise ValueError(
             f"{attention!r} has not taken in the {key.shape[2]} tokens that its state was to grow by: a hook "

@@ -149,7 +149,7 @@ def places(tmp_path, monkeypatch):
     written(tmp_path / "child.py", CHILD)
     written(tmp_path / "own/theirs.py", "seen = False")
     written(tmp_path / "own/sitecustomize.py", "import theirs; theirs.seen = True")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "own"), str(Path(cli.__file__).parent.parent)]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "own"), str(Path(cli.__file__).parents[2])]))
 
 
 def test_processes_that_a_program_starts_know_the_flag(places, capfd):

@@ -35,6 +35,7 @@ from attn_plugins.hf.discovery.modules import biased
 from attn_plugins.hf.hooks import remove_hooks
 from attn_plugins.hf.masks.mask_function import LazyMask
 from attn_plugins.hf.names import slot_of
+from attn_plugins.hf.observe import observer_of
 from attn_plugins.hf.recording import weights_wanted, weights_wanted_of
 
 GENERATING = "_attn_plugin_generating"
@@ -205,8 +206,8 @@ def layer_of(module: nn.Module, cache: Cache, need_weights: bool = False) -> Sta
                 "use a new cache"
             )
         return layer
-    if lent_its_keys(module) or need_weights or recorded():
-        return None  # a state is updated by code that is no part of a graph
+    if lent_its_keys(module) or need_weights or recorded() or observer_of(module) is not None:
+        return None  # a state is updated by code that is no part of a graph, and holds too little for others
     if type(layer) not in EXCHANGED:
         _warn_of_kind(type(layer), slot.name, None if hasattr(module, ORDINARY) else slot.new_state())
         return None

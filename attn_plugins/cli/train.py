@@ -1,0 +1,97 @@
+"""Verbs that train a model and measure it: finetune, evaluate."""
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+from attn_plugins.cli.app import (
+    Attn,
+    ConfigFile,
+    Data,
+    Model,
+    Settings,
+    app,
+    one_line_errors,
+    print_figures,
+    settings,
+    spread_out,
+)
+from attn_plugins.core.options import build
+
+
+@app.command()
+def finetune(
+    config: ConfigFile = None,
+    model: Model = None,
+    attn: Attn = None,
+    data: Data = None,
+    tune: Annotated[
+        str | None, typer.Option("--tune", help="What trains: lora, full, or new (new weights alone).")
+    ] = None,
+    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of new weights, data order and dropout.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last whole checkpoint in the output folder.")
+    ] = False,
+    assignments: Settings = None,
+) -> None:
+    """Fine-tune a model with an attention of your choice; writes the model, metrics.json and a model card."""
+    flags = {"model": model, "data.source": data, "tune": tune, "output_dir": output_dir, "seed": seed}
+    with one_line_errors():
+        tree = settings(config, flags, assignments, attn)
+        from attn_plugins.training.config import FinetuneConfig
+        from attn_plugins.training.evaluate import is_main_process
+        from attn_plugins.training.finetune import prepare_finetune
+        from attn_plugins.training.resume import finished
+
+        parsed = build(FinetuneConfig, tree)
+        spread_out()
+        metrics = finished(parsed) if resume else None
+        run = prepare_finetune(parsed, resume=resume) if metrics is None else None
+    if run is not None:
+        metrics = run.run()
+        done = f"written to {parsed.output_dir}: the model, README.md, metrics.json"
+    else:
+        done = f"the run in {parsed.output_dir} has ended with these settings; nothing was trained, nothing written"
+    if metrics is not None and is_main_process() and os.environ.get("RANK", "0") == "0":
+        evaluation = metrics["evaluation"]
+        stages = {stage: evaluation[stage] for stage in ("before", "after") if evaluation[stage] is not None}
+        print_figures(f"{evaluation['task']}, held-out", stages)
+        print(done)
+
+
+@app.command()
+def evaluate(
+    config: ConfigFile = None,
+    model: Model = None,
+    attn: Attn = None,
+    data: Data = None,
+    task: Annotated[str | None, typer.Option("--task", help="perplexity, accuracy or streaming_perplexity.")] = None,
+    output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the result there, as JSON.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    assignments: Settings = None,
+) -> None:
+    """Measure a model, swapped or not, or a PEFT adapter, on held-out text."""
+    flags = {"model": model, "data.source": data, "evaluation.task": task, "output": output}
+    with one_line_errors():
+        tree = settings(config, flags, assignments, attn)
+        from attn_plugins.training.config import EvaluateConfig
+        from attn_plugins.training.evaluate import is_main_process, prepare_evaluation
+
+        parsed = build(EvaluateConfig, tree)
+        spread_out()
+        run = prepare_evaluation(parsed)
+    result = run.run()
+    if not is_main_process():
+        return
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        served = ", ".join(f"{kind} in {count}" for kind, count in result["attention"]["modules"].items())
+        print_figures(f"{result['task']} of {result['model']} ({served} attention modules)", {"": result["result"]})
+        if result["new_weights"]:
+            print(
+                f"note: {result['new_weights']} weights of the attention are at their initial values: it is untrained"
+            )

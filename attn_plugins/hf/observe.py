@@ -1,0 +1,171 @@
+"""Have swapped modules attend by the model's own attention for a while, and see what their slots would have made of it.
+
+What trains new weights on the model's own outputs, or scores what a swap changes, needs both from one forward pass.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from attn_plugins.core.attention import Attention
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.hf.names import SLOT, slot_of
+
+Attended = tuple[torch.Tensor, torch.Tensor | None]
+"""Outputs (B, Q, H, V) and, where wanted, weights (B, H, Q, K) of an attention function."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """One call of a swapped module, which the model's own attention has served. Tensors are detached."""
+
+    module: nn.Module
+    query_BHQD: torch.Tensor
+    key_BGKD: torch.Tensor
+    value_BGKV: torch.Tensor
+    own_BQHV: torch.Tensor
+    """What the model goes on with."""
+    mask: AttentionMask
+    scale: float
+    options: Mapping[str, Any] = field(repr=False)
+    """Further arguments of the slot's forward."""
+    weigh: Callable[[], Attended] = field(repr=False)
+    """The model's own attention again, with weights."""
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        served: Attended,
+        weigh: Callable[[], Attended],
+        *,
+        mask: AttentionMask,
+        scale: float,
+        **options: Any,
+    ) -> "Observed":
+        """The call of a module with these queries, keys and values, which its own attention has ``served``."""
+        query, key, value, own = (x.detach() for x in (*tokens, served[0]))
+        return cls(
+            module=module,
+            query_BHQD=query,
+            key_BGKD=key,
+            value_BGKV=value,
+            own_BQHV=own,
+            mask=mask,
+            scale=scale,
+            options=options,
+            weigh=weigh,
+        )
+
+    @property
+    def slot(self) -> Attention:
+        """The attention in the module's slot, whatever PEFT has put around it."""
+        slot = slot_of(self.module)
+        assert slot is not None
+        return slot
+
+    @property
+    def real_BQ(self) -> torch.Tensor | None:
+        """False for queries that are padding, (B or 1, Q); None where none is known to be, as in cross-attention."""
+        padding_BK, queries = self.mask.padding_BK, self.query_BHQD.shape[2]
+        if padding_BK is None or self.mask.cross:
+            return None
+        return padding_BK[:, self.key_BGKD.shape[2] - queries :]
+
+    def attend(
+        self, *, need_weights: bool = False, grad: bool = False, dtype: torch.dtype | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend by the slot, without dropout: (out_BQHV, weights_BHQK or None).
+
+        Args:
+            grad: record what gives gradients to the slot's weights, whatever is set around; else record nothing.
+            dtype: compute in this, to which queries, keys and values are cast; None leaves them as they are.
+        """
+        given = (x if dtype is None else x.to(dtype) for x in (self.query_BHQD, self.key_BGKD, self.value_BGKV))
+        slot: Any = self.module._modules[SLOT]
+        with torch.set_grad_enabled(grad):
+            return slot(*given, mask=self.mask, scale=self.scale, need_weights=need_weights, **self.options)
+
+    def own_weights(self) -> torch.Tensor:
+        """Weights of the model's own attention, (B, H, Q, K), through its dense form.
+
+        Raises:
+            ValueError: its attention gives none.
+        """
+        with torch.no_grad():
+            _, weights = self.weigh()
+        if weights is None:
+            raise ValueError(f"{type(self.module).__name__} gives no weights of its own attention")
+        return weights
+
+
+See = Callable[[Observed], None]
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Who sees the calls of some modules."""
+
+    modules: frozenset[nn.Module]
+    see: See | None
+
+
+class _Observers:
+    """Those of a thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.held: tuple[Observer, ...] = ()
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.observers = _Observers()
+
+
+_thread = _Thread()
+"""As in ``hf/grids.py``, an object of the thread's own, for torch.compile."""
+
+
+@contextlib.contextmanager
+def own_attention(model: nn.Module, see: See | None = None) -> Iterator[None]:
+    """While it lasts, swapped modules of ``model`` attend by the model's own attention, in this thread.
+
+    The model stays swapped: its slots are passed by, and a new cache keeps all keys and values. Of two of these around
+    one call the inner one holds.
+
+    Args:
+        model: any module with swapped modules in it.
+        see: called with each call of a swapped module, after the model's own attention has served it.
+
+    Raises:
+        ValueError: in a call, where a cache holds the state of a slot's attention.
+    """
+    observers = _thread.observers
+    before = observers.held
+    modules = frozenset(module for module in model.modules() if slot_of(module) is not None)
+    observers.held = (*before, Observer(modules, see))
+    try:
+        yield
+    finally:
+        observers.held = before
+
+
+def observer_of(module: nn.Module) -> Observer | None:
+    """Who sees the calls of a module at present, None where its slot serves it."""
+    held = _thread.observers.held
+    return next((one for one in reversed(held) if module in one.modules), None) if held else None
+
+
+def refuse_state(module: nn.Module, state: Any) -> None:
+    """Raise a ValueError where a cache holds the state of a slot, in place of the keys that are to be attended to."""
+    if state is not None:
+        raise ValueError(
+            f"{type(module).__name__} is to attend by the model's own attention, and the cache holds the state of "
+            f"{slot_of(module)!r}; use a new cache, or none"
+        )
