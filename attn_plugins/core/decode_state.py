@@ -78,6 +78,11 @@ class State:
             self._length = None
 
     @property
+    def begun(self) -> bool:
+        """Whether any token has come; known without their number where that is fixed, as a compiled step has none."""
+        return self.seen > 0 if self.fixed_length is None else bool(self.tensors)
+
+    @property
     def seen(self) -> int:
         """Tokens seen, pending ones counted."""
         return self.length + self.num_pending
@@ -91,6 +96,12 @@ class State:
     def num_bytes(self) -> int:
         """Bytes of all tensors that the state holds."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self._held())
+
+    def record(self, on: bool) -> None:
+        """Begin to keep a snapshot before every call, or end it and drop those that there are."""
+        self.recording = on
+        if not on:
+            self.history = []
 
     def flush_pending(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Prepend the pending tokens to a call's, which come as :attr:`pending` holds them; snapshot if recording.
@@ -144,6 +155,16 @@ class State:
             vars(self).update(vars(moment.before))
             self.pending = tuple(x[:, :, :kept] for x in moment.brought) if kept else None
         self.history = []
+
+    def return_to(self, seen: int) -> None:
+        """Remove what came after the first ``seen`` tokens, where it can; else nothing changes."""
+        grown = self.seen - seen
+        try:
+            self.check_crop(grown)
+        except ValueError:
+            return
+        if grown:
+            self.crop(grown)
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor held by ``change`` of it: another order of rows, another device."""

@@ -223,7 +223,9 @@ def layer_of(module: nn.Module, cache: Cache, need_weights: bool = False) -> Sta
         return None
     if layer.is_initialized and int(layer.get_seq_length()):
         return None
-    state.recording = getattr(cache, RECORDING, False)
+    if state.grows and layer.is_sliding:
+        return None  # the model's own window keeps less
+    state.record(getattr(cache, RECORDING, False))
     layers[index] = StateLayer(state, slot, max_length, layer)
     return layers[index]
 

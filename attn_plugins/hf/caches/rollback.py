@@ -81,13 +81,8 @@ def _undo_state(layer: StateLayer) -> Callable[[], None]:
     seen = layer.state.seen
 
     def undo() -> None:
-        grown = layer.state.seen - seen
-        try:
-            layer.check_crop(-grown)
-        except ValueError:
-            return  # the next call finds out that it is ahead of the others
-        if grown:
-            layer.crop(-grown)
+        layer.state.return_to(seen)  # where it cannot, the next call finds out that it is ahead of the others
+        layer.first_tokens = None
 
     return undo
 

@@ -42,9 +42,7 @@ class StateLayer(CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:
-        if self.state.fixed_length is not None:
-            return bool(self.state.tensors)  # known without the count, which a compiled step does not know
-        return self.state.seen > 0
+        return self.state.begun
 
     @is_initialized.setter
     def is_initialized(self, value: bool) -> None:
@@ -76,12 +74,10 @@ class StateLayer(CacheLayerMixin):
 
     @record_past.setter
     def record_past(self, value: bool) -> None:
-        self.state.recording = value
-        if not value:
-            self.state.history = []
+        self.state.record(value)
 
     def activate_past_recording(self) -> None:
-        self.state.recording = True
+        self.state.record(True)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: the state makes its tensors when the first tokens come."""

@@ -102,15 +102,19 @@ class LazyMask(AttentionMask):
 
     def _for_one(self, state: State) -> "LazyMask":
         sizes: dict[str, Any] = {"kv_length": state.fixed_length, "kv_offset": 0}
-        return self._copy(**sizes, padding_BK=self.arguments["attention_mask"], first_B=None, fixed_length=False)
+        asked = {**self.arguments, **sizes}
+        return self._copy(
+            **sizes, padding_BK=asked["attention_mask"], first_B=None, fixed_length=False, arguments=asked
+        )
 
     def _for_all(self, seen: int) -> "LazyMask":
         number, padding_BK = seen + self.q_length, self.arguments["attention_mask"]
         if padding_BK is not None:
             padding_BK = nn.functional.pad(padding_BK, (0, max(0, number - padding_BK.shape[1])))[:, :number]
-            padding_BK = None if readable(padding_BK) and bool(padding_BK.all()) else padding_BK
         sizes: dict[str, Any] = {"kv_length": number, "kv_offset": 0, "q_offset": seen}
-        return self._copy(**sizes, padding_BK=padding_BK, first_B=None, fixed_length=False)
+        asked = {**self.arguments, **sizes, "attention_mask": padding_BK}
+        padding_BK = None if padding_BK is not None and readable(padding_BK) and bool(padding_BK.all()) else padding_BK
+        return self._copy(**sizes, padding_BK=padding_BK, first_B=None, fixed_length=False, arguments=asked)
 
     def written(self) -> "LazyMask":
         """The mask of the keys that a static cache holds so far: none of those after the last query's is written."""
@@ -120,7 +124,10 @@ class LazyMask(AttentionMask):
             number = min(self.kv_length, q_offset + self.q_length - self.kv_offset)
             padding_BK = None if self.padding_BK is None else self.padding_BK[:, :number]
             sizes: dict[str, Any] = {"kv_length": number, "q_offset": q_offset}
-            return self._copy(**sizes, padding_BK=padding_BK, fixed_length=False)
+            asked = {**self.arguments, **sizes}
+            if asked["attention_mask"] is not None:
+                asked["attention_mask"] = asked["attention_mask"][:, : self.kv_offset + number]
+            return self._copy(**sizes, padding_BK=padding_BK, fixed_length=False, arguments=asked)
 
         return self.cached("written", build)
 
@@ -136,7 +143,7 @@ class LazyMask(AttentionMask):
         return self
 
     def native(self, implementation: str) -> Any:
-        """The mask that ``implementation`` would have been given, made once for all layers."""
+        """The mask that ``implementation`` would have been given for these queries and keys, once for all layers."""
         make = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
 
         def build() -> Any:

@@ -13,6 +13,7 @@ from attn_plugins.hf.attention_function import attention_forward
 from attn_plugins.hf.masks.given import as_mask
 from attn_plugins.hf.masks.mask_function import lazy_mask
 from attn_plugins.hf.masks.structure import structure_of
+from attn_plugins.ops.decode.all_keys import AllKeys
 
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2]])
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
@@ -74,6 +75,26 @@ def test_lazy_mask_with_a_cache(offset):
     expected = masking_utils.sdpa_mask(**sizes, attention_mask=PADDING, allow_is_causal_skip=False)
     assert torch.equal(mask.dense(), expected)
     assert torch.equal(mask.padding_BK, PADDING[:, offset:])
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_own_attention_of_a_model_gets_the_mask_of_the_keys_that_there_are(padded, queries):
+    """Of a static cache's the written ones alone, of a sliding layer's all tokens, where a state keeps these."""
+    seen = AllKeys(8)
+    seen.length = 5 - queries
+    for kv_length, kv_offset in ((8, 0), (3, 5 - 3)):
+        sizes = {"batch_size": 2, "q_length": queries, "mask_function": RULES["sliding"][0], "local_size": 3}
+        given = {**sizes, "attention_mask": PADDING if padded else None}
+        q_offset = torch.tensor(5 - queries) if kv_length == 8 else 5 - queries
+        mask = lazy_mask(**given, kv_length=kv_length, kv_offset=kv_offset, q_offset=q_offset)
+        whole = mask.over_all_tokens(seen)
+        for made in [mask.written(), whole.written()] if queries == 1 and kv_length == 8 else [whole]:
+            of_all = {"kv_length": 5, "q_offset": 5 - queries, "allow_is_causal_skip": False}
+            want = masking_utils.sdpa_mask(**{**given, **of_all})
+            assert torch.equal(made.native("sdpa"), want)
+            assert torch.equal(made.dense().expand_as(want), want)
+    assert whole.native("eager").shape == (2, 1, queries, 5)
 
 
 def test_all_ones_is_no_padding():
