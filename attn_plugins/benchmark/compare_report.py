@@ -116,16 +116,16 @@ def _quality(found: CompareResults) -> Table:
     if config.bar is not None:
         note += f". The bar to beat is {config.bar}, untrained: it costs no training at all"
     header = ["attention", "stage", task.metric]
-    parts = _positions(found)
-    header += [f"at {part['from']}-{part['to']}" for part in parts]
+    parts = _parts(found)
+    places = [_place(part) for part in parts]
+    header += places
     header += ["times the bar's"] if config.bar is not None else []
     branches = any(
         _branches(_ok([record])) for record in found.record.values() if "figures" in record.get("result", {})
     )
     header += ["branches alone"] if branches else []
     header += ["new parameters", "training seconds"]
-    middle = [f"at {part['from']}-{part['to']}" for part in parts[1:-1]]
-    aside = (*middle, "new parameters", "training seconds")
+    aside = (*places[1:-1], "new parameters", "training seconds")
     table = Table("Quality", note + ".", _with_model(config, header), aside=aside)
     for model in config.models:
         bar = found.values(model, config.bar, "evaluate") if config.bar is not None else []
@@ -138,7 +138,7 @@ def _quality(found: CompareResults) -> Table:
                 shown = stage + (", the bar" if (attention, measure) == (config.bar, "evaluate") else "")
                 row = [attention, shown, _spread([r["result"]["value"] for r in ok]) if ok else _why(records)]
                 for number in range(len(parts)):
-                    row.append(_spread([r["result"]["figures"]["by_position"][number]["perplexity"] for r in ok]))
+                    row.append(_spread([_parts_of(r["result"]["figures"])[number][task.metric] for r in ok]))
                 if config.bar is not None:
                     mean = (
                         [statistics.mean(r["result"]["value"] for r in ok) / statistics.mean(bar)] if ok and bar else []
@@ -158,11 +158,20 @@ def _branches(records: list[dict[str, Any]]) -> str:
     return ", ".join(f"{branch} {_spread([part[branch] for part in parts])}" for branch in (parts[0] if parts else ()))
 
 
-def _positions(found: CompareResults) -> list[dict[str, Any]]:
+def _parts(found: CompareResults) -> list[dict[str, Any]]:
     for record in found.record.values():
         if record["status"] == "ok" and "figures" in record["result"]:
-            return record["result"]["figures"].get("by_position", [])
+            return _parts_of(record["result"]["figures"])
     return []
+
+
+def _parts_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a task found in parts of a text: by position, or by distance."""
+    return figures.get("by_position", figures.get("by_distance", []))
+
+
+def _place(part: dict[str, Any]) -> str:
+    return f"at {part['distance']}" if "distance" in part else f"at {part['from']}-{part['to']}"
 
 
 def _pass_table(found: CompareResults, measure: str, title: str, scope: str) -> Table:

@@ -89,30 +89,19 @@ def spread_out() -> None:
         raise typer.Exit(status)
 
 
-def print_figures(title: str, stages: dict[str, dict[str, Any]]) -> None:
-    """A column for each stage, a row for each figure."""
+def print_figures(title: str, stages: dict[str, dict[str, Any]], metric: str) -> None:
+    """A column for each stage, a row for each figure of a task."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from attn_plugins.tasks import figure, rows_of
 
     table = Table(title=Text(title), title_justify="left")
     table.add_column("")
     for stage in stages:
         table.add_column(stage, justify="right")
-    columns = [_flat(figures) for figures in stages.values()]
+    columns = [rows_of(figures, metric) for figures in stages.values()]
     for name in columns[0]:
-        table.add_row(name, *(column[name] for column in columns))
+        table.add_row(Text(name), *(figure(column[name]) for column in columns))
     Console().print(table)
-
-
-def _flat(figures: dict[str, Any]) -> dict[str, str]:
-    flat = {}
-    for name, value in figures.items():
-        if isinstance(value, list):
-            for part in value:
-                flat[f"perplexity at positions {part['from']} to {part['to']}"] = f"{part['perplexity']:.4g}"
-        elif isinstance(value, dict):
-            flat |= {f"with the branch {part!r} alone": f"{figure:.4g}" for part, figure in value.items()}
-        else:
-            flat[name] = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    return flat

@@ -41,6 +41,7 @@ def finetune(
     flags = {"model": model, "data.source": data, "tune": tune, "output_dir": output_dir, "seed": seed}
     with one_line_errors():
         tree = settings(config, flags, assignments, attn)
+        from attn_plugins.tasks import get_task
         from attn_plugins.training.config import FinetuneConfig
         from attn_plugins.training.evaluate import is_main_process
         from attn_plugins.training.finetune import prepare_finetune
@@ -58,7 +59,7 @@ def finetune(
     if metrics is not None and is_main_process() and os.environ.get("RANK", "0") == "0":
         evaluation = metrics["evaluation"]
         stages = {stage: evaluation[stage] for stage in ("before", "after") if evaluation[stage] is not None}
-        print_figures(f"{evaluation['task']}, held-out", stages)
+        print_figures(f"{evaluation['task']}, held-out", stages, get_task(evaluation["task"]).metric)
         print(done)
 
 
@@ -68,7 +69,9 @@ def evaluate(
     model: Model = None,
     attn: Attn = None,
     data: Data = None,
-    task: Annotated[str | None, typer.Option("--task", help="perplexity, accuracy or streaming_perplexity.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="perplexity, streaming_perplexity, recall, passkey, ... or accuracy.")
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the result there, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     assignments: Settings = None,
@@ -90,7 +93,8 @@ def evaluate(
         print(json.dumps(result, indent=2))
     else:
         served = ", ".join(f"{kind} in {count}" for kind, count in result["attention"]["modules"].items())
-        print_figures(f"{result['task']} of {result['model']} ({served} attention modules)", {"": result["result"]})
+        title = f"{result['task']} of {result['model']} ({served} attention modules)"
+        print_figures(title, {"": result["result"]}, run.task.metric)
         if result["new_weights"]:
             print(
                 f"note: {result['new_weights']} weights of the attention are at their initial values: it is untrained"

@@ -45,6 +45,8 @@ class Task:
     """What it is for."""
     labelled: ClassVar[bool] = False
     """Whether rows need a label."""
+    recalls: ClassVar[bool] = False
+    """Whether it shows if a model still finds what stood far away."""
 
     Config: ClassVar[type[TaskConfig]] = TaskConfig
 
@@ -96,6 +98,36 @@ def run_task(
                 slot.branch = before
         figures.setdefault("branches", {})[branch] = alone[task.metric]
     return figures
+
+
+def rows_of(figures: dict[str, Any], metric: str) -> dict[str, float]:
+    """What a task found as rows of a table, label -> number: ranges of positions, distances, branches, parts too.
+
+    Args:
+        metric: the task's.
+    """
+    rows: dict[str, float] = {}
+    for name, value in figures.items():
+        if name == "by_part":
+            for part, its in value.items():
+                rows |= {f"{part}: {label}": number for label, number in rows_of(its, metric).items()}
+        elif name == "branches":
+            rows |= {f"with the branch {branch!r} alone": number for branch, number in value.items()}
+        elif isinstance(value, list):
+            rows |= {f"{metric} at {place_of(part)}": part[metric] for part in value}
+        else:
+            rows[name] = value
+    return rows
+
+
+def place_of(part: dict[str, Any]) -> str:
+    """Where the figures of a part of a text hold: at which distance, or at which positions."""
+    return f"distance {part['distance']}" if "distance" in part else f"positions {part['from']} to {part['to']}"
+
+
+def figure(value: float) -> str:
+    """A figure as tables show it."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _run(task: Task, model: nn.Module, batches: list[dict[str, torch.Tensor]], progress: str | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 import yaml
 
 from attn_plugins.hf.checkpoints.card import rules_block, served, tags
+from attn_plugins.tasks import figure, get_task, rows_of
 
 
 def model_card(metrics: dict[str, Any]) -> str:
@@ -76,22 +77,11 @@ _WARNINGS = {
 
 def _results(evaluation: dict[str, Any]) -> list[str]:
     stages = [stage for stage in ("before", "after") if evaluation[stage] is not None]
-    figures = [name for name, value in evaluation["after"].items() if isinstance(value, (int, float))]
+    metric = get_task(evaluation["task"]).metric
+    columns = [rows_of(evaluation[stage], metric) for stage in stages]
     lines = [f"Held-out {evaluation['task']}:", ""]
     lines += [f"| | {' | '.join(f'{stage} training' for stage in stages)} |", "|---" * (len(stages) + 1) + "|"]
-    for name in figures:
-        lines.append(f"| {name} | {' | '.join(_figure(evaluation[stage][name]) for stage in stages)} |")
-    for number, part in enumerate(evaluation["after"].get("by_position", [])):
-        cells = [_figure(evaluation[stage]["by_position"][number]["perplexity"]) for stage in stages]
-        lines.append(f"| perplexity at positions {part['from']} to {part['to']} | {' | '.join(cells)} |")
-    for branch in evaluation["after"].get("branches", {}):
-        cells = [_figure(evaluation[stage]["branches"][branch]) for stage in stages]
-        lines.append(f"| with the branch {branch!r} alone | {' | '.join(cells)} |")
-    return lines
-
-
-def _figure(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return lines + [f"| {name} | {' | '.join(figure(column[name]) for column in columns)} |" for name in columns[0]]
 
 
 def _use(metrics: dict[str, Any], lora: bool) -> list[str]:
