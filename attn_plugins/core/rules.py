@@ -1,47 +1,28 @@
-"""The flag ``config.attn_plugin``: which attention serves which module. All validation of the flag is here.
+"""The flag ``config.attn_plugin``: which attention serves which module, as far as no model is needed to tell.
 
-The flag is a name, a rule or a list of rules; the first rule that matches a module wins. A rule is a dict with ``type``
-(a registered name), the options of that attention's ``Config``, and the keys that choose modules: see :class:`Rule`.
-Nothing here knows transformers: modules arrive as :class:`Target`.
+The flag is a name, a rule or a list of rules. A rule is a dict with ``type`` (a registered name), the options of that
+attention's ``Config``, and the keys that choose modules and heads: see :class:`Rule`. The first rule that matches wins,
+see ``core/assignment.py``.
 """
 
 import builtins
+import copy
 import dataclasses
-import fnmatch
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from attn_plugins.core.attention import Attention, AttentionConfig
-from attn_plugins.core.backend import FORMS, get_backend, list_backends
+from attn_plugins.core.backend import FORMS, list_backends
+from attn_plugins.core.number_forms import ALLOWED, check_numbers, is_form
 from attn_plugins.core.options import did_you_mean, shown
-from attn_plugins.core.registry import get_attention, list_attentions
+from attn_plugins.core.registry import get_attention
 
 Flag: TypeAlias = "str | Mapping[str, Any] | Sequence[Mapping[str, Any]]"
 
 ROLES = ("encoder", "decoder", "cross")
-RULE_KEYS = ("type", "layers", "roles", "modules", "backend")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """One attention module of a model, as far as rules need to know it."""
-
-    path: str
-    """Dotted path in the model, such as ``model.layers.0.self_attn``."""
-    role: str
-    """encoder, decoder or cross."""
-    stack: str
-    """What it is numbered within, such as ``model.layers``."""
-    layer: int
-    """Its number in its stack, from 0."""
-    path_in_whole: str | None = None
-    """Its path in a model that has this one for its base, for rules that were written by one."""
-    main: bool = True
-    """Whether it belongs to the part that rules without ``roles`` and ``modules`` are for (the text model)."""
-    needs: Mapping[str, str] = field(default_factory=dict)
-    """Capability -> why the module needs it."""
+HEAD_KEYS = ("heads", "kv_heads")
+RULE_KEYS = ("type", "layers", *HEAD_KEYS, "roles", "modules", "backend")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +35,12 @@ class Rule:
     """Its options, complete."""
     layers: Any = "all"
     """"all", 3, -1, "0-15", "every:4", "every:4+3", or a list of these: numbers within a stack."""
+    heads: Any = None
+    """Query heads, in the forms of ``layers``, or a mapping of layers to these; whole groups, where heads share keys.
+
+    None, as for ``kv_heads``, is all that no earlier rule has taken."""
+    kv_heads: Any = None
+    """The same by the numbers of key/value heads, each with all query heads that share it."""
     roles: tuple[str, ...] | None = None
     """Any of encoder, decoder, cross; None is all self-attention."""
     modules: tuple[str, ...] | None = None
@@ -72,6 +59,9 @@ class Rule:
         chosen: dict[str, Any] = {}
         if self.layers != "all":
             chosen["layers"] = self.layers
+        for key in HEAD_KEYS:
+            if (named := getattr(self, key)) is not None:
+                chosen[key] = copy.deepcopy(named)
         if self.roles is not None:
             chosen["roles"] = list(self.roles)
         if self.modules is not None:
@@ -104,66 +94,6 @@ def parse_rules(flag: Flag, **options: Any) -> list[Rule]:
     ]
 
 
-class NothingMatchesError(ValueError):
-    """A rule of which a model has no module, or none that earlier rules have not taken."""
-
-
-def assign(
-    rules: Sequence[Rule], targets: Sequence[Target], *, missing: "dict[int, str] | None" = None
-) -> dict[str, Rule]:
-    """Choose a rule for each module: path -> rule, without the paths that no rule matches.
-
-    Args:
-        missing: where given, rules that match nothing are passed over, and why is noted here by their number. Rules of
-            a saved model may name parts that another class does not have; what a user says is an error instead.
-
-    Raises:
-        ValueError: a layer is out of range, a rule matches nothing, or an attention cannot honour what a module
-            needs, or a backend is not installed.
-    """
-    depth: dict[str, int] = {}
-    for target in targets:
-        depth[target.stack] = max(depth.get(target.stack, 0), target.layer + 1)
-    assigned: dict[str, Rule] = {}
-    for number, rule in enumerate(rules):
-        name = f"rule {number} ({rule.type!r})"
-        lacking = None if rule.backend in FORMS else get_backend(rule.backend).missing()
-        if lacking is not None:
-            raise ValueError(f"{name}: backend={rule.backend!r} cannot run here: {lacking}; allowed: 'auto'")
-        try:
-            fresh = _serves(rule, targets, depth, assigned, name)
-        except NothingMatchesError as error:
-            if missing is None:
-                raise
-            missing[number] = str(error)
-            continue
-        for target in fresh:
-            _check_needs(rule, target, name)
-            assigned[target.path] = rule
-    return assigned
-
-
-def by_own_paths(rule: Rule, paths: Sequence[str]) -> Rule:
-    """A rule that serves the modules at ``paths``, with these for its globs, unless it names all of them as it is."""
-    if rule.modules is None or all(any(_glob(path, one) for one in rule.modules) for path in paths):
-        return rule
-    return dataclasses.replace(rule, modules=tuple(paths), layers="all")
-
-
-def _serves(
-    rule: Rule, targets: Sequence[Target], depth: Mapping[str, int], assigned: Mapping[str, Rule], name: str
-) -> list[Target]:
-    eligible = [target for target in targets if _eligible(rule, target)]
-    if not eligible:
-        raise NothingMatchesError(f"{name} matches nothing{_why_nothing(rule, targets)}")
-    chosen = _choose_layers(rule, eligible, depth, name)
-    fresh = [target for target in chosen if target.path not in assigned]
-    if not fresh:
-        taken = chosen[0].path
-        raise NothingMatchesError(f"{name} matches nothing: earlier rules take all of its modules ({taken}, ...)")
-    return fresh
-
-
 def _parse_rule(entry: Any, name: str) -> Rule:
     if isinstance(entry, str):
         entry = {"type": entry}
@@ -192,7 +122,8 @@ def _parse_rule(entry: Any, name: str) -> Rule:
     return Rule(
         type=attention.name,
         config=config,
-        layers=_check_layers(entry.get("layers", "all"), name),
+        layers=check_numbers(entry.get("layers", "all"), "layers", "layer", name),
+        **_check_heads(entry, name),
         roles=_names(entry.get("roles"), "roles", name, ROLES),
         modules=_names(entry.get("modules"), "modules", name, None),
         backend=_one_of(entry.get("backend", "auto"), "backend", name, (*FORMS, *list_backends())),
@@ -217,97 +148,25 @@ def _names(value: Any, key: str, name: str, allowed: Sequence[str] | None) -> tu
     return values
 
 
-_SPAN = r"(-?\d{1,9})(?:-(-?\d{1,9}))?"
-_LAYER_FORMS = '"all", 3, -1, "0-15", "every:4", "every:4+3", or a list of these'
-
-
-def _check_layers(layers: Any, name: str) -> Any:
-    items = list(layers) if isinstance(layers, (list, tuple, range)) else [layers]
-    for item in items:
-        valid = isinstance(item, int) and not isinstance(item, bool)
-        if isinstance(item, str):
-            valid = item == "all" or bool(re.fullmatch(rf"{_SPAN}|every:[1-9]\d{{0,8}}(\+\d{{1,9}})?", item))
-        if not valid:
-            raise ValueError(f"{name}: layers={shown(layers)}; allowed: {_LAYER_FORMS}")
-    if not items:
-        raise ValueError(f"{name}: layers={shown(layers)} names no layer; allowed: {_LAYER_FORMS}")
-    return layers if isinstance(layers, (int, str)) else items
-
-
-def _layer_numbers(item: int | str, depth: int) -> list[int] | None:
-    """Numbers that ``item`` means in a stack of ``depth`` layers, or None if it leaves that range."""
-    if item == "all":
-        return list(range(depth))
-    if isinstance(item, str) and item.startswith("every:"):
-        step, _, offset = item.removeprefix("every:").partition("+")
-        return list(range(int(offset or 0), depth, int(step))) or None
-    if isinstance(item, int):
-        bounds = [item]
-    else:
-        match = re.fullmatch(_SPAN, item)
-        assert match is not None
-        bounds = [int(bound) for bound in match.groups() if bound is not None]
-    bounds = [n + depth if n < 0 else n for n in bounds]
-    if not all(0 <= n < depth for n in bounds) or bounds[-1] < bounds[0]:
-        return None
-    return list(range(bounds[0], bounds[-1] + 1))
-
-
-def _choose_layers(rule: Rule, eligible: Sequence[Target], depth: Mapping[str, int], name: str) -> list[Target]:
-    stacks = sorted({target.stack for target in eligible})
-    items = rule.layers if isinstance(rule.layers, list) else [rule.layers]
-    numbers: dict[str, set[int]] = {stack: set() for stack in stacks}
-    for item in items:
-        found = {stack: _layer_numbers(item, depth[stack]) for stack in stacks}
-        if all(chosen is None for chosen in found.values()):
-            ranges = ", ".join(f"0 to {depth[stack] - 1} in {stack or 'the model'}" for stack in stacks)
-            raise ValueError(f"{name}: layers={shown(item)} is out of range; there are layers {ranges}")
-        for stack, chosen in found.items():
-            numbers[stack].update(chosen or ())
-    chosen_targets = [target for target in eligible if target.layer in numbers[target.stack]]
-    if not chosen_targets:
-        raise ValueError(f"{name} matches nothing: no module that it may serve is in layers={shown(rule.layers)}")
-    return chosen_targets
-
-
-def _eligible(rule: Rule, target: Target) -> bool:
-    if rule.modules is not None and not _named(rule.modules, target):
-        return False
-    if rule.roles is not None:
-        return target.role in rule.roles
-    return target.role != "cross" and (target.main or rule.modules is not None)
-
-
-def _named(patterns: Sequence[str], target: Target) -> bool:
-    return any(_glob(path, one) for path in (target.path, target.path_in_whole) if path for one in patterns)
-
-
-def _glob(path: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"*.{pattern}")
-
-
-def _why_nothing(rule: Rule, targets: Sequence[Target]) -> str:
-    reasons = []
-    if rule.modules is not None:
-        matched = [target for target in targets if _named(rule.modules, target)]
-        if not matched:
-            known = ", ".join(target.path for target in targets[:3])
-            return f": no attention module's path matches modules={list(rule.modules)}; paths are {known}, ..."
-        reasons.append(f"modules={list(rule.modules)} matches {matched[0].path} of role {matched[0].role!r}")
-    roles = sorted({target.role for target in targets})
-    wanted = "self-attention (the default, without roles)" if rule.roles is None else f"roles={list(rule.roles)}"
-    return f": no module fits {' and '.join([wanted, *reasons])}; the model has roles {roles}"
-
-
-def _check_needs(rule: Rule, target: Target, name: str) -> None:
-    for capability, why in target.needs.items():
-        if not getattr(rule.attention, capability):
+def _check_heads(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a rule says of heads, under its key."""
+    named = {key: entry[key] for key in HEAD_KEYS if entry.get(key) is not None}
+    if len(named) > 1:
+        raise ValueError(
+            f"{name} has heads={shown(named['heads'])} and kv_heads={shown(named['kv_heads'])}; allowed: one"
+        )
+    for key, value in named.items():
+        if not isinstance(value, Mapping):
+            named[key] = check_numbers(value, key, "head", name)
+            continue
+        if "layers" in entry:
             raise ValueError(
-                f"{name} cannot serve {target.path}: {why}, and attention {rule.type!r} has no {capability!r}; "
-                f"choose other modules with layers, roles or modules, or one of: {_able(target)}"
+                f"{name}: {key}={shown(value)} and layers={shown(entry['layers'])} both name layers; allowed: one"
             )
-
-
-def _able(target: Target) -> str:
-    able = [n for n in list_attentions() if all(getattr(get_attention(n), need) for need in target.needs)]
-    return ", ".join(able) or "none registered"
+        if not value:
+            raise ValueError(f"{name}: {key}={{}} names no layer; allowed: a mapping of layers to heads")
+        for layer in value:
+            if not is_form(layer):
+                raise ValueError(f"{name}: {key} names layer {shown(layer)}; allowed: {ALLOWED.rpartition(',')[0]}")
+        named[key] = {str(layer): check_numbers(heads, key, "head", name) for layer, heads in value.items()}
+    return named

@@ -20,9 +20,10 @@ from attn_plugins.hf.masks import packing
 from attn_plugins.hf.masks.given import as_mask, chosen_keys
 from attn_plugins.hf.masks.mask_function import LazyMask
 from attn_plugins.hf.names import BASE, ROLE, SLOT, slot_of
-from attn_plugins.hf.native_attention import attend_natively
+from attn_plugins.hf.native_attention import OwnCall, attend_natively
 from attn_plugins.hf.observe import Observed, observer_of, refuse_state
 from attn_plugins.hf.recording import weights_wanted
+from attn_plugins.hf.split import SplitAttention
 
 
 def attention_forward(
@@ -65,15 +66,10 @@ def attention_forward(
     if kwargs and (base in ("eager", "sdpa") or slot is not None):
         attention_mask = chosen_keys(module, query, key, attention_mask, kwargs)
     need_weights, observer = weights_wanted(module, kwargs), observer_of(module)
+    extras = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
+    given: dict[str, Any] = {"scaling": scaling, **extras, **kwargs}
     if slot is None or observer is not None:
-        extras: dict[str, Any] = {
-            "is_causal": is_causal,
-            "position_bias": position_bias,
-            "softcap": softcap,
-            "s_aux": s_aux,
-        }
-        given: Any = functools.partial(attend_natively, module, base, query, key, value, attention_mask)
-        own = functools.partial(given, scaling=scaling, **extras, **kwargs)
+        own = functools.partial(attend_natively, module, base, query, key, value, attention_mask, **given)
         if observer is None:
             return own(need_weights=need_weights, dropout=dropout)
         refuse_state(module, None if call is None else call.state)
@@ -86,6 +82,10 @@ def attention_forward(
         refuse_unsupported(module, call, kwargs)
     attention: Any = slot_of(module)
     query, key, value = fitted(module, query, key, value)
+    beside: dict[str, Any] = {}
+    if isinstance(attention, SplitAttention):
+        given["dropout"] = dropout
+        beside["own"] = OwnCall(module, base, query, key, value, attention_mask, given)
     lazy = attention_mask if isinstance(attention_mask, LazyMask) else None
     state = None
     if call is not None:
@@ -113,7 +113,7 @@ def attention_forward(
         weigh = functools.partial(own, need_weights=True, dropout=0.0)
         observer.see(Observed.of(module, (query, key, value), served, weigh, **arguments))
         return served
-    attended = slot(query, key, value, **arguments, dropout=dropout, state=state, need_weights=need_weights)
+    attended = slot(query, key, value, **arguments, dropout=dropout, state=state, need_weights=need_weights, **beside)
     if state is not None and before is not None and state.seen != before + key.shape[2]:
         raise ValueError(
             f"{attention!r} has not taken in the {key.shape[2]} tokens that its state was to grow by: a hook "

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.core.rules import Rule, Target, assign, by_own_paths, parse_rules
+from attn_plugins.core.assignment import Share, Target, assign, by_own_paths, rules_that_serve, served_by
+from attn_plugins.core.rules import Rule, parse_rules
 from attn_plugins.hf import adapters
 from attn_plugins.hf.checkpoints import configs
 from attn_plugins.hf.discovery import modules as discovery
@@ -21,7 +22,7 @@ class Plan:
     model: PreTrainedModel
     rules: list[Rule]
     targets: list[Target]
-    assigned: dict[str, Rule]
+    assigned: dict[str, list[Share]]
     slots: dict[str, nn.Module]
     modules: dict[str, nn.Module]
     bases: dict[str, str]
@@ -48,11 +49,13 @@ def make_plan(model: PreTrainedModel, rules: list[Rule], absent: dict[int, str] 
         targets = [dataclasses.replace(target, path_in_whole=f"{whole}.{target.path}") for target in targets]
     assigned = assign(rules, targets, missing=absent)
     if absent is not None:  # what is written into the config is for this class
-        served = [(rule, [path for path, held in assigned.items() if held is rule]) for rule in rules]
-        rules = [by_own_paths(rule, paths) for rule, paths in served if paths]
+        rules = [own for rule in rules_that_serve(assigned) for own in by_own_paths(rule, served_by(rule, assigned))]
     modules = {target.path: model.get_submodule(target.path) for target in targets}
-    layers = {target.path: target.layer for target in targets}
-    slots = {path: build(rule, modules[path], model, path, layers[path]) for path, rule in assigned.items()}
+    slots = {
+        target.path: build(assigned[target.path], modules[target.path], model, target)
+        for target in targets
+        if target.path in assigned
+    }
     bases = {path: getattr(module, BASE, None) or base_of(model, path, module) for path, module in modules.items()}
     discovery.warn_of_lost_dropout(assigned, modules)
     return Plan(model=model, rules=rules, targets=targets, assigned=assigned, slots=slots, modules=modules, bases=bases)

@@ -1,60 +1,112 @@
 """Build what goes into the slot of an attention module: with the module's head sizes, on its device, in its dtype."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from attn_plugins.core.assignment import Share, Target
+from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.core.rules import Rule
 from attn_plugins.hf import adapters, hidden_states
 from attn_plugins.hf.discovery import heads as head_sizes
 from attn_plugins.hf.discovery.rotary import applies_rotary
 from attn_plugins.hf.names import SLOT, slot_of
 from attn_plugins.hf.parallel.sharding import refuse_split_heads
+from attn_plugins.hf.split import Heads, Part, SplitAttention, parts_of
 
 
-def build(rule: Rule, module: nn.Module, model: PreTrainedModel, path: str, layer: int | None = None) -> nn.Module:
-    """The attention of a rule for a module, or the one that it has, where that is the same.
+def build(shares: Sequence[Share], module: nn.Module, model: PreTrainedModel, target: Target) -> nn.Module:
+    """What serves a module by its rules, or what it has in its slot, where that is the same.
 
-    Args:
-        layer: number of the module's layer in its stack.
+    Raises:
+        ValueError: an attention cannot serve the module, or its heads.
+    """
+    held, wanted = slot_of(module), _wanted(shares, target)
+    if held is not None and [part.rule for part in parts_of(held)] == [_rule_of(*one) for one in wanted]:
+        return getattr(module, SLOT)
+    config, module = getattr(module, "config", model.config), adapters.adapted(module)
+    if (why := getattr(module, "cannot", None)) is not None:
+        raise ValueError(f"{target.path} cannot be swapped: {why}; choose other modules with layers, roles or modules")
+    heads, heads_error = None, None
+    try:
+        heads = dataclasses.replace(head_sizes.head_shape(module, config), layer=target.layer)
+    except ValueError as error:
+        heads_error = error
+    parts = []
+    for kv_heads, rule in wanted:
+        same = next((part for part in parts_of(held) if part.rule == _rule_of(kv_heads, rule)), None)
+        if same is not None and getattr(module, SLOT) is held:
+            parts.append(same)
+            continue
+        shape = heads if kv_heads is None else Heads(kv_heads, _group_size(target)).shape(heads)
+        attention = None if rule is None else _build(rule, module, model, target.path, shape, heads_error)
+        parts.append(Part(kv_heads, attention))
+    if len(parts) == 1:
+        assert parts[0].attention is not None
+        return parts[0].attention
+    slot = SplitAttention(parts, _group_size(target), heads)
+    refuse_split_heads(model, target.path, module, slot)
+    return slot.train(module.training)
+
+
+def _wanted(shares: Sequence[Share], target: Target) -> list[tuple[tuple[int, ...] | None, Rule | None]]:
+    """(key/value heads, rule) of each part that a module is to have, last the heads that no rule matches."""
+    wanted: list[tuple[tuple[int, ...] | None, Rule | None]] = [(share.kv_heads, share.rule) for share in shares]
+    named = {head for share in shares for head in share.kv_heads or ()}
+    left = tuple(head for head in range(target.num_key_value_heads or 0) if head not in named)
+    if left and shares[0].kv_heads is not None:
+        wanted.append((left, None))
+    return wanted
+
+
+def _group_size(target: Target) -> int:
+    assert target.num_heads is not None
+    assert target.num_key_value_heads is not None
+    return target.num_heads // target.num_key_value_heads
+
+
+def _rule_of(kv_heads: tuple[int, ...] | None, rule: Rule | None) -> tuple[Any, ...]:
+    """As :attr:`Part.rule`."""
+    return (kv_heads, *(() if rule is None else (rule.type, rule.config, rule.backend)))
+
+
+def _build(
+    rule: Rule,
+    module: nn.Module,
+    model: PreTrainedModel,
+    path: str,
+    heads: HeadShape | None,
+    heads_error: ValueError | None,
+) -> Attention:
+    """The attention of a rule for heads of these sizes.
 
     Raises:
         ValueError: it cannot serve the module.
     """
-    held = slot_of(module)
-    if held is not None and (held.name, held.config, held.backend) == (rule.type, rule.config, rule.backend):
-        return getattr(module, SLOT)
-    config, module = getattr(module, "config", model.config), adapters.adapted(module)
-    if (why := getattr(module, "cannot", None)) is not None:
-        raise ValueError(f"{path} cannot be swapped: {why}; choose other modules with layers, roles or modules")
     device, dtype = _place(module, model)
-    heads, slot, heads_error = None, None, None
-    try:
-        heads = dataclasses.replace(head_sizes.head_shape(module, config), layer=layer)
-    except ValueError as error:
-        heads_error = error
     try:
         with torch.device(device):
-            slot = rule.attention(rule.config, heads, backend=rule.backend)
+            attention = rule.attention(rule.config, heads, backend=rule.backend)
     except ValueError as error:
         raise heads_error or error from None
-    if heads_error is not None and next(slot.parameters(), None) is not None:
+    if heads_error is not None and next(attention.parameters(), None) is not None:
         raise heads_error  # these weights need a head shape
-    if slot.wants_rotary and not applies_rotary(module):
+    if attention.wants_rotary and not applies_rotary(module):
         raise ValueError(
-            f"{rule.type}({slot.extra_repr()}) needs rotary positions, and {path} ({type(module).__name__}) has none "
-            "that attn_plugins can find; leave that option at its default for this model"
+            f"{rule.type}({attention.extra_repr()}) needs rotary positions, and {path} ({type(module).__name__}) has "
+            "none that attn_plugins can find; leave that option at its default for this model"
         )
-    if slot.wants_hidden:
+    if attention.wants_hidden:
         hidden_states.refuse_unnamed(module, path, rule.type)
-    refuse_split_heads(model, path, module, slot)
-    slot.to(dtype=dtype)
+    refuse_split_heads(model, path, module, attention)
+    attention.to(dtype=dtype)
     if device.type != "meta":
-        slot.reset_parameters()
-    return slot.train(module.training)
+        attention.reset_parameters()
+    return attention.train(module.training)
 
 
 def _place(module: nn.Module, model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:

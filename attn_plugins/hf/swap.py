@@ -18,13 +18,14 @@ from attn_plugins.hf.checkpoints import configs, live
 from attn_plugins.hf.discovery import modules as discovery
 from attn_plugins.hf.names import BASE, IMPLEMENTATION, SLOT, slot_of
 from attn_plugins.hf.plan import make_plan, make_saved_plans, refuse_loss
+from attn_plugins.hf.split import parts_of
 
 logger = logging.get_logger("transformers.attn_plugins")  # among what transformers says of loading
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionRow:
-    """One attention module of a model, as :func:`describe_attention` tells it."""
+    """One attention module of a model, or some of its heads, as :func:`describe_attention` tells it."""
 
     path: str
     layer: int
@@ -38,18 +39,26 @@ class AttentionRow:
     options: dict[str, Any]
     new_params: int
     """Number of parameters that the slot adds to the model."""
+    kv_heads: tuple[int, ...] | None = None
+    """Key/value heads of the module that it tells of, with the query heads that share them; None is all of them."""
 
 
 class AttentionRows(list[AttentionRow]):
     """Rows of :func:`describe_attention`; printing them gives a table."""
 
     def __str__(self) -> str:
-        header = ("path", "layer", "role", "reached", "plugin", "options", "new params")
-        lines = [header]
+        split = any(row.kv_heads is not None for row in self)
+        heads = ["kv_heads"] if split else []
+        lines = [["path", "layer", "role", *heads, "reached", "plugin", "options", "new params"]]
+        header = lines[0]
         for row in self:
             options = ", ".join(f"{key}={value!r}" for key, value in row.options.items())
             plugin = row.plugin or f"({row.implementation})"
-            lines.append((row.path, str(row.layer), row.role, row.reached, plugin, options, str(row.new_params)))
+            if split:
+                heads = ["all" if row.kv_heads is None else ", ".join(map(str, row.kv_heads))]
+            lines.append(
+                [row.path, str(row.layer), row.role, *heads, row.reached, plugin, options, str(row.new_params)]
+            )
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -98,7 +107,9 @@ def restore_attention(model: nn.Module) -> nn.Module:
 
 
 def describe_attention(model: nn.Module) -> AttentionRows:
-    """One row for each attention module that can be swapped, in the model's order: what a call would reach.
+    """What a call would reach: a row for each attention module that can be swapped, in the model's order.
+
+    A module whose heads have several attentions has a row for each of these.
 
     Raises:
         ValueError: the model is not a transformers model.
@@ -113,18 +124,21 @@ def describe_attention(model: nn.Module) -> AttentionRows:
             own = getattr(module, BASE, None)
         elif discovery.reached(module) == "interface":
             slot = None  # the config was edited, and goes past it
-        rows.append(
-            AttentionRow(
-                path=target.path,
-                layer=target.layer,
-                role=target.role,
-                reached=discovery.reached(module) or "",
-                plugin=None if slot is None else slot.name,
-                implementation=own if slot is None else _form_of(slot, module),
-                options={} if slot is None else dataclasses.asdict(slot.config),
-                new_params=0 if slot is None else sum(p.numel() for p in slot.parameters()),
+        for part in parts_of(slot):
+            attention = part.attention
+            rows.append(
+                AttentionRow(
+                    path=target.path,
+                    layer=target.layer,
+                    role=target.role,
+                    reached=discovery.reached(module) or "",
+                    plugin=None if attention is None else attention.name,
+                    implementation=own if attention is None else _form_of(attention, module),
+                    options={} if attention is None else dataclasses.asdict(attention.config),
+                    new_params=0 if attention is None else sum(p.numel() for p in attention.parameters()),
+                    kv_heads=part.kv_heads,
+                )
             )
-        )
     return rows
 
 

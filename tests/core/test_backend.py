@@ -7,10 +7,11 @@ import torch
 
 from attn_plugins.core import backend as backends
 from attn_plugins.core import checked
+from attn_plugins.core.assignment import Target, assign
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.backend import BACKENDS, FORMS, Backend, get_backend, list_backends, register_backend
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.core.rules import Target, assign, parse_rules
+from attn_plugins.core.rules import parse_rules
 
 
 class Says(Attention):

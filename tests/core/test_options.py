@@ -8,10 +8,11 @@ import pytest
 import torch
 from cases import SCALE, Case, cases_together, every_case, every_class, inputs, rounds
 
+from attn_plugins.core.assignment import assign
 from attn_plugins.core.attention import AttentionConfig
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.options import LARGEST_INT, shown
-from attn_plugins.core.rules import assign, parse_rules
+from attn_plugins.core.rules import parse_rules
 
 
 def options_of(cls, kind):
@@ -129,7 +130,7 @@ def test_rules_of_mixed_keys_and_thousands_of_digits_are_refused_in_one_line(rul
 
 
 def test_a_layer_of_thousands_of_digits_is_out_of_range():
-    from attn_plugins.core.rules import Target
+    from attn_plugins.core.assignment import Target
 
     targets = [Target(path="layers.0.attn", role="decoder", stack="layers", layer=0)]
     with pytest.raises(ValueError, match="layers=<int with a number of thousands of digits> is out of range"):

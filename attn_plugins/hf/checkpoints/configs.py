@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from attn_plugins.core.assignment import Share, for_paths, named_heads, rules_that_serve, served_by
 from attn_plugins.core.rules import Rule
 from attn_plugins.hf.checkpoints import live
 from attn_plugins.hf.discovery import modules as discovery
@@ -53,27 +54,29 @@ def write(config: Any, rules: list[dict[str, Any]]) -> None:
 
 
 def write_rules(
-    model: PreTrainedModel, rules: list[Rule], assigned: dict[str, Rule], modules: dict[str, nn.Module]
+    model: PreTrainedModel, rules: list[Rule], assigned: dict[str, list[Share]], modules: dict[str, nn.Module]
 ) -> None:
     """Write the rules of a model into its config, and those that hold in a part into the config of the part.
 
     A part may be saved alone. There the rules that go by paths name those of its modules within the part.
     """
     held = {id(config): config for path, module in modules.items() for config in configs_of(model, path, module)}
-    parts: dict[int, dict[int, dict[str, Any]]] = {}
-    for path, rule in assigned.items():
-        owner = discovery.owner(model, path)
-        within = next(name for name, module in owner.named_modules() if module is modules[path])
-        plain = rule.to_dict() if rule.modules is None else rule.to_dict() | {"modules": [], "layers": "all"}
-        for config in configs_of(model, path, modules[path]):
-            one = parts.setdefault(id(config), {}).setdefault(id(rule), copy.deepcopy(plain))
-            if rule.modules is not None:
-                one["modules"].append(within)
+    parts: dict[int, list[Rule]] = {}
+    for rule in rules_that_serve(assigned):
+        within: dict[int, dict[str, tuple[int, ...] | None]] = {}
+        for path, kv_heads in served_by(rule, assigned).items():
+            owner = discovery.owner(model, path)
+            name = next(name for name, module in owner.named_modules() if module is modules[path])
+            for config in configs_of(model, path, modules[path]):
+                within.setdefault(id(config), {})[name] = kv_heads
+        for key, served in within.items():
+            by_path = rule.modules is not None or isinstance(getattr(rule, named_heads(rule) or "", None), dict)
+            parts.setdefault(key, []).extend(for_paths(rule, served) if by_path else [rule])
     for key, config in held.items():
         if config is not model.config:
             erase(config)
             if key in parts:
-                write(config, list(parts[key].values()))
+                write(config, [rule.to_dict() for rule in parts[key]])
     write(model.config, [rule.to_dict() for rule in rules])
     record(model, held.values())
 

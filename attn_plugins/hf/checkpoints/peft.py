@@ -15,10 +15,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from attn_plugins.core.assignment import assign
 from attn_plugins.core.attention import Attention
-from attn_plugins.core.rules import ROLES, Rule, assign, parse_rules
+from attn_plugins.core.rules import ROLES, Rule, parse_rules
 from attn_plugins.hf.discovery import modules as discovery
 from attn_plugins.hf.names import SLOT, slot_of
+from attn_plugins.hf.split import attentions_in, parts_of
 from attn_plugins.hf.swap import restore_attention, swap_attention
 
 FIELD = "attn_plugin"
@@ -41,11 +43,19 @@ def rules_in(model: nn.Module) -> list[dict[str, Any]] | None:
         return [rule.to_dict() for rule in parse_rules(model.config.attn_plugin)]
     found: dict[Any, list[str]] = {}  # parts of it carry the flag: each slot's path says which
     for path, module in discovery.attention_modules(model):
-        if (slot := slot_of(module)) is not None:
-            found.setdefault((slot.name, slot.config, slot.backend), []).append(discovery.place_of(path))
+        for part in parts_of(slot_of(module)):
+            if part.attention is not None:
+                found.setdefault(part.rule, []).append(discovery.place_of(path))
     return [
-        Rule(type=name, config=config, backend=backend, roles=ROLES, modules=tuple(paths)).to_dict()
-        for (name, config, backend), paths in found.items()
+        Rule(
+            type=name,
+            config=config,
+            backend=backend,
+            roles=ROLES,
+            modules=tuple(paths),
+            kv_heads=None if kv_heads is None else list(kv_heads),
+        ).to_dict()
+        for (kv_heads, name, config, backend), paths in found.items()
     ] or None
 
 
@@ -161,7 +171,9 @@ def prepare(model: nn.Module, config: Any, adapters: dict[str, Any] | None) -> b
     if declined(model):
         return False  # load_state_dict tells what is left out
     assigned = assign(parse_rules(rules), discovery.targets(model))
-    if held == {path: (rule.type, rule.config) for path, rule in assigned.items()}:
+    if held == {
+        path: [(share.kv_heads, share.rule.type, share.rule.config) for share in assigned[path]] for path in assigned
+    }:
         return False
     if held:
         raise ValueError(
@@ -183,9 +195,13 @@ def declined(model: PreTrainedModel) -> bool:
 
 
 def _held(model: PreTrainedModel) -> dict[str, Any]:
-    """What sits in the slots: path -> (name, config)."""
+    """What sits in the slots: path -> (key/value heads, name, config) of each part."""
     slots = ((path, slot_of(module)) for path, module in discovery.attention_modules(model))
-    return {path: (slot.name, slot.config) for path, slot in slots if slot is not None}
+    return {
+        path: [part.rule[:3] for part in parts_of(slot) if part.attention is not None]
+        for path, slot in slots
+        if slot is not None
+    }
 
 
 def warn_of_frozen(model: nn.Module, config: Any) -> None:
@@ -195,7 +211,7 @@ def warn_of_frozen(model: nn.Module, config: Any) -> None:
     slots = [getattr(module, SLOT) for module in model.modules() if isinstance(getattr(module, SLOT, None), nn.Module)]
     frozen = [slot for slot in slots if _trainable(slot) == 0 and any(True for _ in slot.parameters())]
     if frozen:
-        names = sorted({inner.name for slot in frozen for inner in slot.modules() if isinstance(inner, Attention)})
+        names = sorted({inner.name for slot in frozen for inner in attentions_in(slot)})
         warnings.warn(
             f"this adapter leaves the weights of {len(frozen)} attentions ({', '.join(names)}) frozen; to train and "
             f"save them, pass modules_to_save=[{SLOT!r}] to {type(config).__name__}",

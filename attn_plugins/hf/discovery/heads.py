@@ -7,6 +7,23 @@ from torch import nn
 
 from attn_plugins.core.attention import HeadShape
 
+HEAD_DIMS = "qk_head_dim head_dim attention_head_size head_size key_value_proj_dim d_kv dim_head"
+
+
+def head_numbers(module: nn.Module, config: Any) -> tuple[int, int] | None:
+    """Numbers of query heads and of key/value heads of an attention module, None where they cannot be found."""
+    heads = _find(
+        "num_heads num_attention_heads n_heads n_head num_q_heads heads encoder_attention_heads", module, config
+    )
+    head_dim, made = _find(HEAD_DIMS, module, config), _features(module)
+    groups = getattr(module, "num_key_value_groups", None)
+    if heads is None and head_dim and "k" in made:
+        heads = made["k"] // head_dim * (groups if isinstance(groups, int) else 1)
+    if not heads:
+        return None
+    shared = heads // groups if isinstance(groups, int) else _find("num_key_value_heads num_kv_heads", module, config)
+    return heads, shared or heads
+
 
 def head_shape(module: nn.Module, config: Any) -> HeadShape:
     """Read the head sizes of an attention module.
@@ -14,31 +31,16 @@ def head_shape(module: nn.Module, config: Any) -> HeadShape:
     Raises:
         ValueError: they cannot be found.
     """
-
-    def find(names: str, *holders: Any) -> int | None:
-        for holder in holders or (module, config):
-            for name in names.split():
-                value = getattr(holder, name, None)
-                if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                    return value
-        return None
-
-    head_dims = "qk_head_dim head_dim attention_head_size head_size key_value_proj_dim d_kv dim_head"
-    heads = find("num_heads num_attention_heads n_heads n_head num_q_heads heads encoder_attention_heads")
-    head_dim, made = find(head_dims, module), _features(module)
-    groups = getattr(module, "num_key_value_groups", None)
-    if heads is None and head_dim and "k" in made:
-        heads = made["k"] // head_dim * (groups if isinstance(groups, int) else 1)
-    if not heads:
+    head_dim, made, numbers = _find(HEAD_DIMS, module, config), _features(module), head_numbers(module, config)
+    if numbers is None:
         raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
-    shared = heads // groups if isinstance(groups, int) else find("num_key_value_heads num_kv_heads")
-    shared = shared or heads
+    heads, shared = numbers
     if head_dim is None and made.get("qkv", 1) % (heads + 2 * shared) == 0:
         head_dim = made["qkv"] // (heads + 2 * shared)
     if head_dim is None and "q" in made and made["q"] * shared == made.get("k", 0) * heads:
         head_dim = made["q"] // heads  # SAM's are narrower than its hidden states
-    head_dim = head_dim or find(head_dims, config)
-    if head_dim is None and (width := find("embed_dim hidden_size d_model n_embd all_head_size dim")):
+    head_dim = head_dim or _find(HEAD_DIMS, config)
+    if head_dim is None and (width := _find("embed_dim hidden_size d_model n_embd all_head_size dim", module, config)):
         head_dim = width // heads
     if not head_dim:
         raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
@@ -49,8 +51,18 @@ def head_shape(module: nn.Module, config: Any) -> HeadShape:
         head_dim=head_dim,
         value_dim=value_dim,
         grid_size=grid_size(config),
-        hidden_size=_input_size(module) or find("hidden_size embed_dim d_model n_embd dim"),
+        hidden_size=_input_size(module) or _find("hidden_size embed_dim d_model n_embd dim", module, config),
     )
+
+
+def _find(names: str, *holders: Any) -> int | None:
+    """The first attribute of these names that is a number above 0."""
+    for holder in holders:
+        for name in names.split():
+            value = getattr(holder, name, None)
+            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+                return value
+    return None
 
 
 def _input_size(module: nn.Module) -> int | None:

@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from attn_plugins.core.assignment import Share, Target
 from attn_plugins.core.attention import warn_of_dropout
-from attn_plugins.core.rules import Rule, Target
 from attn_plugins.hf.adapters import adapted, adapter_of
 from attn_plugins.hf.discovery import by_code
 from attn_plugins.hf.discovery.declared import declares_cross_attention
+from attn_plugins.hf.discovery.heads import head_numbers
 
 
 def reached(module: nn.Module) -> str | None:
@@ -47,7 +48,7 @@ def owner(model: nn.Module, path: str) -> PreTrainedModel:
 
 
 def targets(model: PreTrainedModel) -> list[Target]:
-    """A :class:`~attn_plugins.core.rules.Target` for each attention module.
+    """A :class:`~attn_plugins.core.assignment.Target` for each attention module.
 
     Layers are numbered in order within their stack: the modules of one role under one list of layers.
     """
@@ -67,9 +68,19 @@ def targets(model: PreTrainedModel) -> list[Target]:
         if place not in numbered:
             numbered.append(place)
         layer = numbered.index(place)
+        numbers = head_numbers(module, _config_of(module, model)) or (None, None)
         main = not composite or _config_of(module, model) is text or owner(model, path).config is text
         found.append(
-            Target(path=path, role=role, stack=stack, layer=layer, main=main, needs=_needs(module, role, text, main))
+            Target(
+                path=path,
+                role=role,
+                stack=stack,
+                layer=layer,
+                main=main,
+                needs=_needs(module, role, text, main),
+                num_heads=numbers[0],
+                num_key_value_heads=numbers[1],
+            )
         )
     return found
 
@@ -135,9 +146,9 @@ def dropout(module: nn.Module) -> float:
     return max((float(p) for p in found if isinstance(p, (int, float))), default=0.0)
 
 
-def warn_of_lost_dropout(assigned: Mapping[str, Rule], modules: Mapping[str, nn.Module]) -> None:
+def warn_of_lost_dropout(assigned: Mapping[str, list[Share]], modules: Mapping[str, nn.Module]) -> None:
     """Say it where modules drop attention weights in training and the attention chosen for them has no form of that."""
-    lost = {(rule.attention, dropout(modules[path])) for path, rule in assigned.items()}
+    lost = {(share.rule.attention, dropout(modules[path])) for path, shares in assigned.items() for share in shares}
     for attention, probability in sorted(lost, key=lambda pair: (pair[0].name, pair[1])):
         if probability > 0 and not attention.dropout:
             warn_of_dropout(attention, probability)

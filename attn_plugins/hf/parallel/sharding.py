@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from attn_plugins.core.attention import Attention
+from attn_plugins.hf.split import SplitAttention
 
 
 def refuse_split_heads(model: nn.Module, path: str, module: nn.Module, slot: Attention) -> None:
@@ -70,7 +71,7 @@ def load_full_state_dict(
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(key in the state dict, module, name) of each buffer that a slot of the model saves."""
     for path, slot in model.named_modules():
-        if isinstance(slot, Attention):
+        if isinstance(slot, Attention) and not isinstance(slot, SplitAttention):
             for inner, module in slot.named_modules(prefix=path):
                 for name, buffer in module.named_buffers(recurse=False):
                     if name not in module._non_persistent_buffers_set and buffer is not None:
