@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from attn_plugins.core.registry import get_attention, list_attentions, register_attention
     from attn_plugins.hf.caches.cache_layers import cache_bytes
     from attn_plugins.hf.swap import describe_attention, restore_attention, swap_attention
+    from attn_plugins.training.distillation import distillation_loss
 
     __version__: str
 
@@ -28,6 +29,7 @@ __all__ = [
     "HeadShape",
     "cache_bytes",
     "describe_attention",
+    "distillation_loss",
     "get_attention",
     "list_attentions",
     "list_backends",
@@ -45,6 +47,7 @@ _HOMES = {
     "HeadShape": "attn_plugins.core.attention",
     "cache_bytes": "attn_plugins.hf.caches.cache_layers",
     "describe_attention": "attn_plugins.hf.swap",
+    "distillation_loss": "attn_plugins.training.distillation",
     "get_attention": "attn_plugins.core.registry",
     "list_attentions": "attn_plugins.core.registry",
     "list_backends": "attn_plugins.core.backend",

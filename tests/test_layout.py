@@ -28,7 +28,7 @@ ROOMS = {
     "launcher": set(),
     "cli": {"benchmark", "choice", "cli", "config", "core", "data", "hf", "launcher", "tasks", "training", "transfer"},
     "__main__": {"cli"},
-    "__init__": {"config", "core", "hf"},
+    "__init__": {"choice", "config", "core", "hf", "training", "transfer"},
 }
 """What the files of a room, or a file at the root, may import of the package."""
 

@@ -30,6 +30,9 @@ def finetune(
     tune: Annotated[
         str | None, typer.Option("--tune", help="What trains: lora, full, or new (new weights alone).")
     ] = None,
+    loss: Annotated[
+        str | None, typer.Option("--loss", help="task, kl (to the model with its own attention), or hidden.")
+    ] = None,
     output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of new weights, data order and dropout.")] = None,
     resume: Annotated[
@@ -38,7 +41,10 @@ def finetune(
     assignments: Settings = None,
 ) -> None:
     """Fine-tune a model with an attention of your choice; writes the model, metrics.json and a model card."""
-    flags = {"model": model, "data.source": data, "tune": tune, "output_dir": output_dir, "seed": seed}
+    flags = {
+        **{"model": model, "data.source": data, "tune": tune, "loss": loss},
+        **{"output_dir": output_dir, "seed": seed},
+    }
     with one_line_errors():
         tree = settings(config, flags, assignments, attn)
         from attn_plugins.tasks import get_task

@@ -27,7 +27,7 @@ def model_card(metrics: dict[str, Any]) -> str:
         "",
         f"# {metrics['model']} with {' + '.join(names) or 'its own'} attention",
         "",
-        f"Fine-tuned with attn-plugins: {_TUNED[metrics['tune']]}.",
+        f"{_DONE[metrics['loss']]} with attn-plugins: {_TUNED[metrics['tune']]}.",
         "",
         "## Attention",
         "",
@@ -40,6 +40,7 @@ def model_card(metrics: dict[str, Any]) -> str:
         "",
         *_results(metrics["evaluation"]),
         "",
+        *_before(metrics["history"]),
         "## Training",
         "",
         f"- Base model: {metrics['base_model']}",
@@ -59,6 +60,13 @@ def model_card(metrics: dict[str, Any]) -> str:
         _WARNINGS[lora],
     ]
     return "\n".join(lines) + "\n"
+
+
+_DONE = {
+    "task": "Fine-tuned",
+    "kl": "Distilled from itself with its own attention (KL divergence of its logits)",
+    "hidden": "Distilled from itself with its own attention (squared error of its last hidden states)",
+}
 
 
 _TUNED = {
@@ -82,6 +90,32 @@ def _results(evaluation: dict[str, Any]) -> list[str]:
     lines = [f"Held-out {evaluation['task']}:", ""]
     lines += [f"| | {' | '.join(f'{stage} training' for stage in stages)} |", "|---" * (len(stages) + 1) + "|"]
     return lines + [f"| {name} | {' | '.join(figure(column[name]) for column in columns)} |" for name in columns[0]]
+
+
+def _before(stages: list[dict[str, Any]]) -> list[str]:
+    """What was done before, if anything."""
+    return ["## Before that", "", *(f"{n}. {told(stage)}" for n, stage in enumerate(stages, 1)), ""] if stages else []
+
+
+def told(stage: dict[str, Any]) -> str:
+    """A stage in a line: what was trained by which loss, how long, on what, and what came of it."""
+    train, loss = stage["train"], stage.get("loss", "task")
+    return (
+        f"{stage['stage']}{'' if loss == 'task' else f' ({loss})'}, {_SHORT[stage['tune']]}: {train['steps']} steps, "
+        f"{train['rows']:,} rows of {_spelled(stage['data']['source'])}, {train['seconds']:,} s{_outcome(stage)}"
+    )
+
+
+_SHORT = {"lora": "LoRA and new weights", "full": "all weights", "new": "new weights alone"}
+
+
+def _outcome(stage: dict[str, Any]) -> str:
+    evaluation = stage.get("evaluation")
+    if evaluation is None:
+        return ""
+    metric = get_task(evaluation["task"]).metric
+    ends = [f"{figure(evaluation[end][metric])} {end}" for end in ("before", "after") if evaluation[end] is not None]
+    return f"; {metric} {', '.join(ends)}"
 
 
 def _use(metrics: dict[str, Any], lora: bool) -> list[str]:

@@ -44,8 +44,14 @@ class FinetuneConfig:
     """lora: adapters, and all new weights. full: everything. new: new weights alone (of the attention, of a head)."""
     lora: dict[str, Any] = field(default_factory=dict)
     """Fields of peft's LoraConfig."""
+    loss: Literal["task", "kl", "hidden"] = "task"
+    """task: the model's own loss. kl: distance of the logits from those of the same model with its own attention and
+    without adapters, which costs one more forward. hidden: the same of the last hidden states."""
+    temperature: float = 1.0
+    """What logits are divided by, for loss='kl'."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Fields of transformers' TrainingArguments."""
+    """Fields of transformers' TrainingArguments. ``learning_rate`` where the loss is kl or hidden: 5e-3 with
+    tune='new', 2e-3 with LoRA, unless it is given."""
     block_size: int = 1024
     """Tokens in a training block, for causal-lm."""
     max_length: int = 512
@@ -68,10 +74,29 @@ class FinetuneConfig:
             raise ValueError(f"max_length={self.max_length}; allowed: at least 1")
         if self.tune != "lora" and self.lora:
             raise ValueError(f"lora options {sorted(self.lora)} go with tune='lora', not with tune={self.tune!r}")
+        self._check_loss()
         evaluation_task(self.evaluation, self.task)
         check_training(self.training)
         if self.tune == "lora":
             check_lora(self.lora)
+
+    def _check_loss(self) -> None:
+        if self.loss != "kl" and self.temperature != 1:
+            raise ValueError(f"temperature={self.temperature} goes with loss='kl', not with loss={self.loss!r}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}; allowed: greater than 0")
+        if self.loss == "task":
+            return
+        if self.tune == "full":
+            raise ValueError(
+                f"loss={self.loss!r} holds the model to itself with its own attention, and tune='full' would change "
+                "that along with it; allowed: tune='new' or 'lora', or loss='task'"
+            )
+        if self.attention is None:
+            raise ValueError(
+                f"loss={self.loss!r} holds the model to itself with its own attention, and attention is null, its own; "
+                "allowed: another attention, or loss='task'"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

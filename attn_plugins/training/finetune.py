@@ -19,7 +19,8 @@ from attn_plugins.tasks import Task, run_task
 from attn_plugins.training.card import model_card
 from attn_plugins.training.config import FinetuneConfig, evaluation_task
 from attn_plugins.training.evaluate import attention_summary, start_processes, write_json
-from attn_plugins.training.models import Loaded, in_slot, load
+from attn_plugins.training.history import pretrained_base, stages_of
+from attn_plugins.training.models import Loaded, in_slot, load, resolve
 from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of, steps_of
 
 CARD = "README.md"
@@ -76,12 +77,15 @@ class Finetune:
         if self.checkpoint is not None and steps_of(self.checkpoint) == output.global_step:  # nothing was left to train
             loss = statistics.fmean(entry["loss"] for entry in history) if history else float("nan")
         return {
+            "stage": "finetune" if config.loss == "task" else "distill",
             "model": config.model,
-            "base_model": self.loaded.source,
+            "base_model": base_of(trainer.model, self.loaded),
+            "history": stages_of(resolve(config.model)),
             "attention": attention_summary(trainer.model),
             "rules": getattr(_base(trainer.model).config, "attn_plugin", None),
             "task": config.task,
             "tune": config.tune,
+            "loss": config.loss,
             "seed": config.seed,
             "data": dataclasses.asdict(config.data),
             "evaluation": {"task": self.task.name, "before": before, "after": after},
@@ -127,8 +131,16 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         check_classes(train)
         labels = label_names(train)
     loaded = load(
-        config.model, attention=config.attention, kind=config.task, labels=labels, dtype=config.dtype, seed=config.seed
+        config.model,
+        attention=config.attention,
+        kind=config.task,
+        labels=labels,
+        dtype=config.dtype,
+        seed=config.seed,
+        trainable=True,
     )
+    if config.loss != "task":
+        _check_teacher(config, loaded)
     task = evaluation_task(config.evaluation, config.task)
     with arguments.main_process_first(desc="tokenizing"):
         if config.task == "causal-lm":
@@ -179,8 +191,29 @@ def check_weights(out: Path) -> None:
         )
 
 
+def base_of(model: Any, loaded: Loaded) -> str:
+    """What a model, or an adapter, was made from."""
+    peft = getattr(model, "peft_config", None)
+    return loaded.source if peft is None else peft[model.active_adapter].base_model_name_or_path
+
+
+def _check_teacher(config: FinetuneConfig, loaded: Loaded) -> None:
+    """Raise a ValueError where the model with its own attention has nothing to teach."""
+    if not any(row.plugin for row in describe_attention(loaded.model)):
+        raise ValueError(
+            f"loss={config.loss!r} holds a model to itself with its own attention, and {config.model} has no other; "
+            "name an attention, or take loss='task'"
+        )
+    untrained = [name for name in loaded.fresh if not in_slot(name)]
+    if untrained:
+        raise ValueError(
+            f"loss={config.loss!r} holds a model to what it says with its own attention, and {config.model} has no "
+            f"weights for {', '.join(untrained[:3])}; allowed here: loss='task'"
+        )
+
+
 def choose_parameters(config: FinetuneConfig, loaded: Loaded) -> nn.Module:
-    """Make trainable what ``config.tune`` says, and nothing else.
+    """Make trainable what ``config.tune`` says, and nothing else. An adapter trains on as it is.
 
     Raises:
         ValueError: nothing is left to train, or PEFT cannot place its adapters.
@@ -188,7 +221,13 @@ def choose_parameters(config: FinetuneConfig, loaded: Loaded) -> nn.Module:
     model = loaded.model
     new = [name for name, _ in model.named_parameters() if in_slot(name) or name in loaded.fresh]
     if hasattr(model, "peft_config"):
-        raise ValueError(f"{config.model} is a PEFT adapter; fine-tune its base model, or merge it first")
+        if config.tune != "lora" or config.lora:
+            wrong = f"tune={config.tune!r}" if config.tune != "lora" else f"lora options {sorted(config.lora)}"
+            raise ValueError(
+                f"{config.model} is a PEFT adapter, which trains on as it is, with tune='lora' and no lora options; "
+                f"got {wrong}. Fine-tune its base model, or merge it first"
+            )
+        return model
     if config.tune == "full":
         return model.requires_grad_(True)
     if config.tune == "new":
@@ -200,11 +239,11 @@ def choose_parameters(config: FinetuneConfig, loaded: Loaded) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in new)
         return model
-    return _with_lora(config, model, new)
+    return _with_lora(config, loaded, new)
 
 
-def _with_lora(config: FinetuneConfig, model: nn.Module, new: list[str]) -> nn.Module:
-    peft = need("peft", "train")
+def _with_lora(config: FinetuneConfig, loaded: Loaded, new: list[str]) -> nn.Module:
+    model, peft = loaded.model, need("peft", "train")
     options = dict(config.lora)
     # A slot trains whole: no adapters inside it, even where a layer in it has the name of one of the model's.
     targets = options.get("target_modules")
@@ -217,9 +256,13 @@ def _with_lora(config: FinetuneConfig, model: nn.Module, new: list[str]) -> nn.M
     whole = sorted(set(whole) | set(options.pop("modules_to_save", None) or []))
     kind = peft.TaskType.CAUSAL_LM if config.task == "causal-lm" else peft.TaskType.SEQ_CLS
     try:
-        return peft.get_peft_model(model, peft.LoraConfig(task_type=kind, modules_to_save=whole or None, **options))
+        adapter = peft.LoraConfig(task_type=kind, modules_to_save=whole or None, **options)
+        adapted = peft.get_peft_model(model, adapter)
     except (ValueError, TypeError) as error:
         raise ValueError(f"lora: {error}") from error
+    # The adapter brings all weights of the slots along: it needs no folder in which nothing else was trained.
+    adapter.base_model_name_or_path = pretrained_base(stages_of(loaded.source)) or loaded.source
+    return adapted
 
 
 def _arguments(config: FinetuneConfig, quiet: bool) -> Any:
@@ -227,6 +270,8 @@ def _arguments(config: FinetuneConfig, quiet: bool) -> Any:
 
     options = dict(config.training)
     options.setdefault("logging_steps", 10)
+    if config.loss != "task":
+        options.setdefault("learning_rate", 5e-3 if config.tune == "new" else 2e-3)
     options.setdefault("report_to", "none")
     options.setdefault("label_names", ["labels"])  # a PEFT model's forward hides them from Trainer
     options.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
@@ -249,6 +294,8 @@ def _checked_length(config: FinetuneConfig, model: nn.Module) -> int:
 def _trainer(config: FinetuneConfig, arguments: Any, model: nn.Module, tokenizer: Any, rows: Any, held_out: Any) -> Any:
     from transformers import DataCollatorWithPadding, Trainer
 
+    from attn_plugins.training.distillation_trainer import DistillationTrainer
+
     evaluated = None
     if arguments.eval_strategy != "no":
         if config.task == "causal-lm":
@@ -259,14 +306,17 @@ def _trainer(config: FinetuneConfig, arguments: Any, model: nn.Module, tokenizer
     checkpointed = arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False)
     if checkpointed and config.tune != "full":
         _base(model).enable_input_require_grads()  # reentrant checkpoints of frozen weights would pass no gradient on
-    return Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        eval_dataset=evaluated,
-        data_collator=collate,
-        processing_class=tokenizer,
-    )
+    parts: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": rows,
+        "eval_dataset": evaluated,
+        "data_collator": collate,
+        "processing_class": tokenizer,
+    }
+    if config.loss == "task":
+        return Trainer(**parts)
+    return DistillationTrainer(**parts, loss=config.loss, temperature=config.temperature)
 
 
 def collate_blocks(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:

@@ -96,6 +96,7 @@ def load(
     labels: list[str] | None = None,
     dtype: Dtype = "auto",
     seed: int = 0,
+    trainable: bool = False,
 ) -> Loaded:
     """Load a model, or the base model of a PEFT adapter and the adapter on top, with its tokenizer.
 
@@ -103,6 +104,7 @@ def load(
         attention: rules, ``None`` for the model's own attention, or "as-saved".
         labels: names of the classes of a classifier that is to be trained; None for those of the checkpoint.
         seed: what new weights are drawn from.
+        trainable: the weights of an adapter are to train.
 
     Raises:
         ValueError: there is no such model, or the attention does not fit it.
@@ -131,7 +133,8 @@ def load(
         model.config.pad_token_id = tokenizer.pad_token_id
     fresh = sorted(info["missing_keys"])
     if adapter is not None:
-        model, fresh = need("peft", "train").PeftModel.from_pretrained(model, folder), []
+        peft = need("peft", "train")
+        model, fresh = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable), []
     return Loaded(model=model, tokenizer=tokenizer, source=base, fresh=fresh)
 
 

@@ -48,7 +48,7 @@ def check_resume(config: FinetuneConfig, *, resume: bool) -> str | None:
             raise ValueError(f"{out} holds an earlier run; go on with it with --resume, or name another output_dir")
         return None
     ended = (out / METRICS).exists()
-    noted = _read(out / SETTINGS).get("settings")
+    noted = read(out / SETTINGS).get("settings")
     if (checkpoint or ended) and noted is not None:
         changed = [path for path in _differences(noted, settings_of(config)) if not MAY_CHANGE.fullmatch(path)]
         if changed:
@@ -63,7 +63,7 @@ def check_resume(config: FinetuneConfig, *, resume: bool) -> str | None:
 
 def finished(config: FinetuneConfig) -> dict[str, Any] | None:
     """What metrics.json holds, where it is of a run with these very settings that ended; else None."""
-    metrics = _read(Path(config.output_dir) / METRICS)
+    metrics = read(Path(config.output_dir) / METRICS)
     if metrics.get("settings") is None:
         return None
     changed = set(_differences(metrics["settings"], settings_of(config))) - {"output_dir"}
@@ -72,7 +72,7 @@ def finished(config: FinetuneConfig) -> dict[str, Any] | None:
 
 def same_versions(output_dir: str | Path) -> bool:
     """Whether the run in a folder was begun with the versions that are at work now."""
-    return _read(Path(output_dir) / SETTINGS).get("versions") == versions()
+    return read(Path(output_dir) / SETTINGS).get("versions") == versions()
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
@@ -90,10 +90,10 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
 
 def steps_of(checkpoint: str | Path) -> int | None:
     """The steps that a checkpoint has behind it, or None where it was cut off."""
-    return _read(Path(checkpoint) / "trainer_state.json").get("global_step")
+    return read(Path(checkpoint) / "trainer_state.json").get("global_step")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing where it is missing or broken."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))

@@ -398,10 +398,20 @@ def test_what_does_not_fit_the_model_is_refused_before_training(llama, text, tmp
         prepare_finetune(settings(llama, text, tmp_path / "out", **changes))
 
 
-def test_an_adapter_is_not_fine_tuned_on(llama, text, tmp_path):
-    prepare_finetune(settings(llama, text, tmp_path / "one")).run(None)
-    with pytest.raises(ValueError, match="is a PEFT adapter; fine-tune its base model, or merge it first"):
-        prepare_finetune(settings(str(tmp_path / "one"), text, tmp_path / "two"))
+def test_an_adapter_trains_on_as_it_is(llama, text, tmp_path):
+    lora = {"lora": {"r": 2, "target_modules": ["q_proj"]}}
+    first = prepare_finetune(settings(llama, text, tmp_path / "one", **lora)).run(None)
+    on = {"attention": "as-saved", "evaluate_before": True}
+    second = prepare_finetune(settings(str(tmp_path / "one"), text, tmp_path / "two", **on)).run(None)
+    assert close(second["evaluation"]["before"], first["evaluation"]["after"])
+    assert second["parameters"] == first["parameters"]
+    assert second["base_model"] == llama
+    one, two = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("one", "two"))
+    assert moved(two, one) == set(one), "LoRA and the slots train"
+    assert close(evaluated(tmp_path / "two", text)["result"], second["evaluation"]["after"])
+    for changes, got in (({"tune": "full"}, "tune='full'"), ({"tune": "new"}, "tune='new'"), (lora, "lora options")):
+        with pytest.raises(ValueError, match=f"is a PEFT adapter, which trains on as it is.*{got}.*or merge it first"):
+            prepare_finetune(settings(str(tmp_path / "one"), text, tmp_path / "three", attention="as-saved", **changes))
 
 
 def launched(*command):
