@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from attn_plugins.hf.caches.cache_layers import cache_bytes
     from attn_plugins.hf.swap import describe_attention, restore_attention, swap_attention
     from attn_plugins.training.distillation import distillation_loss
+    from attn_plugins.transfer.attention_transfer import transfer_attention
 
     __version__: str
 
@@ -37,6 +38,7 @@ __all__ = [
     "register_backend",
     "restore_attention",
     "swap_attention",
+    "transfer_attention",
 ]
 
 _HOMES = {
@@ -55,6 +57,7 @@ _HOMES = {
     "register_backend": "attn_plugins.core.backend",
     "restore_attention": "attn_plugins.hf.swap",
     "swap_attention": "attn_plugins.hf.swap",
+    "transfer_attention": "attn_plugins.transfer.attention_transfer",
 }
 """Where a public name comes from."""
 

@@ -75,12 +75,18 @@ def test_the_attention_of_the_guide_is_one(model_folder, clean_registry):
     torch.testing.assert_close(before, after)  # causal
 
 
+def test_the_guide_to_transfer_runs(model_folder):
+    names = python("docs/transfer.md", model_folder)
+    assert names["report"].after < names["report"].before
+    assert plugins(AutoModelForCausalLM.from_pretrained("runs/transferred")) == {"linear"}
+
+
 SKETCHES = {"docs/design.md"}
 """Pages whose Python leaves parts out (``...``), so that it can only be parsed."""
 
 
 def test_every_block_is_tested():
-    run = {"README.md", "docs/python.md", "docs/own_attention.md", "docs/generation.md"}
+    run = {"README.md", "docs/python.md", "docs/own_attention.md", "docs/generation.md", "docs/transfer.md"}
     for page in PAGES:
         for block in blocks(page):
             assert block.language in ("python", "sh", "toml"), f"{page}: nothing tests {block.language!r}\n{block.text}"

@@ -81,7 +81,7 @@ def swap_attention(model: nn.Module, rules: Flag, **options: Any) -> nn.Module:
     Raises:
         ValueError: the rules do not fit the model; nothing has changed then.
     """
-    inner = _unwrap(model)
+    inner = unwrap(model)
     plan = make_plan(inner, parse_rules(rules, **options))
     configs.refuse_part(inner)
     if configs.WRITTEN not in vars(inner) or configs.shared(inner, model):
@@ -98,7 +98,7 @@ def restore_attention(model: nn.Module) -> nn.Module:
     Returns:
         the model.
     """
-    inner = _unwrap(model)
+    inner = unwrap(model)
     configs.refuse_part(inner)
     if configs.shared(inner, model):
         configs.own(inner, model)
@@ -114,7 +114,7 @@ def describe_attention(model: nn.Module) -> AttentionRows:
     Raises:
         ValueError: the model is not a transformers model.
     """
-    inner = _unwrap(model)
+    inner = unwrap(model)
     rows = AttentionRows()
     for target in discovery.targets(inner):
         module = inner.get_submodule(target.path)
@@ -209,7 +209,12 @@ def _flagged_parts(model: PreTrainedModel, module: nn.Module | None = None) -> I
             yield from _flagged_parts(model, child)
 
 
-def _unwrap(model: Any) -> PreTrainedModel:
+def unwrap(model: Any) -> PreTrainedModel:
+    """The transformers model inside what torch.compile or PEFT have put around it.
+
+    Raises:
+        ValueError: there is none.
+    """
     inner = getattr(model, "_orig_mod", model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     if not isinstance(inner, PreTrainedModel):
