@@ -11,6 +11,7 @@ from attn_plugins.config.after_import import once_imported
 from attn_plugins.core.former_names import install as _install_former_names
 
 if TYPE_CHECKING:
+    from attn_plugins.choice.choose import choose_attention
     from attn_plugins.core.attention import Attention, AttentionConfig, HeadShape
     from attn_plugins.core.backend import Backend, list_backends, register_backend
     from attn_plugins.core.mask import AttentionMask
@@ -29,6 +30,7 @@ __all__ = [
     "Backend",
     "HeadShape",
     "cache_bytes",
+    "choose_attention",
     "describe_attention",
     "distillation_loss",
     "get_attention",
@@ -48,6 +50,7 @@ _HOMES = {
     "Backend": "attn_plugins.core.backend",
     "HeadShape": "attn_plugins.core.attention",
     "cache_bytes": "attn_plugins.hf.caches.cache_layers",
+    "choose_attention": "attn_plugins.choice.choose",
     "describe_attention": "attn_plugins.hf.swap",
     "distillation_loss": "attn_plugins.training.distillation",
     "get_attention": "attn_plugins.core.registry",

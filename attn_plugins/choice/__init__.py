@@ -1,0 +1,1 @@
+"""Which heads and layers keep the model's own attention: scores of them, the choice, and rules that say it."""
