@@ -24,9 +24,9 @@ from attn_plugins.config.output import check_folder
 from attn_plugins.core.options import build
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.data.text import DataConfig, load_data
-from attn_plugins.tasks import Task, run_task
-from attn_plugins.training.config import FinetuneConfig, evaluation_task
-from attn_plugins.training.evaluate import attention_summary, place
+from attn_plugins.tasks import Task
+from attn_plugins.training.config import FinetuneConfig, evaluation_tasks
+from attn_plugins.training.evaluate import attention_summary, place, prepare_measurements, run_measurements
 from attn_plugins.training.finetune import prepare_finetune
 from attn_plugins.training.models import AS_SAVED, Dtype, Loaded, in_slot, load, read_attention, skeleton
 from attn_plugins.training.resume import finished, same_versions
@@ -95,8 +95,8 @@ class CompareConfig:
     """Label of the attention whose untrained row every trained one has to beat, such as a window with sink tokens."""
     data: DataConfig | None = None
     """Text for evaluation and fine-tuning."""
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    """Task and options, as for ``attn-plugins evaluate``."""
+    evaluation: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict)
+    """Task and options, as for ``attn-plugins evaluate``, or a list of these: columns, the first with all its parts."""
     untrained: bool = True
     """Evaluate each attention as it is swapped in, before any training; needs data."""
     finetune: dict[str, Any] | None = None
@@ -142,13 +142,18 @@ class CompareConfig:
             if taken:
                 raise ValueError(f"finetune.{taken[0]} is set for the whole comparison; take it out of finetune")
             kind = finetune_config(self, next(iter(self.models.values())), None, self.seeds[0], "runs").task
-        evaluation_task(self.evaluation, kind)
+        evaluation_tasks(self.evaluation, kind)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The evaluation's tasks."""
+        kind = None if self.finetune is None else self.finetune.get("task", "causal-lm")
+        return evaluation_tasks(self.evaluation, kind)
 
     @property
     def task(self) -> Task:
-        """The evaluation's task."""
-        kind = None if self.finetune is None else self.finetune.get("task", "causal-lm")
-        return evaluation_task(self.evaluation, kind)
+        """The one that stands for the others."""
+        return self.tasks[0]
 
 
 Measure = Literal["evaluate", "finetune", "speed", "memory"]
@@ -217,7 +222,8 @@ def finetune_config(config: CompareConfig, source: str, rules: Any, seed: int, o
     assert config.finetune is not None
     fixed = {"model": source, "attention": rules, "seed": seed, "output_dir": output_dir, "dtype": config.dtype}
     data = dataclasses.asdict(config.data) if config.data is not None else None
-    tree = {**config.finetune, **fixed, "data": data, "evaluation": config.evaluation}
+    # Recall is a column, where it is asked for.
+    tree = {"recall": False, **config.finetune, **fixed, "data": data, "evaluation": config.evaluation}
     return build(FinetuneConfig, tree, "finetune")
 
 
@@ -320,9 +326,12 @@ def _evaluate(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -
             f"the model holds no weights for {', '.join(untrained[:3])}, so {task.name} would say nothing of it"
         )
     _, held_out = load_data(config.data, labelled=task.labelled)
-    batches = task.prepare(held_out, loaded.tokenizer, loaded.model)
-    figures = run_task(task, loaded.model, batches, progress=f"{cell.attention}: {task.name}")
-    return {**_headline(task, figures), "figures": figures, "attention": attention_summary(loaded.model)}
+    found = run_measurements(
+        prepare_measurements(config.tasks, held_out, loaded), loaded.model, progress=cell.attention
+    )
+    figures = found.pop(task.name)
+    summary = attention_summary(loaded.model)
+    return {**_headline(task, figures), "figures": figures, "others": found, "attention": summary}
 
 
 def _finetune(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> dict[str, Any]:
@@ -334,10 +343,11 @@ def _finetune(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -
     settings = finetune_config(config, cell.settings["model"], cell.settings["rules"], cell.seed, str(folder))
     metrics = finished(settings)
     if metrics is None:
-        metrics = prepare_finetune(settings, resume=True).run(progress=f"{cell.attention}: {config.task.name}")
+        metrics = prepare_finetune(settings, resume=True).run(progress=cell.attention)
     figures = metrics["evaluation"]["after"]
+    others = {name: found["after"] for name, found in metrics["evaluation"]["others"].items()}
     kept = {name: metrics[name] for name in ("attention", "parameters", "train")}
-    return {**_headline(config.task, figures), "figures": figures, **kept, "folder": str(folder)}
+    return {**_headline(config.task, figures), "figures": figures, "others": others, **kept, "folder": str(folder)}
 
 
 def _speed(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> dict[str, Any]:

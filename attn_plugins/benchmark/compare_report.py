@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from attn_plugins.benchmark.compare import CompareCell, CompareConfig, cells, file_stem
+from attn_plugins.benchmark.recall_report import Line, draw_recall, other_columns, other_value, recalled
 from attn_plugins.benchmark.store import Results
 from attn_plugins.benchmark.tables import Table, brief_number, duration, frame
 from attn_plugins.config.extras import need
+from attn_plugins.training.evaluate import without_recall
 
 STAGES = {"evaluate": "untrained", "finetune": "fine-tuned"}
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
@@ -115,10 +117,20 @@ def _quality(found: CompareResults) -> Table:
     note = f"{task.metric}: {better} is better" + (f"; mean ± standard deviation of {seeds} seeds" if seeds > 1 else "")
     if config.bar is not None:
         note += f". The bar to beat is {config.bar}, untrained: it costs no training at all"
+    for other in config.tasks[1:]:
+        note += f". {other.name}: {other.metric}, {other.better} is better"
+    for record in found.record.values():
+        if "attention" in record.get("result", {}):
+            missing = without_recall([task.name for task in config.tasks], record["result"]["attention"])
+            if missing is not None:
+                note += f". {missing[0].upper()}{missing[1:]}"
+                break
     header = ["attention", "stage", task.metric]
     parts = _parts(found)
     places = [_place(part) for part in parts]
     header += places
+    others = other_columns(config.tasks[1:])
+    header += list(others)
     header += ["times the bar's"] if config.bar is not None else []
     branches = any(
         _branches(_ok([record])) for record in found.record.values() if "figures" in record.get("result", {})
@@ -139,6 +151,7 @@ def _quality(found: CompareResults) -> Table:
                 row = [attention, shown, _spread([r["result"]["value"] for r in ok]) if ok else _why(records)]
                 for number in range(len(parts)):
                     row.append(_spread([_parts_of(r["result"]["figures"])[number][task.metric] for r in ok]))
+                row += [_spread([other_value(r["result"], *place) for r in ok]) for place in others.values()]
                 if config.bar is not None:
                     mean = (
                         [statistics.mean(r["result"]["value"] for r in ok) / statistics.mean(bar)] if ok and bar else []
@@ -219,6 +232,7 @@ def draw(found: CompareResults, out: Path) -> list[Path]:
             ("quality_vs_time", _quality_plot(found, model)),
             ("memory_vs_length", _length_plot(found, model, "memory")),
             ("speed_vs_length", _length_plot(found, model, "speed")),
+            ("recall_vs_distance", _recall_plot(found, model)),
         ):
             if figure is not None:
                 path = out / f"{stem}_{name}.png"
@@ -299,6 +313,18 @@ def _length_plot(found: CompareResults, model: str, measure: str) -> Any:
     axes[0].set_ylabel("peak memory, MiB" if measure == "memory" else f"times as fast as {config.baseline}")
     axes[0].legend(fontsize="small")
     return figure if drawn else None
+
+
+def _recall_plot(found: CompareResults, model: str) -> Any:
+    """What is recalled at each distance, dashed untrained; of the first seed that ran."""
+    lines = [
+        Line(label=f"{attention}, {stage}", number=number, dashed=measure == "evaluate", found=recalled(tasks, result))
+        for tasks in [found.config.tasks]
+        for number, attention in enumerate(found.config.attentions)
+        for measure, stage in STAGES.items()
+        for result in [record["result"] for record in _ok(found.of(model, attention, measure))[:1]]
+    ]
+    return draw_recall(model, lines)
 
 
 def _longest(config: CompareConfig) -> tuple[str, int, str] | None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,9 +63,12 @@ def finetune(
     else:
         done = f"the run in {parsed.output_dir} has ended with these settings; nothing was trained, nothing written"
     if metrics is not None and is_main_process() and os.environ.get("RANK", "0") == "0":
-        evaluation = metrics["evaluation"]
-        stages = {stage: evaluation[stage] for stage in ("before", "after") if evaluation[stage] is not None}
-        print_figures(f"{evaluation['task']}, held-out", stages, get_task(evaluation["task"]).metric)
+        evaluation, recall = metrics["evaluation"], metrics["recall"] or {}
+        for name, found in {evaluation["task"]: evaluation, **evaluation["others"], **recall.get("parts", {})}.items():
+            stages = {stage: found[stage] for stage in ("before", "after") if found[stage] is not None}
+            print_figures(f"{name}, held-out", stages, get_task(name).metric)
+        if "missing" in recall:
+            print(f"note: recall of what stood far away was not measured: {recall['missing']}")
         print(done)
 
 
@@ -76,18 +79,26 @@ def evaluate(
     attn: Attn = None,
     data: Data = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="perplexity, streaming_perplexity, recall, passkey, ... or accuracy.")
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="perplexity, streaming_perplexity, recall, passkey, copy, names, codes, accuracy; repeatable.",
+        ),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the result there, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     assignments: Settings = None,
 ) -> None:
     """Measure a model, swapped or not, or a PEFT adapter, on held-out text."""
-    flags = {"model": model, "data.source": data, "evaluation.task": task, "output": output}
+    asked: dict[str, Any] = {"evaluation.task": task[0]} if task and len(task) == 1 else {}
+    if task and len(task) > 1:
+        asked = {"evaluation": [{"task": name} for name in task]}
+    flags = {"model": model, "data.source": data, "output": output, **asked}
     with one_line_errors():
         tree = settings(config, flags, assignments, attn)
+        from attn_plugins.tasks import get_task
         from attn_plugins.training.config import EvaluateConfig
-        from attn_plugins.training.evaluate import is_main_process, prepare_evaluation
+        from attn_plugins.training.evaluate import is_main_process, prepare_evaluation, without_recall
 
         parsed = build(EvaluateConfig, tree)
         spread_out()
@@ -99,8 +110,13 @@ def evaluate(
         print(json.dumps(result, indent=2))
     else:
         served = ", ".join(f"{kind} in {count}" for kind, count in result["attention"]["modules"].items())
-        title = f"{result['task']} of {result['model']} ({served} attention modules)"
-        print_figures(title, {"": result["result"]}, run.task.metric)
+        found = {result["task"]: result["result"], **result["others"]}
+        for name, figures in found.items():
+            title = f"{name} of {result['model']} ({served} attention modules)"
+            print_figures(title, {"": figures}, get_task(name).metric)
+        note = without_recall(list(found), result["attention"])
+        if note is not None:
+            print(f"note: {note}")
         if result["new_weights"]:
             print(
                 f"note: {result['new_weights']} weights of the attention are at their initial values: it is untrained"

@@ -38,8 +38,10 @@ def model_card(metrics: dict[str, Any]) -> str:
         "",
         "## Results",
         "",
-        *_results(metrics["evaluation"]),
+        *_results(metrics["evaluation"]["task"], metrics["evaluation"]),
         "",
+        *(line for task, found in metrics["evaluation"]["others"].items() for line in [*_results(task, found), ""]),
+        *_recall(metrics["recall"]),
         *_before(metrics["history"]),
         "## Training",
         "",
@@ -83,11 +85,27 @@ _WARNINGS = {
 }
 
 
-def _results(evaluation: dict[str, Any]) -> list[str]:
+def _recall(recall: dict[str, Any] | None) -> list[str]:
+    if recall is None:
+        return []
+    if "missing" in recall:
+        return [f"Recall of what stood far away was not measured: {recall['missing']}.", ""]
+    lines = [
+        f"Recall at {recall['distance']:,} tokens, share of tokens that are right in {recall['rows']} rows:",
+        "",
+        "| | before training | after training |",
+        "|---|---|---|",
+    ]
+    for part, its in recall["parts"].items():
+        lines.append(f"| {part} | {' | '.join(figure(its[stage]['accuracy']) for stage in ('before', 'after'))} |")
+    return [*lines, "", *([f"**Note that {recall['warning']}.**", ""] if recall["warning"] else [])]
+
+
+def _results(task: str, evaluation: dict[str, Any]) -> list[str]:
     stages = [stage for stage in ("before", "after") if evaluation[stage] is not None]
-    metric = get_task(evaluation["task"]).metric
+    metric = get_task(task).metric
     columns = [rows_of(evaluation[stage], metric) for stage in stages]
-    lines = [f"Held-out {evaluation['task']}:", ""]
+    lines = [f"Held-out {task}:", ""]
     lines += [f"| | {' | '.join(f'{stage} training' for stage in stages)} |", "|---" * (len(stages) + 1) + "|"]
     return lines + [f"| {name} | {' | '.join(figure(column[name]) for column in columns)} |" for name in columns[0]]
 

@@ -56,10 +56,14 @@ class FinetuneConfig:
     """Tokens in a training block, for causal-lm."""
     max_length: int = 512
     """Longer texts are cut to so many tokens, for classification."""
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    """``task`` (default: perplexity or accuracy) and its options; measured on held-out rows after training."""
+    evaluation: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict)
+    """``task`` (default: perplexity or accuracy) and its options, or a list of these, the first of which stands for the
+    rest; measured on held-out rows after training."""
     evaluate_before: bool = False
     """Also measure before training."""
+    recall: bool = True
+    """Whether a swapped causal-lm still recalls is measured too, before and after, in a few rows of ``block_size``
+    tokens of the held-out text: training may improve perplexity and take that away."""
     dtype: Dtype = "float32"
     """What weights are loaded in; mixed precision is ``training: {bf16: true}``."""
     seed: int = 0
@@ -75,7 +79,7 @@ class FinetuneConfig:
         if self.tune != "lora" and self.lora:
             raise ValueError(f"lora options {sorted(self.lora)} go with tune='lora', not with tune={self.tune!r}")
         self._check_loss()
-        evaluation_task(self.evaluation, self.task)
+        evaluation_tasks(self.evaluation, self.task)
         check_training(self.training)
         if self.tune == "lora":
             check_lora(self.lora)
@@ -109,8 +113,8 @@ class EvaluateConfig:
     """The held-out part is measured."""
     attention: Any = AS_SAVED
     """A name, a rule, a list of rules, a YAML file of these, null for the model's own, or as-saved."""
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    """``task`` (default: perplexity) and its options."""
+    evaluation: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict)
+    """``task`` (default: perplexity) and its options, or a list of these, the first of which stands for the rest."""
     dtype: Dtype = "auto"
     """What weights are loaded in; auto is what they were saved in."""
     seed: int = 0
@@ -120,21 +124,36 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", read_attention(self.attention))
-        evaluation_task(self.evaluation)
+        evaluation_tasks(self.evaluation)
 
 
-def evaluation_task(evaluation: dict[str, Any], kind: Kind | None = None) -> Task:
-    """The task that ``{"task": name, option: value}`` describes.
+def evaluation_tasks(evaluation: dict[str, Any] | list[dict[str, Any]], kind: Kind | None = None) -> list[Task]:
+    """The tasks that ``{"task": name, option: value}`` describes, or a list of these.
 
     Args:
-        kind: what the model is, where that is known; the task must be one for it.
+        kind: what the model is, where that is known; the tasks must be ones for it.
+
+    Raises:
+        ValueError: there is none, one comes twice, they are for models of several kinds, or an option is wrong.
     """
+    if isinstance(evaluation, dict):
+        return [_evaluation_task(evaluation, kind, "evaluation")]
+    tasks: list[Task] = []
+    for number, one in enumerate(evaluation):
+        tasks.append(_evaluation_task(one, tasks[0].model if tasks else kind, f"evaluation.{number}"))
+    names = [task.name for task in tasks]
+    if not tasks or len(set(names)) < len(names):
+        raise ValueError(f"evaluation has the tasks {names}; allowed: at least one, each once")
+    return tasks
+
+
+def _evaluation_task(evaluation: dict[str, Any], kind: Kind | None, where: str) -> Task:
     name = evaluation.get("task", DEFAULT_TASK[kind or "causal-lm"])
     cls = get_task(name)
     if kind is not None and cls.model != kind:
-        raise ValueError(f"evaluation.task={name!r} is for {cls.model} models, and task={kind!r}")
+        raise ValueError(f"{where}.task={name!r} is for {cls.model} models, and task={kind!r}")
     options = {key: value for key, value in evaluation.items() if key != "task"}
-    return cls(build(cls.Config, options, "evaluation"))
+    return cls(build(cls.Config, options, where))
 
 
 def check_training(training: dict[str, Any]) -> None:

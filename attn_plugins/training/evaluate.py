@@ -15,10 +15,18 @@ from attn_plugins.config.output import check_file
 from attn_plugins.data.text import load_data
 from attn_plugins.hf.checkpoints.card import kinds_of
 from attn_plugins.hf.swap import describe_attention
-from attn_plugins.tasks import Task, run_task
-from attn_plugins.training.config import EvaluateConfig, evaluation_task
+from attn_plugins.tasks import Task, get_task, run_task
+from attn_plugins.training.config import EvaluateConfig, evaluation_tasks
 from attn_plugins.training.launch import SIZES
 from attn_plugins.training.models import Loaded, in_slot, load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """A task, and batches that it was prepared for."""
+
+    task: Task
+    batches: list[dict[str, torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,17 +34,19 @@ class Evaluation:
     """An evaluation whose inputs are all there: what can be wrong in a config has shown by now."""
 
     config: EvaluateConfig
-    task: Task
+    measurements: list[Measurement]
+    """The first stands for the rest."""
     loaded: Loaded
-    batches: list[dict[str, torch.Tensor]]
 
     def run(self) -> dict[str, Any]:
         """Measure; the result is also written to ``config.output`` where that is set."""
         started = time.perf_counter()
-        figures = run_task(self.task, self.loaded.model, self.batches, progress=self.task.name)
+        found = run_measurements(self.measurements, self.loaded.model, progress="evaluation")
+        task = self.measurements[0].task.name
         result = {
-            "task": self.task.name,
-            "result": figures,
+            "task": task,
+            "result": found.pop(task),
+            "others": found,
             "seconds": round(time.perf_counter() - started, 2),
             "model": self.config.model,
             "attention": attention_summary(self.loaded.model),
@@ -56,24 +66,58 @@ def prepare_evaluation(config: EvaluateConfig) -> Evaluation:
         ValueError: something that the config names is not there or does not fit, or the model lacks trained weights
             outside its attention (a classifier's head), so that its figures would say nothing.
     """
-    task = evaluation_task(config.evaluation)
+    tasks = evaluation_tasks(config.evaluation)
+    kind = tasks[0].model
     if config.output is not None:
         check_file(config.output, "output")
     start_processes()
-    _, held_out = load_data(config.data, labelled=task.labelled)
-    loaded = load(config.model, attention=config.attention, kind=task.model, dtype=config.dtype, seed=config.seed)
+    _, held_out = load_data(config.data, labelled=tasks[0].labelled)
+    loaded = load(config.model, attention=config.attention, kind=kind, dtype=config.dtype, seed=config.seed)
     untrained = [name for name in loaded.fresh if not in_slot(name)]
     if untrained:
         raise ValueError(
-            f"{config.model} holds no weights for {', '.join(untrained[:3])}, so {task.name} would say nothing of it"
+            f"{config.model} holds no weights for {', '.join(untrained[:3])}, "
+            f"so {tasks[0].name} would say nothing of it"
         )
-    batches = task.prepare(held_out, loaded.tokenizer, loaded.model)
-    return Evaluation(config=config, task=task, loaded=place(loaded), batches=batches)
+    measurements = prepare_measurements(tasks, held_out, loaded)
+    return Evaluation(config=config, measurements=measurements, loaded=place(loaded))
+
+
+def prepare_measurements(tasks: list[Task], held_out: Any, loaded: Loaded) -> list[Measurement]:
+    """Each task with its batches of the held-out rows; ValueError where they don't fit."""
+    return [Measurement(task=task, batches=task.prepare(held_out, loaded.tokenizer, loaded.model)) for task in tasks]
+
+
+def run_measurements(
+    measurements: list[Measurement], model: nn.Module, *, progress: str | None
+) -> dict[str, dict[str, Any]]:
+    """Name of each task -> what it finds of the model."""
+    return {
+        one.task.name: run_task(one.task, model, one.batches, progress=progress and f"{progress}: {one.task.name}")
+        for one in measurements
+    }
 
 
 def attention_summary(model: nn.Module) -> dict[str, Any]:
     """What serves how many of the model's attention modules, as JSON holds it."""
     return {"modules": kinds_of(model), "new_params": sum(row.new_params for row in describe_attention(model))}
+
+
+def without_recall(tasks: list[str], attention: dict[str, Any]) -> str | None:
+    """What to say where a swapped language model was measured by what does not show what it recalls, else None.
+
+    Args:
+        tasks: names of those that were measured.
+        attention: what ``attention_summary`` says of the model.
+    """
+    found = [get_task(name) for name in tasks]
+    shown = any(task.recalls for task in found) or found[0].model != "causal-lm"
+    if shown or all(kind.startswith("own (") for kind in attention["modules"]):
+        return None
+    return (
+        f"{found[0].name} does not show whether the model still recalls what stood far away, which another attention "
+        "may take from it; measure that too: task recall"
+    )
 
 
 def start_processes() -> None:

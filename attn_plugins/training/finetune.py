@@ -9,21 +9,31 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.versions import versions
 from attn_plugins.data.text import check_classes, label_names, labelled_examples, load_data, token_blocks
 from attn_plugins.hf.swap import describe_attention
-from attn_plugins.tasks import Task, run_task
 from attn_plugins.training.card import model_card
-from attn_plugins.training.config import FinetuneConfig, evaluation_task
-from attn_plugins.training.evaluate import attention_summary, start_processes, write_json
+from attn_plugins.training.config import FinetuneConfig, evaluation_tasks
+from attn_plugins.training.evaluate import (
+    Measurement,
+    attention_summary,
+    prepare_measurements,
+    run_measurements,
+    start_processes,
+    write_json,
+)
 from attn_plugins.training.history import pretrained_base, stages_of
 from attn_plugins.training.models import Loaded, in_slot, load, resolve
+from attn_plugins.training.recall import prepare_recall, report
 from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of, steps_of
 
 CARD = "README.md"
+
+logger = logging.get_logger("transformers.attn_plugins")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +43,10 @@ class Finetune:
     config: FinetuneConfig
     loaded: Loaded
     trainer: Any
-    task: Task
-    batches: list[dict[str, torch.Tensor]]
+    measurements: list[Measurement]
+    """Tasks of the evaluation; the first stands for the rest."""
+    recall: Measurement | str | None
+    """What tells whether the model still recalls, why there can be none, or None where it is not to be told."""
     checkpoint: str | None
     """Where it goes on from."""
 
@@ -45,16 +57,21 @@ class Finetune:
             what metrics.json holds.
         """
         config, trainer = self.config, self.trainer
-        before = None
+        before: dict[str, Any] = {}
         if trainer.is_world_process_zero():
             note_settings(config)
+        recalling = [self.recall] if isinstance(self.recall, Measurement) else []
         if config.evaluate_before:
-            before = run_task(self.task, trainer.model, self.batches, progress=progress and f"{progress} before")
+            before = run_measurements(self.measurements, trainer.model, progress=progress and f"{progress} before")
+        recalled = run_measurements(recalling, trainer.model, progress=progress and f"{progress} before")
         started = time.perf_counter()
         output = trainer.train(resume_from_checkpoint=self.checkpoint)
         seconds = time.perf_counter() - started
-        after = run_task(self.task, trainer.model_wrapped, self.batches, progress=progress)
-        metrics = self._metrics(output, before, after, seconds)
+        after = run_measurements(self.measurements, trainer.model_wrapped, progress=progress)
+        recall = {"missing": self.recall} if isinstance(self.recall, str) else None
+        for name, found in run_measurements(recalling, trainer.model_wrapped, progress=progress).items():
+            recall = report(recalled[name], found)
+        metrics = self._metrics(output, before, after, recall, seconds)
         if trainer.is_fsdp_enabled:  # whatever checkpoints are made of: Trainer writes no model of shards
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(config.output_dir)
@@ -65,17 +82,22 @@ class Finetune:
                 _base(trainer.model).config.save_pretrained(out)  # tells a classifier's labels
             write_json(out / METRICS, metrics)
             (out / CARD).write_text(model_card(metrics), encoding="utf-8")
+            if recall is not None and recall.get("warning"):
+                logger.warning(recall["warning"])
         trainer.accelerator.wait_for_everyone()
         return metrics
 
     def _metrics(
-        self, output: Any, before: dict[str, Any] | None, after: dict[str, Any], seconds: float
+        self, output: Any, before: dict[str, Any], after: dict[str, Any], recall: dict[str, Any] | None, seconds: float
     ) -> dict[str, Any]:
         config, trainer = self.config, self.trainer
         history = [entry for entry in trainer.state.log_history if "loss" in entry]
         loss = output.training_loss
         if self.checkpoint is not None and steps_of(self.checkpoint) == output.global_step:  # nothing was left to train
             loss = statistics.fmean(entry["loss"] for entry in history) if history else float("nan")
+        stages = {name: {"before": before.get(name), "after": found} for name, found in after.items()}
+        task = self.measurements[0].task.name
+        main = {"task": task, **stages.pop(task)}
         return {
             "stage": "finetune" if config.loss == "task" else "distill",
             "model": config.model,
@@ -88,7 +110,8 @@ class Finetune:
             "loss": config.loss,
             "seed": config.seed,
             "data": dataclasses.asdict(config.data),
-            "evaluation": {"task": self.task.name, "before": before, "after": after},
+            "evaluation": {**main, "others": stages},
+            "recall": recall,
             "train": {
                 "loss": loss,
                 "losses": [{"step": entry["step"], "loss": entry["loss"]} for entry in history],
@@ -141,13 +164,13 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
     )
     if config.loss != "task":
         _check_teacher(config, loaded)
-    task = evaluation_task(config.evaluation, config.task)
     with arguments.main_process_first(desc="tokenizing"):
         if config.task == "causal-lm":
             rows = token_blocks(train, loaded.tokenizer, _checked_length(config, loaded.model))
         else:
             rows = labelled_examples(train, loaded.tokenizer, _base(loaded.model).config.label2id, config.max_length)
-        batches = task.prepare(held_out, loaded.tokenizer, loaded.model)
+        measurements = prepare_measurements(evaluation_tasks(config.evaluation, config.task), held_out, loaded)
+        recall = prepare_recall(config, loaded, held_out)
     model = choose_parameters(config, loaded)
     trainer = _trainer(config, arguments, model, loaded.tokenizer, rows, held_out)
     if checkpoint is not None:
@@ -156,8 +179,8 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         config=config,
         loaded=loaded,
         trainer=trainer,
-        task=task,
-        batches=batches,
+        measurements=measurements,
+        recall=recall,
         checkpoint=checkpoint,
     )
 

@@ -18,7 +18,7 @@ from attn_plugins.training.evaluate import write_json
 METRICS, SETTINGS = "metrics.json", "settings.json"
 
 MAY_CHANGE = re.compile(
-    r"output_dir|evaluate_before|evaluation(\..*)?"
+    r"output_dir|evaluate_before|recall|evaluation(\..*)?"
     r"|training\.(max_steps|num_train_epochs|disable_tqdm|report_to|run_name|push_to_hub)"
     r"|training\.(eval|logging|save|dataloader|hub|gradient_checkpointing|activation_checkpointing)_?.*"
 )
