@@ -15,39 +15,38 @@ from attn_plugins.ops.linear.features import LEARNED, prepare, reset_weights, we
 
 @register_attention("linear_window")
 class LinearWindowAttention(Attention):
-    """Softmax over a window and linear attention over what has left it, under one denominator (LoLCATs).
+    """Softmax over sinks and a window, linear attention over what has left it, under one denominator (LoLCATs).
 
-    ``out_i = (sum_near g e^(s_ij - c_i) v_j + sum_far phi(q_i).phi(k_j) v_j) / (the same without v)``: near are the
-    visible keys with ``i - window_size < j <= i`` (``|i - j| < window_size`` where the mask is not causal), far are all
-    other visible ones, ``s_ij = scale q_i.k_j``, c_i is the largest s_ij of the window and ``g = sigmoid(window_gate)``
-    is learned a head. A key is in one of the sums and never in both: it enters the state when it leaves the window.
+    ``out_i = (sum_near e^(s_ij - c_i) v_j + e^b sum_far phi(q_i).phi(k_j) v_j) / (the same without v)``: near are the
+    visible keys with ``i - window_size < j <= i`` (``|i - j| < window_size`` where the mask is not causal) or among the
+    first ``num_sink_tokens`` real tokens of their row or packed segment, far are all other visible ones, ``s_ij = scale
+    q_i.k_j``, c_i is the largest near s_ij and b is learned a head. A key is in one of the sums and never in both: it
+    enters the state when it leaves the window, and a sink never does.
 
-    The feature maps are those of ``linear``. Starts with g = 0.1 and hedgehog's W at the identity: what is in the
-    window is as pretrained, the rest is an average of the past that training sharpens. Hybrids tend to leave the work
-    to the window: evaluation also reports each half alone, and the attribute ``branch`` of a built module, "window" or
-    "linear", leaves out the other. Linear alone gives zeros to tokens whose window holds all that came before.
+    The feature maps are those of ``linear``. Starts from ``e^b = 0.01`` and hedgehog's W at the identity: as ``local``
+    with these sinks, and a hundredth of what is far. Untrained in all layers of SmolLM2-135M-Instruct, perplexity is
+    19.15 on Python's documentation in blocks of 512 tokens, where ``local`` has 19.30 and the model itself 14.68.
+    Hybrids tend to leave the work to the window: evaluation also reports each half alone, and the attribute ``branch``
+    of a built module, "window" or "linear", leaves out the other. Linear alone gives zeros to tokens that see none far.
 
-    As published there is a variant whose window is cut into blocks, that grow from one to two block lengths; this one
-    is exact for each token. Attention dropout isn't applied.
+    Differs from the paper, whose window has a factor of 0.1 and no sinks: sums over hundreds of far keys drown it. Of
+    its variants this is the one that is exact for each token. Attention dropout isn't applied.
 
     Limit case: equals softmax attention when window_size >= K.
     """
 
     family = "linear"
-    cost = "O(N (window_size D + F (chunk_size + D))), F = D features, 2 D for hedgehog"
-    keeps = "window_size keys and values, F (V + 1) sums"
+    cost = "O(N ((num_sink_tokens + window_size) D + F (chunk_size + D))), F = D features, 2 D for hedgehog"
+    keeps = "num_sink_tokens + window_size keys and values, F (V + 1) sums"
     paper = "Zhang et al. 2024, LoLCATs, arXiv:2410.10254, eq. 6"
-    when = (
-        "The linear attention to start with: the window keeps the model usable, the linear part adds the rest "
-        "once trained."
-    )
+    when = "The linear attention to start with: sinks and window keep a model usable, training adds the rest."
     causal = bidirectional = segments = True
     symbolic_length = True
     limit: ClassVar = {"window_size": 50}
     branches = ("window", "linear")
     examples = (
         {"window_size": 5, "chunk_size": 4},
-        {"window_size": 1, "feature_map": "elu", "chunk_size": 8},
+        {"window_size": 1, "num_sink_tokens": 0, "feature_map": "elu", "chunk_size": 8},
         {"window_size": 9, "feature_map": "taylor", "feature_dim": 3, "chunk_size": 8},
     )
 
@@ -55,6 +54,8 @@ class LinearWindowAttention(Attention):
     class Config(AttentionConfig):
         window_size: int = 64
         """Keys with softmax weights up to and including the query's own; as many after it where not causal."""
+        num_sink_tokens: int = 4
+        """First real tokens of a row or packed segment that belong to every later window."""
         feature_map: Literal["hedgehog", "elu", "relu", "relu2", "t2r", "taylor"] = "hedgehog"
         """phi, for keys outside the window."""
         branch: Literal["both", "window", "linear"] = "both"
@@ -65,11 +66,13 @@ class LinearWindowAttention(Attention):
         """Added to the denominator where the linear sum is alone."""
         feature_dim: int = 16
         """Dimensions that taylor projects to."""
+        since: ClassVar = {"num_sink_tokens": window.BEFORE_SINKS}
 
         def __post_init__(self):
             super().__post_init__()
             for option in ("window_size", "chunk_size", "feature_dim"):
                 self.require(getattr(self, option) >= 1, option, "an integer from 1 on")
+            self.require(self.num_sink_tokens >= 0, "num_sink_tokens", "an integer from 0 on")
             self.require(self.eps > 0, "eps", "a number above 0")
 
     def __init__(self, config, heads=None, **options):
@@ -80,11 +83,11 @@ class LinearWindowAttention(Attention):
         sizes = (heads.num_heads, heads.num_key_value_heads, heads.head_dim, config.feature_dim)
         for name, shape in weight_shapes(config.feature_map, *sizes).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-        self.window_gate = nn.Parameter(torch.empty(heads.num_heads))
+        self.log_linear_factor = nn.Parameter(torch.empty(heads.num_heads))
         self.reset_parameters()
 
     def reset_parameters(self):
-        nn.init.constant_(self.window_gate, math.log(0.1 / 0.9))
+        nn.init.constant_(self.log_linear_factor, math.log(0.01))
         if self.config.feature_map in LEARNED:
             reset_weights(self.config.feature_map, weights(self))
 
@@ -101,7 +104,7 @@ class LinearWindowAttention(Attention):
         return self.attend(q_BHQD, k_BGKD, v_BGKV, **options, batched=True)
 
     def new_state(self, fixed_length=None):
-        return Sums(fixed_length, window_size=self.config.window_size)
+        return Sums(fixed_length, window_size=self.config.window_size, num_first=self.config.num_sink_tokens)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
         tokens, prepare = (q_BHQD, k_BGKD, v_BGKV), functools.partial(self._prepare, mask=mask, scale=scale)
@@ -113,6 +116,5 @@ class LinearWindowAttention(Attention):
             raise ValueError(f"branch={self.branch!r}; allowed: 'both', {', '.join(map(repr, self.branches))}")
         tokens, eps = (q_BHQD, k_BGKD, mask, weights(self)), self.config.eps
         prepared = prepare(self.config.feature_map, *tokens, scale=scale, eps=eps)
-        factor_H = torch.sigmoid(self.window_gate.to(torch.promote_types(self.window_gate.dtype, torch.float32)))
-        window_size = self.config.window_size
-        return prepared, {"window_size": window_size, "factor_H": factor_H, "branch": self.branch, "scale": scale}
+        sizes = {"window_size": self.config.window_size, "num_sink_tokens": self.config.num_sink_tokens}
+        return prepared, {**sizes, "log_factor_H": self.log_linear_factor, "branch": self.branch, "scale": scale}

@@ -43,6 +43,8 @@ class AttentionConfig:
 
     _attn_implementation: ClassVar[str] = "attn_plugins"
     """What attention modules of transformers dispatch to, as configs tell code that walks modules named so."""
+    since: ClassVar[Mapping[str, str]] = {}
+    """Options without which a saved rule, complete but for them, meant another attention, and what to do with it."""
 
     require = require
 

@@ -115,6 +115,10 @@ def _parse_rule(entry: Any, name: str) -> Rule:
                 f"{name} ({attention.name!r}) has unknown option {shown(key)}{did_you_mean(key, allowed)}; "
                 f"options: {', '.join(known) or 'none'}; rule keys: {', '.join(RULE_KEYS)}"
             )
+    since = attention.Config.since
+    for option in since if {*known} - {*since} <= {*options} else ():
+        if option not in options:
+            raise ValueError(f"{name} ({attention.name!r}) was saved before it had {option}: {since[option]}")
     try:
         config = attention.Config(**{key: tuple(v) if isinstance(v, list) else v for key, v in options.items()})
     except ValueError as error:

@@ -20,19 +20,28 @@ tokens in."""
 class Sums(State):
     """Running sums over all tokens but the last ``window_size``, and the keys and values of these in a ring buffer.
 
-    ``tensors``: k (B, G, window, D) and v (B, G, window, V), in which position p is in place p modulo ``window``; they
-    are empty where there is no window, and say all the same which tokens may follow. The others are the attention's
-    own, in float32, or float64 for tokens in float64.
+    ``tensors``: k (B, G, num_first + window, D) and v likewise, each row's first real tokens, then the ring, in which
+    position p is in place p modulo ``window``. They are empty where there is no window, and say all the same which
+    tokens may follow. The others are the attention's own, in float32, or float64 for tokens in float64.
 
     Args:
         window_size: of tokens that are not summed up yet.
+        num_first: first real tokens of each row that are kept for good.
         max_length: most tokens that a row may have, where the attention's options set a limit (cosformer).
     """
 
     supports_fixed_length = True
 
-    def __init__(self, fixed_length: int | None = None, *, window_size: int = 0, max_length: int | None = None):
+    def __init__(
+        self,
+        fixed_length: int | None = None,
+        *,
+        window_size: int = 0,
+        num_first: int = 0,
+        max_length: int | None = None,
+    ):
         super().__init__(fixed_length)
+        self.num_first = num_first
         self.window = window_size if fixed_length is None else min(window_size, fixed_length)
         self.max_length = max_length
 
@@ -44,8 +53,8 @@ class Sums(State):
         if not self.tensors:
             (batch, groups), dtype = k_BGKD.shape[:2], accumulation_dtype(k_BGKD, v_BGKV)
             self.tensors = {
-                "k": k_BGKD.new_zeros(batch, groups, self.window, k_BGKD.shape[3]),
-                "v": v_BGKV.new_zeros(batch, groups, self.window, v_BGKV.shape[3]),
+                "k": k_BGKD.new_zeros(batch, groups, self.num_first + self.window, k_BGKD.shape[3]),
+                "v": v_BGKV.new_zeros(batch, groups, self.num_first + self.window, v_BGKV.shape[3]),
             }
             for name, shape in shapes.items():
                 self.tensors[name] = k_BGKD.new_full((batch, *shape), _empty(name), dtype=dtype)
@@ -63,6 +72,37 @@ class Sums(State):
             else:
                 held.copy_(x)
         self.advance(number)
+
+    def first_positions(self, mask: AttentionMask, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions of the first tokens of each row from its first real one on, and which of them are real.
+
+        Args:
+            number: how many of the ``num_first``.
+
+        Returns:
+            both (B or 1, number).
+        """
+        count, padding_BK = torch.arange(number, device=mask.device).unsqueeze(0), mask.padding_BK
+        if padding_BK is None:
+            return count, torch.ones_like(count, dtype=torch.bool)
+        length = padding_BK.shape[1]
+        start_B = torch.where(padding_BK.any(dim=1), padding_BK.long().argmax(dim=1), length)
+        position_BS = start_B.unsqueeze(1) + count
+        return position_BS, padding_BK.gather(1, position_BS.clamp(max=length - 1)) & (position_BS < length)
+
+    def keep_first(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+        """Write those of the next tokens that are first ones of a row into their places."""
+        new, compiling = k_BGKD.shape[2], torch.compiler.is_compiling()
+        number = self.num_first if compiling else min(self.num_first, self.length + new)
+        if not number or (mask.padding_BK is None and not compiling and self.length >= number):
+            return
+        position_BS, _ = mask.cached(("first", number), lambda: self.first_positions(mask, number))
+        index = position_BS - self.position
+        here, index = ((index >= 0) & (index < new))[:, None, :, None], index.clamp(0, new - 1)[:, None, :, None]
+        places = torch.arange(number, device=k_BGKD.device)
+        for name, x in (("k", k_BGKD), ("v", v_BGKV)):
+            first = torch.gather(x, 2, index.expand(*x.shape[:2], -1, x.shape[3]))
+            self.write(name, 2, places, torch.where(here, first, self.tensors[name][:, :, :number]))
 
     def not_padding(self, mask: AttentionMask, number: int) -> torch.Tensor | None:
         """Which of the next ``number`` tokens are no padding, (B, number); None if all are."""
