@@ -146,6 +146,26 @@ def token_blocks(data: "Dataset", tokenizer: Any, length: int) -> "Dataset":
     return blocks
 
 
+def special_blocks(data: "Dataset", tokenizer: Any, length: int) -> "Dataset":
+    """Rows of exactly ``length`` tokens (column ``input_ids``), cut from each text on its own.
+
+    Each stands between the special tokens that the tokenizer puts around a text. What is left at the end of a text is
+    left out.
+
+    Raises:
+        ValueError: the texts give less than one block.
+    """
+
+    def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        rows = tokenizer(batch["text"], truncation=True, max_length=length, return_overflowing_tokens=True)
+        return {"input_ids": [ids for ids in rows["input_ids"] if len(ids) == length]}
+
+    blocks = data.map(cut, batched=True, remove_columns=data.column_names, desc="tokenizing")
+    if len(blocks) == 0:
+        raise ValueError(f"no text gives a block of {length} tokens; allowed: a smaller length, longer texts")
+    return blocks
+
+
 def labelled_examples(data: "Dataset", tokenizer: Any, label2id: dict[str, int], max_length: int) -> "Dataset":
     """Rows of ``input_ids`` (at most ``max_length``), what else the tokenizer gives, and ``labels``; not padded.
 

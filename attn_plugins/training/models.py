@@ -22,6 +22,8 @@ AS_SAVED = "as-saved"
 """The value of ``attention`` that leaves a checkpoint as it is: swapped if it was saved swapped."""
 
 Kind = Literal["causal-lm", "classification"]
+Loadable = Literal["causal-lm", "classification", "any"]
+"""any: whatever the checkpoint was saved from."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 AUTO = {
@@ -92,7 +94,7 @@ def load(
     source: str,
     *,
     attention: Any = AS_SAVED,
-    kind: Kind = "causal-lm",
+    kind: Loadable = "causal-lm",
     labels: list[str] | None = None,
     dtype: Dtype = "auto",
     seed: int = 0,
@@ -125,7 +127,7 @@ def load(
         transformers.utils.logging.set_verbosity_error()  # of several processes, one tells which weights are new
     transformers.set_seed(seed)
     with one_line(source):
-        model, info = AUTO[kind].from_pretrained(base, output_loading_info=True, **options)
+        model, info = _class_of(kind, base).from_pretrained(base, output_loading_info=True, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder if _has_tokenizer(folder) else base)
     if kind == "classification" and tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -136,6 +138,13 @@ def load(
         peft = need("peft", "train")
         model, fresh = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable), []
     return Loaded(model=model, tokenizer=tokenizer, source=base, fresh=fresh)
+
+
+def _class_of(kind: Loadable, base: str) -> Any:
+    if kind != "any":
+        return AUTO[kind]
+    config = transformers.AutoConfig.from_pretrained(base)
+    return getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
 
 
 def skeleton(source: str, attention: Any = AS_SAVED) -> nn.Module:

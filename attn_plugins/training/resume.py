@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from attn_plugins.config.versions import versions
-from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.evaluate import write_json
 
 METRICS, SETTINGS = "metrics.json", "settings.json"
@@ -25,16 +24,16 @@ MAY_CHANGE = re.compile(
 """Settings, by path, that a run may go on with changed: how long it trains, and what is measured, kept and shown."""
 
 
-def settings_of(config: FinetuneConfig) -> dict[str, Any]:
-    """The settings as JSON holds them."""
+def settings_of(config: Any) -> dict[str, Any]:
+    """The settings, a dataclass with an ``output_dir``, as JSON holds them."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def note_settings(config: FinetuneConfig) -> None:
+def note_settings(config: Any) -> None:
     write_json(Path(config.output_dir) / SETTINGS, {"settings": settings_of(config), "versions": versions()})
 
 
-def check_resume(config: FinetuneConfig, *, resume: bool) -> str | None:
+def check_resume(config: Any, *, resume: bool) -> str | None:
     """The checkpoint that a run goes on from, or None where it starts from the start.
 
     Raises:
@@ -61,7 +60,7 @@ def check_resume(config: FinetuneConfig, *, resume: bool) -> str | None:
     return checkpoint
 
 
-def finished(config: FinetuneConfig) -> dict[str, Any] | None:
+def finished(config: Any) -> dict[str, Any] | None:
     """What metrics.json holds, where it is of a run with these very settings that ended; else None."""
     metrics = read(Path(config.output_dir) / METRICS)
     if metrics.get("settings") is None:

@@ -1,6 +1,7 @@
 """Stage 1: the new weights of a swapped model learn to attend as the model's own attention does, layer by layer."""
 
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,11 +16,12 @@ from transformers.utils import logging
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.core.attention import Attention
+from attn_plugins.hf.split import attentions_in, parts_of
 from attn_plugins.hf.swap import describe_attention, unwrap
 from attn_plugins.training.config import check_training
 from attn_plugins.training.evaluate import start_processes
 from attn_plugins.training.resume import last_whole_checkpoint, steps_of
-from attn_plugins.transfer.body import learning, slots_of
+from attn_plugins.transfer.body import heads_that_learn, learning, slots_of
 from attn_plugins.transfer.errors import Loss, measure_errors
 from attn_plugins.transfer.report import LayerErrors, TransferReport
 from attn_plugins.transfer.trainer import NewWeights, TransferTrainer
@@ -99,11 +101,15 @@ def transfer_attention(
             should learn is not called by the model. Nothing has changed then.
     """
     need("accelerate", "train")
+    check_settings(steps, learning_rate, body_dtype, training or {})
     inner, slots = checked(model, loss)
     trained = {path: slot for path, slot in slots.items() if next(slot.parameters(), None) is not None}
-    dtype = _autocast(body_dtype)
-    arguments, checkpoint = _arguments(
-        inner, steps, learning_rate, output_dir, resume, seed, dict(training or {}), progress
+    without = [path for path in slots if path not in trained]
+    if without:
+        logger.warning(f"no weights to train in {len(without)} of {len(slots)} slots: {', '.join(without)}")
+    dtype = None if body_dtype is None else AUTOCAST[body_dtype]
+    arguments, checkpoint = training_arguments(
+        inner, steps, learning_rate, output_dir, resume, seed, training or {}, progress
     )
     if isinstance(batches, Mapping):
         raise ValueError("batches is one batch; allowed: an iterable of them, such as a list or a DataLoader")
@@ -133,8 +139,8 @@ def transfer_attention(
                 path=path,
                 layer=rows[path].layer,
                 role=rows[path].role,
-                attention=slot.name,
-                trained=path in trained,
+                attention=" + ".join("own" if p.attention is None else p.attention.name for p in parts_of(slot)),
+                learned=heads_that_learn(slot, len(before[path] or [])),
                 before=before[path] or [],
                 after=after[path] or [],
             )
@@ -171,13 +177,11 @@ def checked(model: Any, loss: Loss) -> tuple[Any, dict[str, Attention]]:
         raise ValueError("no attention module of this model is swapped; call attn_plugins.swap_attention(model, ...)")
     without = [path for path, slot in slots.items() if next(slot.parameters(), None) is None]
     if len(without) == len(slots):
-        names = ", ".join(sorted({slot.name for slot in slots.values()}))
+        names = ", ".join(sorted({one.name for slot in slots.values() for one in attentions_in(slot)}))
         raise ValueError(
             f"nothing could learn: what is in the slots ({names}) has no weights of its own; choose an attention or an "
             "option that has some, such as linear with feature_map: hedgehog"
         )
-    if without:
-        logger.warning(f"no weights to train in {len(without)} of {len(slots)} slots: {', '.join(without)}")
     weights = {path: weight for path, slot in slots.items() for weight in slot.parameters()}
     for path, weight in weights.items():
         if weight.is_meta or hasattr(weight, "device_mesh"):
@@ -186,7 +190,7 @@ def checked(model: Any, loss: Loss) -> tuple[Any, dict[str, Attention]]:
             )
             raise ValueError(f"a weight of the slot of {path} {how}")
     if loss == "weights":
-        signed = sorted({slot.name for slot in slots.values() if not slot.convex})
+        signed = sorted({one.name for slot in slots.values() for one in attentions_in(slot) if not one.convex})
         if signed:
             raise ValueError(
                 f"loss='weights' compares weights that sum to 1, which those of {', '.join(signed)} do not; "
@@ -195,32 +199,42 @@ def checked(model: Any, loss: Loss) -> tuple[Any, dict[str, Attention]]:
     return inner, slots
 
 
-def _autocast(body_dtype: str | None) -> torch.dtype | None:
+def check_settings(steps: int, learning_rate: float, body_dtype: str | None, training: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a setting that is wrong whatever the model."""
+    if steps < 1:
+        raise ValueError(f"steps={steps}; allowed: at least 1")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate={learning_rate}; allowed: greater than 0")
     if body_dtype is not None and body_dtype not in AUTOCAST:
         raise ValueError(f"body_dtype={body_dtype!r}; allowed: {', '.join(AUTOCAST)}, or None for what the model is in")
-    return None if body_dtype is None else AUTOCAST[body_dtype]
+    for name in training:
+        if name in OURS:
+            instead = f"; use {OURS[name]}" if OURS[name] else ""
+            raise ValueError(f"training.{name} is not for a transfer{instead}")
+    check_training(dict(training))
 
 
-def _arguments(
+def training_arguments(
     model: nn.Module,
     steps: int,
     learning_rate: float,
     output_dir: str | None,
     resume: bool,
     seed: int,
-    training: dict[str, Any],
+    training: Mapping[str, Any],
     progress: bool,
 ) -> tuple[TrainingArguments, str | None]:
-    """(Trainer's arguments, the checkpoint that the run goes on from)."""
-    if steps < 1:
-        raise ValueError(f"steps={steps}; allowed: at least 1")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate={learning_rate}; allowed: greater than 0")
-    for name in training:
-        if name in OURS:
-            instead = f"; use {OURS[name]}" if OURS[name] else ""
-            raise ValueError(f"training.{name} is not for a transfer{instead}")
-    check_training(training)
+    """(Trainer's arguments, the checkpoint that the run goes on from).
+
+    Raises:
+        ValueError: ``output_dir`` holds a run that is not to be gone on with, or cannot be, or Trainer refuses.
+    """
+    for name, what in {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}.items():
+        if os.environ.get(name, "").lower() == "true":
+            raise ValueError(
+                f"accelerate was asked for {what}, which would shard the new weights; allowed: several processes "
+                "without it (a model that needs it: fully_shard(..., ignored_params=...), then transfer_attention)"
+            )
     folder, checkpoint = Path(tempfile.gettempdir()), None
     if output_dir is not None:
         folder = check_folder(output_dir)

@@ -8,16 +8,31 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers.utils.generic import find_labels
 
 from attn_plugins.core.attention import Attention
 from attn_plugins.hf.names import slot_of
+from attn_plugins.hf.split import parts_of
 
 
 def slots_of(model: nn.Module) -> dict[str, Attention]:
     """The attentions in a model's slots, by the path of the module that each serves; a shared module counts once."""
     found = {path: slot_of(module) for path, module in model.named_modules()}
     return {path: slot for path, slot in found.items() if slot is not None}
+
+
+def heads_that_learn(slot: Attention, number: int) -> list[int]:
+    """Which of a module's query heads are served by an attention that has weights."""
+    found: list[int] = []
+    for part in parts_of(slot):
+        if part.attention is None or next(part.attention.parameters(), None) is None:
+            continue
+        if part.kv_heads is None:
+            return list(range(number))
+        size = number // sum(len(one.kv_heads or ()) for one in parts_of(slot))
+        found += [group * size + head for group in part.kv_heads for head in range(size)]
+    return sorted(found)
 
 
 @contextlib.contextmanager
@@ -79,7 +94,8 @@ def what_runs(model: Any, slots: Mapping[str, Attention], batch: Mapping[str, An
         if shifted is None:
             return model, {**batch, "use_cache": False}
         given["decoder_input_ids"] = shifted(labels=batch["labels"])
-    base = model.base_model
+    # What was sharded as a whole is gathered when it is called as a whole.
+    base: Any = model if isinstance(model, FSDPModule) else model.base_model
     takes = inspect.signature(base.forward).parameters
     inside = {id(module) for module in base.modules()}
     part = base if set(given) <= set(takes) and all(id(slot) in inside for slot in slots.values()) else model

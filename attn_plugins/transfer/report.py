@@ -21,13 +21,22 @@ class LayerErrors:
     role: str
     """encoder, decoder or cross."""
     attention: str
-    """Name of the attention in the slot."""
-    trained: bool
-    """False where it has no weights."""
+    """Name of the attention in the slot; of several, that each serve some of the heads, all names."""
+    learned: list[int]
+    """Query heads whose attention has weights."""
     before: list[float]
     after: list[float]
     after_at_twice: list[float] | None = None
     """The errors afterwards at twice the length of the training batches, where they were measured."""
+
+    def mean(self, when: str = "after") -> float:
+        """Mean error of the heads that learned, of all heads where none did.
+
+        Args:
+            when: before, after or after_at_twice.
+        """
+        errors = getattr(self, when)
+        return statistics.fmean(errors[head] for head in self.learned or range(len(errors)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,24 +60,26 @@ class TransferReport:
 
     @property
     def before(self) -> float:
-        """Mean error of the trained modules before training, over modules and heads."""
-        return _mean([layer.before for layer in self.layers if layer.trained])
+        """Mean error before training, over the heads that learned, then over modules."""
+        return self._mean("before")
 
     @property
     def after(self) -> float:
         """The same after training."""
-        return _mean([layer.after for layer in self.layers if layer.trained])
+        return self._mean("after")
 
     @property
     def after_at_twice(self) -> float | None:
         """The same at twice the length, None where that was not measured."""
-        found = [layer.after_at_twice for layer in self.layers if layer.trained and layer.after_at_twice is not None]
-        return _mean(found) if found else None
+        return None if any(layer.after_at_twice is None for layer in self.layers) else self._mean("after_at_twice")
 
     @property
     def worst(self) -> LayerErrors:
-        """The trained module with the greatest mean error after training."""
-        return max((layer for layer in self.layers if layer.trained), key=lambda layer: statistics.fmean(layer.after))
+        """The module with the greatest mean error after training, of those that learned."""
+        return max((layer for layer in self.layers if layer.learned), key=LayerErrors.mean)
+
+    def _mean(self, when: str) -> float:
+        return statistics.fmean(layer.mean(when) for layer in self.layers if layer.learned)
 
     def as_dict(self) -> dict[str, Any]:
         """What JSON holds: all fields, and the means."""
@@ -79,11 +90,11 @@ class TransferReport:
         header = ("path", "attention", "before", "after", "worst head")
         lines: list[tuple[str, ...]] = [header]
         for layer in self.layers:
-            means = [f"{statistics.fmean(errors):.3f}" for errors in (layer.before, layer.after)]
+            means = [f"{layer.mean(when):.3f}" for when in ("before", "after")]
             head = max(range(len(layer.after)), key=lambda number: layer.after[number])
-            name = layer.attention if layer.trained else f"{layer.attention} (no weights)"
+            name = layer.attention if layer.learned else f"{layer.attention} (no weights)"
             lines.append((layer.path, name, *means, f"{layer.after[head]:.3f} (head {head})"))
-        lines.append(("mean of those trained", "", f"{self.before:.3f}", f"{self.after:.3f}", ""))
+        lines.append(("mean of what learned", "", f"{self.before:.3f}", f"{self.after:.3f}", ""))
         widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
@@ -99,13 +110,8 @@ class TransferReport:
         figure = Figure(figsize=(11, 4), layout="constrained")
         lines, heads = figure.subplots(1, 2)
         numbers = range(len(self.layers))
-        for name, errors in {
-            "before": [layer.before for layer in self.layers],
-            "after": [layer.after for layer in self.layers],
-        }.items():
-            lines.plot(
-                numbers, [statistics.fmean(of_heads) for of_heads in errors], marker="o", markersize=3, label=name
-            )
+        for when in ("before", "after"):
+            lines.plot(numbers, [layer.mean(when) for layer in self.layers], marker="o", markersize=3, label=when)
         lines.axhline(1, color="grey", linewidth=0.8, linestyle=":", label="as wrong as zeros")
         lines.set(xlabel="attention module", ylabel="relative squared error of outputs", yscale="log")
         lines.legend()
@@ -115,7 +121,3 @@ class TransferReport:
         heads.set(xlabel="head", ylabel="attention module", title="after")
         figure.colorbar(image, ax=heads)
         figure.savefig(path, dpi=120)
-
-
-def _mean(errors: list[list[float]]) -> float:
-    return statistics.fmean(statistics.fmean(of_heads) for of_heads in errors)

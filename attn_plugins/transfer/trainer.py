@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from attn_plugins.core.attention import Attention
 from attn_plugins.hf.names import SLOT
 from attn_plugins.hf.observe import Observed, own_attention
-from attn_plugins.transfer.body import run_body
+from attn_plugins.transfer.body import heads_that_learn, run_body
 from attn_plugins.transfer.errors import Error, Loss, computed_in, output_error, real_queries, weights_error
 
 
@@ -93,7 +93,8 @@ class TransferTrainer(transformers.Trainer):
                 return
             real_BQ = real_queries(observed, inputs)
             with torch.autocast(observed.query_BHQD.device.type, enabled=False), torch.enable_grad():
-                loss = self._error(observed, real_BQ).mean_H().mean()
+                error_H = self._error(observed, real_BQ).mean_H()
+                loss = error_H[heads_that_learn(observed.slot, len(error_H))].mean()
                 (share * loss).backward()
             losses.append(loss.detach().to(self.args.device))
             every_BQ = observed.query_BHQD[:, 0, :, 0]

@@ -97,7 +97,7 @@ def test_the_error_falls_and_nothing_but_new_weights_changes():
     before = weights_of(model)
     report = transfer(model, texts(), 30)
     assert report.after < report.before - 0.04
-    assert [layer.trained for layer in report.layers] == [True] * 3
+    assert [layer.learned for layer in report.layers] == [[0, 1, 2, 3]] * 3
     assert (report.steps, report.tokens, report.measured_on) == (30, 30 * 2 * 24, "the first batches")
     assert [entry["step"] for entry in report.losses] == list(range(3, 31, 3))
     for name, weight in weights_of(model).items():
@@ -196,11 +196,26 @@ def test_a_hybrid_trains_what_has_weights_and_says_what_has_none(transformers_lo
     report = transfer(model, texts(), 5)
     assert "no weights to train in 1 of 2 slots: model.layers.0.self_attn" in transformers_log.text
     local, linear = report.layers
-    assert (local.attention, local.trained, local.before) == ("local", False, local.after)
-    assert (linear.attention, linear.trained) == ("linear", True)
+    assert (local.attention, local.learned, local.before) == ("local", [], local.after)
+    assert (linear.attention, linear.learned) == ("linear", [0, 1, 2, 3])
     assert (linear.layer, linear.role) == (1, "decoder")
     assert report.before == pytest.approx(sum(linear.before) / 4)
     assert report.worst is linear
+
+
+def test_of_a_split_module_the_heads_with_weights_learn():
+    rules = [{**HEDGEHOG, "layers": [0], "kv_heads": [1]}, {"type": "local", "window_size": 4, "layers": [1]}]
+    rules += [{**HEDGEHOG, "layers": [2], "kv_heads": [0]}, {"type": "local", "window_size": 4, "layers": [2]}]
+    model = llama(rules)
+    report = transfer(model, texts(), 20)
+    own, _, both = report.layers
+    assert [layer.learned for layer in report.layers] == [[2, 3], [], [0, 1]]
+    assert [layer.attention for layer in report.layers] == ["linear + own", "local", "linear + local"]
+    assert max(own.before[:2] + own.after[:2]) < 1e-10
+    assert both.before[2:] == both.after[2:]
+    assert own.mean() < own.mean("before")
+    assert report.after == pytest.approx((sum(own.after[2:]) + sum(both.after[:2])) / 4)
+    assert report.losses[0]["loss"] == pytest.approx(report.before, rel=0.3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

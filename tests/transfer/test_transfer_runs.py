@@ -97,7 +97,41 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_learn_what_one_learns_from_their_joint_batches(tmp_path):
+SHARDED = """
+import os, sys
+import torch
+import torch.distributed as dist
+sys.path[:0] = sys.argv[2:]
+from torch.distributed.fsdp import fully_shard
+from test_transfer_runs import llama, new_weights, slots_of, texts, transfer
+
+dist.init_process_group("gloo")
+model = llama()
+new = {weight for slot in slots_of(model).values() for weight in slot.parameters()}
+mesh = dist.init_device_mesh("cpu", (2,))
+for part in (*model.model.layers, model):
+    fully_shard(part, mesh=mesh, ignored_params=new)
+assert hasattr(model.model.layers[0].mlp.up_proj.weight, "placements")
+rows = [{"input_ids": row[None]} for batch in texts() for row in batch["input_ids"]]
+report = transfer(model, rows, held_out=texts(4))
+found = [new_weights(model), report.processes, report.tokens, report.layers[0].after]
+torch.save(found, f"{sys.argv[1]}/{dist.get_rank()}.pt")
+whole = llama()
+fully_shard(whole, mesh=mesh)
+try:
+    transfer(whole, rows)
+except ValueError as error:
+    assert "is sharded; leave slots out with fully_shard(ignored_params=...)" in str(error), error
+else:
+    raise AssertionError("sharded slots were trained")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize(
+    "worker", [pytest.param(WORKER, id="replicated"), pytest.param(SHARDED, id="sharded", marks=pytest.mark.slow)]
+)
+def test_two_processes_learn_what_one_learns_from_their_joint_batches(tmp_path, worker):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -111,7 +145,7 @@ def test_two_processes_learn_what_one_learns_from_their_joint_batches(tmp_path):
         )
     ]
     started = [
-        programs.start("-c", WORKER, tmp_path, *here, env={**told, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+        programs.start("-c", worker, tmp_path, *here, env={**told, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
     ]
     done = [program.wait() for program in started]
     assert [one.returncode for one in done] == [0, 0], "".join(one.stderr for one in done)
@@ -122,4 +156,4 @@ def test_two_processes_learn_what_one_learns_from_their_joint_batches(tmp_path):
     torch.testing.assert_close(one[0], new_weights(alone), rtol=0, atol=1e-4)
     assert (one[1], one[2]) == (2, report.tokens)
     assert one[3] == pytest.approx(report.layers[0].after, rel=1e-3)
-    assert (tmp_path / "checkpoint-10" / "trainer_state.json").exists()
+    assert (worker is SHARDED) or (tmp_path / "checkpoint-10" / "trainer_state.json").exists()
