@@ -178,6 +178,7 @@ class Bench:
             **({"tune": "new", "loss": "kl"} if distils else {"tune": "lora", "lora": LORA}),
             "training": {**training, "learning_rate": 5e-3 if distils else 2e-3, "save_strategy": "no"},
             "evaluation": {"length": self.length, "max_tokens": self.length},
+            "recall": False,
             "seed": self.seed,
         }
         metrics = prepare_finetune(build(FinetuneConfig, tree)).run(None)
