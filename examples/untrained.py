@@ -323,7 +323,7 @@ def share(model: nn.Module, own: dict[str, Any], sample: Inputs) -> float | None
     counted = pairs(model, sample)
     rows = describe_attention(model)
     roles = {row.role for row in rows if row.plugin is not None}
-    paths = [row.path for row in rows if row.role in roles]
+    paths = dict.fromkeys(row.path for row in rows if row.role in roles)
     scored = sum(counted.get(path, own[path]) or 0 for path in paths)
     return scored / sum(own[path] for path in paths) if scored else None
 

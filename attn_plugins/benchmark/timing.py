@@ -173,10 +173,10 @@ def attention_calls(model: nn.Module, input_ids: torch.Tensor) -> list[ModuleCal
     only as far as the last of these modules.
     """
     groups: dict[str, list[str]] = {}
-    for row in describe_attention(model):
-        module = model.get_submodule(row.path)
-        kind = (type(module).__name__, row.role, row.plugin, row.options, getattr(module, "sliding_window", None))
-        groups.setdefault(repr(kind), []).append(row.path)
+    for path, rows in itertools.groupby(describe_attention(model), key=lambda row: row.path):
+        module, served = model.get_submodule(path), [(row.role, row.plugin, row.options, row.kv_heads) for row in rows]
+        kind = (type(module).__name__, served, getattr(module, "sliding_window", None))
+        groups.setdefault(repr(kind), []).append(path)
     if not groups:
         raise ValueError(f"{type(model).__name__} has no attention that can be measured alone")
     calls: list[ModuleCall] = []

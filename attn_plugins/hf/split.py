@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attn_plugins.core.attention import Attention, HeadShape
+from attn_plugins.core.attention import Attention, AttentionConfig, HeadShape
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention
@@ -97,8 +97,13 @@ class SplitAttention(Attention):
     heads_alike = False
     subquadratic = False
 
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AttentionConfig):
+        parts: tuple[Any, ...]
+        """:attr:`Part.rule` of each."""
+
     def __init__(self, parts: Sequence[Part], group_size: int, heads: HeadShape | None):
-        super().__init__(tuple(part.rule for part in parts), heads)  # type: ignore[arg-type]
+        super().__init__(self.Config(parts=tuple(part.rule for part in parts)), heads)
         self.parts = nn.ModuleList(part.attention for part in parts if part.attention is not None)
         self.own: dict[tuple[int, ...], Attention] = {}
         """Softmax attention for each part that is the model's own; no submodules, since most calls pass them by."""

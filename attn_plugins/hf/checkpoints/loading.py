@@ -12,11 +12,14 @@ from transformers.utils import logging
 from attn_plugins.core.attention import Attention
 from attn_plugins.hf.checkpoints.peft import declined
 from attn_plugins.hf.names import SLOT
+from attn_plugins.hf.split import SplitAttention
 
 
 def initialize_weights(original: Any, self: PreTrainedModel, module: Any, *args: Any, **kwargs: Any) -> None:
     if not isinstance(module, Attention):
         original(self, module, *args, **kwargs)
+    elif isinstance(module, SplitAttention):
+        return  # its parts have been, before it
     elif not getattr(module, "_is_hf_initialized", False):
         _initialize_slot(module)
         module._is_hf_initialized = True  # type: ignore[assignment]
