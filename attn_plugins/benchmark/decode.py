@@ -26,6 +26,7 @@ from attn_plugins.core.rules import parse_rules
 from attn_plugins.hf.caches.cache_layers import cache_bytes
 from attn_plugins.hf.caches.state_layer import StateLayer
 from attn_plugins.hf.names import slot_of
+from attn_plugins.hf.split import states_in
 from attn_plugins.hf.swap import describe_attention, swap_attention
 from attn_plugins.training.models import load, read_attention, skeleton
 
@@ -302,11 +303,13 @@ def filled_cache(model: Any, tokens: int, batch_size: int, chunk: int) -> Dynami
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
         if isinstance(layer, StateLayer):
-            _feed(slots[index], layer.state, model, tokens - 1, batch_size, chunk, generator)
+            for slot, state in states_in(slots[index], layer.state):
+                if slot is None:
+                    state.append(*_random_like([state.tensors["k"], state.tensors["v"]], tokens - 1, generator))
+                else:
+                    _feed(slot, state, model, tokens - 1, batch_size, chunk, generator)
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            shapes = [(*x.shape[:2], tokens - 1, x.shape[3]) for x in (layer.keys, layer.values)]
-            k, v = (torch.randn(shape, generator=generator).to(model.device, layer.keys.dtype) for shape in shapes)
-            layer.update(k, v)
+            layer.update(*_random_like([layer.keys, layer.values], tokens - 1, generator))
         else:
             raise ValueError(
                 f"layer {index} of the cache is a {type(layer).__name__}; allowed: states of attentions, "
@@ -331,6 +334,14 @@ def _feed(
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         mask = AttentionMask(batch_size, number, state.seen + number, causal=True, device=model.device)
         slot(q, k, v, mask=mask, scale=heads.head_dim**-0.5, state=state)
+
+
+def _random_like(tensors: list[torch.Tensor], tokens: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Keys or values (B, G, tokens, D) of the sizes that a cache holds already."""
+    shapes = [(*x.shape[:2], tokens, x.shape[3]) for x in tensors]
+    return [
+        torch.randn(size, generator=generator).to(x.device, x.dtype) for size, x in zip(shapes, tensors, strict=True)
+    ]
 
 
 def _decode(model: Any, cache: DynamicCache, config: DecodeConfig) -> Callable[[], None]:

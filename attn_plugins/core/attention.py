@@ -241,13 +241,7 @@ class Attention(nn.Module):
         if dropout > 0 and not type(self).dropout and not torch.compiler.is_compiling():
             warn_of_dropout(type(self), dropout)
         if state is not None:
-            if need_weights:
-                raise ValueError(
-                    "the weights of tokens that a cache no longer holds cannot be returned; ask for them from the "
-                    "first token on, with output_attentions=True in every call, or call the model without a cache "
-                    "(use_cache=False)"
-                )
-            state.check(q_BHQD, k_BGKD, v_BGKV, mask)
+            state.check(q_BHQD, k_BGKD, v_BGKV, mask, need_weights=need_weights)
         backend = self.chosen(q_BHQD, k_BGKD, v_BGKV, state=state)
         options = {"mask": mask, "scale": scale, "dropout": dropout, **extras}
         if self.wants_rotary:

@@ -223,8 +223,22 @@ class State:
         start_B.copy_(torch.where(start_B < 0, found_B, start_B))
         return mask.padding_BK is None or (not torch.compiler.is_compiling() and bool((start_B >= 0).all()))
 
-    def check(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
+    def check(
+        self,
+        q_BHQD: torch.Tensor,
+        k_BGKD: torch.Tensor,
+        v_BGKV: torch.Tensor,
+        mask: AttentionMask,
+        *,
+        need_weights: bool = False,
+    ) -> None:
         """Raise a ValueError unless these tokens can continue the state; nothing changes."""
+        if need_weights:
+            raise ValueError(
+                "the weights of tokens that a cache no longer holds cannot be returned; ask for them from the first "
+                "token on, with output_attentions=True in every call, or call the model without a cache "
+                "(use_cache=False)"
+            )
         known = self.like()
         if known is not None:
             got = [(*x.shape[:2], x.shape[3]) for x in (k_BGKD, v_BGKV)]

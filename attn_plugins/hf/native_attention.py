@@ -79,12 +79,14 @@ class OwnCall:
         return function is not None and not reads_weights(function, self.module)
 
     def attend(
-        self, of_queries: Taking, of_keys: Taking, *, need_weights: bool
+        self, of_queries: Taking, key: torch.Tensor, value: torch.Tensor, mask: Any, *, need_weights: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(out (B, Q, h, V), weights (B, h, Q, K) or None) of some of the heads.
 
         Args:
-            of_queries, of_keys: take the part of these heads from a tensor that has all of them along an axis.
+            of_queries: takes the part of these heads from a tensor that has all query heads along an axis.
+            key, value: of these heads.
+            mask: of the queries and these keys.
         """
         heads, given = self.query.shape[1], dict(self.given)
         for name in ("position_bias", "s_aux"):
@@ -95,9 +97,9 @@ class OwnCall:
             self.module,
             self.implementation,
             of_queries(self.query, 1),
-            of_keys(self.key, 1),
-            of_keys(self.value, 1),
-            of_queries(self.mask, 1) if per_head(self.mask, heads) else self.mask,
+            key,
+            value,
+            of_queries(mask, 1) if per_head(mask, heads) else mask,
             need_weights=need_weights,
             **given,
         )

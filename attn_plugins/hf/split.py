@@ -18,6 +18,8 @@ from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention
 from attn_plugins.hf.native_attention import OwnCall, per_head
+from attn_plugins.ops.decode.all_keys import AllKeys
+from attn_plugins.ops.decode.split_state import SplitState
 
 
 @dataclass(frozen=True)
@@ -167,21 +169,37 @@ class SplitAttention(Attention):
         got, want = (q_BHQD.shape[1], k_BGKD.shape[1]), (num_heads, self.num_key_value_heads)
         if got != want:
             raise ValueError(f"{self.extra_repr()}: built for (query heads, key/value heads) = {want}, got {got}")
+        states = state.parts if isinstance(state, SplitState) else [None] * len(self.taken)
+        for taken, kept in zip(self.taken, states, strict=True):
+            if kept is not None:  # before any of them changes; of as many heads as there are in the part
+                queries, keys = slice(taken.num_heads), slice(len(taken.kv_heads))
+                given = q_BHQD[:, queries], k_BGKD[:, keys], v_BGKV[:, keys]
+                kept.check(*given, mask, need_weights=need_weights)
         outs, weights = [], []
-        for number, taken in enumerate(self.taken):
-            attention = self.parts[number] if number < len(self.parts) else self.own[taken.kv_heads]
-            if own is not None and number >= len(self.parts) and own.divides(need_weights):
-                out_BQhV, weights_BhQK = own.attend(taken.of_queries, taken.of_keys, need_weights=need_weights)
+        for number, (taken, kept) in enumerate(zip(self.taken, states, strict=True)):
+            attention: Any = self.parts[number] if number < len(self.parts) else self.own[taken.kv_heads]
+            natively = own if own is not None and number >= len(self.parts) and own.divides(need_weights) else None
+            if natively is not None and kept is None:
+                k, v, seen = natively.key, natively.value, natively.mask
+            else:
+                k, v, seen = k_BGKD, v_BGKV, mask
+            k, v = taken.of_keys(k, 1), taken.of_keys(v, 1)
+            if isinstance(kept, AllKeys):
+                k, v, seen = _keys_seen(kept, k, v, mask, unwritten=attention.unwritten_keys)
+                kept = None
+            if natively is not None:
+                out_BQhV, weights_BhQK = natively.attend(taken.of_queries, k, v, seen, need_weights=need_weights)
                 if weights_BhQK is not None:  # of a static layer's keys, written or not
                     weights_BhQK = weights_BhQK[..., : mask.kv_length]
             else:
                 out_BQhV, weights_BhQK = attention(
                     taken.of_queries(q_BHQD, 1),
-                    taken.of_keys(k_BGKD, 1),
-                    taken.of_keys(v_BGKV, 1),
-                    mask=mask,
+                    k,
+                    v,
+                    mask=seen,
                     position_bias=_of_heads(taken, position_bias, num_heads),
                     sinks=None if sinks is None else taken.of_queries(sinks, 0),
+                    state=kept,
                     need_weights=need_weights,
                     **options,
                 )
@@ -194,6 +212,13 @@ class SplitAttention(Attention):
         size = self.group_size
         pieces = [parts[part].narrow(axis, first * size, number * size) for part, first, number in self.order]
         return torch.cat(pieces, dim=axis)
+
+    def new_state(self, fixed_length: int | None = None) -> SplitState | None:
+        """What each part keeps of its heads; None where all of them need all keys and values."""
+        kept = [None if part.attention is None else part.attention.new_state(fixed_length) for part in self.described()]
+        if all(state is None for state in kept):
+            return None
+        return SplitState([AllKeys(fixed_length) if state is None else state for state in kept])
 
     def reset_parameters(self) -> None:
         part: Any
@@ -209,9 +234,36 @@ def parts_of(slot: Attention | None) -> list[Part]:
     return slot.described() if isinstance(slot, SplitAttention) else [Part(None, slot)]
 
 
+def states_in(slot: Any, state: Any) -> list[tuple[Any, Any]]:
+    """The states that a slot attends from, each with its attention; None beside keys that are kept as they come."""
+    if not isinstance(state, SplitState):
+        return [(slot, state)]
+    both = zip(parts_of(slot), state.parts, strict=True)
+    return [(None if isinstance(own, AllKeys) else part.attention, own) for part, own in both]
+
+
 def attentions_in(slot: nn.Module) -> Iterator[Attention]:
     """The attentions that a slot, or what PEFT has put around it, is made of."""
     return (x for x in slot.modules() if isinstance(x, Attention) and not isinstance(x, SplitAttention))
+
+
+def _keys_seen(
+    state: AllKeys, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: Any, *, unwritten: bool
+) -> tuple[torch.Tensor, torch.Tensor, AttentionMask]:
+    """Keys, values and mask of all tokens, the new ones taken in.
+
+    Args:
+        mask: of all tokens so far; of one query and all that a static cache has room for.
+        unwritten: whether keys that a static cache has not written may be among them, in a compiled step.
+    """
+    state.append(k_BGKD, v_BGKV)
+    k, v = state.tensors["k"], state.tensors["v"]
+    if state.fixed_length is None:
+        return k, v, mask
+    if unwritten and mask.q_length == 1 and torch.compiler.is_compiling():
+        return k, v, mask.hiding_unwritten()
+    number = state.length
+    return k[:, :, :number], v[:, :, :number], mask.written() if mask.q_length == 1 else mask
 
 
 def _of_heads(taken: Heads, x_BHQK: Any, num_heads: int) -> Any:

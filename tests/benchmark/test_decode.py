@@ -81,6 +81,20 @@ def test_a_run_writes_times_and_bytes_and_is_not_run_again(tmp_path, monkeypatch
     assert said == [f"6 of 6 cells are in {results.path} already (--fresh measures them again)"]
 
 
+SPLIT = [{"type": "linear", "kv_heads": [0], "layers": [0]}, {"type": "local", "window_size": 4, "kv_heads": [1]}]
+
+
+def test_heads_that_keep_all_tokens_are_filled_beside_those_that_do_not(tmp_path):
+    config = config_of(tmp_path, attentions={"split": SPLIT}, contexts=[32, 64], rounds=1)
+    results, _ = run(config)
+    found = DecodeResults(config, results)
+    token = DENSE_BYTES // 4  # of one head in one layer
+    window = 4 * (token + 1) + 8  # a flag beside each token, and where the text starts
+    for context in (32, 64):
+        sums = 8 * (8 + 1) * 4
+        assert found.result("split", context)["bytes"] == context * token + 2 * window + sums
+
+
 @pytest.mark.parametrize("label", ATTENTIONS)
 def test_bytes_are_those_of_all_tensors_of_a_cache_with_that_many_tokens(tmp_path, label):
     config = config_of(tmp_path, attentions={label: ATTENTIONS[label]}, batch_size=3, contexts=[45], rounds=1)

@@ -136,7 +136,8 @@ class LazyMask(AttentionMask):
         position = torch.arange(self.kv_length, device=self.device) + self.kv_offset
         written_BK = (position < self.q_offset + self.q_length).unsqueeze(0)
         padding_BK = written_BK if self.padding_BK is None else self.padding_BK & written_BK
-        return self._copy(padding_BK=padding_BK, fixed_length=False)
+        asked = {**self.arguments, "allow_is_causal_skip": False}
+        return self._copy(padding_BK=padding_BK, fixed_length=False, arguments=asked)
 
     def contiguous(self) -> "LazyMask":
         """Itself: generate() says it to the masks that it prepares for static caches."""

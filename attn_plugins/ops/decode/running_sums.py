@@ -116,8 +116,16 @@ class Sums(State):
         for name, tensor in self.tensors.items():
             tensor.fill_(_empty(name))
 
-    def check(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
-        super().check(q_BHQD, k_BGKD, v_BGKV, mask)
+    def check(
+        self,
+        q_BHQD: torch.Tensor,
+        k_BGKD: torch.Tensor,
+        v_BGKV: torch.Tensor,
+        mask: AttentionMask,
+        *,
+        need_weights: bool = False,
+    ) -> None:
+        super().check(q_BHQD, k_BGKD, v_BGKV, mask, need_weights=need_weights)
         if self.max_length is None or mask.kv_length <= self.max_length:
             return
         last = row_positions(mask, self.position + self.num_pending + k_BGKD.shape[2] - 1, 1).max()
