@@ -28,10 +28,13 @@ from attn_plugins.training.evaluate import (
 )
 from attn_plugins.training.history import pretrained_base, stages_of
 from attn_plugins.training.models import Loaded, in_slot, load, resolve
-from attn_plugins.training.recall import prepare_recall, report
+from attn_plugins.training.recall import prepare_recall, report, swapped
 from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of, steps_of
 
 CARD = "README.md"
+
+LORA_TARGETS = ("v_proj", "o_proj")
+"""Layers that adapters of a swapped model go to where no ``lora.target_modules`` names others: see docs/transfer.md."""
 
 logger = logging.get_logger("transformers.attn_plugins")
 
@@ -268,6 +271,8 @@ def choose_parameters(config: FinetuneConfig, loaded: Loaded) -> nn.Module:
 def _with_lora(config: FinetuneConfig, loaded: Loaded, new: list[str]) -> nn.Module:
     model, peft = loaded.model, need("peft", "train")
     options = dict(config.lora)
+    if "target_modules" not in options and "target_parameters" not in options and swapped(model):
+        options |= default_targets(model)
     # A slot trains whole: no adapters inside it, even where a layer in it has the name of one of the model's.
     targets = options.get("target_modules")
     inside = {
@@ -286,6 +291,12 @@ def _with_lora(config: FinetuneConfig, loaded: Loaded, new: list[str]) -> nn.Mod
     # The adapter brings all weights of the slots along: it needs no folder in which nothing else was trained.
     adapter.base_model_name_or_path = pretrained_base(stages_of(loaded.source)) or loaded.source
     return adapted
+
+
+def default_targets(model: nn.Module) -> dict[str, Any]:
+    """PEFT's option for what adapters go to: LORA_TARGETS where the model has such layers, else none."""
+    names = {path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return {"target_modules": list(LORA_TARGETS)} if set(LORA_TARGETS) <= names else {}
 
 
 def _arguments(config: FinetuneConfig, quiet: bool) -> Any:

@@ -20,8 +20,7 @@ def prepare_recall(config: FinetuneConfig, loaded: Loaded, held_out: Any) -> Mea
     Returns:
         None where nothing is to be measured: it was not asked for, or the model is no swapped language model.
     """
-    own = all(kind.startswith("own (") for kind in kinds_of(loaded.model))
-    if own or not config.recall or config.task != "causal-lm":
+    if not swapped(loaded.model) or not config.recall or config.task != "causal-lm":
         return None
     length = config.block_size
     options = {"task": "recall", "distances": [length], "rows": ROWS, "passage": min(64, max(16, length // 8))}
@@ -29,6 +28,11 @@ def prepare_recall(config: FinetuneConfig, loaded: Loaded, held_out: Any) -> Mea
         return prepare_measurements(evaluation_tasks(options), held_out, loaded)[0]
     except ValueError as error:
         return str(error)
+
+
+def swapped(model: Any) -> bool:
+    """Whether any attention module of a model is served by another attention than its own."""
+    return any(not kind.startswith("own (") for kind in kinds_of(model))
 
 
 def report(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import WORDS, write_rows
 from recalling import spelling, tiny
+from transformers import GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
 
 from attn_plugins import cli
@@ -15,7 +16,7 @@ from attn_plugins.tasks import get_task, run_task
 from attn_plugins.training import recall
 from attn_plugins.training.config import EvaluateConfig, FinetuneConfig
 from attn_plugins.training.evaluate import prepare_evaluation
-from attn_plugins.training.finetune import prepare_finetune
+from attn_plugins.training.finetune import choose_parameters, prepare_finetune
 from attn_plugins.training.models import load
 from attn_plugins.training.recall import report
 
@@ -181,3 +182,31 @@ def test_evaluate_says_that_recall_is_missing_beside_perplexity_and_prints_it_wh
     assert "recalls" not in both
     assert "accuracy at distance 128" in both
     assert "perplexity at positions" in both
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"lora": {"r": 2}}, {"v_proj", "o_proj"}),
+        ({}, {"v_proj", "o_proj"}),
+        ({"lora": {"r": 2, "target_modules": ["k_proj"]}}, {"k_proj"}),
+        ({"attention": None, "lora": {"r": 2}}, {"q_proj", "v_proj"}),  # PEFT's choice for this family
+    ],
+)
+def test_adapters_of_a_swapped_model_go_to_values_and_outputs_unless_others_are_named(
+    speller, long_text, tmp_path, changes, expected
+):
+    config = settings(speller, long_text, tmp_path / "out", **{"lora": {}, **changes})
+    model = choose_parameters(config, load(speller, attention=config.attention))
+    trained = {name.split(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == expected
+
+
+def test_adapters_go_where_peft_puts_them_in_a_family_with_other_names(tmp_path, long_text):
+    folder = str(tmp_path / "gpt2")
+    GPT2LMHeadModel(GPT2Config(vocab_size=90, n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder)
+    spelling().save_pretrained(folder)
+    config = settings(folder, long_text, tmp_path / "out", lora={"r": 2, "fan_in_fan_out": True})
+    model = choose_parameters(config, load(folder, attention=LOCAL))
+    trained = {name.split(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"c_attn"}
