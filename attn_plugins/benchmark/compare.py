@@ -1,7 +1,6 @@
 """Models x attentions x measurements: each cell runs once, is written down as it ends, and is not run again."""
 
 import dataclasses
-import gc
 import os
 import re
 import shutil
@@ -17,18 +16,25 @@ import torch
 
 from attn_plugins.benchmark import timing
 from attn_plugins.benchmark.cells import described, run_cells
+from attn_plugins.benchmark.compare_models import (
+    NOT_IN_TRANSFER,
+    CompareModels,
+    learns,
+    refuse_keys,
+    spelled_out,
+    transfer_config,
+)
 from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.benchmark.timing import Pass, Scope
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.core.options import build
-from attn_plugins.core.rules import parse_rules
 from attn_plugins.data.text import DataConfig, load_data
 from attn_plugins.tasks import Task
 from attn_plugins.training.config import FinetuneConfig, evaluation_tasks
 from attn_plugins.training.evaluate import attention_summary, place, prepare_measurements, run_measurements
 from attn_plugins.training.finetune import prepare_finetune
-from attn_plugins.training.models import AS_SAVED, Dtype, Loaded, in_slot, load, read_attention, skeleton
+from attn_plugins.training.models import AS_SAVED, Dtype, Loaded, in_slot, load, skeleton
 from attn_plugins.training.resume import finished, same_versions
 
 FORMAT = 1
@@ -86,7 +92,8 @@ class CompareConfig:
     models: dict[str, str]
     """Label -> a folder, a name on the hub, or "smollm2-135m-demo"."""
     attentions: dict[str, Any]
-    """Label -> rules, a YAML file of rules, or null for the model's own attention."""
+    """Label -> rules, a YAML file of rules, or null for the model's own attention; ``{choose: settings}``, as for
+    ``attn-plugins choose``, for rules that are chosen on the training text when the cell runs."""
     output_dir: str
     """Where results.jsonl, report.md and the plots go."""
     baseline: str = "dense"
@@ -99,6 +106,11 @@ class CompareConfig:
     """Task and options, as for ``attn-plugins evaluate``, or a list of these: columns, the first with all its parts."""
     untrained: bool = True
     """Evaluate each attention as it is swapped in, before any training; needs data."""
+    transfer: dict[str, Any] | None = None
+    """Settings of a transfer, as for ``attn-plugins transfer``; each attention that brings weights is evaluated after
+    it, and its fine-tune starts from there. Null: none."""
+    transfer_of: list[str] | None = None
+    """Labels of the attentions that the transfer is for. Null: all that bring weights."""
     finetune: dict[str, Any] | None = None
     """Settings of a fine-tune, as for ``attn-plugins finetune``; each attention is evaluated after it. Null: none."""
     speed: SpeedConfig | None = None
@@ -117,8 +129,9 @@ class CompareConfig:
         for what, label in (("baseline", self.baseline), ("bar", self.bar)):
             if label is not None and label not in self.attentions:
                 raise ValueError(f"{what}={label!r} is none of the attentions; allowed: {', '.join(self.attentions)}")
-        if self.finetune is not None and self.data is None:
-            raise ValueError("finetune needs data")
+        for stage in ("transfer", "finetune"):
+            if getattr(self, stage) is not None and self.data is None:
+                raise ValueError(f"{stage} needs data")
         if self.data is None and self.speed is None and self.memory is None:
             raise ValueError("nothing is measured; allowed: any of data (with untrained or finetune), speed, memory")
         stems = [file_stem(label) for label in self.models]
@@ -130,17 +143,20 @@ class CompareConfig:
         rules: dict[str, Any] = {}
         for label, value in self.attentions.items():
             try:
-                read = read_attention(value)
+                rules[label] = spelled_out(value, self.data)
             except ValueError as error:
                 raise ValueError(f"attentions.{label}: {error}") from None
-            # Every option spelled out, so that a default that changes some day changes the cell's key.
-            rules[label] = read if read in (None, AS_SAVED) else [rule.to_dict() for rule in parse_rules(read)]
         object.__setattr__(self, "attentions", rules)
+        for label in self.transfer_of or ():
+            if not learns(self.attentions.get(label)):
+                having = [one for one, value in self.attentions.items() if learns(value)]
+                raise ValueError(f"transfer_of has {label!r}; allowed: those that bring weights: {', '.join(having)}")
+        if self.transfer is not None:
+            refuse_keys(self.transfer, NOT_IN_TRANSFER, "transfer")
+            transfer_config(self, next(iter(self.models.values())), AS_SAVED, self.seeds[0], "runs")
         kind = None
         if self.finetune is not None:
-            taken = sorted(set(self.finetune) & set(NOT_IN_FINETUNE))
-            if taken:
-                raise ValueError(f"finetune.{taken[0]} is set for the whole comparison; take it out of finetune")
+            refuse_keys(self.finetune, NOT_IN_FINETUNE, "finetune")
             kind = finetune_config(self, next(iter(self.models.values())), None, self.seeds[0], "runs").task
         evaluation_tasks(self.evaluation, kind)
 
@@ -156,7 +172,7 @@ class CompareConfig:
         return self.tasks[0]
 
 
-Measure = Literal["evaluate", "finetune", "speed", "memory"]
+Measure = Literal["evaluate", "transfer", "finetune", "speed", "memory"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,12 +203,18 @@ class CompareCell:
 
 
 def cells(config: CompareConfig) -> list[CompareCell]:
-    """All cells of a comparison, attention by attention; fine-tunes last, since they take longest."""
+    """All cells of a comparison, attention by attention; what trains comes last, since it takes longest."""
     found: list[CompareCell] = []
     for label, source in config.models.items():
         for attention in config.attentions:
             found += _cells_of(config, label, source, attention)
-    return sorted(found, key=lambda cell: cell.measure == "finetune")
+    return sorted(found, key=lambda cell: {"transfer": 1, "finetune": 2}.get(cell.measure, 0))
+
+
+def taught(config: CompareConfig) -> list[str]:
+    """Labels of the attentions that the transfer is for."""
+    found = [label for label, value in config.attentions.items() if learns(value)]
+    return found if config.transfer_of is None else config.transfer_of
 
 
 def _cells_of(config: CompareConfig, model: str, source: str, attention: str) -> Iterator[CompareCell]:
@@ -202,7 +224,10 @@ def _cells_of(config: CompareConfig, model: str, source: str, attention: str) ->
     for seed in config.seeds:
         quality = {**base, "data": data, "evaluation": config.evaluation}
         if config.untrained and config.data is not None:
-            yield CompareCell(**names, measure="evaluate", seed=seed, settings=quality)
+            yield CompareCell(**names, measure="evaluate", seed=seed, settings={**quality})
+        if config.transfer is not None and attention in taught(config):
+            quality["transfer"] = config.transfer
+            yield CompareCell(**names, measure="transfer", seed=seed, settings={**quality})
         if config.finetune is not None:
             yield CompareCell(**names, measure="finetune", seed=seed, settings={**quality, "finetune": config.finetune})
     for measure, passes in (("speed", config.speed), ("memory", config.memory)):
@@ -264,7 +289,7 @@ def run_compare(
     Raises:
         ValueError: another run is measuring into the same file.
     """
-    models = _LoadedModels(config, fresh)
+    models = CompareModels(config, fresh, folder_name)
 
     def measure(group: list[CompareCell]) -> Iterator[tuple[CompareCell, dict[str, Any]]]:
         (cell,) = group
@@ -290,36 +315,14 @@ def _quiet_loading() -> None:
     need("datasets", "train").disable_progress_bars()
 
 
-class _LoadedModels:
-    """The models in memory: the baseline, and the one that was asked for last."""
-
-    def __init__(self, config: CompareConfig, fresh: bool):
-        self.config, self.fresh = config, fresh
-        self.loaded: dict[tuple[str, str, int], Loaded] = {}
-
-    def get(self, source: str, attention: str, seed: int) -> Loaded:
-        key = (source, attention, seed)
-        if key not in self.loaded:
-            for other in list(self.loaded):
-                if other != (source, self.config.baseline, self.config.seeds[0]):
-                    del self.loaded[other]
-            gc.collect()
-            rules = self.config.attentions[attention]
-            kind, dtype = self.config.task.model, self.config.dtype
-            self.loaded[key] = place(load(source, attention=rules, kind=kind, dtype=dtype, seed=seed))
-        return self.loaded[key]
-
-    def drop(self) -> None:
-        self.loaded.clear()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+def _evaluate(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
+    found = _evaluated(config, cell, models.get(cell, cell.attention, cell.seed))
+    return found | ({"rules": models.rules(cell)} if isinstance(cell.settings["rules"], dict) else {})
 
 
-def _evaluate(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> dict[str, Any]:
+def _evaluated(config: CompareConfig, cell: CompareCell, loaded: Loaded) -> dict[str, Any]:
     assert config.data is not None
     task = config.task
-    loaded = models.get(cell.settings["model"], cell.attention, cell.seed)
     untrained = [name for name in loaded.fresh if not in_slot(name)]
     if untrained:
         raise ValueError(
@@ -334,13 +337,27 @@ def _evaluate(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -
     return {**_headline(task, figures), "figures": figures, "others": found, "attention": summary}
 
 
-def _finetune(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> dict[str, Any]:
+def _transfer(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
+    folder, metrics = models.transferred(cell)
+    loaded = place(load(folder, kind=config.task.model, dtype=config.dtype, seed=cell.seed))
+    kept = {name: metrics[name] for name in ("train", "errors")}
+    return {**_evaluated(config, cell, loaded), **kept, "folder": folder}
+
+
+def folder_name(cell: CompareCell, key: str) -> str:
+    """Of what is made for a cell."""
+    return f"{file_stem(cell.model)}-{file_stem(cell.attention)}-seed{cell.seed}-{key[:6]}"
+
+
+def _finetune(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
     models.drop()
-    name = f"{file_stem(cell.model)}-{file_stem(cell.attention)}-seed{cell.seed}-{cell.key[:6]}"
-    folder = Path(config.output_dir).expanduser() / "finetuned" / name
+    folder = Path(config.output_dir).expanduser() / "finetuned" / folder_name(cell, cell.key)
     if folder.exists() and (models.fresh or not same_versions(folder)):
         shutil.rmtree(folder)  # its checkpoints are of a run that does not count any more
-    settings = finetune_config(config, cell.settings["model"], cell.settings["rules"], cell.seed, str(folder))
+    source, rules = cell.settings["model"], models.rules(cell)
+    if "transfer" in cell.settings:
+        (source, _), rules = models.transferred(cell), AS_SAVED
+    settings = finetune_config(config, source, rules, cell.seed, str(folder))
     metrics = finished(settings)
     if metrics is None:
         metrics = prepare_finetune(settings, resume=True).run(progress=cell.attention)
@@ -350,8 +367,8 @@ def _finetune(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -
     return {**_headline(config.task, figures), "figures": figures, "others": others, **kept, "folder": str(folder)}
 
 
-def _speed(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> dict[str, Any]:
-    base = models.get(cell.settings["model"], config.baseline, config.seeds[0])
+def _speed(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
+    base = models.get(cell, config.baseline, config.seeds[0])
     own, input_ids, device = _model_and_tokens(cell, models)
     scope: Scope = cell.settings["scope"]
     found = {}
@@ -365,7 +382,7 @@ def _speed(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> d
     return {"passes": found}
 
 
-def _memory(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> dict[str, Any]:
+def _memory(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
     own, input_ids, device = _model_and_tokens(cell, models)
     found = {}
     for which in cell.settings["passes"]:
@@ -375,9 +392,9 @@ def _memory(config: CompareConfig, cell: CompareCell, models: _LoadedModels) -> 
     return {"passes": found}
 
 
-def _model_and_tokens(cell: CompareCell, models: _LoadedModels) -> tuple[Loaded, torch.Tensor, torch.device]:
+def _model_and_tokens(cell: CompareCell, models: CompareModels) -> tuple[Loaded, torch.Tensor, torch.device]:
     """The cell's model, random tokens for it, and where it is."""
-    own = models.get(cell.settings["model"], cell.attention, cell.seed)
+    own = models.get(cell, cell.attention, cell.seed)
     text: Any = own.model.config.get_text_config()  # type: ignore[operator, union-attr]
     length, limit = cell.settings["length"], getattr(text, "max_position_embeddings", None)
     if limit is not None and length > limit:
@@ -388,8 +405,9 @@ def _model_and_tokens(cell: CompareCell, models: _LoadedModels) -> tuple[Loaded,
     return own, input_ids.to(device), device
 
 
-_MEASURES: dict[str, Callable[[CompareConfig, CompareCell, _LoadedModels], dict[str, Any]]] = {
+_MEASURES: dict[str, Callable[[CompareConfig, CompareCell, CompareModels], dict[str, Any]]] = {
     "evaluate": _evaluate,
+    "transfer": _transfer,
     "finetune": _finetune,
     "speed": _speed,
     "memory": _memory,

@@ -13,7 +13,7 @@ from attn_plugins.benchmark.tables import Table, brief_number, duration, frame
 from attn_plugins.config.extras import need
 from attn_plugins.training.evaluate import without_recall
 
-STAGES = {"evaluate": "untrained", "finetune": "fine-tuned"}
+STAGES = {"evaluate": "untrained", "transfer": "transferred", "finetune": "fine-tuned"}
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
 SCOPES = {"model": "whole model", "attention": "attention layer"}
 
@@ -258,7 +258,7 @@ def _quality_plot(found: CompareResults, model: str) -> Any:
         return None
     figure, axes = frame(1)
     for number, attention, measure, cost, values in points:
-        face = f"C{number}" if measure == "finetune" else "none"
+        face = {"finetune": f"C{number}", "transfer": (f"C{number}", 0.4)}.get(measure, "none")
         mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
         label = (
             attention
@@ -270,14 +270,16 @@ def _quality_plot(found: CompareResults, model: str) -> Any:
         )
     for number, attention in enumerate(config.attentions):  # an arrow's worth: from untrained to fine-tuned
         ends = [(p[3], statistics.mean(p[4])) for p in points if p[1] == attention]
-        axes[0].plot(*zip(*ends, strict=True), color=f"C{number}", lw=1, alpha=0.5) if len(ends) == 2 else None
+        axes[0].plot(*zip(*ends, strict=True), color=f"C{number}", lw=1, alpha=0.5) if len(ends) > 1 else None
     means = [statistics.mean(p[4]) for p in points]
     if task.better == "lower" and max(means) > 5 * min(means):
         axes[0].set_yscale("log")
     scope, length, which = place
     axes[0].set_xlabel(f"time over {config.baseline}'s: {SCOPES[scope]}, {PASSES[which]}, {length} tokens")
     axes[0].set_ylabel(f"{task.metric} ({task.better} is better)")
-    axes[0].set_title(f"{model}: quality against time (hollow: untrained, filled: fine-tuned)")
+    faces = {"evaluate": "hollow", "transfer": "pale", "finetune": "filled"}
+    shown = [f"{faces[measure]}: {stage}" for measure, stage in STAGES.items() if any(p[2] == measure for p in points)]
+    axes[0].set_title(f"{model}: quality against time ({', '.join(shown)})")
     axes[0].legend(fontsize="small")
     return figure
 
@@ -340,13 +342,18 @@ def _longest(config: CompareConfig) -> tuple[str, int, str] | None:
 def _facts(found: CompareResults) -> list[str]:
     config = found.config
     lines = [f"- Model {label}: {source}" for label, source in config.models.items()]
-    lines += [f"- Attention {label}: {_rules(rules)}" for label, rules in config.attentions.items()]
+    for label, rules in config.attentions.items():
+        lines.append(f"- Attention {label}: {_rules(rules)}")
+        for model in config.models if isinstance(rules, dict) else ():
+            chosen = [record["result"]["rules"] for record in _ok(found.of(model, label, "evaluate"))]
+            lines += [f"- Chosen for {label} of {model}: {_rules(one)}" for one in chosen]
     if config.data is not None:
         set_fields = {k: v for k, v in dataclasses.asdict(config.data).items() if v is not None}
         lines.append(f"- Data: {_inline(set_fields)}")
         lines.append(f"- Evaluation: {_inline({'task': config.task.name, **dataclasses.asdict(config.task.config)})}")
-    if config.finetune is not None:
-        lines.append(f"- Fine-tune: {_inline(config.finetune)}")
+    for stage, settings in (("Transfer", config.transfer), ("Fine-tune", config.finetune)):
+        if settings is not None:
+            lines.append(f"- {stage}: {_inline(settings)}")
     lines.append(f"- Seeds: {', '.join(map(str, config.seeds))}; weights in {config.dtype}")
     lines += found.results.provenance(found.record)
     lines.append(f"- Time of all cells: {sum(record['seconds'] for record in found.record.values()) / 60:.1f} minutes")
@@ -358,6 +365,11 @@ def _facts(found: CompareResults) -> list[str]:
 def _rules(rules: Any) -> str:
     if rules is None or isinstance(rules, str):
         return "the model's own" if rules is None else rules
+    if isinstance(rules, dict):
+        ((name, settings),) = rules.items()
+        return (
+            f"{name} {_inline({key: value for key, value in settings.items() if value is not None and key != 'data'})}"
+        )
     return "; ".join(_inline(rule) for rule in rules)
 
 

@@ -119,12 +119,12 @@ def told(stage: dict[str, Any]) -> str:
     """A stage in a line: what was trained by which loss, how long, on what, and what came of it."""
     train, loss = stage["train"], stage.get("loss", "task")
     return (
-        f"{stage['stage']}{'' if loss == 'task' else f' ({loss})'}, {_SHORT[stage['tune']]}: {train['steps']} steps, "
+        f"{stage['stage']}{'' if loss == 'task' else f' ({loss})'}, {SHORT[stage['tune']]}: {train['steps']} steps, "
         f"{train['rows']:,} rows of {_spelled(stage['data']['source'])}, {train['seconds']:,} s{_outcome(stage)}"
     )
 
 
-_SHORT = {"lora": "LoRA and new weights", "full": "all weights", "new": "new weights alone"}
+SHORT = {"lora": "LoRA and new weights", "full": "all weights", "new": "new weights alone"}
 
 
 def _outcome(stage: dict[str, Any]) -> str:

@@ -49,7 +49,7 @@ def check_resume(config: Any, *, resume: bool) -> str | None:
     ended = (out / METRICS).exists()
     noted = read(out / SETTINGS).get("settings")
     if (checkpoint or ended) and noted is not None:
-        changed = [path for path in _differences(noted, settings_of(config)) if not MAY_CHANGE.fullmatch(path)]
+        changed = [path for path in differences(noted, settings_of(config)) if not MAY_CHANGE.fullmatch(path)]
         if changed:
             raise ValueError(
                 f"{out} holds a run with other settings: {', '.join(changed)}; a run goes on with the settings that it "
@@ -65,7 +65,7 @@ def finished(config: Any) -> dict[str, Any] | None:
     metrics = read(Path(config.output_dir) / METRICS)
     if metrics.get("settings") is None:
         return None
-    changed = set(_differences(metrics["settings"], settings_of(config))) - {"output_dir"}
+    changed = set(differences(metrics["settings"], settings_of(config))) - {"output_dir"}
     return None if changed else metrics
 
 
@@ -101,9 +101,9 @@ def read(path: Path) -> dict[str, Any]:
     return tree if isinstance(tree, dict) else {}
 
 
-def _differences(one: Any, other: Any, path: str = "") -> list[str]:
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
     """Paths of what differs between two trees of mappings, such as ``training.learning_rate``."""
     if isinstance(one, dict) and isinstance(other, dict):
         names = dict.fromkeys([*one, *other])
-        return [d for n in names for d in _differences(one.get(n), other.get(n), f"{path}.{n}".lstrip("."))]
+        return [d for n in names for d in differences(one.get(n), other.get(n), f"{path}.{n}".lstrip("."))]
     return [] if one == other else [path]

@@ -15,6 +15,7 @@ from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.models import DEMO, read_attention
+from attn_plugins.transfer.recipe import RecipeConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -27,7 +28,7 @@ def files(folder):
 
 
 def test_every_file_is_of_a_kind_that_a_test_here_loads():
-    kinds = {"attention", "train", "compare", "accelerate", "bench"}
+    kinds = {"attention", "train", "transfer", "compare", "accelerate", "bench"}
     stray = [
         path
         for path in CONFIGS.rglob("*")
@@ -47,6 +48,13 @@ def test_train(path, monkeypatch, tmp_path):
     config = build(FinetuneConfig, read_yaml(path))
     assert config.output_dir == f"runs/{path.stem}"
     transformers.TrainingArguments(output_dir=str(tmp_path), **config.training)
+
+
+@files("transfer")
+def test_transfer(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = build(RecipeConfig, read_yaml(path))
+    assert config.output_dir == f"runs/{path.stem}"
 
 
 @files("compare")
@@ -86,7 +94,9 @@ def test_accelerate(path):
 def test_the_demo_compares_what_it_has_to():
     config = build(CompareConfig, read_yaml(CONFIGS / "compare" / "demo.yaml"))
     assert list(config.models.values()) == [DEMO]
-    rules = {label: value or [] for label, value in config.attentions.items()}
+    chosen = [label for label, value in config.attentions.items() if isinstance(value, dict)]
+    assert chosen, "no heads that are chosen"
+    rules = {label: value or [] for label, value in config.attentions.items() if label not in chosen}
     assert rules[config.baseline] == []
     kinds = {rule["type"] for value in rules.values() for rule in value}
     assert {"local", "linear", "block_topk", "additive"} <= kinds
@@ -95,6 +105,8 @@ def test_the_demo_compares_what_it_has_to():
     assert bar["num_sink_tokens"] > 0
     assert config.untrained
     assert config.finetune is not None
+    assert {(cell.attention, cell.measure) for cell in cells(config)} >= {("linear", "transfer")}
+    assert any(task.recalls for task in config.tasks), "perplexity alone does not show what is recalled"
     length = config.task.config.length
     for value in rules.values():
         for rule in value:

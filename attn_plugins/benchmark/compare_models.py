@@ -1,0 +1,147 @@
+"""The models of a comparison: loaded, their heads chosen, their new weights taught, where its settings ask for that."""
+
+import dataclasses
+import gc
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attn_plugins.benchmark.store import hash_of
+from attn_plugins.choice.run import ChooseConfig, choose
+from attn_plugins.config.versions import versions
+from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.options import build
+from attn_plugins.core.rules import parse_rules
+from attn_plugins.data.text import DataConfig
+from attn_plugins.training.evaluate import place
+from attn_plugins.training.models import AS_SAVED, Loaded, load, read_attention
+from attn_plugins.training.resume import finished, same_versions
+from attn_plugins.transfer.config import TransferConfig
+from attn_plugins.transfer.run import prepare_transfer
+
+if TYPE_CHECKING:
+    from attn_plugins.benchmark.compare import CompareCell, CompareConfig
+
+CHOOSE = "choose"
+"""Key of an attention that is rules to be chosen: its value is settings of a choice."""
+
+NOT_IN_CHOICE = ("model", "data", "output_dir", "dtype", "seed")
+NOT_IN_TRANSFER = ("model", "attention", *NOT_IN_CHOICE[1:])
+
+HEADS = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=64, value_dim=64, hidden_size=256, layer=0)
+
+
+def spelled_out(value: Any, data: DataConfig | None) -> Any:
+    """Rules, or settings of their choice, with every option: a default that changes some day changes the cell's key.
+
+    Raises:
+        ValueError: they are wrong as far as that shows without a model.
+    """
+    if not isinstance(value, dict) or CHOOSE not in value:
+        read = read_attention(value)
+        return read if read in (None, AS_SAVED) else [rule.to_dict() for rule in parse_rules(read)]
+    given = value[CHOOSE]
+    if len(value) > 1 or not isinstance(given, dict):
+        raise ValueError(f"got {value!r}; allowed: rules, or {CHOOSE} and its settings alone")
+    refuse_keys(given, NOT_IN_CHOICE, CHOOSE)
+    if data is None:
+        raise ValueError(f"{CHOOSE} needs data")
+    parsed = build(ChooseConfig, {**given, "model": "", "data": dataclasses.asdict(data)}, CHOOSE)
+    options = {one.name: getattr(parsed, one.name) for one in dataclasses.fields(parsed)}
+    options = {name: option for name, option in options.items() if name not in NOT_IN_CHOICE}
+    return {CHOOSE: {**options, "attention": spelled_out(parsed.attention, None), "data": dataclasses.asdict(data)}}
+
+
+def refuse_keys(settings: dict[str, Any], wrong: tuple[str, ...], where: str) -> None:
+    """Raise a ValueError for a setting that the comparison sets for all of its cells."""
+    taken = sorted(set(settings) & set(wrong))
+    if taken:
+        raise ValueError(f"{where}.{taken[0]} is set for the whole comparison; take it out of {where}")
+
+
+def learns(rules: Any) -> bool:
+    """Whether what ``spelled_out`` gave brings weights that a transfer could teach."""
+    if isinstance(rules, dict):
+        return learns(rules[CHOOSE]["attention"])
+    if rules in (None, AS_SAVED):
+        return False
+    with torch.device("meta"):
+        slots = [rule.attention(rule.config, HEADS) for rule in parse_rules(rules)]
+    return any(next(slot.parameters(), None) is not None for slot in slots)
+
+
+def transfer_config(config: "CompareConfig", source: str, rules: Any, seed: int, output_dir: str) -> TransferConfig:
+    """The transfer before some cells."""
+    assert config.data is not None
+    fixed = {"model": source, "attention": rules, "seed": seed, "output_dir": output_dir, "dtype": config.dtype}
+    return build(
+        TransferConfig, {**(config.transfer or {}), **fixed, "data": dataclasses.asdict(config.data)}, "transfer"
+    )
+
+
+class CompareModels:
+    """The models in memory, the baseline and the one that was asked for last, and what was made for them on disk."""
+
+    def __init__(self, config: "CompareConfig", fresh: bool, name: Callable[["CompareCell", str], str]):
+        self.config, self.fresh, self.name = config, fresh, name
+        self.loaded: dict[tuple[str, str, int], Loaded] = {}
+        self.made: set[Path] = set()
+        """Folders of this run, which ``fresh`` lets be."""
+
+    def get(self, cell: "CompareCell", attention: str, seed: int) -> Loaded:
+        """The cell's model with an attention, as it is swapped in."""
+        source = cell.settings["model"]
+        key = (source, attention, seed)
+        if key not in self.loaded:
+            for other in list(self.loaded):
+                if other != (source, self.config.baseline, self.config.seeds[0]):
+                    del self.loaded[other]
+            gc.collect()
+            rules = self.rules(dataclasses.replace(cell, attention=attention, seed=seed))
+            kind, dtype = self.config.task.model, self.config.dtype
+            self.loaded[key] = place(load(source, attention=rules, kind=kind, dtype=dtype, seed=seed))
+        return self.loaded[key]
+
+    def drop(self) -> None:
+        self.loaded.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def rules(self, cell: "CompareCell") -> Any:
+        """Rules of the cell's attention, chosen where its settings say so: once, and found again by a later run."""
+        rules = self.config.attentions[cell.attention]
+        if not isinstance(rules, dict):
+            return rules
+        source, dtype = cell.settings["model"], self.config.dtype
+        settings = {name: value for name, value in rules[CHOOSE].items() if name != "data"}
+        made_of = {"model": source, "dtype": dtype, "seed": cell.seed, **rules, "versions": versions()}
+        folder = self._folder("chosen", cell, hash_of(made_of))
+        if not (folder / "rules.yaml").exists():
+            fixed = {"model": source, "dtype": dtype, "seed": cell.seed, "output_dir": str(folder)}
+            choose(build(ChooseConfig, {**settings, **fixed, "data": rules[CHOOSE]["data"]}), lambda line: None)
+        return read_attention(str(folder / "rules.yaml"))
+
+    def transferred(self, cell: "CompareCell") -> tuple[str, dict[str, Any]]:
+        """Folder of the cell's model after the transfer, and what its metrics.json holds."""
+        self.drop()
+        shared = {name: cell.settings[name] for name in ("model", "rules", "dtype", "data", "transfer")}
+        folder = self._folder("transferred", cell, hash_of({"seed": cell.seed, **shared}))
+        if folder.exists() and not same_versions(folder):
+            shutil.rmtree(folder)
+        settings = transfer_config(self.config, shared["model"], self.rules(cell), cell.seed, str(folder))
+        metrics = finished(settings)
+        if metrics is None:
+            _, metrics = prepare_transfer(settings, resume=True).run()
+        return str(folder), metrics
+
+    def _folder(self, what: str, cell: "CompareCell", key: str) -> Path:
+        """Where something of the cell's model is kept; empty where all is to be made anew and this was not yet."""
+        folder = Path(self.config.output_dir).expanduser() / what / self.name(cell, key)
+        if self.fresh and folder not in self.made:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.made.add(folder)
+        return folder
