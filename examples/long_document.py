@@ -24,7 +24,7 @@ from attn_plugins.training.models import DEMO, load, read_attention, skeleton
 SINKS = "type: local, window_size: 512, num_sink_tokens: 4"
 ATTENTIONS = [
     "dense=null",
-    "window 512={type: local, window_size: 512}",
+    "window 512={type: local, window_size: 512, num_sink_tokens: 0}",
     f"window 512 + 4 sinks={{{SINKS}}}",
     f"window 512 + 4 sinks, positions of the cache={{{SINKS}, positions: cache}}",
 ]

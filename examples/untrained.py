@@ -44,6 +44,9 @@ Inputs = dict[str, Any]
 PAIRS = ("dense", "local", "sparse")
 """Families whose cost is the pairs of queries and keys that they score; the others score none, or landmarks."""
 
+WINDOW = "type: local, window_size"
+BLOCKS = "type: block_topk, init_blocks: 0"
+"""The best blocks alone, as in the paper."""
 NEIGHBOURS = "{{type: neighborhood_2d, kernel_size: {0}, num_prefix_tokens: 1}}"
 
 
@@ -57,8 +60,8 @@ ATTENTIONS: dict[str, list[str]] = {
     "decoder": [
         "softmax={type: softmax}",
         *_windows([1024, 512, 256, 128], 4, "4 sinks"),
-        *(f"best {n} blocks of 64={{type: block_topk, block_size: 64, topk: {n}}}" for n in (16, 8, 4)),
-        "best 8 blocks of 64, every 6th layer={type: block_topk, block_size: 64, topk: 8, layers: 'every:6+5'}",
+        *(f"best {n} blocks of 64={{{BLOCKS}, block_size: 64, topk: {n}}}" for n in (16, 8, 4)),
+        f"best 8 blocks of 64, every 6th layer={{{BLOCKS}, block_size: 64, topk: 8, layers: 'every:6+5'}}",
         "best 32 keys={type: topk, topk: 32}",
         "linear, every 6th layer={type: linear, layers: 'every:6+5'}",
         "linear={type: linear}",
@@ -66,27 +69,24 @@ ATTENTIONS: dict[str, list[str]] = {
     "sentence-encoder": [
         "softmax={type: softmax}",
         *_windows([128, 64, 32, 16, 8], 1, "CLS"),
-        *(f"blocks of {n}={{type: block_local, block_size: {n}}}" for n in (128, 64, 32)),
+        *(f"blocks of {n}={{type: block_local, block_size: {n}, num_sink_tokens: 0}}" for n in (128, 64, 32)),
         *(f"best {n} keys={{type: topk, topk: {n}}}" for n in (64, 16)),
-        "best 4 blocks of 16={type: block_topk, block_size: 16, topk: 4}",
+        f"best 4 blocks of 16={{{BLOCKS}, block_size: 16, topk: 4}}",
         "nystrom, 64 landmarks={type: nystrom, num_landmarks: 64}",
         "linear={type: linear}",
     ],
     "speech": [
         "softmax, all roles={type: softmax, roles: [encoder, decoder, cross]}",
         *(
-            f"encoder, window {n}={{type: local, window_size: {n}, roles: [encoder]}}"
+            f"encoder, window {n}={{{WINDOW}: {n}, num_sink_tokens: 0, roles: [encoder]}}"
             for n in (750, 384, 192, 96, 48, 24)
         ),
         "encoder, window 48 + 4 sinks={type: local, window_size: 48, num_sink_tokens: 4, roles: [encoder]}",
-        "encoder, best 8 blocks of 32={type: block_topk, block_size: 32, topk: 8, roles: [encoder]}",
+        f"encoder, best 8 blocks of 32={{{BLOCKS}, block_size: 32, topk: 8, roles: [encoder]}}",
         "encoder, nystrom, 64 landmarks={type: nystrom, num_landmarks: 64, roles: [encoder]}",
         "encoder, linear={type: linear, roles: [encoder]}",
-        *(f"decoder, window {n}={{type: local, window_size: {n}, roles: [decoder]}}" for n in (16, 8, 4, 2)),
-        *(
-            f"decoder, window {n} + 4 sinks={{type: local, window_size: {n}, num_sink_tokens: 4, roles: [decoder]}}"
-            for n in (8, 4, 2)
-        ),
+        *(f"decoder, window {n}={{{WINDOW}: {n}, num_sink_tokens: 0, roles: [decoder]}}" for n in (16, 8, 4, 2)),
+        *(f"decoder, window {n} + 4 sinks={{{WINDOW}: {n}, num_sink_tokens: 4, roles: [decoder]}}" for n in (8, 4, 2)),
         *(f"cross, best {n} keys={{type: topk, topk: {n}, roles: [cross]}}" for n in (256, 64, 16, 4, 1)),
         "cross, linear={type: linear, roles: [cross]}",
     ],
@@ -97,7 +97,7 @@ ATTENTIONS: dict[str, list[str]] = {
         "neighbourhood 13 x 13, every 2nd layer={type: neighborhood_2d, kernel_size: 13, layers: 'every:2'}",
         "window 128 + CLS, in reading order={type: local, window_size: 128, num_sink_tokens: 1}",
         "best 64 keys={type: topk, topk: 64}",
-        "best 4 blocks of 64={type: block_topk, block_size: 64, topk: 4}",
+        f"best 4 blocks of 64={{{BLOCKS}, block_size: 64, topk: 4}}",
         "nystrom, 64 landmarks={type: nystrom, num_landmarks: 64}",
         "linear={type: linear}",
     ],

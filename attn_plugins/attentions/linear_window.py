@@ -1,12 +1,12 @@
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
 from torch import nn
 
-from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.core.attention import Attention, AttentionConfig, sink_tokens
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.running_sums import Sums
 from attn_plugins.ops.linear import window
@@ -54,8 +54,8 @@ class LinearWindowAttention(Attention):
     class Config(AttentionConfig):
         window_size: int = 64
         """Keys with softmax weights up to and including the query's own; as many after it where not causal."""
-        num_sink_tokens: int = 4
-        """First real tokens of a row or packed segment that belong to every later window."""
+        num_sink_tokens: int | None = field(default=None, metadata={"settled": sink_tokens})
+        """First real tokens of a row or segment in every later window; None is 4, in encoders [CLS] and registers."""
         feature_map: Literal["hedgehog", "elu", "relu", "relu2", "t2r", "taylor"] = "hedgehog"
         """phi, for keys outside the window."""
         branch: Literal["both", "window", "linear"] = "both"
@@ -72,7 +72,7 @@ class LinearWindowAttention(Attention):
             super().__post_init__()
             for option in ("window_size", "chunk_size", "feature_dim"):
                 self.require(getattr(self, option) >= 1, option, "an integer from 1 on")
-            self.require(self.num_sink_tokens >= 0, "num_sink_tokens", "an integer from 0 on")
+            self.require((self.num_sink_tokens or 0) >= 0, "num_sink_tokens", "None or an integer from 0 on")
             self.require(self.eps > 0, "eps", "a number above 0")
 
     def __init__(self, config, heads=None, **options):

@@ -1,7 +1,7 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from attn_plugins.core.attention import AttentionConfig
+from attn_plugins.core.attention import AttentionConfig, sink_tokens
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.cache_positions import within_cache
 from attn_plugins.ops.decode.ring_buffer import KeyWindow, window_attention
@@ -40,7 +40,7 @@ class LocalAttention(PatternAttention):
     symbolic_length = True
     limit: ClassVar = {"window_size": 50}
     examples = (
-        {"window_size": 5, "look_forward": 2},
+        {"window_size": 5, "look_forward": 2, "num_sink_tokens": 0},
         {"window_size": 4, "num_sink_tokens": 3},
         {"window_size": 2, "num_sink_tokens": 6, "dilation": 3},
     )
@@ -53,8 +53,9 @@ class LocalAttention(PatternAttention):
         """Keys that it sees after itself where the mask is not causal; None is window_size - 1."""
         dilation: int = 1
         """Distance from one key of the window to the next."""
-        num_sink_tokens: int = 0
-        """First real tokens of a row or packed segment that every later query sees too."""
+        num_sink_tokens: int | None = field(default=None, metadata={"settled": sink_tokens})
+        """First real tokens of a row or packed segment that every later query sees too; None is 4 in causal models, and
+        elsewhere as many as stand first, such as [CLS] and registers."""
         positions: Literal["true", "cache"] = "true"
         """Rotary positions of the sinks: their own, or counted within what a cache keeps (causal attention only)."""
 
@@ -63,7 +64,7 @@ class LocalAttention(PatternAttention):
             self.require(self.window_size >= 1, "window_size", "an integer from 1 on")
             self.require((self.look_forward or 0) >= 0, "look_forward", "None or an integer from 0 on")
             self.require(self.dilation >= 1, "dilation", "an integer from 1 on")
-            self.require(self.num_sink_tokens >= 0, "num_sink_tokens", "an integer from 0 on")
+            self.require((self.num_sink_tokens or 0) >= 0, "num_sink_tokens", "None or an integer from 0 on")
 
     @property
     def wants_rotary(self):

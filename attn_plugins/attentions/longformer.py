@@ -1,7 +1,7 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from attn_plugins.core.attention import AttentionConfig
+from attn_plugins.core.attention import AttentionConfig, sink_tokens
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.ring_buffer import KeyWindow, window_attention
 from attn_plugins.ops.softmax.attention import PatternAttention
@@ -33,7 +33,7 @@ class LongformerAttention(PatternAttention):
     symbolic_length = True
     limit: ClassVar = {"window_size": 50}
     examples = (
-        {"window_size": 4},
+        {"window_size": 4, "num_global_tokens": 1},
         {"window_size": 2, "num_global_tokens": 5},
     )
 
@@ -41,13 +41,16 @@ class LongformerAttention(PatternAttention):
     class Config(AttentionConfig):
         window_size: int = 257
         """Keys that a query sees up to and including itself; as many after it where the mask is not causal."""
-        num_global_tokens: int = 1
-        """First real tokens of a row or packed segment that see, and are seen by, all others."""
+        num_global_tokens: int | None = field(
+            default=None, metadata={"settled": lambda prefix: max(1, sink_tokens(prefix))}
+        )
+        """First real tokens of a row or packed segment that see, and are seen by, all others; None is 4 in causal
+        models, and elsewhere as many as stand first, such as [CLS] and registers, at least 1."""
 
         def __post_init__(self):
             super().__post_init__()
             self.require(self.window_size >= 1, "window_size", "an integer from 1 on")
-            self.require(self.num_global_tokens >= 0, "num_global_tokens", "an integer from 0 on")
+            self.require((self.num_global_tokens or 0) >= 0, "num_global_tokens", "None or an integer from 0 on")
 
     def patterns(self, heads, mask, grid_size=None):
         return [(slice(0, heads), self._pattern())]

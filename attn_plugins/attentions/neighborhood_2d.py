@@ -1,5 +1,5 @@
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from attn_plugins.core.attention import AttentionConfig
@@ -50,8 +50,11 @@ class Neighborhood2dAttention(PatternAttention):
         """Patches that a patch sees in each direction, itself included."""
         dilation: int = 1
         """Distance between the patches that it sees."""
-        num_prefix_tokens: int = 1
-        """Tokens before the patches, such as a class token and registers: 1 for ViT, 5 for DINOv3, 0 for SigLIP."""
+        num_prefix_tokens: int | None = field(
+            default=None, metadata={"settled": lambda prefix: 1 if prefix is None else prefix}
+        )
+        """Tokens before the patches, such as a class token and registers: 1 for ViT, 5 for DINOv3, 0 for SigLIP. None
+        is what the model has."""
         grid_size: tuple[int, int] | None = None
         """(height, width) of the image in patches; None is that of the image that the model is given, as it cuts it."""
 
@@ -59,7 +62,7 @@ class Neighborhood2dAttention(PatternAttention):
             super().__post_init__()
             self.require(self.kernel_size >= 1, "kernel_size", "an integer from 1 on")
             self.require(self.dilation >= 1, "dilation", "an integer from 1 on")
-            self.require(self.num_prefix_tokens >= 0, "num_prefix_tokens", "an integer from 0 on")
+            self.require((self.num_prefix_tokens or 0) >= 0, "num_prefix_tokens", "None or an integer from 0 on")
             grid = self.grid_size
             self.require(grid is None or (len(grid) == 2 and min(grid) >= 1), "grid_size", "None or (height, width)")
 

@@ -6,11 +6,13 @@ project in that folder; figures are those of docs/benchmarks/cpu/results.jsonl.
 
 import inspect
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from attn_plugins.benchmark.attention_tables import with_tables
 from attn_plugins.benchmark.kernels_report import says_pays_from
+from attn_plugins.benchmark.starts_table import starts
 from attn_plugins.benchmark.store import Results
 from attn_plugins.benchmark.tables import brief_number
 from attn_plugins.config.versions import spelled_own
@@ -73,14 +75,20 @@ def own_attentions() -> list[type[Attention]]:
 def pages(root: Path) -> dict[Path, str]:
     """What is to stand in each page that the registry makes, or has a table in."""
     docs = root / "docs"
-    written = {docs / "attentions.md": page(docs / "benchmarks" / "cpu" / "results.jsonl")}
+    transfer = docs / "benchmarks" / "transfer"
+    started = starts(transfer / "starts.jsonl", transfer / "encoder_starts.jsonl")
+    written = {docs / "attentions.md": page(docs / "benchmarks" / "cpu" / "results.jsonl", started)}
     for other in (root / "README.md", docs / "generation.md"):
         written[other] = with_tables(other.read_text(encoding="utf8"), own_attentions())
     return written
 
 
-def page(measured: Path) -> str:
-    """The text of docs/attentions.md, with the figures of a benchmark's results.jsonl."""
+def page(measured: Path, started: Sequence[str] = ()) -> str:
+    """The text of docs/attentions.md, with the figures of a benchmark's results.jsonl.
+
+    Args:
+        started: tables of where attentions start in pretrained models.
+    """
     own = sorted(own_attentions(), key=lambda a: (a.family, a.name))
     results = Results(measured)
     figures = timed(results)
@@ -118,6 +126,17 @@ def page(measured: Path) -> str:
         "Several values are for several options. All lengths, spread, memory and other packages are in",
         "[benchmarks/cpu](benchmarks/cpu/report.md). On another machine it is another length: `attn-plugins bench`.",
     ]
+    if started:
+        lines += [
+            "",
+            "## Where each starts",
+            "",
+            "A pretrained model, swapped in all layers and not trained. Each attention at its defaults, and without",
+            "the first tokens or blocks that it keeps by default. The error of layers is the squared error of their",
+            "outputs relative to squares of the model's own, each given what the unswapped model gives it: 1 is as",
+            "bad as zeros. [transfer](transfer.md) says what training makes of it.",
+            *started,
+        ]
     for attention in own:
         lines += ["", *_section(attention, figures.get(attention.name, []))]
     return "\n".join(lines) + "\n"

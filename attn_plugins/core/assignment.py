@@ -34,6 +34,8 @@ class Target:
     """Whether it belongs to the part that rules without ``roles`` and ``modules`` are for (the text model)."""
     needs: Mapping[str, str] = field(default_factory=dict)
     """Capability -> why the module needs it."""
+    prefix_tokens: int | None = None
+    """As in HeadShape."""
     num_heads: int | None = None
     """Query heads, where they are known."""
     num_key_value_heads: int | None = None
@@ -90,6 +92,19 @@ def assign(
             _check_needs(rule, target, name)
             assigned.setdefault(target.path, []).append(Share(rule, number, kv_heads))
     return assigned
+
+
+def settled(assigned: Mapping[str, Sequence[Share]], targets: Sequence[Target]) -> dict[str, list[Share]]:
+    """The same with the options of each rule settled, unless they are others in other modules that it serves."""
+    prefixes = {target.path: target.prefix_tokens for target in targets}
+    known: dict[int, Rule] = {}
+    for rule in rules_that_serve(assigned):
+        found = {rule.config.settled(prefixes[path]) for path in served_by(rule, assigned)}
+        known[id(rule)] = dataclasses.replace(rule, config=found.pop()) if len(found) == 1 else rule
+    return {
+        path: [dataclasses.replace(share, rule=known[id(share.rule)]) for share in shares]
+        for path, shares in assigned.items()
+    }
 
 
 def rules_that_serve(assigned: Mapping[str, Sequence[Share]]) -> list[Rule]:

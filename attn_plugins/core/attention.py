@@ -45,6 +45,9 @@ class HeadShape:
     """Size E of the hidden states that queries are made of; None where it is not known."""
     layer: int | None = None
     """Number of the layer, from 0 in its stack, as in ``layers`` of a rule; None where the heads are of no model."""
+    prefix_tokens: int | None = None
+    """Tokens that stand before the rest in every input of an encoder, such as [CLS] and registers; None where attention
+    is causal, or the heads are of no model."""
 
     def known_hidden_size(self, attention: str) -> int:
         """:attr:`hidden_size`, for weights of the attention of this name.
@@ -57,6 +60,18 @@ class HeadShape:
                 f"attention {attention!r} has weights of the size of hidden states, which is not known here"
             )
         return self.hidden_size
+
+
+CAUSAL_SINKS = 4
+"""First tokens that pretrained causal models look at from everywhere (Xiao et al. 2023, arXiv:2309.17453)."""
+
+
+def sink_tokens(prefix_tokens: int | None) -> int:
+    """First tokens that all others go on seeing, unless a rule says how many: an encoder's prefix, or 4.
+
+    What None stands for in an option whose field has ``metadata={"settled": sink_tokens}``.
+    """
+    return CAUSAL_SINKS if prefix_tokens is None else prefix_tokens
 
 
 class Attention(nn.Module):
@@ -184,6 +199,8 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.config, self.heads, self.backend = config, heads, backend
+        if isinstance(config, AttentionConfig):
+            self.config = config.settled(None if heads is None else heads.prefix_tokens)
         if heads is not None:
             self._check_heads(heads.num_heads)
 

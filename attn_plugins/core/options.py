@@ -37,6 +37,9 @@ class AttentionConfig:
     Whole numbers are limited to 2**31 - 1, or to the field's ``metadata={"largest": ...}``; others have to be 0 or of a
     size that float32 can compute with, 1e-30 to 1e30.
 
+    A field's metadata may hold ``"settled"``, a function of a module's ``HeadShape.prefix_tokens`` that says what None
+    stands for there, and ``"before"``, what rules meant that were saved when there was no such option.
+
     Raises:
         ValueError: a value is not of the annotated type; the message names the option, the value and what is allowed.
     """
@@ -47,6 +50,14 @@ class AttentionConfig:
     """Options without which a saved rule, complete but for them, meant another attention, and what to do with it."""
 
     require = require
+
+    def settled(self, prefix_tokens: int | None) -> "AttentionConfig":
+        """The same, with what None stands for in a module of so many ``HeadShape.prefix_tokens``."""
+        asked = {field.name: field.metadata.get("settled") for field in dataclasses.fields(self)}
+        found = {
+            name: of(prefix_tokens) for name, of in asked.items() if of is not None and getattr(self, name) is None
+        }
+        return dataclasses.replace(self, **found) if found else self
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

@@ -94,6 +94,23 @@ def parse_rules(flag: Flag, **options: Any) -> list[Rule]:
     ]
 
 
+def parse_saved_rules(rules: Flag) -> list[Rule]:
+    """As :func:`parse_rules`, of rules as :meth:`Rule.to_dict` spelled them out, maybe before an option was there.
+
+    Such an option is what saved models did without it, which its default need not be.
+    """
+    if isinstance(rules, str) or not isinstance(rules, Sequence):
+        return parse_rules(rules)
+    return parse_rules([_as_saved(rule) for rule in rules])
+
+
+def _as_saved(rule: Any) -> Any:
+    if not isinstance(rule, Mapping) or "type" not in rule:
+        return rule
+    fields = dataclasses.fields(get_attention(rule["type"]).Config)
+    return {**{f.name: f.metadata["before"] for f in fields if "before" in f.metadata}, **rule}
+
+
 def _parse_rule(entry: Any, name: str) -> Rule:
     if isinstance(entry, str):
         entry = {"type": entry}

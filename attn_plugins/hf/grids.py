@@ -8,7 +8,6 @@ the model around it lasts, so that threads may share a model.
 import inspect
 import math
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attn_plugins.core.attention import Attention
+from attn_plugins.hf.discovery import modules as discovery
 from attn_plugins.hf.hooks import remove_hooks
 
 Grid = tuple[int, int]
@@ -56,7 +56,7 @@ def watch(model: nn.Module, slots: dict[str, Attention]) -> None:
     """Note the images of ``model`` for the modules at these paths, whose attentions want to know."""
     for path, slot in slots.items():
         setattr(model.get_submodule(path), GRID, Grids(slot.heads is not None and slot.heads.grid_size is not None))
-        holder = next((part for part in _outwards(model, path) if _embedding(part) is not None), None)
+        holder = next((part for part in discovery.outwards(model, path) if _embedding(part) is not None), None)
         if holder is not None and _begin not in holder._forward_pre_hooks.values():
             holder.register_forward_pre_hook(_begin, with_kwargs=True)
             holder.register_forward_hook(_end, always_call=True)
@@ -124,15 +124,6 @@ def _window(module: nn.Module) -> Grid | None:
         if len(pair) == 2 and all(isinstance(side, int) and side > 0 for side in pair):
             return pair[0], pair[1]
     return None
-
-
-def _outwards(model: nn.Module, path: str) -> Iterator[PreTrainedModel]:
-    """The models that hold the module at ``path``, innermost first."""
-    while path:
-        path = path.rpartition(".")[0]
-        part = model.get_submodule(path)
-        if isinstance(part, PreTrainedModel):
-            yield part
 
 
 def _embedding(model: nn.Module) -> nn.Module | None:

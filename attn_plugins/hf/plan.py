@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from attn_plugins.core.assignment import Share, Target, assign, by_own_paths, rules_that_serve, served_by
-from attn_plugins.core.rules import Rule, parse_rules
+from attn_plugins.core.assignment import Share, Target, assign, by_own_paths, rules_that_serve, served_by, settled
+from attn_plugins.core.rules import Rule, parse_rules, parse_saved_rules
 from attn_plugins.hf import adapters
 from attn_plugins.hf.checkpoints import configs
 from attn_plugins.hf.discovery import modules as discovery
@@ -47,9 +47,10 @@ def make_plan(model: PreTrainedModel, rules: list[Rule], absent: dict[int, str] 
     if absent is not None and model.base_model is model and model.base_model_prefix:
         whole = model.base_model_prefix
         targets = [dataclasses.replace(target, path_in_whole=f"{whole}.{target.path}") for target in targets]
-    assigned = assign(rules, targets, missing=absent)
+    assigned = settled(assign(rules, targets, missing=absent), targets)
+    rules = rules_that_serve(assigned)
     if absent is not None:  # what is written into the config is for this class
-        rules = [own for rule in rules_that_serve(assigned) for own in by_own_paths(rule, served_by(rule, assigned))]
+        rules = [own for rule in rules for own in by_own_paths(rule, served_by(rule, assigned))]
     modules = {target.path: model.get_submodule(target.path) for target in targets}
     slots = {
         target.path: build(assigned[target.path], modules[target.path], model, target)
@@ -87,8 +88,11 @@ def make_saved_plans(model: PreTrainedModel, missing: list[str]) -> list[Plan]:
     Rules that another class of model has saved were right there, and what is not here is left out; ``missing`` gets a
     line on each of these.
     """
-    rules, config = parse_rules(model.config.attn_plugin), model.config
-    if not configs.from_file(config) or type(model).__name__ in (config.architectures or ()):
+    config = model.config
+    if not configs.from_file(config):
+        return [make_plan(model, parse_rules(config.attn_plugin))]
+    rules = parse_saved_rules(config.attn_plugin)
+    if type(model).__name__ in (config.architectures or ()):
         return [make_plan(model, rules)]
     absent: dict[int, str] = {}
     plan = make_plan(model, rules, absent)

@@ -33,7 +33,9 @@ def build(shares: Sequence[Share], module: nn.Module, model: PreTrainedModel, ta
         raise ValueError(f"{target.path} cannot be swapped: {why}; choose other modules with layers, roles or modules")
     heads, heads_error = None, None
     try:
-        heads = dataclasses.replace(head_sizes.head_shape(module, config), layer=target.layer)
+        heads = dataclasses.replace(
+            head_sizes.head_shape(module, config), layer=target.layer, prefix_tokens=target.prefix_tokens
+        )
     except ValueError as error:
         heads_error = error
     parts = []
@@ -55,7 +57,10 @@ def build(shares: Sequence[Share], module: nn.Module, model: PreTrainedModel, ta
 
 def _wanted(shares: Sequence[Share], target: Target) -> list[tuple[tuple[int, ...] | None, Rule | None]]:
     """(key/value heads, rule) of each part that a module is to have, last the heads that no rule matches."""
-    wanted: list[tuple[tuple[int, ...] | None, Rule | None]] = [(share.kv_heads, share.rule) for share in shares]
+    wanted: list[tuple[tuple[int, ...] | None, Rule | None]] = []
+    for share in shares:
+        options = share.rule.config.settled(target.prefix_tokens)
+        wanted.append((share.kv_heads, dataclasses.replace(share.rule, config=options)))
     named = {head for share in shares for head in share.kv_heads or ()}
     left = tuple(head for head in range(target.num_key_value_heads or 0) if head not in named)
     if left and shares[0].kv_heads is not None:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import attn_plugins as ap
+from attn_plugins.benchmark.starts_table import at_start
 from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.config.versions import versions
 from attn_plugins.config.yaml import parse_yaml
@@ -35,8 +36,8 @@ OUT = Path(__file__).parents[2] / "docs" / "benchmarks" / "transfer" / "starts.j
 
 
 def causal_attentions() -> dict[str, Any]:
-    """Label -> rules: the model's own attention, and each attention of the registry that serves a decoder."""
-    return {"dense": None, **{name: {"type": name} for name in ap.list_attentions() if ap.get_attention(name).causal}}
+    """Label -> rules: the model's own attention, and each one that serves a decoder, also without first tokens."""
+    return {"dense": None, **at_start("causal")}
 
 
 class Subject:

@@ -21,9 +21,12 @@ def seen_by(module, mask, given):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("block_size", "topk"), [(4, 3), (5, 1), (1, 4), (7, 2), (64, 2)])
+@pytest.mark.parametrize(
+    ("block_size", "topk", "init_blocks"),
+    [(4, 3, 0), (5, 1, 0), (1, 4, 0), (7, 2, 0), (64, 2, 0), (4, 3, 1), (4, 4, 2), (5, 1, 1), (7, 2, 3)],
+)
 @pytest.mark.parametrize("kind", ["whole", "left padding", "packed"])
-def test_each_head_of_each_query_sees_its_own_block_and_the_best_others(causal, block_size, topk, kind):
+def test_each_head_of_each_query_sees_its_own_block_and_the_best_others(causal, block_size, topk, init_blocks, kind):
     length, pad = 45, 9
     given = inputs(2, length)
     segments = torch.stack([torch.arange(length) // 20, torch.arange(length) // 30])
@@ -35,7 +38,7 @@ def test_each_head_of_each_query_sees_its_own_block_and_the_best_others(causal, 
     if kind == "packed":
         options["segments_BK"] = segments
         starts = [[int((row == row[j]).nonzero()[0]) for j in range(length)] for row in segments]
-    case = block_topk(causal, block_size=block_size, topk=topk)
+    case = block_topk(causal, block_size=block_size, topk=topk, init_blocks=init_blocks)
     got = seen_by(case.module(value_dim=length), case.mask(2, length, length, **options), given)
     for b in range(2):
         for i in range(pad if kind == "left padding" and b else 0, length):
@@ -45,7 +48,9 @@ def test_each_head_of_each_query_sees_its_own_block_and_the_best_others(causal, 
             others = [block for block in blocks if block is not own and (block[-1] < i or not causal)]
             for h in range(4):
                 q, k = given.q[b, h, i], given.k[b, h // 2]
-                best = sorted(others, key=lambda block: -(q @ k[block].mean(dim=0)).item())[: topk - 1]
+                first = [block for block in blocks[: min(init_blocks, topk - 1)] if block in others]
+                rest = [block for block in others if block not in first]
+                best = [*first, *sorted(rest, key=lambda block: -(q @ k[block].mean(dim=0)).item())][: topk - 1]
                 want = {j for block in [own, *best] for j in block if j <= i or not causal}
                 assert set(got[b, i, h].nonzero().flatten().tolist()) == want, f"row {b}, query {i}, head {h}"
 

@@ -183,7 +183,7 @@ def test_the_state_is_float32_in_half_precision():
     ("options", "message"),
     [
         ({"window_size": 0}, "window_size=0; allowed: an integer from 1 on"),
-        ({"num_sink_tokens": -1}, "num_sink_tokens=-1; allowed: an integer from 0 on"),
+        ({"num_sink_tokens": -1}, "num_sink_tokens=-1; allowed: None or an integer from 0 on"),
         ({"chunk_size": 0}, "chunk_size=0; allowed: an integer from 1 on"),
         ({"eps": 0.0}, "eps=0.0; allowed: a number above 0"),
         ({"branch": "none"}, "branch='none'; allowed: 'both', 'window', 'linear'"),

@@ -125,7 +125,7 @@ def test_a_cache_that_has_dropped_keys_changes_nothing_but_them():
     got = held.run(case.module(), mask)
     # The second row's sinks are still there, the first row's are gone, and nothing takes their place.
     assert_same({"out": got[1, 0]}, {"out": out[1, -1]}, 1e-9)
-    without = local(window_size=8).module()
+    without = local(window_size=8, num_sink_tokens=0).module()
     alone = given.run(without, case.mask(2, keys, keys, padding_BK=padding))
     assert_same({"out": got[0, 0]}, {"out": alone[0, -1]}, 1e-9)
 
@@ -185,5 +185,5 @@ def test_dropout_keeps_the_mean_and_the_backward_draws_the_same():
 def test_options_out_of_range_are_refused():
     with pytest.raises(ValueError, match="window_size=0; allowed: an integer from 1 on"):
         LocalAttention.Config(window_size=0)
-    with pytest.raises(ValueError, match="num_sink_tokens=-1; allowed: an integer from 0 on"):
+    with pytest.raises(ValueError, match="num_sink_tokens=-1; allowed: None or an integer from 0 on"):
         LocalAttention.Config(num_sink_tokens=-1)

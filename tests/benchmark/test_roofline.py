@@ -105,8 +105,8 @@ def test_it_pays_from_where_it_stays_below_flash_attention():
 
 
 def test_blocks_with_a_visible_pair_are_counted(monkeypatch):
-    def blocks(length, **options):
-        module = get_attention("local")(rule("local", **options).config, HEADS)
+    def blocks(length, num_sink_tokens=0, **options):
+        module = get_attention("local")(rule("local", num_sink_tokens=num_sink_tokens, **options).config, HEADS)
         return pairs(module, HEADS, length) / roofline.BLOCK**2 / 4
 
     monkeypatch.setattr(roofline, "TILES", 8)

@@ -51,8 +51,8 @@ def texts(tmp_path):
 def test_a_decoder(measured, llama, texts):
     attentions = {
         "softmax": "{type: softmax}",
-        "window 5": "{type: local, window_size: 5}",
-        "one layer": "{type: local, window_size: 5, layers: 0}",
+        "window 5": "{type: local, window_size: 5, num_sink_tokens: 0}",
+        "one layer": "{type: local, window_size: 5, num_sink_tokens: 0, layers: 0}",
         "linear": "{type: linear}",
         "half linear": "{type: linear, layers: 0}",
         "nystrom": "{type: nystrom}",
@@ -99,7 +99,7 @@ def test_what_cannot_be_measured_is_an_error(measured, llama, texts, capsys):
 
 
 def test_a_sentence_encoder(measured, bert, texts):
-    attentions = {"softmax": "{type: softmax}", "window 3": "{type: local, window_size: 3}"}
+    attentions = {"softmax": "{type: softmax}", "window 3": "{type: local, window_size: 3, num_sink_tokens: 0}"}
     arguments = ["--sentence-encoder", bert, "--texts", texts, "--sentence-length", 24, "--paragraphs", 7]
     found, _ = measured(*arguments, "--scope=attention", attentions=attentions)
     assert found["softmax"]["speed"]["scope"] == "attention"
@@ -142,8 +142,8 @@ def test_speech(measured, tmp_path):
     clips = write_rows(tmp_path / "clips.jsonl", [{"audio": "clip.wav", "text": " ".join(["Mr.", *said[1:]])}])
     attentions = {
         "all": "{type: softmax, roles: [encoder, decoder, cross]}",
-        "encoder": "{type: local, window_size: 1, roles: encoder}",
-        "decoder": "{type: local, window_size: 1, roles: decoder}",
+        "encoder": "{type: local, window_size: 1, num_sink_tokens: 0, roles: encoder}",
+        "decoder": "{type: local, window_size: 1, num_sink_tokens: 0, roles: decoder}",
         "cross": "{type: topk, topk: 5, roles: cross}",
     }
     found, _ = measured("--speech", tmp_path / "whisper", "--clips", clips, "--new-tokens", 9, attentions=attentions)

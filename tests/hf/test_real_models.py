@@ -30,8 +30,8 @@ DECODERS = ("smollm2-135m", "gemma3-270m")
 LENGTHS = {"minilm": (256, 91), "mpnet": (384, 91)}
 """Tokens of the two rows of a batch; 700 are more than Gemma's own window of 512."""
 
-WINDOW = {"type": "local", "window_size": 700}
-FULL = {"type": "local", "window_size": 1500}
+WINDOW = {"type": "local", "window_size": 700, "num_sink_tokens": 0}
+FULL = {"type": "local", "window_size": 1500, "num_sink_tokens": 0}
 ALL_ROLES = [{**FULL, "roles": ["encoder", "decoder"]}, {"type": "topk", "topk": 1500, "roles": "cross"}]
 GRID = {"type": "neighborhood_2d", "kernel_size": 37}
 LIMITS = {
@@ -177,7 +177,11 @@ def test_one_step_inside_the_limit_is_not(name, rule):
 @pytest.mark.parametrize("name", CLASSES)
 def test_the_flag_loads_them_and_restoring_gives_the_original(name, tmp_path):
     _, given, own, _ = held(name)
-    rule = {**GRID, "kernel_size": 5} if name == "dinov2-small" else {"type": "local", "window_size": 8}
+    rule = (
+        {**GRID, "kernel_size": 5}
+        if name == "dinov2-small"
+        else {"type": "local", "window_size": 8, "num_sink_tokens": 0}
+    )
     model = load(name, attn_plugin=rule)
     changed = output(model, given)
     gap = difference(changed, own)
@@ -227,7 +231,7 @@ def test_whisper_hears_as_well_with_a_window_in_its_encoder():
     found = {}
     try:
         for window in (1500, 192, 8):
-            ap.swap_attention(model, "local", window_size=window, roles=["encoder"])
+            ap.swap_attention(model, "local", window_size=window, num_sink_tokens=0, roles=["encoder"])
             found[window] = error_rate()
     finally:
         ap.restore_attention(model)

@@ -223,7 +223,7 @@ def test_gradients_are_those_of_the_models_own_attention(checkpointing):
 
 @torch.no_grad()
 def test_weights_come_back_where_the_model_hands_the_request_through():
-    model = ap.swap_attention(tiny.build("llama"), "local", window_size=2)
+    model = ap.swap_attention(tiny.build("llama"), "local", window_size=2, num_sink_tokens=0)
     seen = []
     hook = model.model.layers[0].self_attn.register_forward_hook(lambda _, __, out: seen.append(out[1]))
     given = tiny.inputs("llama", padded=False)

@@ -53,16 +53,19 @@ def test_a_patch_reaches_its_neighbours_and_the_prefix_in_one_layer(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_neighbourhood_as_large_as_the_image_changes_nothing(name):
+    """The tokens before the patches are those of the model, unless the option says how many."""
     num_prefix_tokens, model = made(name)
     image = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     want = hidden(model, image)
     swap_attention(model, {"type": "neighborhood_2d", "kernel_size": 8, "num_prefix_tokens": num_prefix_tokens})
     torch.testing.assert_close(hidden(model, image), want, rtol=1e-4, atol=1e-5)
+    swap_attention(model, {"type": "neighborhood_2d", "kernel_size": 8})
+    torch.testing.assert_close(hidden(model, image), want, rtol=1e-4, atol=1e-5)
 
 
 def test_a_wrong_number_of_tokens_before_the_patches_is_an_error():
     _, model = made("siglip")
-    swap_attention(model, {"type": "neighborhood_2d"})
+    swap_attention(model, {"type": "neighborhood_2d", "num_prefix_tokens": 1})
     with pytest.raises(ValueError, match=r"got 64 tokens, of which 1 come before the patches .*; allowed: 8 x 8"):
         hidden(model, torch.zeros(1, 3, 32, 32))
 

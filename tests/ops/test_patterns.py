@@ -33,9 +33,10 @@ def local(i, j, n, h, *, causal, window_size, look_forward, dilation, num_sink_t
     return j in window or j < num_sink_tokens
 
 
-def block_local(i, j, n, h, *, causal, block_size, look_backward, look_forward):
+def block_local(i, j, n, h, *, causal, block_size, look_backward, look_forward, num_sink_tokens):
     own = i // block_size
-    return (own - look_backward) * block_size <= j < (own + 1 + look_forward) * block_size
+    near = (own - look_backward) * block_size <= j < (own + 1 + look_forward) * block_size
+    return near or j < num_sink_tokens
 
 
 def longformer(i, j, n, h, *, causal, window_size, num_global_tokens):
@@ -47,12 +48,13 @@ def shifted_block(i, j, n, h, *, causal, group_size):
     return sum(i >= border for border in borders) == sum(j >= border for border in borders)
 
 
-def strided(i, j, n, h, *, causal, stride, num_local_blocks):
-    return abs(i - j) < stride * num_local_blocks or (i - j) % stride == 0
+def strided(i, j, n, h, *, causal, stride, num_local_blocks, num_sink_tokens):
+    return abs(i - j) < stride * num_local_blocks or (i - j) % stride == 0 or j < num_sink_tokens
 
 
-def fixed(i, j, n, h, *, causal, stride, num_local_blocks, num_summary_columns):
-    return abs(i // stride - j // stride) < num_local_blocks or j % stride + num_summary_columns >= stride
+def fixed(i, j, n, h, *, causal, stride, num_local_blocks, num_summary_columns, num_sink_tokens):
+    near = abs(i // stride - j // stride) < num_local_blocks
+    return near or j % stride + num_summary_columns >= stride or j < num_sink_tokens
 
 
 def signed(number):
@@ -81,16 +83,19 @@ PATTERNS = [
     (local, {"window_size": 5, "look_forward": 2, "dilation": 1, "num_sink_tokens": 0}),
     (local, {"window_size": 3, "look_forward": None, "dilation": 4, "num_sink_tokens": 13}),
     (local, {"window_size": 30, "look_forward": 1, "dilation": 2, "num_sink_tokens": 1}),
-    (block_local, {"block_size": 7, "look_backward": 2, "look_forward": 1}),
-    (block_local, {"block_size": 90, "look_backward": 0, "look_forward": 0}),
+    (block_local, {"block_size": 7, "look_backward": 2, "look_forward": 1, "num_sink_tokens": 0}),
+    (block_local, {"block_size": 90, "look_backward": 0, "look_forward": 0, "num_sink_tokens": 0}),
+    (block_local, {"block_size": 7, "look_backward": 1, "look_forward": 0, "num_sink_tokens": 9}),
     (longformer, {"window_size": 4, "num_global_tokens": 3}),
     (longformer, {"window_size": 9, "num_global_tokens": 70}),
     (shifted_block, {"group_size": 9}),
     (shifted_block, {"group_size": 80}),
-    (strided, {"stride": 6, "num_local_blocks": 2}),
-    (strided, {"stride": 70, "num_local_blocks": 1}),
-    (fixed, {"stride": 6, "num_local_blocks": 1, "num_summary_columns": 2}),
-    (fixed, {"stride": 20, "num_local_blocks": 2, "num_summary_columns": 1}),
+    (strided, {"stride": 6, "num_local_blocks": 2, "num_sink_tokens": 0}),
+    (strided, {"stride": 70, "num_local_blocks": 1, "num_sink_tokens": 0}),
+    (strided, {"stride": 11, "num_local_blocks": 1, "num_sink_tokens": 3}),
+    (fixed, {"stride": 6, "num_local_blocks": 1, "num_summary_columns": 2, "num_sink_tokens": 0}),
+    (fixed, {"stride": 20, "num_local_blocks": 2, "num_summary_columns": 1, "num_sink_tokens": 0}),
+    (fixed, {"stride": 9, "num_local_blocks": 1, "num_summary_columns": 2, "num_sink_tokens": 4}),
     (
         bigbird,
         {
@@ -283,10 +288,13 @@ def test_tiles_hold_little_more_than_the_pattern(name, options, keys, causal, ki
 def test_nothing_but_inputs_output_and_normaliser_is_kept_for_the_backward():
     given = inputs(1, 512)
     sizes = given.q.numel() + given.k.numel() + given.v.numel()
+    parts = given.q.numel() + given.q[..., 0].numel()
     for name, options, more in (
         ("bigbird", {"block_size": 16}, 0),
-        ("fixed", {"stride": 16}, 0),
-        ("strided", {"stride": 16}, given.q.numel() + given.q[..., 0].numel()),
+        ("fixed", {"stride": 16, "num_sink_tokens": 0}, 0),
+        ("fixed", {"stride": 16, "num_sink_tokens": 4}, parts),
+        ("strided", {"stride": 16, "num_sink_tokens": 0}, parts),
+        ("strided", {"stride": 16, "num_sink_tokens": 4}, parts),
     ):
         case = case_of(name, **options)
         assert 0 < kept_for_backward(case.module(), given, case.mask(1, 512, 512)) <= sizes + more, name
@@ -332,7 +340,10 @@ def test_random_blocks_stay_as_a_sequence_grows_and_differ_between_seeds():
         ("block_local", "look_backward", -1, "an integer from 0 on"),
         ("block_local", "look_forward", -1, "an integer from 0 on"),
         ("longformer", "window_size", 0, "an integer from 1 on"),
-        ("longformer", "num_global_tokens", -1, "an integer from 0 on"),
+        ("longformer", "num_global_tokens", -1, "None or an integer from 0 on"),
+        ("block_local", "num_sink_tokens", -1, "None or an integer from 0 on"),
+        ("strided", "num_sink_tokens", -1, "None or an integer from 0 on"),
+        ("fixed", "num_sink_tokens", -1, "None or an integer from 0 on"),
         ("shifted_block", "group_size", 1, "an integer from 2 on"),
         ("strided", "stride", 0, "an integer from 1 on"),
         ("strided", "num_local_blocks", 0, "an integer from 1 on"),
@@ -430,6 +441,6 @@ def test_block_local_is_that_of_local_attention(causal):
 
 
 def test_a_dilated_window_has_as_many_keys():
-    case = Case(LocalAttention, {"window_size": 5, "dilation": 7}, True)
+    case = Case(LocalAttention, {"window_size": 5, "dilation": 7, "num_sink_tokens": 0}, True)
     seen = seen_by(case, case.mask(1, 100, 100))[0, 0]
     assert seen[99].nonzero().flatten().tolist() == [71, 78, 85, 92, 99]

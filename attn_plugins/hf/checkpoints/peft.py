@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from attn_plugins.core.assignment import assign
 from attn_plugins.core.attention import Attention
-from attn_plugins.core.rules import ROLES, Rule, parse_rules
+from attn_plugins.core.rules import ROLES, Rule, parse_rules, parse_saved_rules
 from attn_plugins.hf.discovery import modules as discovery
 from attn_plugins.hf.names import SLOT, slot_of
 from attn_plugins.hf.split import attentions_in, parts_of
@@ -170,9 +170,11 @@ def prepare(model: nn.Module, config: Any, adapters: dict[str, Any] | None) -> b
         return False
     if declined(model):
         return False  # load_state_dict tells what is left out
-    assigned = assign(parse_rules(rules), discovery.targets(model))
+    saved, targets = parse_saved_rules(rules), discovery.targets(model)
+    assigned, prefixes = assign(saved, targets), {target.path: target.prefix_tokens for target in targets}
     if held == {
-        path: [(share.kv_heads, share.rule.type, share.rule.config) for share in assigned[path]] for path in assigned
+        path: [(share.kv_heads, share.rule.type, share.rule.config.settled(prefixes[path])) for share in shares]
+        for path, shares in assigned.items()
     }:
         return False
     if held:
@@ -185,7 +187,7 @@ def prepare(model: nn.Module, config: Any, adapters: dict[str, Any] | None) -> b
             f"this adapter was trained with attn_plugin={rules}, and the model has its own attention and adapters "
             f"{sorted(others)}; load them onto separate models, or swap the model first"
         )
-    swap_attention(model, rules)
+    swap_attention(model, [rule.to_dict() for rule in saved])
     return True
 
 

@@ -14,6 +14,7 @@ from attn_plugins.core.attention import warn_of_dropout
 from attn_plugins.hf.adapters import adapted, adapter_of
 from attn_plugins.hf.discovery import by_code
 from attn_plugins.hf.discovery.declared import declares_cross_attention
+from attn_plugins.hf.discovery.first_tokens import prefix_tokens
 from attn_plugins.hf.discovery.heads import head_numbers
 
 
@@ -47,6 +48,15 @@ def owner(model: nn.Module, path: str) -> PreTrainedModel:
     return found
 
 
+def outwards(model: nn.Module, path: str) -> Iterator[PreTrainedModel]:
+    """The models that hold the module at ``path``, innermost first."""
+    while path:
+        path = path.rpartition(".")[0]
+        part = model.get_submodule(path)
+        if isinstance(part, PreTrainedModel):
+            yield part
+
+
 def targets(model: PreTrainedModel) -> list[Target]:
     """A :class:`~attn_plugins.core.assignment.Target` for each attention module.
 
@@ -78,6 +88,7 @@ def targets(model: PreTrainedModel) -> list[Target]:
                 layer=layer,
                 main=main,
                 needs=_needs(module, role, text, main),
+                prefix_tokens=prefix_tokens(outwards(model, path)) if role == "encoder" else None,
                 num_heads=numbers[0],
                 num_key_value_heads=numbers[1],
             )

@@ -104,15 +104,17 @@ def choose_blocks(
     blocks: BlockLayout,
     topk: int,
     *,
+    init_blocks: int = 0,
     at_once: int = SCORES_AT_ONCE,
     look: bool = True,
 ) -> torch.Tensor:
     """The blocks that each query of each head attends to.
 
     Its own block is always the first; the others are those of the same row or segment, complete and past where
-    attention is causal, with the highest ``q . mean of the block's real keys``.
+    attention is causal, with the highest ``q . mean of the block's real keys``, the row's first ones before all.
 
     Args:
+        init_blocks: first blocks of a row or segment that are chosen before others, as far as topk goes.
         at_once: scores of queries with blocks that are worked on at a time.
         look: values may be asked for that leave out work.
 
@@ -139,6 +141,7 @@ def choose_blocks(
         .view(batch, groups, number, -1, k_BGKD.shape[-1])
     )
     keys = keys.masked_fill_(~blocks.not_padding_BNC[:, None, ..., None], 0.0)  # padding may hold anything
+    first_BN = blocks.keys_BNC[..., 0] - blocks.start_BN < min(init_blocks, topk - 1) * blocks.keys_BNC.shape[2]
     means_BGND = keys.sum(dim=3) / count.clamp(min=1).unsqueeze(-1)
     # A few queries at a time: the comparison of all queries with all blocks is the one thing here that is quadratic.
     step = max(1, at_once // (batch * heads * number))
@@ -154,6 +157,8 @@ def choose_blocks(
         candidate = candidate & (blocks.start_BN[:, None, block] == start) & (count[:, :, block] > 0)
         q = q_BHQD[:, :, at].to(dtype).reshape(batch, groups, -1, q_BHQD.shape[3])
         scores = (q @ means_BGND[:, :, block].transpose(-1, -2)).view(batch, heads, -1, len(block))
+        if init_blocks:
+            scores.masked_fill_(first_BN[:, None, None, block], torch.inf)
         scores.masked_fill_(~candidate.unsqueeze(1), -torch.inf)
         best = scores.topk(min(chosen.shape[-1] - 1, len(block)), dim=-1)
         chosen[:, :, at, 1 : 1 + best.indices.shape[-1]] = best.indices.masked_fill(best.values == -torch.inf, -1)

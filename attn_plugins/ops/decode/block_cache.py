@@ -226,7 +226,9 @@ def rows_at(x_BGKD: torch.Tensor, index_BX: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def choose_by_means(q_BHQD: torch.Tensor, position_Q: torch.Tensor, state: KeyBlocks, topk: int) -> torch.Tensor:
+def choose_by_means(
+    q_BHQD: torch.Tensor, position_Q: torch.Tensor, state: KeyBlocks, topk: int, init_blocks: int
+) -> torch.Tensor:
     """(B, H, Q, at most topk) blocks, as :func:`attn_plugins.ops.blocks.gather.choose_blocks` chooses them."""
     own_BQ1 = own_blocks(position_Q, state).unsqueeze(2)
     own_BHQ1 = own_BQ1.unsqueeze(1).expand(*q_BHQD.shape[:3], 1)
@@ -238,6 +240,7 @@ def choose_by_means(q_BHQD: torch.Tensor, position_Q: torch.Tensor, state: KeyBl
     q = q_BHQD.to(mean_BGND.dtype).reshape(*mean_BGND.shape[:2], -1, q_BHQD.shape[3])
     scores = (q @ mean_BGND[:, :, :number].mT).view(*q_BHQD.shape[:3], number)
     block = torch.arange(number, device=q.device)
+    scores.masked_fill_(block < min(init_blocks, topk - 1), torch.inf)
     candidate = (block < own_BQ1) & state.tensors["filled"][:, None, :number]
     best = scores.masked_fill(~candidate.unsqueeze(1), -torch.inf).topk(width, dim=-1)
     return torch.cat([own_BHQ1, best.indices.masked_fill(best.values == -torch.inf, -1)], dim=3)

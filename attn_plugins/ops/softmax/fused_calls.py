@@ -21,6 +21,7 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.linear.attention import distinct
 from attn_plugins.ops.reference import outside_autocast
 from attn_plugins.ops.softmax.patterns.band import Band, BlockBand
+from attn_plugins.ops.softmax.patterns.with_first import WithFirst
 from attn_plugins.ops.softmax.tiles import Pattern
 
 PIECE = 1024
@@ -115,6 +116,9 @@ def not_in_calls(mask: AttentionMask, pattern: Pattern) -> str | None:
     elif isinstance(pattern, BlockBand):
         if pattern.look_backward or (pattern.look_forward and not mask.causal):
             return "blocks that see other blocks are not served"
+    elif isinstance(pattern, WithFirst):
+        beside = type(pattern.pattern).__name__
+        return f"tokens that are seen from everywhere, beside the pattern {beside}, are not served"
     else:
         return f"the pattern {type(pattern).__name__} is not served"
     if not runs_of(mask).whole:

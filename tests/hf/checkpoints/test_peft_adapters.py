@@ -90,6 +90,21 @@ def test_an_adapter_holds_all_that_its_base_model_lacks(tmp_path, base, name):
     assert torch.equal(logits(PeftModel.from_pretrained(plain(base), folder)), expected)
 
 
+def test_one_rule_may_mean_other_options_in_each_half_of_a_base_model(tmp_path):
+    tiny.build("bart").save_pretrained(tmp_path / "base")
+    load = transformers.AutoModelForSeq2SeqLM.from_pretrained
+    model = stirred(lora(load(tmp_path / "base", attn_plugin="local"), task_type="SEQ_2_SEQ_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    rows = [row.options for row in ap.describe_attention(model)]
+    assert {options.get("num_sink_tokens") for options in rows} == {1, 4, None}
+    for flag in ({}, {"attn_plugin": "local"}):
+        back = PeftModel.from_pretrained(load(tmp_path / "base", **flag), tmp_path / "adapter")
+        assert [row.options for row in ap.describe_attention(back)] == rows
+    other = load(tmp_path / "base", attn_plugin={"type": "local", "num_sink_tokens": 4})
+    with pytest.raises(ValueError, match="load the base model with the adapter's rules, or without any"):
+        PeftModel.from_pretrained(other, tmp_path / "adapter")
+
+
 def test_an_adapter_that_transformers_made_and_saved_carries_its_rules(tmp_path, base):
     model = plain(base, attn_plugin=HEDGEHOG)
     model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=WHOLE, task_type="CAUSAL_LM"))

@@ -51,9 +51,9 @@ def test_config_json_spells_every_option_out(tmp_path):
     ap.swap_attention(tiny.build("llama"), "local", layers=-1).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["attn_implementation"] == "attn_plugins"
-    options = {
-        field: getattr(ap.get_attention("local").Config(), field) for field in ("window_size", "num_sink_tokens")
-    }
+    settled = ap.get_attention("local").Config().settled(None)
+    options = {field: getattr(settled, field) for field in ("window_size", "num_sink_tokens")}
+    assert options == {"window_size": 256, "num_sink_tokens": 4}
     assert options.items() <= saved["attn_plugin"][0].items()
     assert saved["attn_plugin"][0]["layers"] == -1
 
