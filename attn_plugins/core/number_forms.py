@@ -7,7 +7,7 @@ from attn_plugins.core.options import shown
 
 ALLOWED = '"all", 3, -1, "0-15", "every:4", "every:4+3", or a list of these'
 
-_SPAN = r"(-?\d{1,9})(?:-(-?\d{1,9}))?"
+_SPAN = r"(-?\d{1,10})(?:-(-?\d{1,10}))?"
 
 
 def is_form(item: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.backend import FORMS, list_backends
 from attn_plugins.core.number_forms import ALLOWED, check_numbers, is_form
-from attn_plugins.core.options import did_you_mean, shown
+from attn_plugins.core.options import LARGEST_INT, did_you_mean, shown
 from attn_plugins.core.registry import get_attention
 
 Flag: TypeAlias = "str | Mapping[str, Any] | Sequence[Mapping[str, Any]]"
@@ -187,7 +187,7 @@ def _check_heads(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
         if not value:
             raise ValueError(f"{name}: {key}={{}} names no layer; allowed: a mapping of layers to heads")
         for layer in value:
-            if not is_form(layer):
+            if not is_form(layer) or (isinstance(layer, int) and abs(layer) > LARGEST_INT):
                 raise ValueError(f"{name}: {key} names layer {shown(layer)}; allowed: {ALLOWED.rpartition(',')[0]}")
         named[key] = {str(layer): check_numbers(heads, key, "head", name) for layer, heads in value.items()}
     return named

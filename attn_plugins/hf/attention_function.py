@@ -9,6 +9,8 @@ from torch import nn
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.registry import get_attention
+from attn_plugins.hf.adapters import adapter_of
 from attn_plugins.hf.arguments import refuse_unsupported
 from attn_plugins.hf.caches.cache_layers import check_ends
 from attn_plugins.hf.call import Call, call_of
@@ -73,8 +75,9 @@ def attention_forward(
         if observer is None:
             return own(need_weights=need_weights, dropout=dropout)
         refuse_state(module, None if call is None else call.state)
-        served = own(need_weights=need_weights, dropout=0.0)
-        if observer.see is None:
+        # A family with an adapter attends within its forward: softmax attention serves in its place, further below.
+        served = own(need_weights=need_weights, dropout=0.0) if adapter_of(type(module)) is None else None
+        if observer.see is None and served is not None:
             return served
     if kwargs:
         if kwargs.get("cache") is not None:
@@ -109,9 +112,16 @@ def attention_forward(
         "grid_size": grid_of(module, query) if attention.wants_grid else None,
         "hidden": hidden_states_of(module, call, query) if attention.wants_hidden else None,
     }
-    if observer is not None and observer.see is not None:
-        weigh = functools.partial(own, need_weights=True, dropout=0.0)
-        observer.see(Observed.of(module, (query, key, value), served, weigh, **arguments))
+    if observer is not None:
+        if served is None:
+            softmax, plain = get_attention("softmax"), ("mask", "scale", "position_bias", "softcap", "sinks")
+            own = functools.partial(
+                softmax(softmax.Config()), query, key, value, **{name: arguments[name] for name in plain}
+            )
+            served = own(need_weights=need_weights, dropout=0.0)
+        if observer.see is not None:
+            weigh = functools.partial(own, need_weights=True, dropout=0.0)
+            observer.see(Observed.of(module, (query, key, value), served, weigh, **arguments))
         return served
     attended = slot(query, key, value, **arguments, dropout=dropout, state=state, need_weights=need_weights, **beside)
     if state is not None and before is not None and state.seen != before + key.shape[2]:

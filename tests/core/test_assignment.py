@@ -127,6 +127,8 @@ def test_what_is_written_for_paths_serves_the_same():
         ({**LOCAL, "kv_heads": {"seven": [1]}}, r"rule: kv_heads names layer 'seven'; allowed: \"all\", 3, -1"),
         ({**LOCAL, "kv_heads": {"1": []}}, r"rule: kv_heads=\[\] names no head"),
         ({**LOCAL, "kv_heads": {True: [1]}}, r"kv_heads names layer True"),
+        ({**LOCAL, "kv_heads": {10**12: [1]}}, r"kv_heads names layer 1000000000000; allowed: \"all\", 3, -1"),
+        ({**LOCAL, "kv_heads": {10**9: [1]}}, r"a layer of kv_heads='1000000000' is out of range"),
         ({**LOCAL, "kv_heads": {"1": [1]}, "layers": 1}, r"kv_heads=.* and layers=1 both name layers; allowed: one"),
         ({**LOCAL, "kv_head": [1]}, "unknown option 'kv_head'.*did you mean kv_heads"),
     ],

@@ -20,8 +20,14 @@ NAMES = ap.list_attentions()
 LAYERS = st.one_of(
     st.sampled_from(["all", 0, -1, 99, "0-1", "1-0", "every:2", "every:0", "every:2+1", [0, "1-2"], []]), junk
 )
+HEADS = st.one_of(
+    st.sampled_from(["all", 0, -1, 99, "0-1", "every:2", [0, 1], [], {"0": [1]}, {"-1": 0, "1": "all"}, {"0": 9}, {}]),
+    junk,
+)
 CHOICES = {
     "layers": LAYERS,
+    "heads": HEADS,
+    "kv_heads": HEADS,
     "roles": st.one_of(st.sampled_from(["decoder", "encoder", "cross", ["decoder", "encoder"]]), junk),
     "modules": st.one_of(st.sampled_from(["*", "layers.0.*", "nothing", ["*attn*"]]), junk),
     "backend": st.one_of(st.sampled_from(FORMS), junk),

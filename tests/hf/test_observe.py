@@ -1,5 +1,6 @@
 """Seeing a model's own attention beside what its slots would have made of the same call."""
 
+import adapter_cases
 import pytest
 import tiny
 import torch
@@ -135,3 +136,22 @@ def test_cross_attention_is_seen():
         real_BQ = torch.ones(1, 1, dtype=torch.bool) if one.real_BQ is None else one.real_BQ
         real_BQ = real_BQ.expand(*one.own_BQHV.shape[:2])
         torch.testing.assert_close(one.attend()[0][real_BQ], one.own_BQHV[real_BQ])
+
+
+@pytest.mark.parametrize("name", ["mpnet", "gptj", "xglm", "falcon-groups", "blip-captions", "deberta_v2", "swinv2"])
+@torch.no_grad()
+def test_families_with_an_adapter_attend_by_their_own_too(name):
+    case = adapter_cases.CASES[name]
+    cls, config = case.made()
+    torch.manual_seed(0)
+    model, given = cls._from_config(config).eval(), case.given()
+    own, seen = tiny.output(model, given), []
+    ap.swap_attention(model, {"type": "softmax", "roles": sorted({row.role for row in ap.describe_attention(model)})})
+    for see in (None, seen.append):
+        with own_attention(model, see):
+            torch.testing.assert_close(tiny.output(model, given), own, atol=2e-5, rtol=1e-4)
+    assert len(seen) == len(ap.describe_attention(model))
+    for observed in seen:
+        out, weights = observed.attend(need_weights=True)
+        torch.testing.assert_close(out, observed.own_BQHV, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(observed.own_weights(), weights)
