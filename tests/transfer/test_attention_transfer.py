@@ -1,6 +1,7 @@
 """Stage 1 by what it may change, what it computes, and what it leaves out."""
 
 import json
+import math
 
 import pytest
 import tiny
@@ -104,6 +105,30 @@ def test_the_error_falls_and_nothing_but_new_weights_changes():
         assert torch.equal(weight, before[name]) == ("attn_plugin" not in name), name
 
 
+def test_each_update_is_adams_with_a_cosine_to_a_tenth():
+    """No decay, no clipping over layers, whose gradients have nothing to do with each other."""
+    model, batches = llama(), texts(10)
+    expected = llama()
+    weights = [weight for slot in slots_of(expected).values() for weight in slot.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
+    for number, batch in enumerate(batches):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (0.1 + 0.9 * (1 + math.cos(math.pi * number / 10)) / 2)
+
+        def see(observed):
+            out, _ = observed.attend(grad=True)
+            with torch.enable_grad():
+                output_error(out, observed.own_BQHV, None).of_BH.mean().backward()
+
+        with own_attention(expected, see):
+            run_body(expected, slots_of(expected), batch)
+        optimizer.step()
+        optimizer.zero_grad()
+    transfer(model, batches, 10)
+    for name, weight in expected.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), weight, rtol=0, atol=1e-6)
+
+
 def test_held_out_batches_are_what_is_measured():
     model, held_out = llama(), texts(seed=5)
     expected = measure_errors(model, slots_of(model), held_out)
@@ -131,11 +156,19 @@ def test_the_model_is_left_as_it_was(fails):
     assert all(weight.grad is None for weight in model.parameters())
 
 
-def test_layers_are_shown_what_the_model_was_without_a_swap():
-    """Bit for bit, without dropout, while the model trains; its head is not run."""
-    model, batch = llama(attention_dropout=0.5).train(), texts(1)[0]
+def gpt2():
+    torch.manual_seed(1)
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "vocab_size": tiny.VOCABULARY}
+    return ap.swap_attention(tf.GPT2LMHeadModel(tf.GPT2Config(**sizes, initializer_range=0.4)).eval(), HEDGEHOG)
+
+
+@pytest.mark.parametrize("make", [lambda: llama(attention_dropout=0.5), gpt2])
+def test_layers_are_shown_what_the_model_was_without_a_swap(make):
+    """Bit for bit, without dropout (GPT-2's is in its body too), while the model trains; its head is not run."""
+    model, batch = make().train(), texts(1)[0]
     states, heads = [], []
-    model.model.norm.register_forward_hook(lambda module, args, out: states.append(out))
+    last = model.base_model.norm if hasattr(model.base_model, "norm") else model.base_model.ln_f
+    last.register_forward_hook(lambda module, args, out: states.append(out))
     model.lm_head.register_forward_hook(lambda module, args, out: heads.append(out))
     transfer(model, [batch])
     assert not heads
