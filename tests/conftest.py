@@ -160,6 +160,22 @@ def text(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def letters(tmp_path_factory):
+    """Folder of a tiny decoder whose tokens are letters, which a pass key can be made of, and a file of long texts."""
+    folder = tmp_path_factory.mktemp("letters")
+    printable = ["<s>", "<unk>", *(chr(number) for number in range(32, 127)), "\n"]
+    made = Tokenizer(models.BPE({word: number for number, word in enumerate(printable)}, [], unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 5, "max_position_embeddings": 512}
+    config = LlamaConfig(vocab_size=len(printable), **sizes, num_attention_heads=4, num_key_value_heads=2)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    chance = random.Random(0)
+    texts = [{"text": " ".join(chance.choices(WORDS, k=400))} for _ in range(6)]
+    return str(folder), write_rows(folder / "text.jsonl", texts)
+
+
+@pytest.fixture(scope="session")
 def labelled(tmp_path_factory):
     """JSONL of 120 texts whose first word tells the label."""
     chance = random.Random(0)

@@ -39,7 +39,7 @@ class Resumed:
 
             def leave(_: nn.Module, args: Any, output: Any, path: str = path) -> None:
                 order.append(path)
-                self._given.setdefault(path, []).append(output)
+                self._given.setdefault(path, []).append(_again(output))
 
             hooks += [block.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
         try:

@@ -1,16 +1,14 @@
 """attn-plugins choose as a user meets it, and the bytes of caches that it tells."""
 
 import json
-import random
 
 import pytest
 import tiny
 import torch
 import yaml
-from conftest import WORDS, tokenizer, write_rows
+from conftest import tokenizer
 from test_cli import call, refused
-from tokenizers import Tokenizer, models
-from transformers import BertConfig, BertModel, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import attn_plugins as ap
 from attn_plugins.choice.cache import cache_bytes_at
@@ -20,28 +18,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 RULE = "{type: local, window_size: 8, num_sink_tokens: 2}"
 
 
-@pytest.fixture(scope="module")
-def letters(tmp_path_factory):
-    """Folder of a tiny decoder whose tokens are letters, and a file of texts."""
-    folder = tmp_path_factory.mktemp("letters")
-    printable = ["<s>", "<unk>", *(chr(number) for number in range(32, 127)), "\n"]
-    made = Tokenizer(models.BPE({word: number for number, word in enumerate(printable)}, [], unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>").save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4, "max_position_embeddings": 512}
-    config = LlamaConfig(vocab_size=len(printable), **sizes, num_attention_heads=4, num_key_value_heads=2)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    chance = random.Random(0)
-    texts = [{"text": " ".join(chance.choices(WORDS, k=400))} for _ in range(6)]
-    return str(folder), write_rows(folder / "text.jsonl", texts)
-
-
 def test_layers_are_chosen_and_the_rules_are_ready_for_the_flag(letters, tmp_path):
     folder, text = letters
     given = ["-m", folder, "-a", RULE, "-d", text, "--level", "layers", "--budget", "0.5", "-o", tmp_path / "out"]
     out = call("choose", *given, "-s", "length=420", "-s", "rows=1", "-s", "context=300").output
-    assert "2 of 4 layers keep full attention, chosen by contribution" in out
-    dense, chosen = 300 * 4 * 2 * 2 * 8 * 4, 300 * 2 * 2 * 2 * 8 * 4 + 2 * 10 * 2 * 2 * 8 * 4
+    assert "2 of 5 layers keep full attention, chosen by contribution" in out
+    dense, chosen = 300 * 5 * 2 * 2 * 8 * 4, 300 * 2 * 2 * 2 * 8 * 4 + 3 * 10 * 2 * 2 * 8 * 4
     assert f"cache of one text of 300 tokens: {dense / 2**20:.1f} MiB dense, {chosen / 2**20:.1f} MiB so" in out
     rules = yaml.safe_load((tmp_path / "out" / "rules.yaml").read_text())
     assert rules[1] == {"type": "local", "window_size": 8, "num_sink_tokens": 2}

@@ -79,6 +79,10 @@ def assert_same(found, expected):
 )
 def test_a_decoder_at_recalled_tokens(kind, matrix):
     model, one = tiny.build(kind), row()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("bias"):
+                weight.normal_()
     choice = ap.choose_attention(model, None, [one], RULE)
     matrices = [matrix(model, n).detach() for n in range(3)]
     queries = [19, 20, 21, 22]  # from which tokens 20 to 23 are predicted

@@ -107,6 +107,30 @@ def test_what_comes_before_the_block_is_not_computed():
     assert logits(model, one).isnan().all()  # nothing is left behind
 
 
+def test_a_block_that_writes_into_its_input_gets_the_same_each_time():
+    model, one = tiny.build("llama"), row()
+    model.model.layers[2].register_forward_pre_hook(lambda block, args: (args[0].mul_(1.5),))
+    resumed = Resumed(model)
+    first = resumed.first(lambda: logits(model, one))
+    for _ in range(2):
+        assert torch.equal(resumed.from_block("model.layers.2.self_attn", lambda: logits(model, one)), first)
+
+
+def test_padding_does_not_count():
+    model = tiny.build("llama")
+    ids = torch.randint(3, 96, (1, 20), generator=torch.Generator().manual_seed(0))
+    alone = {"input_ids": ids}
+    padded = {
+        "input_ids": torch.cat([torch.zeros(1, 9, dtype=torch.long), ids], dim=1),
+        "attention_mask": torch.cat([torch.zeros(1, 9, dtype=torch.long), torch.ones_like(ids)], dim=1),
+        "position_ids": torch.cat([torch.zeros(1, 9, dtype=torch.long), torch.arange(20)[None]], dim=1),
+    }
+    for name in ("kl", "contribution"):
+        found = [ap.choose_attention(model, None, [given], RULE, score=name).scores for given in (alone, padded)]
+        scores = [torch.tensor([one.score for one in scores]) for scores in found]
+        torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-6)
+
+
 def test_a_block_that_runs_twice_is_computed():
     model, one = tiny.build("llama"), row()
     model.model.layers[1] = model.model.layers[0]
