@@ -22,11 +22,20 @@ ROOM = 48
 
 @st.composite
 def hybrids(draw):
-    """Rules for three layers: each has an attention of the registry, or the model's own."""
-    names = [draw(st.sampled_from([None, *CAUSAL])) for _ in range(3)]
-    if not any(names):
-        names[draw(st.integers(0, 2))] = draw(st.sampled_from(CAUSAL))
-    return [{**flag(name), "layers": layer} for layer, name in enumerate(names) if name]
+    """Rules for three layers: each, or each of its two key/value heads, has an attention, or the model's own."""
+    name = st.sampled_from([None, *CAUSAL])
+    names = [draw(st.one_of(name.map(lambda one: (one, one)), st.tuples(name, name))) for _ in range(3)]
+    if not any(one for both in names for one in both):
+        names[draw(st.integers(0, 2))] = (draw(st.sampled_from(CAUSAL)), None)
+    rules = []
+    for layer, both in enumerate(names):
+        heads = [[0], [1]] if both[0] != both[1] else [[0, 1]]
+        rules += [
+            {**flag(one), "layers": layer, "kv_heads": kv_heads}
+            for one, kv_heads in zip(both, heads, strict=False)
+            if one
+        ]
+    return rules
 
 
 def schedules(dynamic):
