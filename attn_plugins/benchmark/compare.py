@@ -147,11 +147,12 @@ class CompareConfig:
             except ValueError as error:
                 raise ValueError(f"attentions.{label}: {error}") from None
         object.__setattr__(self, "attentions", rules)
-        for label in self.transfer_of or ():
-            if not learns(self.attentions.get(label)):
-                having = [one for one, value in self.attentions.items() if learns(value)]
-                raise ValueError(f"transfer_of has {label!r}; allowed: those that bring weights: {', '.join(having)}")
         if self.transfer is not None:
+            having = [label for label, value in self.attentions.items() if learns(value)]
+            for label in self.transfer_of or ():
+                if label not in having:
+                    allowed = ", ".join(having) or "none here"
+                    raise ValueError(f"transfer_of has {label!r}; allowed: those that bring weights: {allowed}")
             refuse_keys(self.transfer, NOT_IN_TRANSFER, "transfer")
             transfer_config(self, next(iter(self.models.values())), AS_SAVED, self.seeds[0], "runs")
         kind = None
