@@ -18,8 +18,8 @@ def contribution(scene: Scene) -> Table:
     from which recalled ones are predicted, where the sample has any, else all that are not padding. Everything runs by
     the model's own attention.
 
-    Cost: one forward pass a sample, with both attentions in it; no gradients. SmolLM2-135M, a row of 768 tokens: about
-    1.3 forward passes.
+    Cost: one forward pass a sample, with both attentions in it; no gradients. SmolLM2-135M in bfloat16, two rows of 768
+    tokens, all that is around them counted: 4.4 to 4.9 s of one CPU core.
 
     Raises:
         ValueError: a module's outputs are projected by no layer that can be seen, or the rule changes nothing.
