@@ -81,7 +81,10 @@ def test_a_run_writes_times_and_bytes_and_is_not_run_again(tmp_path, monkeypatch
     assert said == [f"6 of 6 cells are in {results.path} already (--fresh measures them again)"]
 
 
-SPLIT = [{"type": "linear", "kv_heads": [0], "layers": [0]}, {"type": "local", "window_size": 4, "kv_heads": [1]}]
+SPLIT = [
+    {"type": "linear", "kv_heads": [0], "layers": [0]},
+    {"type": "local", "window_size": 4, "num_sink_tokens": 0, "kv_heads": [1]},
+]
 
 
 def test_heads_that_keep_all_tokens_are_filled_beside_those_that_do_not(tmp_path):
