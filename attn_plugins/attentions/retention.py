@@ -24,7 +24,10 @@ class RetentionAttention(RecurrentAttention):
     decayed average; ``a`` and ``b`` are learned for each query head, and ``b = 0`` leaves the paper's sum. Queries and
     keys come with the model's own rotary positions. Attention dropout isn't applied, weights may be negative.
 
-    Starts from ``a = b = 1``: softmax's exp(s) to first order, 1 + s, over a fading past.
+    Starts from ``a = 1/32`` and ``b = 1/2``: half an average of a fading past, as half of softmax or more goes to a
+    sink that brings next to nothing, and little of scores, which are large. In all layers of SmolLM2-135M-Instruct,
+    untrained, the squared error of a layer's output is 0.75 of the output's own square (zeros have 1, ``a = b = 1``,
+    softmax to first order in small scores, 33), and perplexity 7072, where the model's is 14.7.
 
     Limit case: none. An untrained swap is far from softmax attention; it needs training.
     """
@@ -60,8 +63,8 @@ class RetentionAttention(RecurrentAttention):
         self.reset_parameters()
 
     def reset_parameters(self):
-        nn.init.ones_(self.score_weight)
-        nn.init.ones_(self.average_weight)
+        nn.init.constant_(self.score_weight, 1 / 32)
+        nn.init.constant_(self.average_weight, 0.5)
 
     def prepare(self, scale):
         return functools.partial(tokens, scale=scale)

@@ -170,6 +170,20 @@ def test_scores_are_made_for_the_window_only():
         assert pairs <= 4096 * (4 + sides * 100 + ROWS)
 
 
+def test_states_with_other_windows_and_sinks_share_a_mask():
+    """Layers of a model do: what one has worked out of the mask is not another's."""
+    q, k, v = tensors(30)
+    whole = AttentionMask(1, 30, 30, causal=True)
+    modules = [attention(window_size=w, num_sink_tokens=s) for w, s in ((5, 4), (7, 4), (7, 2), (5, 0))]
+    states = [module.new_state() for module in modules]
+    for start, stop in ((0, 12), (12, 29), (29, 30)):
+        mask = AttentionMask(1, stop - start, stop, causal=True)
+        for module, state in zip(modules, states, strict=True):
+            new = [x[:, :, start:stop] for x in (q, k, v)]
+            got = module.attend_from(*new, state=state, mask=mask, scale=SCALE, dropout=0.0)
+            torch.testing.assert_close(got, run(module, q, k, v, whole)[:, :, start:stop])
+
+
 def test_the_state_is_float32_in_half_precision():
     module, (q, k, v) = attention(torch.bfloat16, window_size=16), tensors(4096, dtype=torch.bfloat16)
     v, mask = v + 0.5, AttentionMask(1, 4096, 4096, causal=True)

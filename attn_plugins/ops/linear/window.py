@@ -329,7 +329,7 @@ def _one_token(
     state: Sums,
     prepare: Prepare,
 ) -> torch.Tensor:
-    place, seen, leaves = mask.cached(("one", state.window), lambda: _places(mask, state))
+    place, seen, leaves = mask.cached(("one", state.window, state.num_first), lambda: _places(mask, state))
     k, v = (state.tensors[name].index_select(2, place) for name in ("k", "v"))
     prepared, options = prepare(q_BH1D, k)
     (q, k, linear), (w_q, w_k) = prepared, projections(prepared)

@@ -26,6 +26,12 @@ class RecurrentAttention(Attention, abc.ABC):
         """Size of what gates are made of; a ValueError where it is not known."""
         return heads.known_hidden_size(self.name) if self.wants_hidden else heads.value_dim
 
+    @property
+    def root_of_size(self) -> float:
+        """The square root of D, by which scores of unit queries and keys are scaled down."""
+        assert self.heads is not None
+        return self.heads.head_dim**0.5
+
     @abc.abstractmethod
     def prepare(self, scale: float) -> Prepare:
         """A function of queries, keys, values and :meth:`weights` alone that makes
