@@ -85,12 +85,19 @@ class Observed:
 
         Args:
             grad: record what gives gradients to the slot's weights, whatever is set around; else record nothing.
-            dtype: compute in this, to which queries, keys and values are cast; None leaves them as they are.
+            dtype: compute in this, to which all floating tensors of the call are cast; None leaves them as they are.
         """
-        given = (x if dtype is None else x.to(dtype) for x in (self.query_BHQD, self.key_BGKD, self.value_BGKV))
+
+        def cast(x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            return x.detach().to(dtype) if dtype is not None and x.is_floating_point() else x.detach()
+
+        given = map(cast, (self.query_BHQD, self.key_BGKD, self.value_BGKV))
+        options = {name: cast(option) for name, option in self.options.items()}
         slot: Any = self.module._modules[SLOT]
         with torch.set_grad_enabled(grad):
-            return slot(*given, mask=self.mask, scale=self.scale, need_weights=need_weights, **self.options)
+            return slot(*given, mask=self.mask, scale=self.scale, need_weights=need_weights, **options)
 
     def own_weights(self) -> torch.Tensor:
         """Weights of the model's own attention, (B, H, Q, K), through its dense form.

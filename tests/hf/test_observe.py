@@ -155,3 +155,15 @@ def test_families_with_an_adapter_attend_by_their_own_too(name):
         out, weights = observed.attend(need_weights=True)
         torch.testing.assert_close(out, observed.own_BQHV, atol=2e-5, rtol=1e-4)
         torch.testing.assert_close(observed.own_weights(), weights)
+
+
+def test_gates_on_hidden_states_compute_in_the_dtype_that_is_asked_for():
+    model = made("llama", {"type": "gated_delta", "gate_input": "hidden"}).bfloat16()
+    for layer in model.model.layers:
+        layer.self_attn.attn_plugin.float()
+    seen, _ = observed(model, **tiny.inputs("llama"))
+    for one in seen:
+        out, _ = one.attend(dtype=torch.float32, grad=True)
+        assert out.dtype == torch.float32
+        assert torch.isfinite(out).all()
+        out.square().sum().backward()
