@@ -76,7 +76,7 @@ class Stage:
 
 def _stages() -> list[Stage]:
     stages = []
-    for attention, transfer in (("linear", 50), ("linear in 23, 7 chosen", 50), ("linear in 23, every fourth", 50)):
+    for attention, transfer in (("linear", 50), ("linear in 23, 7 chosen", 100), ("linear in 23, every fourth", 100)):
         start = Stage(attention=attention, does="untrained")
         taught = Stage(attention=attention, does="transfer", steps=transfer, after=start)
         stages += [start, taught, Stage(attention=attention, does="lora", steps=16, after=taught)]
