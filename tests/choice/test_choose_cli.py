@@ -90,6 +90,8 @@ def test_rows_that_are_too_short_are_one_line(letters, tmp_path):
         ("llama", None),
         ("llama", {"type": "local", "window_size": 5, "num_sink_tokens": 2}),
         ("llama", [{"type": "softmax", "layers": 1}, {"type": "local", "window_size": 5, "num_sink_tokens": 2}]),
+        ("llama", [{"type": "softmax", "kv_heads": {"0": [1], "2": [0]}}, {"type": "local", "window_size": 5}]),
+        ("llama", [{"type": "linear", "kv_heads": [0], "layers": [1]}, {"type": "local", "kv_heads": {"2": [1]}}]),
         ("llama", {"type": "linear", "layers": [0, 2]}),
         ("llama", {"type": "block_topk", "block_size": 4}),
         ("gemma3", None),
