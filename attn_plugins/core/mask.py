@@ -241,9 +241,12 @@ class AttentionMask:
                 return first_B.unsqueeze(1).expand(-1, self.kv_length)
             if not self.row_starts:
                 return torch.zeros_like(index)
+            if self.segments_BK is None:
+                assert self.padding_BK is not None
+                first_B1 = self.padding_BK.long().argmax(dim=1, keepdim=True)
+                return torch.where(index < first_B1, 0, first_B1)
             not_padding = torch.ones_like(index, dtype=torch.bool) if self.padding_BK is None else self.padding_BK
-            segments = torch.zeros_like(index) if self.segments_BK is None else self.segments_BK
-            not_padding, segments = torch.broadcast_tensors(not_padding, segments)
+            not_padding, segments = torch.broadcast_tensors(not_padding, self.segments_BK)
             # A segment starts at its first real key: where the number of real keys seen in it goes from none to one.
             first = torch.ones_like(not_padding[:, :1])
             changed = torch.cat([first, segments[:, 1:] != segments[:, :-1]], dim=1)

@@ -280,8 +280,8 @@ def test_padding_is_refused_unless_there_is_none():
 
 
 def test_options_out_of_range_are_refused():
-    for option, least in (("kernel_size", 1), ("dilation", 1), ("num_prefix_tokens", 0)):
-        with pytest.raises(ValueError, match=f"{option}={least - 1}; allowed: an integer from {least} on"):
+    for option, least, none in (("kernel_size", 1, ""), ("dilation", 1, ""), ("num_prefix_tokens", 0, "None or ")):
+        with pytest.raises(ValueError, match=f"{option}={least - 1}; allowed: {none}an integer from {least} on"):
             Neighborhood2dAttention.Config(**{option: least - 1})
     for grid in ((3,), (0, 4), (2, 3, 4)):
         with pytest.raises(ValueError, match=r"grid_size=.*; allowed: None or \(height, width\)"):

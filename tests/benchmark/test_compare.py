@@ -177,7 +177,7 @@ def test_whatever_changes_a_result_changes_the_key(text, change):
 
 def test_spelled_out_defaults_are_the_same_cell(text):
     one = cells(build(CompareConfig, tree("model", text, "out", attentions={"dense": None, "local": "local"})))
-    other = {"type": "local", "num_sink_tokens": 0}
+    other = {"type": "local", "dilation": 1, "num_sink_tokens": None}
     assert [cell.key for cell in one] == [
         cell.key
         for cell in cells(build(CompareConfig, tree("model", text, "out", attentions={"dense": None, "local": other})))

@@ -15,7 +15,7 @@ def head_numbers(module: nn.Module, config: Any) -> tuple[int, int] | None:
     heads = _find(
         "num_heads num_attention_heads n_heads n_head num_q_heads heads encoder_attention_heads", module, config
     )
-    head_dim, made = _find(HEAD_DIMS, module, config), _features(module)
+    head_dim, made = _find(HEAD_DIMS, module), _features(module)
     groups = getattr(module, "num_key_value_groups", None)
     if heads is None and head_dim and "k" in made:
         heads = made["k"] // head_dim * (groups if isinstance(groups, int) else 1)
@@ -31,7 +31,7 @@ def head_shape(module: nn.Module, config: Any) -> HeadShape:
     Raises:
         ValueError: they cannot be found.
     """
-    head_dim, made, numbers = _find(HEAD_DIMS, module, config), _features(module), head_numbers(module, config)
+    head_dim, made, numbers = _find(HEAD_DIMS, module), _features(module), head_numbers(module, config)
     if numbers is None:
         raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
     heads, shared = numbers

@@ -178,7 +178,8 @@ def test_chosen_heads_keep_all_tokens_and_the_others_their_window():
     _, cache = filled(hybrid, length=70)
     assert [type(layer) for layer in cache.layers] == [StateLayer, DynamicLayer, StateLayer]
     assert cache_bytes(cache) == (70 * token + window) + 2 * 70 * token + (window + 6 * token)
-    two = [{"type": "local", "window_size": 4, "kv_heads": [0]}, {"type": "local", "window_size": 9}]
+    bare = {"type": "local", "num_sink_tokens": 0}
+    two = [{**bare, "window_size": 4, "kv_heads": [0]}, {**bare, "window_size": 9}]
     _, cache = filled(swapped(two), length=70)
     assert cache_bytes(cache) == 3 * ((4 + 9) * (token + 1) + 2 * 8)
 
