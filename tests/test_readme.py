@@ -10,6 +10,7 @@ from test_packaging import pins
 from test_pages import PROJECT
 
 from attn_plugins.benchmark import attention_page as docs
+from attn_plugins.benchmark.transfer_tables import CHOICES, RECALLED
 from attn_plugins.core import registry
 
 README = read("README.md")
@@ -43,12 +44,11 @@ def test_the_picture_is_drawn_from_the_results(tmp_path):
     spec = importlib.util.spec_from_file_location("first_page_figure", place)
     figure = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(figure)
-    own, families = figure.kept_quality()
-    report = read("docs/benchmarks/untrained/untrained.md").partition("## gemma3")[0]
-    assert f"| **the model's own** | 1 | {own:.2f} |" in report
-    for family, points in families.items():
-        for name, (pairs, perplexity) in zip(figure.FAMILIES[family], points, strict=True):
-            assert f"| {name} | {pairs:.3f} | {perplexity:.2f} |" in report
+    page = read("docs/transfer.md")
+    for case, figures in figure.recalled().items():
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {CHOICES[case]} |"))
+        for name, cell in zip(RECALLED, row.split("|")[2:], strict=False):
+            assert float(cell.split()[0]) == round(figures[name], 2), (case, name)
     times = figure.decode_times()
     assert {len(points) for points in times.values()} == {5}
     figure.draw(tmp_path / "figure.png")

@@ -15,6 +15,7 @@ from attn_plugins.benchmark.kernels_report import says_pays_from
 from attn_plugins.benchmark.starts_table import starts
 from attn_plugins.benchmark.store import Results
 from attn_plugins.benchmark.tables import brief_number
+from attn_plugins.benchmark.transfer_tables import with_measured
 from attn_plugins.config.versions import spelled_own
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.capabilities import CAPABILITIES, capabilities
@@ -80,6 +81,8 @@ def pages(root: Path) -> dict[Path, str]:
     written = {docs / "attentions.md": page(docs / "benchmarks" / "cpu" / "results.jsonl", started)}
     for other in (root / "README.md", docs / "generation.md"):
         written[other] = with_tables(other.read_text(encoding="utf8"), own_attentions())
+    written[root / "README.md"] = with_measured(written[root / "README.md"], transfer)
+    written[docs / "transfer.md"] = with_measured((docs / "transfer.md").read_text(encoding="utf8"), transfer)
     return written
 
 

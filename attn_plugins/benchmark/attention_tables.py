@@ -3,6 +3,7 @@
 Each stands between two comments, which name it and who writes it.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 
 from attn_plugins.core.attention import Attention, HeadShape
@@ -50,14 +51,24 @@ def with_tables(text: str, attentions: list[type[Attention]]) -> str:
     """
     found = False
     for name, table in TABLES.items():
-        begin, end = f"<!-- {name}: written by `make docs` -->\n", f"<!-- {name}: end -->\n"
-        before, begun, rest = text.partition(begin)
-        if not begun:
-            continue
-        _, ended, after = rest.partition(end)
-        if not ended:
-            raise ValueError(f"the table {name!r} has no end: {end.strip()}")
-        found, text = True, f"{before}{begin}{chr(10).join(table(attentions))}\n{end}{after}"
+        written = between_comments(text, name, functools.partial(table, attentions))
+        found, text = (found, text) if written is None else (True, written)
     if not found:
         raise ValueError(f"the page has none of the tables {', '.join(TABLES)} between its comments")
     return text
+
+
+def between_comments(text: str, name: str, lines: Callable[[], list[str]]) -> str | None:
+    """A page with a table written anew; None where it has none of this name.
+
+    Raises:
+        ValueError: it has one without its end.
+    """
+    begin, end = f"<!-- {name}: written by `make docs` -->\n", f"<!-- {name}: end -->\n"
+    before, begun, rest = text.partition(begin)
+    if not begun:
+        return None
+    _, ended, after = rest.partition(end)
+    if not ended:
+        raise ValueError(f"the table {name!r} has no end: {end.strip()}")
+    return f"{before}{begin}{chr(10).join(lines())}\n{end}{after}"

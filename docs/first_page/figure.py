@@ -11,12 +11,16 @@ import matplotlib.pyplot as plt
 
 DOCS = Path(__file__).parent.parent
 
-FAMILIES = {
-    "window alone": ["window 256", "window 1024"],
-    "window + 4 sink tokens": [f"window {size} + 4 sinks" for size in (128, 256, 512, 1024)],
-    "best blocks of 64": [f"best {count} blocks of 64" for count in (4, 8, 16)],
+CASES = {
+    "dense": "all:\nthe model's own",
+    "window 256": "none:\nwindow and sinks",
+    "window 256, every fourth layer": "every\nfourth layer",
+    "window 256, heads": "21 of 90 heads,\nchosen",
 }
-"""What a line of the left panel is called -> its points, by their names in the results."""
+"""Cases of the left panel, by their names in the results -> what they are called."""
+
+RECALLED = {"passkey": "pass key", "copy": "passage", "names": "names"}
+"""Figures of the left panel -> what they are called."""
 
 LINES = {
     "dense: the model's own": "dense",
@@ -31,14 +35,15 @@ def records(file: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (DOCS / "benchmarks" / file).read_text(encoding="utf8").splitlines()]
 
 
-def kept_quality() -> tuple[float, dict[str, list[tuple[float, float]]]]:
-    """Perplexity of SmolLM2-135M as it is, and for each family (share of pairs scored, perplexity), untrained."""
-    found = {one["attention"]: one for one in records("untrained/untrained.jsonl") if one["model"] == "smollm2-135m"}
-    points = {
-        family: [(found[name]["pairs"], found[name]["figures"]["perplexity"]) for name in names]
-        for family, names in FAMILIES.items()
+def recalled() -> dict[str, dict[str, float]]:
+    """For each case the mean over seeds of its perplexity and of the shares that are recalled."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for one in records("transfer/choice.jsonl"):
+        found.setdefault(one["settings"]["case"], []).append(one["result"])
+    return {
+        case: {name: sum(one[name] for one in found[case]) / len(found[case]) for name in ("perplexity", *RECALLED)}
+        for case in CASES
     }
-    return found["softmax"]["own"]["perplexity"], points
 
 
 def decode_times() -> dict[str, list[tuple[int, float]]]:
@@ -54,16 +59,17 @@ def decode_times() -> dict[str, list[tuple[int, float]]]:
 
 def draw(target: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), dpi=100)
-    own, families = kept_quality()
-    for (family, points), marker in zip(families.items(), "osD", strict=True):
-        left.plot(*zip(*points, strict=True), marker=marker, label=family)
-    left.axhline(own, color="black", linestyle="--", linewidth=1, label="the model's own attention")
+    cases = recalled()
+    for number, (figure_name, called) in enumerate(RECALLED.items()):
+        places = [place + (number - 1) * 0.26 for place in range(len(cases))]
+        left.bar(places, [one[figure_name] for one in cases.values()], width=0.24, label=called)
+    names = [f"{CASES[case]}\nperplexity {one['perplexity']:.1f}" for case, one in cases.items()]
+    left.set_xticks(range(len(cases)), names, fontsize=8)
     left.set(
-        title="SmolLM2-135M, swapped and not trained, 2048 tokens",
-        xlabel="share of the pairs of tokens that are scored",
-        ylabel="perplexity (lower is better)",
-        xlim=(0, 1),
-        ylim=(0, None),
+        title="SmolLM2-135M, window of 256 + 4 sinks, not trained",
+        xlabel="what keeps full attention",
+        ylabel="share right of what stood 1,400 tokens ago",
+        ylim=(0, 1.05),
     )
     for line, times in decode_times().items():
         right.plot(*zip(*times, strict=True), marker="o", label=line)
