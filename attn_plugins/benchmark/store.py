@@ -83,6 +83,7 @@ class Results:
 
     def add(self, record: dict[str, Any]) -> None:
         """Append a record. Other processes may do the same at the same time: each waits until the other's is there."""
+        record = json.loads(json.dumps(record))  # as it will be read: its check is of names that are text
         self.records[record["key"]] = record
         line = json.dumps({**record, CHECK: _check(record)}, ensure_ascii=False).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)

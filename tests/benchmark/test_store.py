@@ -159,6 +159,13 @@ def test_a_record_that_was_changed_is_one_clear_line(tmp_path, place, value):
     assert list(Results(path).records) == ["a"]
 
 
+def test_numbers_for_names_are_read_as_they_were_written(tmp_path):
+    rules = [{"type": "softmax", "kv_heads": {2: [0], 10: (1,)}}]
+    Results(tmp_path / "results.jsonl").add({"key": "a", "status": "ok", "rules": rules})
+    (read,) = Results(tmp_path / "results.jsonl").records.values()
+    assert read["rules"] == [{"type": "softmax", "kv_heads": {"2": [0], "10": [1]}}]
+
+
 def test_a_figure_may_be_infinite(tmp_path):
     path = tmp_path / "results.jsonl"
     Results(path).add({"key": "a", "status": "ok", "result": {"perplexity": float("inf")}})
