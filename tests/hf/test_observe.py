@@ -1,5 +1,7 @@
 """Seeing a model's own attention beside what its slots would have made of the same call."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import adapter_cases
 import pytest
 import tiny
@@ -87,6 +89,11 @@ def test_dropout_is_off_on_both_sides():
     torch.testing.assert_close(seen[0].attend()[0], seen[0].own_BQHV)
 
 
+@torch.no_grad()
+def logits(model, given):
+    return model(**given).logits
+
+
 def test_others_and_other_threads_are_not_seen_and_the_inner_one_holds():
     one, other, given = made("llama"), made("llama"), tiny.inputs("llama")
     with torch.no_grad():
@@ -96,7 +103,10 @@ def test_others_and_other_threads_are_not_seen_and_the_inner_one_holds():
             assert torch.equal(other(**given).logits, expected)
             with own_attention(one, inner.append):
                 one(**given)
+            with ThreadPoolExecutor(1) as pool:
+                elsewhere = pool.submit(logits, one, given).result()
         assert (len(outer), len(inner)) == (0, 3)
+        assert torch.equal(elsewhere, expected)
         assert torch.equal(one(**given).logits, expected)
 
 
