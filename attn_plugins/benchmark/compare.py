@@ -29,7 +29,7 @@ from attn_plugins.benchmark.timing import Pass, Scope
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.core.options import build
-from attn_plugins.data.text import DataConfig, load_data
+from attn_plugins.data.sources import DataConfig, load_data
 from attn_plugins.tasks import Task
 from attn_plugins.training.config import FinetuneConfig, evaluation_tasks
 from attn_plugins.training.evaluate import attention_summary, place, prepare_measurements, run_measurements
@@ -155,17 +155,17 @@ class CompareConfig:
                     raise ValueError(f"transfer_of has {label!r}; allowed: those that bring weights: {allowed}")
             refuse_keys(self.transfer, NOT_IN_TRANSFER, "transfer")
             transfer_config(self, next(iter(self.models.values())), AS_SAVED, self.seeds[0], "runs")
-        kind = None
         if self.finetune is not None:
             refuse_keys(self.finetune, NOT_IN_FINETUNE, "finetune")
-            kind = finetune_config(self, next(iter(self.models.values())), None, self.seeds[0], "runs").task
-        evaluation_tasks(self.evaluation, kind)
+        self.tasks  # noqa: B018, shows what is wrong in them
 
     @property
     def tasks(self) -> list[Task]:
         """The evaluation's tasks."""
-        kind = None if self.finetune is None else self.finetune.get("task", "causal-lm")
-        return evaluation_tasks(self.evaluation, kind)
+        if self.finetune is None:
+            return evaluation_tasks(self.evaluation)
+        config = finetune_config(self, next(iter(self.models.values())), None, self.seeds[0], "runs")
+        return config.measured(config.trained())
 
     @property
     def task(self) -> Task:
@@ -329,7 +329,7 @@ def _evaluated(config: CompareConfig, cell: CompareCell, loaded: Loaded) -> dict
         raise ValueError(
             f"the model holds no weights for {', '.join(untrained[:3])}, so {task.name} would say nothing of it"
         )
-    _, held_out = load_data(config.data, labelled=task.labelled)
+    _, held_out = load_data(config.data, task.columns)
     found = run_measurements(
         prepare_measurements(config.tasks, held_out, loaded), loaded.model, progress=cell.attention
     )

@@ -15,7 +15,7 @@ from attn_plugins.config.versions import versions
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.options import build
 from attn_plugins.core.rules import parse_rules
-from attn_plugins.data.text import DataConfig
+from attn_plugins.data.sources import DataConfig
 from attn_plugins.training.evaluate import place
 from attn_plugins.training.models import AS_SAVED, Loaded, load, read_attention
 from attn_plugins.training.resume import finished, same_versions

@@ -15,7 +15,8 @@ from attn_plugins.choice.report import Choice
 from attn_plugins.choice.shared_copy import shared_copy
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
-from attn_plugins.data.text import PYTHON_DOCS, DataConfig, load_data
+from attn_plugins.data.sources import DataConfig, load_data
+from attn_plugins.data.text import PYTHON_DOCS
 from attn_plugins.hf.discovery.modules import targets
 from attn_plugins.hf.swap import restore_attention, swap_attention, unwrap
 from attn_plugins.training.evaluate import place
@@ -114,4 +115,4 @@ def _load(config: ChooseConfig) -> Loaded:
     with one_line(config.model):
         model = transformers.AutoModel.from_pretrained(source, dtype=dtype)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    return Loaded(model=model, tokenizer=tokenizer, source=source, fresh=[])
+    return Loaded(model=model, processing=tokenizer, source=source, auto="AutoModel", fresh=[])

@@ -22,12 +22,20 @@ class Registry(Generic[Registered]):
         package: dotted name of the folder.
         lacks: (class) -> what it has to have and does not.
         entry_points: group through which installed packages bring theirs, if they may.
+        dashes: whether names may have dashes, beside what identifiers have.
     """
 
     def __init__(
-        self, kind: str, package: str, lacks: Callable[[Any], list[str]], entry_points: str | None = None
+        self,
+        kind: str,
+        package: str,
+        lacks: Callable[[Any], list[str]],
+        entry_points: str | None = None,
+        *,
+        dashes: bool = False,
     ) -> None:
         self.kind, self.package, self.lacks, self.entry_points = kind, package, lacks, entry_points
+        self.dashes = dashes
         self.classes: dict[str, type[Registered]] = {}
         self._loading, self._loaded = threading.RLock(), False
 
@@ -40,7 +48,7 @@ class Registry(Generic[Registered]):
                 raise ValueError(
                     f"{self.kind} {name!r} is already registered by {taken.__module__}.{taken.__qualname__}"
                 )
-            if not isinstance(name, str) or not name.isidentifier():
+            if not isinstance(name, str) or not (name.replace("-", "_") if self.dashes else name).isidentifier():
                 raise ValueError(f"{self.kind} name {name!r} is not an identifier such as 'local' or 'my_{self.kind}'")
             lacking = self.lacks(cls)
             if lacking:

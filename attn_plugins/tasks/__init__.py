@@ -1,14 +1,15 @@
-"""Benchmark tasks, one a file, imported like attentions. A task turns a model and held-out text into figures."""
+"""Tasks, one a file, imported like attentions: a model and held-out rows become figures, and some are trained for."""
 
-from collections.abc import Iterator
+import abc
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from attn_plugins.core.attention import Attention
-from attn_plugins.core.options import require
+from attn_plugins.core.options import did_you_mean, require, shown
 from attn_plugins.core.registry import Registry
 
 WANTED = ("metric", "better", "model")
@@ -28,11 +29,14 @@ class TaskConfig:
         self.require(self.batch_size >= 1, "batch_size", "at least 1")
 
 
-class Task:
-    """One benchmark task.
+Sums = dict[str, Any]
+"""What a task counts: tensors, which are added up, and lists, which are laid end to end."""
 
-    A subclass has a nested ``Config`` on :class:`TaskConfig` and implements ``prepare``, ``score`` and ``finish``. What
-    ``score`` returns is summed over all batches, and over all processes where several share the work.
+
+class Task:
+    """What a model is measured by.
+
+    A subclass has a nested ``Config`` on :class:`TaskConfig` and implements ``prepare``, ``score`` and ``finish``.
     """
 
     name: ClassVar[str]
@@ -41,10 +45,10 @@ class Task:
     """The figure that stands for the task in tables, a key of what ``finish`` returns."""
     better: ClassVar[str]
     """lower or higher."""
-    model: ClassVar[Literal["causal-lm", "classification"]]
-    """What it is for."""
-    labelled: ClassVar[bool] = False
-    """Whether rows need a label."""
+    model: ClassVar[str]
+    """What it is for, a key of :data:`attn_plugins.tasks.kinds.KINDS`."""
+    columns: ClassVar[tuple[str, ...]] = ("text",)
+    """What a row has, by roles of :data:`attn_plugins.data.columns.ROLES`."""
     recalls: ClassVar[bool] = False
     """Whether it shows if a model still finds what stood far away."""
 
@@ -53,26 +57,95 @@ class Task:
     def __init__(self, config: Any = None):
         self.config: Any = self.Config() if config is None else config
 
-    def prepare(self, data: Any, tokenizer: Any, model: nn.Module) -> list[dict[str, torch.Tensor]]:
-        """Batches of inputs from rows with the columns ``text`` (and ``label``); ValueError where they don't fit."""
+    def prepare(self, data: Any, processing: Any, model: nn.Module) -> list[dict[str, Any]]:
+        """Batches of inputs from held-out rows; ValueError where they don't fit.
+
+        Args:
+            data: rows with the task's ``columns``.
+            processing: the tokenizer, or for other inputs than one text the processor, that goes with the model.
+
+        Returns:
+            mappings, of tensors and what else ``score`` wants to know of a batch.
+        """
         raise NotImplementedError
 
-    def score(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Sums over one batch, float64 tensors of the same shapes for every batch."""
+    def score(self, model: nn.Module, batch: dict[str, Any]) -> Sums:
+        """What is counted over one batch: float64 tensors of the same shapes for every batch, which are added up, and
+        lists of what JSON holds, such as texts that the model wrote, which are laid end to end in the order of the
+        batches; over all processes, where several share the work."""
         raise NotImplementedError
 
-    def finish(self, sums: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def finish(self, sums: Sums) -> dict[str, Any]:
         """The figures, as JSON holds them, from the sums over all batches."""
         raise NotImplementedError
 
 
-TASKS: Registry[Task] = Registry("task", __name__, lambda cls: [what for what in WANTED if not hasattr(cls, what)])
+class TrainableTask(Task):
+    """A task that models are fine-tuned for, too, with its options: how rows become examples, and examples batches."""
+
+    trained_as: ClassVar[str] = ""
+    """What ``finetune`` calls it; the task's name, unless this says otherwise."""
+    pipeline_tag: ClassVar[str]
+    """What the hub calls the use of such a model."""
+    row: ClassVar[str]
+    """What a row of training is, for reports: a text, a picture."""
+    trainer: ClassVar[str] = "Trainer"
+    """Name of transformers' class that trains for it: Trainer or Seq2SeqTrainer."""
+
+    @abc.abstractmethod
+    def examples(self, data: Any, processing: Any, model: nn.Module) -> Any:
+        """A ``datasets.Dataset`` of inputs to train on, from rows with the task's ``columns``; ValueError where they
+        don't fit."""
+
+    @abc.abstractmethod
+    def collator(self, processing: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """What makes a batch, with "labels", of a list of examples."""
+
+    def labels(self, data: Any) -> list[str] | None:
+        """Names of the classes that a model's head is to have, from the rows to train on; ValueError where there is
+        nothing to tell apart. None where it has no classes."""
+        return None
+
+    def training_metrics(self, processing: Any) -> Callable[[Any], dict[str, float]] | None:
+        """Figures of Trainer's own evaluation while it trains, beside the loss: a function of its EvalPrediction."""
+        return None
+
+    @classmethod
+    def called(cls) -> str:
+        """What ``finetune`` calls it."""
+        return cls.trained_as or cls.name
+
+    def row_of(self) -> str:
+        """What a row is, with its size where all have the same."""
+        return self.row
+
+
+def _lacks(cls: Any) -> list[str]:
+    wanted = [*WANTED, *(("pipeline_tag", "row") if issubclass(cls, TrainableTask) else ())]
+    return [what for what in wanted if not hasattr(cls, what)]
+
+
+TASKS: Registry[Task] = Registry("task", __name__, _lacks, dashes=True)
 
 register_task, list_tasks, get_task = TASKS.register, TASKS.names, TASKS.get
 
 
+def trained_tasks() -> dict[str, type[TrainableTask]]:
+    """What ``finetune`` calls each task that it trains for -> its class."""
+    found = [cls for cls in map(get_task, list_tasks()) if issubclass(cls, TrainableTask)]
+    return {cls.called(): cls for cls in sorted(found, key=lambda cls: cls.called())}
+
+
+def trained_task(name: str) -> type[TrainableTask]:
+    """The task that ``finetune`` calls so; ValueError with all of them where there is none."""
+    known = trained_tasks()
+    if name not in known:
+        raise ValueError(f"task={shown(name)}{did_you_mean(name, known)}; allowed: {', '.join(known)}")
+    return known[name]
+
+
 def run_task(
-    task: Task, model: nn.Module, batches: list[dict[str, torch.Tensor]], *, progress: str | None = None
+    task: Task, model: nn.Module, batches: list[dict[str, Any]], *, progress: str | None = None
 ) -> dict[str, Any]:
     """Measure a model on prepared batches, each process its share of them.
 
@@ -130,31 +203,45 @@ def figure(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _run(task: Task, model: nn.Module, batches: list[dict[str, torch.Tensor]], progress: str | None) -> dict[str, Any]:
+def _run(task: Task, model: nn.Module, batches: list[dict[str, Any]], progress: str | None) -> dict[str, Any]:
     from tqdm.auto import tqdm
 
     rank, world = _place()
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    sums: dict[str, torch.Tensor] = {}
+    sums: Sums = {}
+    lists: dict[str, list[tuple[int, list[Any]]]] = {}
     try:
         steps = list(_share(len(batches), rank, world))
         for index, counts in tqdm(steps, desc=progress, leave=False, disable=progress is None or rank != 0):
-            batch = {name: tensor.to(device) for name, tensor in batches[index].items()}
             with torch.no_grad():
-                scored = task.score(model, batch)
+                scored = task.score(model, _on_device(batches[index], device))
             for name, value in scored.items():
+                if isinstance(value, list):
+                    lists.setdefault(name, []).extend([(index, value)] * counts)
+                    continue
                 value = value.double().cpu() * counts
                 sums[name] = value if name not in sums else sums[name] + value
     finally:
         model.train(was_training)
     if world > 1:
-        for name in sorted(sums):
+        for name in sorted(sums):  # tensors, so far
             shared = sums[name].to(device) if torch.distributed.get_backend() == "nccl" else sums[name]
             torch.distributed.all_reduce(shared)
             sums[name] = shared.cpu()
+        for name in sorted(lists):
+            parts: list[Any] = [None] * world
+            torch.distributed.all_gather_object(parts, lists[name])
+            lists[name] = [batch for part in parts for batch in part]
+    for name, batches_of_items in lists.items():
+        in_order = sorted(batches_of_items, key=lambda batch: batch[0])
+        sums[name] = [item for _, items in in_order for item in items]
     return task.finish(sums)
+
+
+def _on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
 
 
 def _place() -> tuple[int, int]:

@@ -2,19 +2,21 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import DataCollatorWithPadding
 
-from attn_plugins.data.text import labelled_examples
-from attn_plugins.tasks import Task, TaskConfig, register_task
+from attn_plugins.data.text import check_classes, label_names, labelled_examples
+from attn_plugins.tasks import TaskConfig, TrainableTask, register_task
 
 
 @register_task("accuracy")
-class Accuracy(Task):
+class Accuracy(TrainableTask):
     """Share of texts whose class the model names right, and the mean cross-entropy.
 
     ``majority`` is what a model gets that always answers the most frequent class: accuracy says nothing without it.
     """
 
-    metric, better, model, labelled = "accuracy", "higher", "classification", True
+    metric, better, model, columns = "accuracy", "higher", "classification", ("text", "label")
+    trained_as, pipeline_tag, row = "classification", "text-classification", "text"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TaskConfig):
@@ -30,10 +32,20 @@ class Accuracy(Task):
             self.require(self.max_length >= 1, "max_length", "at least 1")
             self.require(self.max_rows is None or self.max_rows >= 1, "max_rows", "at least 1, or null")
 
+    def labels(self, data):
+        check_classes(data)
+        return label_names(data)
+
+    def examples(self, data, tokenizer, model):
+        return labelled_examples(data, tokenizer, model.config.label2id, self.config.max_length)
+
+    def collator(self, tokenizer, model):
+        return DataCollatorWithPadding(tokenizer)
+
     def prepare(self, data, tokenizer, model):
         if self.config.max_rows is not None:
             data = data.select(range(min(len(data), self.config.max_rows)))
-        rows = labelled_examples(data, tokenizer, model.config.label2id, self.config.max_length)
+        rows = self.examples(data, tokenizer, model)
         batches = []
         for start in range(0, len(rows), self.config.batch_size):
             part = rows[start : start + self.config.batch_size]

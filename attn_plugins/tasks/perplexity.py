@@ -4,11 +4,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from attn_plugins.data.text import token_blocks
-from attn_plugins.tasks import Task, TaskConfig, register_task
+from attn_plugins.tasks import TaskConfig, TrainableTask, register_task
+
+
+def collate_blocks(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Blocks of one length, without a padding mask: there is no padding. The model shifts the labels itself."""
+    input_ids = torch.tensor([row["input_ids"] for row in rows])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
 @register_task("perplexity")
-class Perplexity(Task):
+class Perplexity(TrainableTask):
     """exp of the mean negative log-likelihood of a token given those before it in its block, overall and by position.
 
     The text is laid end to end and cut into blocks that do not overlap, so a token has between 1 and length - 1 tokens
@@ -18,6 +24,7 @@ class Perplexity(Task):
     """
 
     metric, better, model = "perplexity", "lower", "causal-lm"
+    trained_as, pipeline_tag, row = "causal-lm", "text-generation", "block"
 
     @dataclass(frozen=True, kw_only=True)
     class Config(TaskConfig):
@@ -36,16 +43,28 @@ class Perplexity(Task):
             self.require(self.max_tokens is None or self.max_tokens >= self.length, "max_tokens", least)
 
     def prepare(self, data, tokenizer, model):
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and self.config.length > limit:
-            raise ValueError(
-                f"length={self.config.length}; allowed: at most {limit}, the model's max_position_embeddings"
-            )
-        blocks = token_blocks(data, tokenizer, self.config.length)
+        blocks = self._blocks(data, tokenizer, model, "length")
         if self.config.max_tokens is not None:
             blocks = blocks.select(range(min(len(blocks), self.config.max_tokens // self.config.length)))
         rows = torch.tensor(blocks["input_ids"][:])
         return [{"input_ids": batch} for batch in rows.split(self.config.batch_size)]
+
+    def examples(self, data, tokenizer, model):
+        return self._blocks(data, tokenizer, model, "block_size")
+
+    def _blocks(self, data, tokenizer, model, option):
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and self.config.length > limit:
+            raise ValueError(
+                f"{option}={self.config.length}; allowed: at most {limit}, the model's max_position_embeddings"
+            )
+        return token_blocks(data, tokenizer, self.config.length)
+
+    def collator(self, tokenizer, model):
+        return collate_blocks
+
+    def row_of(self):
+        return f"block of {self.config.length} tokens"
 
     def score(self, model, batch):
         ids = batch["input_ids"]

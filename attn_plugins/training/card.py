@@ -4,8 +4,10 @@ from typing import Any
 
 import yaml
 
+from attn_plugins.data.columns import ROLES
+from attn_plugins.data.sources import spelled_source
 from attn_plugins.hf.checkpoints.card import rules_block, served, tags
-from attn_plugins.tasks import figure, get_task, rows_of
+from attn_plugins.tasks import figure, get_task, rows_of, trained_task
 
 
 def model_card(metrics: dict[str, Any]) -> str:
@@ -16,7 +18,7 @@ def model_card(metrics: dict[str, Any]) -> str:
     front = {
         "base_model": metrics["base_model"],
         "library_name": "peft" if lora else "transformers",
-        "pipeline_tag": "text-generation" if metrics["task"] == "causal-lm" else "text-classification",
+        "pipeline_tag": trained_task(metrics["task"]).pipeline_tag,
         "tags": [*tags(kinds), *(["lora"] if lora else [])],
     }
     train, parameters = metrics["train"], metrics["parameters"]
@@ -46,7 +48,7 @@ def model_card(metrics: dict[str, Any]) -> str:
         "## Training",
         "",
         f"- Base model: {metrics['base_model']}",
-        f"- Data: {_spelled(metrics['data']['source'])}, column {metrics['data']['text_column']!r}",
+        f"- Data: {spelled_source(metrics['data']['source'])}, {_columns(metrics)}",
         f"- {train['steps']} steps, {train['rows']:,} rows (a row is a {train['row']}), {train['seconds']:,} s, "
         f"{train['processes']} {'process' if train['processes'] == 1 else 'processes'}, mean loss {train['loss']:.4f}",
         f"- Parameters: {parameters['trained']:,} trained of {parameters['total']:,}",
@@ -120,7 +122,7 @@ def told(stage: dict[str, Any]) -> str:
     train, loss = stage["train"], stage.get("loss", "task")
     return (
         f"{stage['stage']}{'' if loss == 'task' else f' ({loss})'}, {SHORT[stage['tune']]}: {train['steps']} steps, "
-        f"{train['rows']:,} rows of {_spelled(stage['data']['source'])}, {train['seconds']:,} s{_outcome(stage)}"
+        f"{train['rows']:,} rows of {spelled_source(stage['data']['source'])}, {train['seconds']:,} s{_outcome(stage)}"
     )
 
 
@@ -137,7 +139,7 @@ def _outcome(stage: dict[str, Any]) -> str:
 
 
 def _use(metrics: dict[str, Any], lora: bool) -> list[str]:
-    auto = "AutoModelForCausalLM" if metrics["task"] == "causal-lm" else "AutoModelForSequenceClassification"
+    auto = metrics["auto"]
     lines = ["import attn_plugins", f"from transformers import {auto}", ""]
     if not lora:
         return [*lines, f'model = {auto}.from_pretrained("path/to/this/folder")']
@@ -150,5 +152,6 @@ def _use(metrics: dict[str, Any], lora: bool) -> list[str]:
     ]
 
 
-def _spelled(source: str | list[str]) -> str:
-    return source if isinstance(source, str) else ", ".join(source)
+def _columns(metrics: dict[str, Any]) -> str:
+    names = [repr(metrics["data"][ROLES[role].option]) for role in trained_task(metrics["task"]).columns]
+    return f"{'column' if len(names) == 1 else 'columns'} {', '.join(names)}"

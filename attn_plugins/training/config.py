@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from attn_plugins.config.extras import need
 from attn_plugins.core.options import build, check_keys, convert
-from attn_plugins.data.text import DataConfig
-from attn_plugins.tasks import Task, get_task
-from attn_plugins.training.models import AS_SAVED, Dtype, Kind, read_attention
+from attn_plugins.data.sources import DataConfig
+from attn_plugins.tasks import Task, TrainableTask, get_task, trained_task
+from attn_plugins.training.models import AS_SAVED, Dtype, read_attention
 
-DEFAULT_TASK = {"causal-lm": "perplexity", "classification": "accuracy"}
+DEFAULT_TASK = "perplexity"
+"""Of an evaluation that names none, beside no fine-tune."""
 
 OURS = {
     "output_dir": "output_dir",
@@ -38,8 +39,10 @@ class FinetuneConfig:
     """Where checkpoints, the result, metrics.json and the model card go."""
     attention: Any = AS_SAVED
     """A name, a rule, a list of rules, a YAML file of these, null for the model's own, or as-saved."""
-    task: Kind = "causal-lm"
+    task: str = "causal-lm"
     """causal-lm: the next token, in blocks of ``block_size``. classification: a label a row, padded to the batch."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the task, for training, and unless ``evaluation`` says otherwise for measuring too."""
     tune: Literal["lora", "full", "new"] = "lora"
     """lora: adapters, and all new weights. full: everything. new: new weights alone (of the attention, of a head)."""
     lora: dict[str, Any] = field(default_factory=dict)
@@ -57,8 +60,8 @@ class FinetuneConfig:
     max_length: int = 512
     """Longer texts are cut to so many tokens, for classification."""
     evaluation: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict)
-    """``task`` (default: perplexity or accuracy) and its options, or a list of these, the first of which stands for the
-    rest; measured on held-out rows after training."""
+    """``task`` (default: that of the fine-tune, or perplexity for causal-lm, accuracy for classification) and its
+    options, or a list of these, the first of which stands for the rest; measured on held-out rows after training."""
     evaluate_before: bool = False
     """Also measure before training."""
     recall: bool = True
@@ -79,10 +82,32 @@ class FinetuneConfig:
         if self.tune != "lora" and self.lora:
             raise ValueError(f"lora options {sorted(self.lora)} go with tune='lora', not with tune={self.tune!r}")
         self._check_loss()
-        evaluation_tasks(self.evaluation, self.task)
-        check_training(self.training)
+        trained = self.trained()
+        self.measured(trained)
+        check_training(self.training, arguments_class(trained))
         if self.tune == "lora":
             check_lora(self.lora)
+
+    def trained(self) -> TrainableTask:
+        """The task with the options that it trains with.
+
+        Raises:
+            ValueError: there is no such task, or an option is wrong.
+        """
+        cls, options = trained_task(self.task), dict(self.options)
+        ours = {"causal-lm": ("length", "block_size"), "classification": ("max_length", "max_length")}
+        if self.task in ours:
+            name, here = ours[self.task]
+            if name in options:
+                raise ValueError(f"options.{name} is not for task={self.task!r}; use {here}")
+            options[name] = getattr(self, here)
+            if name == "length":
+                options["buckets"] = 1  # of figures, which nobody asks it for
+        return cls(build(cls.Config, options, "options"))
+
+    def measured(self, trained: TrainableTask) -> list[Task]:
+        """The tasks of the evaluation; ValueError where there is none or an option is wrong."""
+        return evaluation_tasks(self.evaluation, trained, self.options)
 
     def _check_loss(self) -> None:
         if self.loss != "kl" and self.temperature != 1:
@@ -127,45 +152,61 @@ class EvaluateConfig:
         evaluation_tasks(self.evaluation)
 
 
-def evaluation_tasks(evaluation: dict[str, Any] | list[dict[str, Any]], kind: Kind | None = None) -> list[Task]:
+def evaluation_tasks(
+    evaluation: dict[str, Any] | list[dict[str, Any]],
+    trained: TrainableTask | None = None,
+    options: dict[str, Any] | None = None,
+) -> list[Task]:
     """The tasks that ``{"task": name, option: value}`` describes, or a list of these.
 
     Args:
-        kind: what the model is, where that is known; the tasks must be ones for it.
+        trained: what the model is fine-tuned for, if it is; the tasks must be ones for its kind of model.
+        options: of that, for the same task where it is measured too.
 
     Raises:
         ValueError: there is none, one comes twice, they are for models of several kinds, or an option is wrong.
     """
-    if isinstance(evaluation, dict):
-        return [_evaluation_task(evaluation, kind, "evaluation")]
+    many = isinstance(evaluation, list)
     tasks: list[Task] = []
-    for number, one in enumerate(evaluation):
-        tasks.append(_evaluation_task(one, tasks[0].model if tasks else kind, f"evaluation.{number}"))
+    for number, one in enumerate(evaluation if isinstance(evaluation, list) else [evaluation]):
+        where = f"evaluation.{number}" if many else "evaluation"
+        name = one.get("task", DEFAULT_TASK if trained is None else trained.name)
+        cls = get_task(name)
+        kind = trained.model if trained is not None else tasks[0].model if tasks else cls.model
+        if cls.model != kind:
+            beside = f"task={trained.called()!r}" if trained else f"evaluation.0.task={tasks[0].name!r}"
+            raise ValueError(f"{where}.task={name!r} is for {cls.model} models, and {beside} for {kind} models")
+        own = {key: value for key, value in one.items() if key != "task"}
+        shared = dict(options or {}) if trained is not None and name == trained.name else {}
+        tasks.append(cls(build(cls.Config, {**shared, **own}, where)))
     names = [task.name for task in tasks]
     if not tasks or len(set(names)) < len(names):
         raise ValueError(f"evaluation has the tasks {names}; allowed: at least one, each once")
     return tasks
 
 
-def _evaluation_task(evaluation: dict[str, Any], kind: Kind | None, where: str) -> Task:
-    name = evaluation.get("task", DEFAULT_TASK[kind or "causal-lm"])
-    cls = get_task(name)
-    if kind is not None and cls.model != kind:
-        raise ValueError(f"{where}.task={name!r} is for {cls.model} models, and task={kind!r}")
-    options = {key: value for key, value in evaluation.items() if key != "task"}
-    return cls(build(cls.Config, options, where))
+def arguments_class(trained: TrainableTask) -> Any:
+    """Transformers' class of the settings that the task's Trainer takes."""
+    import transformers
+
+    return getattr(transformers, trained.trainer.replace("Trainer", "TrainingArguments"))
 
 
-def check_training(training: dict[str, Any]) -> None:
-    """Raise a ValueError for what is no field of TrainingArguments, is set elsewhere, or is of a wrong type."""
+def check_training(training: dict[str, Any], cls: Any = None) -> None:
+    """Raise a ValueError for what is no field of TrainingArguments, is set elsewhere, or is of a wrong type.
+
+    Args:
+        cls: TrainingArguments, unless it is one of its subclasses.
+    """
     from transformers import TrainingArguments
 
-    hints = typing.get_type_hints(TrainingArguments)
+    cls = cls or TrainingArguments
+    hints = typing.get_type_hints(cls)
     for key in training:
         if key in OURS:
             instead = f"; use {OURS[key]}" if OURS[key] else ""
             raise ValueError(f"training.{key} is not for a config{instead}")
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init and f.name not in OURS]
+    known = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in OURS]
     _check(training, known, hints, "training")
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_file
-from attn_plugins.data.text import load_data
+from attn_plugins.data.sources import load_data
 from attn_plugins.hf.checkpoints.card import kinds_of
 from attn_plugins.hf.swap import describe_attention
 from attn_plugins.tasks import Task, get_task, run_task
@@ -26,7 +26,7 @@ class Measurement:
     """A task, and batches that it was prepared for."""
 
     task: Task
-    batches: list[dict[str, torch.Tensor]]
+    batches: list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def prepare_evaluation(config: EvaluateConfig) -> Evaluation:
     if config.output is not None:
         check_file(config.output, "output")
     start_processes()
-    _, held_out = load_data(config.data, labelled=tasks[0].labelled)
+    _, held_out = load_data(config.data, tasks[0].columns)
     loaded = load(config.model, attention=config.attention, kind=kind, dtype=config.dtype, seed=config.seed)
     untrained = [name for name in loaded.fresh if not in_slot(name)]
     if untrained:
@@ -85,7 +85,7 @@ def prepare_evaluation(config: EvaluateConfig) -> Evaluation:
 
 def prepare_measurements(tasks: list[Task], held_out: Any, loaded: Loaded) -> list[Measurement]:
     """Each task with its batches of the held-out rows; ValueError where they don't fit."""
-    return [Measurement(task=task, batches=task.prepare(held_out, loaded.tokenizer, loaded.model)) for task in tasks]
+    return [Measurement(task=task, batches=task.prepare(held_out, loaded.processing, loaded.model)) for task in tasks]
 
 
 def run_measurements(

@@ -14,10 +14,12 @@ from transformers.utils import logging
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.versions import versions
-from attn_plugins.data.text import check_classes, label_names, labelled_examples, load_data, token_blocks
+from attn_plugins.data.sources import load_data
 from attn_plugins.hf.swap import describe_attention
+from attn_plugins.tasks import TrainableTask
+from attn_plugins.tasks.kinds import PEFT_TASKS
 from attn_plugins.training.card import model_card
-from attn_plugins.training.config import FinetuneConfig, evaluation_tasks
+from attn_plugins.training.config import FinetuneConfig, arguments_class
 from attn_plugins.training.evaluate import (
     Measurement,
     attention_summary,
@@ -44,6 +46,7 @@ class Finetune:
     """A fine-tune whose inputs are all there: what can be wrong in a config has shown by now."""
 
     config: FinetuneConfig
+    trained: TrainableTask
     loaded: Loaded
     trainer: Any
     measurements: list[Measurement]
@@ -109,6 +112,7 @@ class Finetune:
             "attention": attention_summary(trainer.model),
             "rules": getattr(_base(trainer.model).config, "attn_plugin", None),
             "task": config.task,
+            "auto": self.loaded.auto,
             "tune": config.tune,
             "loss": config.loss,
             "seed": config.seed,
@@ -120,7 +124,7 @@ class Finetune:
                 "losses": [{"step": entry["step"], "loss": entry["loss"]} for entry in history],
                 "steps": trainer.state.global_step,
                 "rows": round((trainer.state.epoch or 0) * len(trainer.train_dataset)),
-                "row": f"block of {config.block_size} tokens" if config.task == "causal-lm" else "text",
+                "row": self.trained.row_of(),
                 "processes": trainer.args.world_size,
                 "seconds": round(seconds, 2),
                 "resumed_from": self.checkpoint,
@@ -148,19 +152,16 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
     if check_folder(config.output_dir).resolve() == Path(config.model).expanduser().resolve():
         raise ValueError(f"output_dir={config.output_dir!r} is the model's own folder; allowed: another")
     checkpoint = check_resume(config, resume=resume)
-    arguments = _arguments(config, quiet)
+    trained = config.trained()
+    arguments = _arguments(config, trained, quiet)
     start_processes()
     with arguments.main_process_first(desc="reading the data"):
-        train, held_out = load_data(config.data, labelled=config.task == "classification")
-    labels = None
-    if config.task == "classification":
-        check_classes(train)
-        labels = label_names(train)
+        train, held_out = load_data(config.data, trained.columns)
     loaded = load(
         config.model,
         attention=config.attention,
-        kind=config.task,
-        labels=labels,
+        kind=trained.model,
+        labels=trained.labels(train),
         dtype=config.dtype,
         seed=config.seed,
         trainable=True,
@@ -168,18 +169,16 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
     if config.loss != "task":
         _check_teacher(config, loaded)
     with arguments.main_process_first(desc="tokenizing"):
-        if config.task == "causal-lm":
-            rows = token_blocks(train, loaded.tokenizer, _checked_length(config, loaded.model))
-        else:
-            rows = labelled_examples(train, loaded.tokenizer, _base(loaded.model).config.label2id, config.max_length)
-        measurements = prepare_measurements(evaluation_tasks(config.evaluation, config.task), held_out, loaded)
+        rows = trained.examples(train, loaded.processing, _base(loaded.model))
+        measurements = prepare_measurements(config.measured(trained), held_out, loaded)
         recall = prepare_recall(config, loaded, held_out)
     model = choose_parameters(config, loaded)
-    trainer = _trainer(config, arguments, model, loaded.tokenizer, rows, held_out)
+    trainer = _trainer(config, trained, arguments, model, loaded, rows, held_out)
     if checkpoint is not None:
         _check_steps(trainer, checkpoint)
     return Finetune(
         config=config,
+        trained=trained,
         loaded=loaded,
         trainer=trainer,
         measurements=measurements,
@@ -282,7 +281,7 @@ def _with_lora(config: FinetuneConfig, loaded: Loaded, new: list[str]) -> nn.Mod
         options.setdefault("exclude_modules", r"(.*\.)?attn_plugin(\..*)?")
     whole = ["attn_plugin" if in_slot(name) else name.rpartition(".")[0] for name in new]
     whole = sorted(set(whole) | set(options.pop("modules_to_save", None) or []))
-    kind = peft.TaskType.CAUSAL_LM if config.task == "causal-lm" else peft.TaskType.SEQ_CLS
+    kind = PEFT_TASKS.get(loaded.auto)
     try:
         adapter = peft.LoraConfig(task_type=kind, modules_to_save=whole or None, **options)
         adapted = peft.get_peft_model(model, adapter)
@@ -299,9 +298,7 @@ def default_targets(model: nn.Module) -> dict[str, Any]:
     return {"target_modules": list(LORA_TARGETS)} if set(LORA_TARGETS) <= names else {}
 
 
-def _arguments(config: FinetuneConfig, quiet: bool) -> Any:
-    from transformers import TrainingArguments
-
+def _arguments(config: FinetuneConfig, trained: TrainableTask, quiet: bool) -> Any:
     options = dict(config.training)
     options.setdefault("logging_steps", 10)
     if config.loss != "task":
@@ -311,32 +308,21 @@ def _arguments(config: FinetuneConfig, quiet: bool) -> Any:
     options.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     options.setdefault("disable_tqdm", quiet)
     try:
-        return TrainingArguments(output_dir=config.output_dir, seed=config.seed, **options)
+        return arguments_class(trained)(output_dir=config.output_dir, seed=config.seed, **options)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"training: {' '.join(str(error).split())}") from error
 
 
-def _checked_length(config: FinetuneConfig, model: nn.Module) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
-    if limit is not None and config.block_size > limit:
-        raise ValueError(
-            f"block_size={config.block_size}; allowed: at most {limit}, the model's max_position_embeddings"
-        )
-    return config.block_size
-
-
-def _trainer(config: FinetuneConfig, arguments: Any, model: nn.Module, tokenizer: Any, rows: Any, held_out: Any) -> Any:
-    from transformers import DataCollatorWithPadding, Trainer
+def _trainer(
+    config: FinetuneConfig, trained: TrainableTask, arguments: Any, model: Any, loaded: Loaded, rows: Any, held_out: Any
+) -> Any:
+    import transformers
 
     from attn_plugins.training.distillation_trainer import DistillationTrainer
 
-    evaluated = None
+    processing, evaluated = loaded.processing, None
     if arguments.eval_strategy != "no":
-        if config.task == "causal-lm":
-            evaluated = token_blocks(held_out, tokenizer, config.block_size)
-        else:
-            evaluated = labelled_examples(held_out, tokenizer, _base(model).config.label2id, config.max_length)
-    collate = collate_blocks if config.task == "causal-lm" else DataCollatorWithPadding(tokenizer)
+        evaluated = trained.examples(held_out, processing, _base(model))
     checkpointed = arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False)
     if checkpointed and config.tune != "full":
         _base(model).enable_input_require_grads()  # reentrant checkpoints of frozen weights would pass no gradient on
@@ -345,18 +331,13 @@ def _trainer(config: FinetuneConfig, arguments: Any, model: nn.Module, tokenizer
         "args": arguments,
         "train_dataset": rows,
         "eval_dataset": evaluated,
-        "data_collator": collate,
-        "processing_class": tokenizer,
+        "data_collator": trained.collator(processing, _base(model)),
+        "processing_class": processing,
+        "compute_metrics": trained.training_metrics(processing),
     }
     if config.loss == "task":
-        return Trainer(**parts)
+        return getattr(transformers, trained.trainer)(**parts)
     return DistillationTrainer(**parts, loss=config.loss, temperature=config.temperature)
-
-
-def collate_blocks(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Blocks of one length, without a padding mask: there is no padding. The model shifts the labels itself."""
-    input_ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:

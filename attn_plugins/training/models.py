@@ -14,6 +14,7 @@ from attn_plugins.config.extras import need
 from attn_plugins.config.yaml import read_json, read_yaml_file
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.hf.names import SLOT
+from attn_plugins.tasks.kinds import KINDS
 
 DEMO = "smollm2-135m-demo"
 """Built-in model name: SmolLM2-135M-Instruct, fetched and converted by attn_plugins.data.demo_model."""
@@ -21,15 +22,9 @@ DEMO = "smollm2-135m-demo"
 AS_SAVED = "as-saved"
 """The value of ``attention`` that leaves a checkpoint as it is: swapped if it was saved swapped."""
 
-Kind = Literal["causal-lm", "classification"]
-Loadable = Literal["causal-lm", "classification", "any"]
-"""any: whatever the checkpoint was saved from."""
+ANY = "any"
+"""Instead of a kind of model: whatever the checkpoint was saved from."""
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-AUTO = {
-    "causal-lm": transformers.AutoModelForCausalLM,
-    "classification": transformers.AutoModelForSequenceClassification,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +32,19 @@ class Loaded:
     """A model that is ready to train or measure."""
 
     model: nn.Module
-    tokenizer: Any
+    processing: Any
+    """What makes inputs of raw ones: the tokenizer, or a processor of pictures or sound."""
     source: str
     """What transformers loaded it from: a folder or a name on the hub."""
+    auto: str
+    """Name of transformers' class that loads it with its head."""
     fresh: list[str]
     """Names of parameters that the checkpoint did not hold, so that they are at their initial values."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; of a processor that has one, its."""
+        return getattr(self.processing, "tokenizer", self.processing)
 
 
 def read_attention(value: Any, *, files: tuple[str, ...] = ()) -> Any:
@@ -94,16 +97,17 @@ def load(
     source: str,
     *,
     attention: Any = AS_SAVED,
-    kind: Loadable = "causal-lm",
+    kind: str = "causal-lm",
     labels: list[str] | None = None,
     dtype: Dtype = "auto",
     seed: int = 0,
     trainable: bool = False,
 ) -> Loaded:
-    """Load a model, or the base model of a PEFT adapter and the adapter on top, with its tokenizer.
+    """Load a model, or the base model of a PEFT adapter and the adapter on top, with its tokenizer or processor.
 
     Args:
         attention: rules, ``None`` for the model's own attention, or "as-saved".
+        kind: a key of :data:`attn_plugins.tasks.kinds.KINDS`, or "any" for what the checkpoint was saved from.
         labels: names of the classes of a classifier that is to be trained; None for those of the checkpoint.
         seed: what new weights are drawn from.
         trainable: the weights of an adapter are to train.
@@ -120,31 +124,60 @@ def load(
     if attention != AS_SAVED:
         options["attn_plugin"] = read_attention(attention)
     names = labels if labels is not None or adapter is None else adapter["labels"]
-    if kind == "classification" and names is not None:
+    if names is not None and kind in KINDS and KINDS[kind].classes:
         options["id2label"] = dict(enumerate(names))
         options["label2id"] = {name: number for number, name in enumerate(names)}
     if os.environ.get("RANK", "0") != "0":
         transformers.utils.logging.set_verbosity_error()  # of several processes, one tells which weights are new
     transformers.set_seed(seed)
     with one_line(source):
-        model, info = _class_of(kind, base).from_pretrained(base, output_loading_info=True, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder if _has_tokenizer(folder) else base)
-    if kind == "classification" and tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if kind == "classification" and model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        cls = _class_of(kind, base)
+        model, info = cls.from_pretrained(base, output_loading_info=True, **options)
+        processing = _processing(kind, folder, base)
+    if kind in KINDS and KINDS[kind].pads:
+        _pad(model, getattr(processing, "tokenizer", processing))
     fresh = sorted(info["missing_keys"])
     if adapter is not None:
         peft = need("peft", "train")
         model, fresh = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable), []
-    return Loaded(model=model, tokenizer=tokenizer, source=base, fresh=fresh)
+    return Loaded(model=model, processing=processing, source=base, auto=cls.__name__, fresh=fresh)
 
 
-def _class_of(kind: Loadable, base: str) -> Any:
-    if kind != "any":
-        return AUTO[kind]
+def _class_of(kind: str, base: str) -> Any:
+    """The class of transformers that loads a model of a kind.
+
+    Raises:
+        ValueError: the model is of another kind.
+    """
     config = transformers.AutoConfig.from_pretrained(base)
-    return getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+    if kind == ANY:
+        return getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+    autos = [getattr(transformers, name) for name in KINDS[kind].auto]
+    known = [auto for auto in autos if type(config) in auto._model_mapping]
+    if not known and not hasattr(config, "auto_map"):
+        raise ValueError(f"model {base!r} is of type {config.model_type}, of which transformers has no {kind} model")
+    return [*known, *autos][0]
+
+
+def _processing(kind: str, folder: str, base: str) -> Any:
+    """What makes inputs for a model: as the folder of an adapter has it, else its base model's."""
+    auto = KINDS[kind].processing if kind in KINDS else "AutoTokenizer"
+    holds = any((Path(folder) / name).exists() for name in PROCESSING_FILES)
+    return getattr(transformers, auto).from_pretrained(folder if holds else base)
+
+
+PROCESSING_FILES = ("tokenizer_config.json", "tokenizer.json", "preprocessor_config.json", "processor_config.json")
+
+
+def _pad(model: Any, tokenizer: Any) -> None:
+    """Have rows padded with the end token, where tokenizer and model name no other."""
+    if getattr(tokenizer, "eos_token", None) is None:
+        return
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    config = model.config.get_text_config()
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def skeleton(source: str, attention: Any = AS_SAVED) -> nn.Module:
@@ -203,7 +236,3 @@ def one_line(source: str):
     except OSError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ValueError(f"model {source!r} could not be loaded: {' '.join(lines[:2])}") from error
-
-
-def _has_tokenizer(folder: str) -> bool:
-    return any((Path(folder) / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))

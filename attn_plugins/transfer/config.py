@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from attn_plugins.data.text import DataConfig
+from attn_plugins.data.sources import DataConfig
 from attn_plugins.training.models import AS_SAVED, Dtype, read_attention
 from attn_plugins.transfer.attention_transfer import check_settings
 from attn_plugins.transfer.errors import Loss

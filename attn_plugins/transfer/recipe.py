@@ -17,7 +17,7 @@ import yaml
 from attn_plugins.choice.run import ChooseConfig, choose
 from attn_plugins.config.output import check_folder
 from attn_plugins.core.options import build, did_you_mean
-from attn_plugins.data.text import DataConfig
+from attn_plugins.data.sources import DataConfig
 from attn_plugins.tasks import figure, get_task
 from attn_plugins.training.card import SHORT
 from attn_plugins.training.config import EvaluateConfig, FinetuneConfig

@@ -12,7 +12,8 @@ import torch
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.versions import versions
-from attn_plugins.data.text import load_data, special_blocks, token_blocks
+from attn_plugins.data.sources import load_data
+from attn_plugins.data.text import special_blocks, token_blocks
 from attn_plugins.hf.checkpoints.card import START
 from attn_plugins.hf.swap import describe_attention, unwrap
 from attn_plugins.training.card import told

@@ -24,7 +24,7 @@ import transformers as tf
 import attn_plugins as ap
 from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.config.versions import versions
-from attn_plugins.data.text import DataConfig, load_data
+from attn_plugins.data.sources import DataConfig, load_data
 from attn_plugins.hf.observe import own_attention
 from attn_plugins.training.models import load
 from attn_plugins.transfer.body import slots_of

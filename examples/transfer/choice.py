@@ -3,7 +3,7 @@
     python examples/transfer/choice.py                 SmolLM2-135M, windows of 64 and 256 with 4 sinks, seed 0
     python examples/transfer/choice.py --seed 1 2      more seeds: other rows to choose by, other rows to measure on
 
-Choices are made by rows of some documents and measured on rows of others, 1,536 tokens each: perplexity of the text,
+Choices are made by two rows of some documents and measured on rows of others, 1,536 tokens each: perplexity of text,
 and accuracy and negative log-likelihood of a pass key, a passage and names that stood at the beginning. Beside them
 stand the model's own attention, windows and sinks alone, and every fourth layer with full attention. The body
 computes in bfloat16. --texts is a folder with train.jsonl and validation.jsonl, a long "text" a row. A line of JSON for
@@ -46,7 +46,7 @@ class Subject:
     """
 
     def __init__(self, model: str = "smollm2-135m-demo", texts: Path = TEXTS, *, length: int = 1536, rows: int = 5):
-        self.settings = {"model": model, "length": length, "rows": rows}
+        self.settings = {"model": model, "length": length, "rows": rows, "chosen at": length}
         folder = resolve(model)
         self.tokenizer = tf.AutoTokenizer.from_pretrained(folder)
         self.model: Any = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
@@ -62,8 +62,9 @@ class Subject:
         return {"type": "local", "window_size": size, "num_sink_tokens": 4}
 
     def choose(self, seed: int, size: int, **options: Any) -> Any:
-        """Rules that keep heads or layers, chosen by rows of other documents than those that are measured."""
-        return ap.choose_attention(self.model, self.tokenizer, self.texts, self.window(size), seed=seed, **options)
+        """Rules that keep heads or layers, chosen by rows of other documents, as long as those that are measured."""
+        options |= {"seed": seed, "length": self.settings["length"]}
+        return ap.choose_attention(self.model, self.tokenizer, self.texts, self.window(size), **options)
 
     @torch.no_grad()
     def figures(self, rules: Any, seed: int) -> dict[str, float]:

@@ -24,7 +24,8 @@ import attn_plugins as ap
 from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.config.versions import versions
 from attn_plugins.core.options import build
-from attn_plugins.data.text import DataConfig, load_data, token_blocks
+from attn_plugins.data.sources import DataConfig, load_data
+from attn_plugins.data.text import token_blocks
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.finetune import prepare_finetune
 from attn_plugins.training.models import load

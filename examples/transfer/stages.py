@@ -24,7 +24,8 @@ import attn_plugins as ap
 from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.config.versions import versions
 from attn_plugins.core.options import build
-from attn_plugins.data.text import DataConfig, load_data, token_blocks
+from attn_plugins.data.sources import DataConfig, load_data
+from attn_plugins.data.text import token_blocks
 from attn_plugins.tasks import get_task, run_task
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.finetune import prepare_finetune
@@ -83,6 +84,8 @@ def _stages() -> list[Stage]:
     taught = stages[1]
     stages += [Stage(attention="linear", does="lora", steps=64, after=taught)]
     stages += [Stage(attention="linear", does="kl", steps=16, after=taught)]
+    longer = Stage(attention="linear", does="transfer", steps=100, after=stages[0])
+    stages += [longer, Stage(attention="linear", does="lora", steps=64, after=longer)]
     start = Stage(attention="linear_window", does="untrained")
     taught = Stage(attention="linear_window", does="transfer", steps=25, after=start)
     stages += [start, taught]

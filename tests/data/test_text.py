@@ -6,15 +6,8 @@ import pytest
 from conftest import WORDS, tokenizer, write_rows
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from attn_plugins.data.text import (
-    DataConfig,
-    check_classes,
-    label_names,
-    labelled_examples,
-    load_data,
-    python_docs,
-    token_blocks,
-)
+from attn_plugins.data.sources import DataConfig, load_data
+from attn_plugins.data.text import check_classes, label_names, labelled_examples, python_docs, token_blocks
 
 
 def texts(data):
@@ -103,7 +96,7 @@ def test_what_else_can_be_wrong_with_files(tmp_path, text):
         with pytest.raises(ValueError, match=message):
             load_data(DataConfig(**settings))
     with pytest.raises(ValueError, match=r"has no column 'label' \(label_column\)"):
-        load_data(DataConfig(source=text), labelled=True)
+        load_data(DataConfig(source=text), ("text", "label"))
 
 
 @pytest.mark.parametrize(
@@ -164,8 +157,8 @@ def test_json_that_is_read_rightly_stays(tmp_path):
 def test_labels_that_are_no_classes_are_refused(tmp_path, labels, message):
     path = write_rows(tmp_path / "t.jsonl", [{"text": "x", "label": label} for label in labels])
     with pytest.raises(ValueError, match=message):
-        load_data(DataConfig(source=path, eval_source=path), labelled=True)
-    load_data(DataConfig(source=path), labelled=False)
+        load_data(DataConfig(source=path, eval_source=path), ("text", "label"))
+    load_data(DataConfig(source=path))
 
 
 def test_numbers_of_classes_that_are_not_there_are_refused(tmp_path):
@@ -176,7 +169,7 @@ def test_numbers_of_classes_that_are_not_there_are_refused(tmp_path):
     )
     saved.save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"holds numbers from -1 to -1 for 2 classes; allowed: 0 to 1\. Test sets"):
-        load_data(DataConfig(source=str(tmp_path / "saved")), labelled=True)
+        load_data(DataConfig(source=str(tmp_path / "saved")), ("text", "label"))
 
 
 @pytest.mark.parametrize("labels", [["a", "a"], [7, 7], [True, True]])
@@ -259,7 +252,7 @@ def test_pairs_of_texts(tmp_path):
     rows = [{"q": "red", "r": "blue", "y": 1}, {"q": "cat", "r": "dog", "y": 0}]
     path = write_rows(tmp_path / "pairs.jsonl", rows)
     names = {"text_column": "q", "text_pair_column": "r", "label_column": "y"}
-    train, held_out = load_data(DataConfig(source=path, eval_source=path, **names), labelled=True)
+    train, held_out = load_data(DataConfig(source=path, eval_source=path, **names), ("text", "label"))
     made = labelled_examples(held_out, maker, {"0": 0, "1": 1}, 9)
     assert maker.convert_ids_to_tokens(made["input_ids"][0]) == ["<s>", "red", "</s>", "blue", "</s>"]
     assert sorted(train.column_names) == ["label", "text", "text_pair"]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import attn_plugins as ap
 from attn_plugins.benchmark import store as results
 from attn_plugins.config import yaml as settings
-from attn_plugins.data.text import DataConfig, load_data
+from attn_plugins.data.sources import DataConfig, load_data
 
 pytestmark = pytest.mark.fuzz
 

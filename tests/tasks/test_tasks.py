@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from attn_plugins import tasks
 from attn_plugins.data.text import token_blocks
 from attn_plugins.tasks import TASKS, Task, get_task, list_tasks, register_task, run_task
+from attn_plugins.tasks.kinds import KINDS
 
 ROWS = Dataset.from_dict({"text": ["red green blue one two three cat dog good bad fine poor the a is ."] * 5})
 
@@ -22,7 +23,7 @@ def test_the_registry_finds_the_files():
         assert task.name == name
         assert task.__doc__
         assert task.better in ("lower", "higher")
-        assert task.model in ("causal-lm", "classification")
+        assert task.model in KINDS
     with pytest.raises(ValueError, match=r"unknown task 'perplxity' \(did you mean perplexity\?\); known: accuracy"):
         get_task("perplxity")
 

@@ -156,7 +156,10 @@ def test_several_tasks_are_measured_and_the_first_stands_for_them(speller, long_
             [{}, {"task": "perplexity"}],
             r"evaluation has the tasks \['perplexity', 'perplexity'\]; allowed: .* each once",
         ),
-        ([{}, {"task": "accuracy"}], "evaluation.1.task='accuracy' is for classification models, and task='causal-lm'"),
+        (
+            [{}, {"task": "accuracy"}],
+            "evaluation.1.task='accuracy' is for classification models, and evaluation.0.task='perp",
+        ),
         ([{}, {"task": "copy", "rows": 0}], "evaluation.1: rows=0; allowed: at least 1"),
         ([{}, {"task": "copy", "length": 3}], "unknown key 'length' in evaluation.1"),
     ],

@@ -1,0 +1,78 @@
+"""Columns of rows by the role that they have for a task, and what each has to hold."""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Check = Callable[["Dataset", str, str], None]
+"""(rows, column, what messages call it); raises a ValueError where it holds something else than it should."""
+
+
+def named_by_role(data: "Dataset", wanted: Mapping[str, str], source: str) -> "Dataset":
+    """These columns alone, with their roles for names.
+
+    Args:
+        wanted: role -> name of the column.
+        source: what messages call the rows.
+
+    Raises:
+        ValueError: there is no such column, or it holds something else than its role asks for.
+    """
+    for role, column in wanted.items():
+        if column not in data.column_names:
+            known = textwrap.shorten(", ".join(data.column_names), 400, placeholder=" ...")
+            raise ValueError(f"{source} has no column {column!r} ({ROLES[role].option}); it has: {known}")
+    data = data.select_columns(list(dict.fromkeys(wanted.values())))
+    for role, column in wanted.items():
+        ROLES[role].check(data, column, f"{source}: column {column!r} ({ROLES[role].option})")
+    return data.rename_columns({column: role for role, column in wanted.items() if column != role})
+
+
+def _check_texts(data: "Dataset", column: str, what: str) -> None:
+    kind = getattr(data.features[column], "dtype", type(data.features[column]).__name__)
+    if kind not in ("string", "large_string", "string_view") and kind != "null":
+        raise ValueError(f"{what} holds {kind}; allowed: strings")
+    _check_nulls(data, column, what)
+
+
+def _check_labels(data: "Dataset", column: str, what: str) -> None:
+    feature = data.features[column]
+    kind = getattr(feature, "dtype", type(feature).__name__)
+    _check_nulls(data, column, what)
+    if kind not in ("string", "large_string", "string_view", "bool") and not kind.startswith(("int", "uint")):
+        whole = kind.startswith("float") and all(float(value).is_integer() for value in data[column])
+        if not whole:
+            raise ValueError(f"{what} holds {kind}; allowed: one class a row, as a string or a whole number")
+    names = getattr(feature, "names", None)
+    if names is not None and len(data) and not 0 <= min(data[column]) <= max(data[column]) < len(names):
+        raise ValueError(
+            f"{what} holds numbers from {min(data[column])} to {max(data[column])} for {len(names)} classes; allowed: "
+            f"0 to {len(names) - 1}. Test sets without labels have -1"
+        )
+
+
+def _check_nulls(data: "Dataset", column: str, what: str) -> None:
+    if data.data.column(column).null_count:  # of the whole table, of which the rows here may be a part
+        nulls = sum(value is None for value in data[column])
+        if nulls:
+            raise ValueError(f"{what} is null in {nulls} of {len(data)} rows; fill them, or leave these rows out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Role:
+    """What a column is for."""
+
+    option: str
+    """Setting that names the column, a field of DataConfig."""
+    check: Check
+
+
+ROLES = {
+    "text": Role(option="text_column", check=_check_texts),
+    "text_pair": Role(option="text_pair_column", check=_check_texts),
+    "label": Role(option="label_column", check=_check_labels),
+}

@@ -1,0 +1,33 @@
+"""Kinds of models: what transformers loads each with, and what makes its inputs."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelKind:
+    """What the models of a kind are loaded with, by names of classes of transformers."""
+
+    auto: tuple[str, ...]
+    """Auto classes, the first of which that knows a model's config loads it."""
+    processing: str = "AutoTokenizer"
+    """Auto class of what turns texts, pictures or sound into inputs."""
+    classes: bool = False
+    """Whether its head has classes, whose names the config tells."""
+    pads: bool = True
+    """Whether rows are padded to the batch, so that a tokenizer without a padding token takes its end token for it."""
+
+
+KINDS = {
+    "causal-lm": ModelKind(auto=("AutoModelForCausalLM",), pads=False),
+    "classification": ModelKind(auto=("AutoModelForSequenceClassification",), classes=True),
+}
+"""By the name that a task gives in ``model``."""
+
+PEFT_TASKS = {
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+    "AutoModelForQuestionAnswering": "QUESTION_ANS",
+}
+"""Auto class -> PEFT's type of task, for those that it knows."""
