@@ -3,21 +3,27 @@
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Check = Callable[["Dataset", str, str], None]
-"""(rows, column, what messages call it); raises a ValueError where it holds something else than it should."""
+"""(rows with roles for names, role, what messages call the column); raises a ValueError where it holds something else
+than it should."""
+Reader = Callable[["Dataset", str, Path | None], "Dataset"]
+"""(rows, role, folder in which relative paths start, or None for the current one) -> rows whose column holds what the
+role promises, whatever form it had."""
 
 
-def named_by_role(data: "Dataset", wanted: Mapping[str, str], source: str) -> "Dataset":
+def named_by_role(data: "Dataset", wanted: Mapping[str, str], source: str, folder: Path | None = None) -> "Dataset":
     """These columns alone, with their roles for names.
 
     Args:
         wanted: role -> name of the column.
         source: what messages call the rows.
+        folder: where relative paths in columns start; None for the current one.
 
     Raises:
         ValueError: there is no such column, or it holds something else than its role asks for.
@@ -27,9 +33,13 @@ def named_by_role(data: "Dataset", wanted: Mapping[str, str], source: str) -> "D
             known = textwrap.shorten(", ".join(data.column_names), 400, placeholder=" ...")
             raise ValueError(f"{source} has no column {column!r} ({ROLES[role].option}); it has: {known}")
     data = data.select_columns(list(dict.fromkeys(wanted.values())))
+    data = data.rename_columns({column: role for role, column in wanted.items() if column != role})
+    for role in wanted:
+        read = ROLES[role].read
+        data = data if read is None else read(data, role, folder)
     for role, column in wanted.items():
-        ROLES[role].check(data, column, f"{source}: column {column!r} ({ROLES[role].option})")
-    return data.rename_columns({column: role for role, column in wanted.items() if column != role})
+        ROLES[role].check(data, role, f"{source}: column {column!r} ({ROLES[role].option})")
+    return data
 
 
 def _check_texts(data: "Dataset", column: str, what: str) -> None:
@@ -69,6 +79,7 @@ class Role:
     option: str
     """Setting that names the column, a field of DataConfig."""
     check: Check
+    read: Reader | None = None
 
 
 ROLES = {

@@ -112,7 +112,7 @@ def load_data(config: DataConfig, columns: Sequence[str] = ("text",)) -> "tuple[
         (held_out, config.max_eval_rows, other),
     ):
         limited = split if limit is None else split.select(range(min(limit, len(split))))
-        rows.append(named_by_role(limited, _wanted(config, columns), spelled_source(source)))
+        rows.append(named_by_role(limited, _wanted(config, columns), spelled_source(source), _base(source)))
     return rows[0], rows[1]
 
 
@@ -224,6 +224,12 @@ def _wanted(config: DataConfig, columns: Sequence[str]) -> dict[str, str]:
     if "text" in wanted and config.text_pair_column is not None:
         wanted["text_pair"] = config.text_pair_column
     return wanted
+
+
+def _base(source: str | list[str]) -> Path | None:
+    """The folder in which relative paths of a source's rows start: its own; None where it has none, or several."""
+    found = {path if path.is_dir() else path.parent for path in map(Path, _paths(source) or [])}
+    return found.pop() if len(found) == 1 else None
 
 
 def spelled_source(source: str | list[str]) -> str:

@@ -91,6 +91,8 @@ class TrainableTask(Task):
     """What a row of training is, for reports: a text, a picture."""
     trainer: ClassVar[str] = "Trainer"
     """Name of transformers' class that trains for it: Trainer or Seq2SeqTrainer."""
+    targets: ClassVar[tuple[str, ...]] = ("labels",)
+    """What of a batch says the right answers, by the names that the model takes them by."""
 
     @abc.abstractmethod
     def examples(self, data: Any, processing: Any, model: nn.Module) -> Any:
@@ -99,7 +101,7 @@ class TrainableTask(Task):
 
     @abc.abstractmethod
     def collator(self, processing: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """What makes a batch, with "labels", of a list of examples."""
+        """What makes a batch, with the ``targets``, of a list of examples."""
 
     def labels(self, data: Any) -> list[str] | None:
         """Names of the classes that a model's head is to have, from the rows to train on; ValueError where there is

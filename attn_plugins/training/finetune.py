@@ -304,7 +304,7 @@ def _arguments(config: FinetuneConfig, trained: TrainableTask, quiet: bool) -> A
     if config.loss != "task":
         options.setdefault("learning_rate", 5e-3 if config.tune == "new" else 2e-3)
     options.setdefault("report_to", "none")
-    options.setdefault("label_names", ["labels"])  # a PEFT model's forward hides them from Trainer
+    options.setdefault("label_names", list(trained.targets))  # a PEFT model's forward hides them from Trainer
     options.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     options.setdefault("disable_tqdm", quiet)
     try:
