@@ -23,9 +23,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# Before a test imports datasets, which reads it once: tests leave nothing in the user's cache.
-os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="attn-plugins-tests-")
-atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+# Before a test imports datasets and evaluate, which read them once: tests leave nothing in the user's cache.
+CACHE = tempfile.mkdtemp(prefix="attn-plugins-tests-")
+os.environ["HF_DATASETS_CACHE"] = CACHE
+os.environ["HF_METRICS_CACHE"] = os.path.join(CACHE, "metrics")
+os.environ["HF_MODULES_CACHE"] = os.path.join(CACHE, "modules")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 
 WORDS = [
     "red",
