@@ -90,9 +90,12 @@ class TrainableTask(Task):
     row: ClassVar[str]
     """What a row of training is, for reports: a text, a picture."""
     trainer: ClassVar[str] = "Trainer"
-    """Name of transformers' class that trains for it: Trainer or Seq2SeqTrainer."""
+    """Name of transformers' class that trains for it, Trainer or Seq2SeqTrainer; for a class of another library the
+    task brings its own ``arguments`` and ``make_trainer``."""
     targets: ClassVar[tuple[str, ...]] = ("labels",)
     """What of a batch says the right answers, by the names that the model takes them by."""
+    distils: ClassVar[bool] = True
+    """Whether its batches are what a model is called with, so that it can be held to itself (loss='kl' or 'hidden')."""
 
     @abc.abstractmethod
     def examples(self, data: Any, processing: Any, model: nn.Module) -> Any:
@@ -111,6 +114,27 @@ class TrainableTask(Task):
     def training_metrics(self, processing: Any) -> Callable[[Any], dict[str, float]] | None:
         """Figures of Trainer's own evaluation while it trains, beside the loss: a function of its EvalPrediction."""
         return None
+
+    def arguments(self) -> Any:
+        """Class of the settings that its trainer takes: TrainingArguments, or one built on it.
+
+        Raises:
+            ValueError: it is of a library that is not installed.
+        """
+        import transformers
+
+        return getattr(transformers, self.trainer.replace("Trainer", "TrainingArguments"))
+
+    def make_trainer(self, **parts: Any) -> Any:
+        """Its trainer: Trainer, or what is built on it.
+
+        Args:
+            parts: what Trainer takes, by its names: model, args, train_dataset, eval_dataset, data_collator,
+                processing_class, compute_metrics.
+        """
+        import transformers
+
+        return getattr(transformers, self.trainer)(**parts)
 
     @classmethod
     def called(cls) -> str:

@@ -84,7 +84,9 @@ class FinetuneConfig:
         self._check_loss()
         trained = self.trained()
         self.measured(trained)
-        check_training(self.training, arguments_class(trained))
+        if self.loss != "task" and not trained.distils:
+            raise ValueError(f"loss={self.loss!r} is not for task={self.task!r}; allowed: loss='task'")
+        check_training(self.training, trained.arguments())
         if self.tune == "lora":
             check_lora(self.lora)
 
@@ -183,13 +185,6 @@ def evaluation_tasks(
     if not tasks or len(set(names)) < len(names):
         raise ValueError(f"evaluation has the tasks {names}; allowed: at least one, each once")
     return tasks
-
-
-def arguments_class(trained: TrainableTask) -> Any:
-    """Transformers' class of the settings that the task's Trainer takes."""
-    import transformers
-
-    return getattr(transformers, trained.trainer.replace("Trainer", "TrainingArguments"))
 
 
 def check_training(training: dict[str, Any], cls: Any = None) -> None:

@@ -19,7 +19,7 @@ from attn_plugins.hf.swap import describe_attention
 from attn_plugins.tasks import TrainableTask
 from attn_plugins.tasks.kinds import PEFT_TASKS
 from attn_plugins.training.card import model_card
-from attn_plugins.training.config import FinetuneConfig, arguments_class
+from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.evaluate import (
     Measurement,
     attention_summary,
@@ -308,7 +308,7 @@ def _arguments(config: FinetuneConfig, trained: TrainableTask, quiet: bool) -> A
     options.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     options.setdefault("disable_tqdm", quiet)
     try:
-        return arguments_class(trained)(output_dir=config.output_dir, seed=config.seed, **options)
+        return trained.arguments()(output_dir=config.output_dir, seed=config.seed, **options)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"training: {' '.join(str(error).split())}") from error
 
@@ -316,8 +316,6 @@ def _arguments(config: FinetuneConfig, trained: TrainableTask, quiet: bool) -> A
 def _trainer(
     config: FinetuneConfig, trained: TrainableTask, arguments: Any, model: Any, loaded: Loaded, rows: Any, held_out: Any
 ) -> Any:
-    import transformers
-
     from attn_plugins.training.distillation_trainer import DistillationTrainer
 
     processing, evaluated = loaded.processing, None
@@ -336,7 +334,7 @@ def _trainer(
         "compute_metrics": trained.training_metrics(processing),
     }
     if config.loss == "task":
-        return getattr(transformers, trained.trainer)(**parts)
+        return trained.make_trainer(**parts)
     return DistillationTrainer(**parts, loss=config.loss, temperature=config.temperature)
 
 
