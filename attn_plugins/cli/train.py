@@ -18,6 +18,7 @@ from attn_plugins.cli.app import (
     settings,
     spread_out,
 )
+from attn_plugins.cli.stop import stoppable
 from attn_plugins.core.options import build
 
 
@@ -56,13 +57,15 @@ def finetune(
         parsed = build(FinetuneConfig, tree)
         spread_out()
         metrics = finished(parsed) if resume else None
-        run = prepare_finetune(parsed, resume=resume) if metrics is None else None
-    if run is not None:
-        metrics = run.run()
+    if metrics is None:
+        with stoppable(parsed.output_dir):
+            with one_line_errors():
+                run = prepare_finetune(parsed, resume=resume)
+            metrics = run.run()
         done = f"written to {parsed.output_dir}: the model, README.md, metrics.json"
     else:
         done = f"the run in {parsed.output_dir} has ended with these settings; nothing was trained, nothing written"
-    if metrics is not None and is_main_process() and os.environ.get("RANK", "0") == "0":
+    if is_main_process() and os.environ.get("RANK", "0") == "0":
         evaluation, recall = metrics["evaluation"], metrics["recall"] or {}
         for name, found in {evaluation["task"]: evaluation, **evaluation["others"], **recall.get("parts", {})}.items():
             stages = {stage: found[stage] for stage in ("before", "after") if found[stage] is not None}

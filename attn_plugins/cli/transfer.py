@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from attn_plugins.cli.app import Attn, ConfigFile, Data, Model, Settings, app, one_line_errors, settings, spread_out
+from attn_plugins.cli.stop import stoppable
 from attn_plugins.core.options import build
 
 
@@ -55,8 +56,10 @@ def transfer(
         if resume and finished(parsed) is not None:
             print(f"the run in {parsed.output_dir} has ended with these settings; nothing was trained")
             return
-        run = prepare_transfer(parsed, resume=resume)
-    report, _ = run.run()
+    with stoppable(parsed.output_dir):
+        with one_line_errors():
+            run = prepare_transfer(parsed, resume=resume)
+        report, _ = run.run()
     if not is_main_process():
         return
     print(report)

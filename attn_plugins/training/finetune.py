@@ -32,6 +32,7 @@ from attn_plugins.training.history import pretrained_base, stages_of
 from attn_plugins.training.models import Loaded, in_slot, load, resolve
 from attn_plugins.training.recall import prepare_recall, report, swapped
 from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of, steps_of
+from attn_plugins.training.stop import train
 
 CARD = "README.md"
 
@@ -61,6 +62,9 @@ class Finetune:
 
         Returns:
             what metrics.json holds.
+
+        Raises:
+            Stopped: Ctrl-C or SIGTERM has ended the training; the checkpoint that it has left is whole.
         """
         config, trainer = self.config, self.trainer
         before: dict[str, Any] = {}
@@ -71,7 +75,7 @@ class Finetune:
             before = run_measurements(self.measurements, trainer.model, progress=progress and f"{progress} before")
         recalled = run_measurements(recalling, trainer.model, progress=progress and f"{progress} before")
         started = time.perf_counter()
-        output = trainer.train(resume_from_checkpoint=self.checkpoint)
+        output = train(trainer, self.checkpoint)
         seconds = time.perf_counter() - started
         after = run_measurements(self.measurements, trainer.model_wrapped, progress=progress)
         recall = {"missing": self.recall} if isinstance(self.recall, str) else None

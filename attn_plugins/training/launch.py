@@ -5,6 +5,7 @@ machines lack. It says nothing, so a run would go on with a fraction of its batc
 """
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -58,7 +59,16 @@ def spread(arguments: list[str]) -> int | None:
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:
-    """Exit status of all: 0, or that of the first that failed; the others would wait for it forever, and are ended."""
+    """Exit status of all: 0, or that of the first that failed; the others would wait for it forever, and are ended.
+
+    Ctrl-C and SIGTERM are passed on: what they do is the processes' own affair.
+    """
+
+    def pass_on(number: int, frame: object) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    before = {one: signal.signal(one, pass_on) for one in (signal.SIGINT, signal.SIGTERM)}
     try:
         while True:
             states = [process.poll() for process in processes]
@@ -71,6 +81,8 @@ def _wait(processes: list[subprocess.Popen]) -> int:
             process.terminate()
         for process in processes:
             process.wait()
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _asked_for(parent: list[str]) -> int:

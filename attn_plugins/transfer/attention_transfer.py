@@ -21,6 +21,7 @@ from attn_plugins.hf.swap import describe_attention, unwrap
 from attn_plugins.training.config import check_training
 from attn_plugins.training.evaluate import start_processes
 from attn_plugins.training.resume import last_whole_checkpoint, steps_of
+from attn_plugins.training.stop import train
 from attn_plugins.transfer.body import heads_that_learn, learning, slots_of
 from attn_plugins.transfer.errors import Loss, measure_errors
 from attn_plugins.transfer.report import LayerErrors, TransferReport
@@ -280,5 +281,8 @@ def _trained(trainer: TransferTrainer, steps: int, checkpoint: str | None) -> Tr
 
         NewWeights(trainer.slots).load_state_dict(load_file(f"{checkpoint}/model.safetensors"))
         return TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.args.save_strategy == "no":  # nothing is to be left
+        trainer.train()
+    else:
+        train(trainer, checkpoint)
     return trainer.state
