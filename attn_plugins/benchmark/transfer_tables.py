@@ -51,6 +51,44 @@ def stages(records: Sequence[Record]) -> list[str]:
     return [*_table("attention and what was done", rows, TAUGHT), "", _made(records)]
 
 
+TAUGHT_PARTS = {
+    "decoder": {
+        "error before": "error of outputs, untrained",
+        "error": "error of outputs",
+        "error of the worst layer": "error of outputs, worst layer",
+        "error at twice the length": "error of outputs at twice the length",
+        "step over forward": "time of a step, in forward passes",
+    },
+    "encoder": {
+        "error before": "error of outputs, untrained",
+        "error": "error of outputs",
+        "cosine before": "cosine of embeddings to the model's own, untrained",
+        "cosine": "cosine of embeddings to the model's own",
+    },
+}
+"""Part of examples/transfer/attention_transfer.py -> its figures, and what they are."""
+
+
+def taught(records: Sequence[Record]) -> list[str]:
+    """What attention transfer brings to a decoder and to an encoder."""
+    found = _by(records, lambda one: one["settings"]["part"])
+    lines = ["| model | figure | |", "|---|---|---|"]
+    for part, figures in TAUGHT_PARTS.items():
+        for name, what in figures.items():
+            if part in found:
+                lines.append(f"| {part} | {what} | {_spread(name, [one['result'][name] for one in found[part]])} |")
+    return [*lines, "", _made(records)]
+
+
+def lengths(records: Sequence[Record]) -> list[str]:
+    """Perplexity at some lengths, by the length that new weights were taught at."""
+    found = _by(records, lambda one: one["settings"]["case"])
+    columns = list(dict.fromkeys(length for ones in found.values() for one in ones for length in one["result"]))
+    rows = [(case, [one["result"] for one in ones]) for case, ones in found.items()]
+    headings = {length: f"{int(length):,} tokens" for length in columns}
+    return [*_table("attention", rows, headings), "", _made(records)]
+
+
 def trained(records: Sequence[Record]) -> list[str]:
     """What fine-tuning does to recall, by what is trained: before, after."""
     found = _by(records, lambda one: f"{one['attention']} | {one['targets']}")
@@ -112,6 +150,8 @@ def with_measured(text: str, folder: Path) -> str:
         "choices, in short": ("choice.jsonl", functools.partial(choices, cases=FIRST_PAGE)),
         "stages": ("stages.jsonl", stages),
         "fine-tuning": ("finetune_recall.jsonl", trained),
+        "taught": ("attention_transfer.jsonl", taught),
+        "lengths": ("lengths.jsonl", lengths),
     }
     for name, (file, table) in tables.items():
         if (folder / file).exists():

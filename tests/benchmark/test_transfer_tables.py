@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from attn_plugins.benchmark.transfer_tables import choices, stages, trained, with_measured
+from attn_plugins.benchmark.transfer_tables import choices, lengths, stages, taught, trained, with_measured
 
 VERSIONS = {"attn_plugins": "0.1.0", "commit": "abc", "torch": "2.13.0"}
 
@@ -47,6 +47,23 @@ def test_fine_tuning_is_told_before_and_after():
 
     one = record({"before": figures(2.0), "after": figures(1.0)}, attention="window", targets="v, o")
     assert trained([one])[2] == ("| window | v, o | 20.00 to 10.00 | 2.00 to 1.00 | 2.00 to 1.00 | 2.00 to 1.00 |")
+
+
+def test_what_was_taught_is_told_part_by_part():
+    figures = {"error before": 1.2, "error": 0.5, "cosine before": 0.46, "cosine": 0.9}
+    lines = taught([record(figures, seed, settings={"part": "encoder"}) for seed in (0, 1)])
+    assert lines[2:6] == [
+        "| encoder | error of outputs, untrained | 1.20 |",
+        "| encoder | error of outputs | 0.50 |",
+        "| encoder | cosine of embeddings to the model's own, untrained | 0.46 |",
+        "| encoder | cosine of embeddings to the model's own | 0.90 |",
+    ]
+
+
+def test_lengths_are_columns():
+    lines = lengths([record({"512": 40.0, "1536": 29.5}, settings={"case": "dense"})])
+    assert lines[0] == "| attention | 512 tokens | 1,536 tokens |"
+    assert lines[2] == "| dense | 40.00 | 29.50 |"
 
 
 def test_a_page_gets_the_tables_that_it_asks_for(tmp_path):
