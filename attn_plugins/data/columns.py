@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attn_plugins.data.answers import check_answers, read_answers
+from attn_plugins.data.tags import check_tags, check_words
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -86,4 +89,9 @@ ROLES = {
     "text": Role(option="text_column", check=_check_texts),
     "text_pair": Role(option="text_pair_column", check=_check_texts),
     "label": Role(option="label_column", check=_check_labels),
+    "words": Role(option="text_column", check=check_words),
+    "tags": Role(option="label_column", check=check_tags),
+    "question": Role(option="question_column", check=_check_texts),
+    "context": Role(option="context_column", check=_check_texts),
+    "answer": Role(option="answer_column", check=check_answers, read=read_answers),
 }

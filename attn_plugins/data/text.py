@@ -31,21 +31,33 @@ def python_docs() -> "dict[str, Dataset]":
     }
 
 
-def token_blocks(data: "Dataset", tokenizer: Any, length: int) -> "Dataset":
+def check_length(length: int, option: str, tokenizer: Any, model: Any) -> None:
+    """Raise a ValueError where rows of so many tokens are more than the model or its tokenizer takes."""
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    limit = min(limit for limit in limits if limit is not None)
+    if length > limit:
+        raise ValueError(f"{option}={length}; allowed: at most {limit}, what the model takes")
+
+
+def token_blocks(data: "Dataset", tokenizer: Any, length: int, *, special_tokens: bool = False) -> "Dataset":
     """Rows of exactly ``length`` tokens (column ``input_ids``), cut from the texts laid end to end.
 
     After each text comes the tokenizer's end-of-sequence token, where it has one: that is all that marks a boundary, a
     block may hold parts of several texts and its tokens see all of them. Texts are laid end to end in groups of 1000,
     and what is left at the end of a group, less than a block, is left out.
 
+    Args:
+        special_tokens: each text stands between the special tokens that the tokenizer puts around one, instead.
+
     Raises:
         ValueError: the texts give less than one block.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = [] if special_tokens or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         # verbose=False: a text longer than the model's context is what is wanted here, not something to warn of
-        texts = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        options = {"add_special_tokens": special_tokens, "return_attention_mask": False, "verbose": False}
+        texts = tokenizer(batch["text"], **options)
         tokens = list(chain.from_iterable([*ids, *end] for ids in texts["input_ids"]))
         whole = len(tokens) // length * length
         return {"input_ids": [tokens[start : start + length] for start in range(0, whole, length)]}
@@ -76,6 +88,15 @@ def special_blocks(data: "Dataset", tokenizer: Any, length: int) -> "Dataset":
     if len(blocks) == 0:
         raise ValueError(f"no text gives a block of {length} tokens; allowed: a smaller length, longer texts")
     return blocks
+
+
+def cut_texts(data: "Dataset", tokenizer: Any, max_length: int) -> "Dataset":
+    """One row a text of at most ``max_length`` tokens: ``input_ids`` and what else the tokenizer gives; not padded."""
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return dict(tokenizer(batch["text"], truncation=True, max_length=max_length))
+
+    return data.map(encode, batched=True, remove_columns=data.column_names, desc="tokenizing")
 
 
 def labelled_examples(data: "Dataset", tokenizer: Any, label2id: dict[str, int], max_length: int) -> "Dataset":
@@ -115,9 +136,19 @@ def check_classes(data: "Dataset") -> None:
 
 
 def _label_numbers(data: "Dataset", label2id: dict[str, int]) -> dict[Any, int]:
-    """Label as it stands in the data -> the model's number for it: by name, or where it has no such name, by number."""
-    found = sorted(set(data["label"]))
-    names = getattr(data.features["label"], "names", None)
+    return class_numbers(set(data["label"]), getattr(data.features["label"], "names", None), label2id)
+
+
+def class_numbers(labels: set[Any], names: list[str] | None, label2id: dict[str, int]) -> dict[Any, int]:
+    """Label as it stands in the data -> the model's number for it: by name, or where it has no such name, by number.
+
+    Args:
+        names: of the classes, where labels are their numbers.
+
+    Raises:
+        ValueError: a label is none of the model's.
+    """
+    found = sorted(labels)
     spelled = {label: str(names[label]) if names else str(label) for label in found}
     if all(name in label2id for name in spelled.values()):
         return {label: label2id[name] for label, name in spelled.items()}

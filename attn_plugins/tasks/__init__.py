@@ -104,7 +104,11 @@ class TrainableTask(Task):
 
     @abc.abstractmethod
     def collator(self, processing: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """What makes a batch, with the ``targets``, of a list of examples."""
+        """What makes a batch, with the ``targets``, of a list of examples.
+
+        One that is a TrainerCallback is told what Trainer does, so that it can draw by the epoch: what a global
+        generator drew does not come back in a run that goes on, since Trainer reads one batch ahead.
+        """
 
     def labels(self, data: Any) -> list[str] | None:
         """Names of the classes that a model's head is to have, from the rows to train on; ValueError where there is

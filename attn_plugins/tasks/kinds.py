@@ -20,6 +20,9 @@ class ModelKind:
 KINDS = {
     "causal-lm": ModelKind(auto=("AutoModelForCausalLM",), pads=False),
     "classification": ModelKind(auto=("AutoModelForSequenceClassification",), classes=True),
+    "masked-lm": ModelKind(auto=("AutoModelForMaskedLM",)),
+    "token-classification": ModelKind(auto=("AutoModelForTokenClassification",), classes=True),
+    "question-answering": ModelKind(auto=("AutoModelForQuestionAnswering",)),
 }
 """By the name that a task gives in ``model``."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 from transformers.utils import logging
 
 from attn_plugins.config.extras import need
@@ -337,6 +338,8 @@ def _trainer(
         "processing_class": processing,
         "compute_metrics": trained.training_metrics(processing),
     }
+    if isinstance(parts["data_collator"], TrainerCallback):
+        parts["callbacks"] = [parts["data_collator"]]
     if config.loss == "task":
         return trained.make_trainer(**parts)
     return DistillationTrainer(**parts, loss=config.loss, temperature=config.temperature)

@@ -1,0 +1,182 @@
+"""What holds of every task that models are fine-tuned for: it trains what was asked, comes back, and goes on if killed.
+
+A case is a function of a folder to write into: it makes a tiny model and tiny data there, and returns settings.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import WORDS, tokenizer, write_rows
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForMaskedLM, BertModel, TrainerCallback
+
+from attn_plugins.core.options import build
+from attn_plugins.tasks import trained_task, trained_tasks
+from attn_plugins.training.config import EvaluateConfig, FinetuneConfig
+from attn_plugins.training.evaluate import prepare_evaluation
+from attn_plugins.training.finetune import prepare_finetune
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LOCAL = {"type": "local", "window_size": 4}
+LINEAR = {"type": "linear", "feature_map": "hedgehog"}
+
+
+def bert(folder, cls=BertModel):
+    """A tiny encoder, without a head unless ``cls`` has one, whose tokenizer has a mask."""
+    made = tokenizer(encoder=True)
+    made.add_special_tokens({"mask_token": "<mask>"})
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    easy = {"initializer_range": 0.2, "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=len(made), **sizes, **easy, num_attention_heads=2, pad_token_id=3)
+    torch.manual_seed(0)
+    cls(config).save_pretrained(folder / "model")
+    made.save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def texts(count=24):
+    chance = random.Random(0)
+    return [" ".join(chance.choices(WORDS, k=chance.randint(5, 12))) for _ in range(count)]
+
+
+def masked_lm(folder):
+    rows = write_rows(folder / "rows.jsonl", [{"text": text} for text in texts()])
+    model = bert(folder, BertForMaskedLM)
+    return {"model": model, "data": {"source": rows}, "options": {"max_length": 16, "mlm_probability": 0.3}}
+
+
+def token_classification(folder):
+    tags = {"cat": "B-X", "dog": "B-Y", "red": "B-X", "good": "I-X"}
+    rows = [{"words": text.split(), "tags": [tags.get(word, "O") for word in text.split()]} for text in texts()]
+    data = {"text_column": "words", "label_column": "tags"}
+    source = write_rows(folder / "rows.jsonl", rows)
+    return {"model": bert(folder), "data": {"source": source, **data}, "options": {"max_length": 32}}
+
+
+def question_answering(folder):
+    rows = [
+        {"question": "the", "context": text, "answers": text.split()[number % 3]} for number, text in enumerate(texts())
+    ]
+    rows[3]["answers"] = ""
+    source = write_rows(folder / "rows.jsonl", rows)
+    return {"model": bert(folder), "data": {"source": source}, "options": {"max_length": 12, "stride": 3}}
+
+
+CASES = {
+    "masked-lm": masked_lm,
+    "token-classification": token_classification,
+    "question-answering": question_answering,
+}
+"""What ``finetune`` calls a task -> its case."""
+
+TRAINING = {
+    "max_steps": 8,
+    "per_device_train_batch_size": 6,
+    "learning_rate": 0.01,
+    "logging_steps": 1,
+    "save_strategy": "no",
+}
+
+
+def settings(task, folder, out, **changes):
+    tree = {"tune": "full", "attention": LOCAL, "training": TRAINING, "output_dir": str(out), **CASES[task](folder)}
+    return build(FinetuneConfig, {"task": task, **tree, **changes})
+
+
+def measured(model, config):
+    evaluation = {"task": trained_task(config.task).name, **config.options}
+    tree = {"model": str(model), "data": vars(config.data), "evaluation": evaluation}
+    return prepare_evaluation(build(EvaluateConfig, tree)).run()
+
+
+class KillAt(TrainerCallback):
+    """Ends a run as Ctrl-C does, after so many steps."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "inputs").mkdir()
+    return tmp_path / "inputs"
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_it_learns_and_what_it_learned_comes_back(task, folder, tmp_path):
+    training = {**TRAINING, "eval_strategy": "steps", "eval_steps": 4}
+    config = settings(task, folder, tmp_path / "out", training=training)
+    run = prepare_finetune(config)
+    metrics = run.run(None)
+    losses = [entry["loss"] for entry in metrics["train"]["losses"]]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    told = [entry["eval_loss"] for entry in run.trainer.state.log_history if "eval_loss" in entry]
+    assert len(told) == 2
+    again = measured(tmp_path / "out", config)
+    assert again["result"] == pytest.approx(metrics["evaluation"]["after"], rel=1e-5)
+    assert again["new_weights"] == 0
+    assert again["attention"] == metrics["attention"]
+    assert all(kind.startswith("local") for kind in again["attention"]["modules"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"pipeline_tag: {trained_task(task).pipeline_tag}" in card
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_a_killed_run_goes_on_to_the_same_numbers(task, folder, tmp_path):
+    training = {**TRAINING, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole = settings(task, folder, tmp_path / "whole", training=training)
+    expected = prepare_finetune(whole).run(None)
+    config = build(FinetuneConfig, {**vars(whole), "data": vars(whole.data), "output_dir": str(tmp_path / "killed")})
+    killed = prepare_finetune(config)
+    killed.trainer.add_callback(KillAt(5))
+    with pytest.raises(KeyboardInterrupt):
+        killed.run(None)
+    metrics = prepare_finetune(config, resume=True).run(None)
+    assert metrics["train"]["resumed_from"].endswith("checkpoint-4")
+    assert metrics["train"]["losses"] == expected["train"]["losses"]
+    assert metrics["evaluation"]["after"] == expected["evaluation"]["after"]
+    ours, theirs = (load_file(tmp_path / run / "model.safetensors") for run in ("killed", "whole"))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_adapters_and_new_weights_alone_come_back(task, folder, tmp_path):
+    training = {**TRAINING, "max_steps": 2}
+    config = settings(task, folder, tmp_path / "out", tune="lora", attention=LINEAR, training=training)
+    metrics = prepare_finetune(config).run(None)
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert any("lora_B" in name and weight.any() for name, weight in saved.items())
+    assert any("attn_plugin" in name for name in saved)
+    assert metrics["parameters"]["trained"] == sum(weight.numel() for weight in saved.values())
+    again = measured(tmp_path / "out", config)
+    assert again["result"] == pytest.approx(metrics["evaluation"]["after"], rel=1e-5)
+    assert again["attention"] == metrics["attention"]
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_wrong_columns_are_said_before_a_model_is_loaded(task, folder, tmp_path):
+    config = settings(task, folder, tmp_path / "out", model="no/such-model")
+    source = Path(config.data.source)
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    for column in rows[0]:
+        write_rows(
+            source, [{("another" if name == column else name): value for name, value in row.items()} for row in rows]
+        )
+        with pytest.raises(ValueError, match=rf"has no column '{column}' \(\w+_column\); it has: .*another"):
+            prepare_finetune(config)
+        write_rows(source, [{**row, column: None} if at == 1 else row for at, row in enumerate(rows)])
+        with pytest.raises(ValueError, match=rf"column '{column}' \(\w+_column\).*(null|has no answers in row)"):
+            prepare_finetune(config)
+
+
+def test_every_task_has_a_case():
+    elsewhere = {"causal-lm", "classification"}  # test_finetune.py
+    assert set(trained_tasks()) == set(CASES) | elsewhere
