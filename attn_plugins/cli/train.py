@@ -39,6 +39,9 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last whole checkpoint in the output folder.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Build everything, run one step and one batch, write nothing.")
+    ] = False,
     assignments: Settings = None,
 ) -> None:
     """Fine-tune a model with an attention of your choice; writes the model, metrics.json and a model card."""
@@ -56,6 +59,8 @@ def finetune(
 
         parsed = build(FinetuneConfig, tree)
         spread_out()
+        if dry_run:
+            return _dry_run(parsed, resume)
         metrics = finished(parsed) if resume else None
     if metrics is None:
         with stoppable(parsed.output_dir):
@@ -73,6 +78,15 @@ def finetune(
         if "missing" in recall:
             print(f"note: recall of what stood far away was not measured: {recall['missing']}")
         print(done)
+
+
+def _dry_run(parsed: Any, resume: bool) -> None:
+    from attn_plugins.training import dry_run
+    from attn_plugins.training.evaluate import is_main_process
+
+    found = dry_run.dry_run(parsed, resume=resume)
+    if is_main_process():
+        print(dry_run.told(found, parsed))
 
 
 @app.command()

@@ -119,6 +119,10 @@ class TrainableTask(Task):
         """Figures of Trainer's own evaluation while it trains, beside the loss: a function of its EvalPrediction."""
         return None
 
+    def limits(self) -> dict[str, str]:
+        """Field of an example -> the option that says how long it may be, where longer ones are cut."""
+        return {}
+
     def arguments(self) -> Any:
         """Class of the settings that its trainer takes: TrainingArguments, or one built on it.
 

@@ -2,10 +2,15 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import DataCollatorWithPadding
+from transformers import DataCollatorWithPadding, EvalPrediction
 
 from attn_plugins.data.text import check_classes, label_names, labelled_examples
 from attn_plugins.tasks import TaskConfig, TrainableTask, register_task
+
+
+def _accuracy(found: EvalPrediction) -> dict[str, float]:
+    logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
+    return {"accuracy": float((logits.argmax(-1) == found.label_ids).mean())}
 
 
 @register_task("accuracy")
@@ -41,6 +46,12 @@ class Accuracy(TrainableTask):
 
     def collator(self, tokenizer, model):
         return DataCollatorWithPadding(tokenizer)
+
+    def limits(self):
+        return {"input_ids": "max_length"}
+
+    def training_metrics(self, tokenizer):
+        return _accuracy
 
     def prepare(self, data, tokenizer, model):
         if self.config.max_rows is not None:

@@ -28,6 +28,22 @@ OURS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """When a run ends before its steps are done."""
+
+    patience: int = 3
+    """After so many of Trainer's evaluations in a row that are no better than the best."""
+    threshold: float = 0.0
+    """What is better by no more than this is no better."""
+
+    def __post_init__(self) -> None:
+        if self.patience < 1:
+            raise ValueError(f"early_stopping.patience={self.patience}; allowed: at least 1")
+        if self.threshold < 0:
+            raise ValueError(f"early_stopping.threshold={self.threshold}; allowed: at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
     """One fine-tune: which model with which attention on which data, what of it trains, and how."""
 
@@ -55,6 +71,9 @@ class FinetuneConfig:
     training: dict[str, Any] = field(default_factory=dict)
     """Fields of transformers' TrainingArguments. ``learning_rate`` where the loss is kl or hidden: 5e-3 with
     tune='new', 2e-3 with LoRA, unless it is given."""
+    early_stopping: EarlyStopping | None = None
+    """``{patience: 3, threshold: 0.0}`` ends training where ``training.eval_strategy``'s evaluations grow no better,
+    and takes the best checkpoint."""
     block_size: int = 1024
     """Tokens in a training block, for causal-lm."""
     max_length: int = 512
@@ -87,6 +106,11 @@ class FinetuneConfig:
         if self.loss != "task" and not trained.distils:
             raise ValueError(f"loss={self.loss!r} is not for task={self.task!r}; allowed: loss='task'")
         check_training(self.training, trained.arguments())
+        if self.early_stopping is not None and self.training.get("eval_strategy", "no") == "no":
+            raise ValueError(
+                "early_stopping looks at evaluations while the model trains, and training.eval_strategy is 'no'; "
+                "allowed: steps (every eval_steps), epoch"
+            )
         if self.tune == "lora":
             check_lora(self.lora)
 

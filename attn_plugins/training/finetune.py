@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -19,6 +18,7 @@ from attn_plugins.data.sources import load_data
 from attn_plugins.hf.swap import describe_attention
 from attn_plugins.tasks import TrainableTask
 from attn_plugins.tasks.kinds import PEFT_TASKS
+from attn_plugins.training.arguments import early_stopping, training_arguments
 from attn_plugins.training.card import model_card
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.evaluate import (
@@ -133,6 +133,7 @@ class Finetune:
                 "processes": trainer.args.world_size,
                 "seconds": round(seconds, 2),
                 "resumed_from": self.checkpoint,
+                "best": _best(trainer),
             },
             "parameters": parameter_counts(trainer.model),
             "training": config.training,
@@ -153,12 +154,9 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         ValueError: something that the config names is not there or does not fit, there is nothing to train,
             ``output_dir`` cannot be written, or the run that it holds is not one to go on with.
     """
-    need("accelerate", "train")
-    if check_folder(config.output_dir).resolve() == Path(config.model).expanduser().resolve():
-        raise ValueError(f"output_dir={config.output_dir!r} is the model's own folder; allowed: another")
-    checkpoint = check_resume(config, resume=resume)
+    checkpoint = check_output(config, resume=resume)
     trained = config.trained()
-    arguments = _arguments(config, trained, quiet)
+    arguments = training_arguments(config, trained, quiet)
     start_processes()
     with arguments.main_process_first(desc="reading the data"):
         train, held_out = load_data(config.data, trained.columns)
@@ -177,6 +175,9 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         rows = trained.examples(train, loaded.processing, _base(loaded.model))
         measurements = prepare_measurements(config.measured(trained), held_out, loaded)
         recall = prepare_recall(config, loaded, held_out)
+    for option, number in rows_cut(trained, rows).items():
+        limit = f"{option}={getattr(trained.config, option)}"
+        logger.warning(f"{number} of {len(rows)} rows to train on reach {limit}, which longer ones are cut to")
     model = choose_parameters(config, loaded)
     trainer = _trainer(config, trained, arguments, model, loaded, rows, held_out)
     if checkpoint is not None:
@@ -190,6 +191,14 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         recall=recall,
         checkpoint=checkpoint,
     )
+
+
+def check_output(config: FinetuneConfig, *, resume: bool) -> str | None:
+    """The checkpoint in ``config.output_dir`` that a run goes on from, or None; ValueError where it cannot be run."""
+    need("accelerate", "train")
+    if check_folder(config.output_dir).resolve() == Path(config.model).expanduser().resolve():
+        raise ValueError(f"output_dir={config.output_dir!r} is the model's own folder; allowed: another")
+    return check_resume(config, resume=resume)
 
 
 def _check_steps(trainer: Any, checkpoint: str) -> None:
@@ -209,6 +218,15 @@ def _check_steps(trainer: Any, checkpoint: str) -> None:
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
         # Other schedules divide by the number of steps.
         trainer.args.lr_scheduler_type, trainer.args.lr_scheduler_kwargs = "constant", None
+
+
+def rows_cut(trained: TrainableTask, rows: Any) -> dict[str, int]:
+    """Option that cuts rows -> how many rows have the length that it cuts to; those that none reaches are left out."""
+    counts: dict[str, int] = {}
+    for field, option in trained.limits().items():
+        lengths = map(len, rows[field])
+        counts[option] = sum(length >= getattr(trained.config, option) for length in lengths)
+    return {option: number for option, number in counts.items() if number}
 
 
 def check_weights(out: Path) -> None:
@@ -303,21 +321,6 @@ def default_targets(model: nn.Module) -> dict[str, Any]:
     return {"target_modules": list(LORA_TARGETS)} if set(LORA_TARGETS) <= names else {}
 
 
-def _arguments(config: FinetuneConfig, trained: TrainableTask, quiet: bool) -> Any:
-    options = dict(config.training)
-    options.setdefault("logging_steps", 10)
-    if config.loss != "task":
-        options.setdefault("learning_rate", 5e-3 if config.tune == "new" else 2e-3)
-    options.setdefault("report_to", "none")
-    options.setdefault("label_names", list(trained.targets))  # a PEFT model's forward hides them from Trainer
-    options.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
-    options.setdefault("disable_tqdm", quiet)
-    try:
-        return trained.arguments()(output_dir=config.output_dir, seed=config.seed, **options)
-    except (ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"training: {' '.join(str(error).split())}") from error
-
-
 def _trainer(
     config: FinetuneConfig, trained: TrainableTask, arguments: Any, model: Any, loaded: Loaded, rows: Any, held_out: Any
 ) -> Any:
@@ -337,12 +340,21 @@ def _trainer(
         "data_collator": trained.collator(processing, _base(model)),
         "processing_class": processing,
         "compute_metrics": trained.training_metrics(processing),
+        "callbacks": early_stopping(config),
     }
     if isinstance(parts["data_collator"], TrainerCallback):
         parts["callbacks"] = [parts["data_collator"]]
     if config.loss == "task":
         return trained.make_trainer(**parts)
     return DistillationTrainer(**parts, loss=config.loss, temperature=config.temperature)
+
+
+def _best(trainer: Any) -> dict[str, Any] | None:
+    """Which checkpoint the model is of, where it is the best one."""
+    if not trainer.args.load_best_model_at_end or trainer.state.best_model_checkpoint is None:
+        return None
+    step = steps_of(trainer.state.best_model_checkpoint)
+    return {"step": step, trainer.args.metric_for_best_model: trainer.state.best_metric}
 
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
