@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attn_plugins.data.answers import check_answers, read_answers
+from attn_plugins.data.pictures import check_pictures, read_pictures
 from attn_plugins.data.tags import check_tags, check_words
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ class Role:
     """Setting that names the column, a field of DataConfig."""
     check: Check
     read: Reader | None = None
+    files: bool = False
+    """Whether rows name files that lie beside their table."""
 
 
 ROLES = {
@@ -94,4 +97,5 @@ ROLES = {
     "question": Role(option="question_column", check=_check_texts),
     "context": Role(option="context_column", check=_check_texts),
     "answer": Role(option="answer_column", check=check_answers, read=read_answers),
+    "image": Role(option="image_column", check=check_pictures, read=read_pictures, files=True),
 }

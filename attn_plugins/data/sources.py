@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from attn_plugins.config.extras import need
 from attn_plugins.data.columns import ROLES, named_by_role
+from attn_plugins.data.idx import idx_splits
 from attn_plugins.data.text import PYTHON_DOCS, python_docs
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class DataConfig:
     """Which text, and which of it is held out for evaluation."""
 
     source: str | list[str]
-    """python-docs, a data set on the hub, a local folder, or local files (globs too) that are all of one kind."""
+    """python-docs, a data set on the hub, a local folder, or local files (globs too) that are all of one kind. Folders
+    may hold pictures or sound with a table, and idx files as MNIST has them."""
     name: str | None = None
     """Configuration of a data set on the hub, such as "wikitext-2-raw-v1"."""
     train_split: str = "train"
@@ -87,7 +89,7 @@ def load_data(config: DataConfig, columns: Sequence[str] = ("text",)) -> "tuple[
     Raises:
         ValueError: the source, a split or a column does not exist, or holds something else; the message says what.
     """
-    splits = _splits(config)
+    splits = _splits(config, any(ROLES[role].files for role in columns))
     if config.train_split not in splits:
         raise ValueError(
             f"{spelled_source(config.source)} has no split {config.train_split!r}; it has: {', '.join(splits)}"
@@ -116,14 +118,14 @@ def load_data(config: DataConfig, columns: Sequence[str] = ("text",)) -> "tuple[
     return rows[0], rows[1]
 
 
-def _splits(config: DataConfig) -> "dict[str, Dataset]":
+def _splits(config: DataConfig, media: bool) -> "dict[str, Dataset]":
     if config.source == PYTHON_DOCS:
         return python_docs()
     paths = _paths(config.source)
     if paths is None:
         return _hub(config)
     if len(paths) == 1 and Path(paths[0]).is_dir():
-        return _folder(paths[0], config)
+        return _folder(paths[0], config, media)
     return {config.train_split: _files(paths, config.source)}
 
 
@@ -190,7 +192,15 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path} is empty")
 
 
-def _folder(path: str, config: DataConfig) -> "dict[str, Dataset]":
+def _folder(path: str, config: DataConfig, media: bool) -> "dict[str, Dataset]":
+    """The splits of a folder.
+
+    Args:
+        media: rows name files, of pictures or sound: tables at its top are the splits that their names say, rather than
+            stray files beside what ``datasets`` finds in its folders. A metadata.jsonl or .csv is read by ``datasets``.
+    """
+    if media and (splits := idx_splits(Path(path)) or _tables(Path(path), config)):
+        return splits
     datasets = need("datasets", "train")
     files = [file for file in sorted(Path(path).rglob("*")) if file.is_file()]
     saved = (Path(path) / "dataset_dict.json").exists() or (Path(path) / "state.json").exists()
@@ -204,6 +214,17 @@ def _folder(path: str, config: DataConfig) -> "dict[str, Dataset]":
             check_file(file)
         raise ValueError(f"cannot read the folder {path} as a data set: {' '.join(str(error).split())}") from error
     return dict(loaded) if isinstance(loaded, dict) else {config.train_split: loaded}
+
+
+def _tables(folder: Path, config: DataConfig) -> "dict[str, Dataset]":
+    """The tables at the top of a folder, by their names; one that is alone is the training split."""
+    files: dict[str, list[str]] = {}
+    for file in sorted(folder.iterdir()):
+        if READERS.get(file.suffix) not in (None, "text") and file.stem != "metadata":
+            files.setdefault(file.stem, []).append(str(file))
+    if len(files) == 1:
+        files = {config.train_split: next(iter(files.values()))}
+    return {split: _files(paths, paths) for split, paths in files.items()}
 
 
 def _hub(config: DataConfig) -> "dict[str, Dataset]":

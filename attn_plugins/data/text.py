@@ -105,7 +105,7 @@ def labelled_examples(data: "Dataset", tokenizer: Any, label2id: dict[str, int],
     Raises:
         ValueError: a label of the data is none of the model's.
     """
-    number = _label_numbers(data, label2id)
+    number = label_numbers(data, label2id)
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         pairs = [batch["text_pair"]] if "text_pair" in batch else []
@@ -135,7 +135,8 @@ def check_classes(data: "Dataset") -> None:
         )
 
 
-def _label_numbers(data: "Dataset", label2id: dict[str, int]) -> dict[Any, int]:
+def label_numbers(data: "Dataset", label2id: dict[str, int]) -> dict[Any, int]:
+    """:func:`class_numbers` of the column ``label``."""
     return class_numbers(set(data["label"]), getattr(data.features["label"], "names", None), label2id)
 
 

@@ -66,18 +66,27 @@ class Accuracy(TrainableTask):
 
     def score(self, model, batch):
         labels = batch.pop("labels")
-        logits = model(**batch).logits.float()
-        return {
-            "right": (logits.argmax(-1) == labels).sum(),
-            "loss": cross_entropy(logits, labels, reduction="sum"),
-            "by_class": torch.bincount(labels, minlength=logits.shape[-1]),
-        }
+        return count_right(model(**batch).logits.float(), labels)
 
     def finish(self, sums):
-        rows = sums["by_class"].sum()
-        return {
-            "accuracy": float(sums["right"] / rows),
-            "majority": float(sums["by_class"].max() / rows),
-            "loss": float(sums["loss"] / rows),
-            "rows": int(rows),
-        }
+        return shares_right(sums)
+
+
+def count_right(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is counted of a batch: rows (B, classes) of logits beside the numbers (B) of the right classes."""
+    return {
+        "right": (logits.argmax(-1) == labels).sum(),
+        "loss": cross_entropy(logits, labels, reduction="sum"),
+        "by_class": torch.bincount(labels, minlength=logits.shape[-1]),
+    }
+
+
+def shares_right(sums: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The figures of what :func:`count_right` has counted."""
+    rows = sums["by_class"].sum()
+    return {
+        "accuracy": float(sums["right"] / rows),
+        "majority": float(sums["by_class"].max() / rows),
+        "loss": float(sums["loss"] / rows),
+        "rows": int(rows),
+    }

@@ -23,6 +23,9 @@ KINDS = {
     "masked-lm": ModelKind(auto=("AutoModelForMaskedLM",)),
     "token-classification": ModelKind(auto=("AutoModelForTokenClassification",), classes=True),
     "question-answering": ModelKind(auto=("AutoModelForQuestionAnswering",)),
+    "image-classification": ModelKind(
+        auto=("AutoModelForImageClassification",), processing="AutoImageProcessor", classes=True, pads=False
+    ),
 }
 """By the name that a task gives in ``model``."""
 

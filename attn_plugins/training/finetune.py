@@ -17,7 +17,7 @@ from attn_plugins.config.versions import versions
 from attn_plugins.data.sources import load_data
 from attn_plugins.hf.swap import describe_attention
 from attn_plugins.tasks import TrainableTask
-from attn_plugins.tasks.kinds import PEFT_TASKS
+from attn_plugins.tasks.kinds import KINDS, PEFT_TASKS
 from attn_plugins.training.arguments import early_stopping, training_arguments
 from attn_plugins.training.card import model_card
 from attn_plugins.training.config import FinetuneConfig
@@ -293,7 +293,7 @@ def choose_parameters(config: FinetuneConfig, loaded: Loaded) -> nn.Module:
 def _with_lora(config: FinetuneConfig, loaded: Loaded, new: list[str]) -> nn.Module:
     model, peft = loaded.model, need("peft", "train")
     options = dict(config.lora)
-    if "target_modules" not in options and "target_parameters" not in options and swapped(model):
+    if "target_modules" not in options and "target_parameters" not in options:
         options |= default_targets(model)
     # A slot trains whole: no adapters inside it, even where a layer in it has the name of one of the model's.
     targets = options.get("target_modules")
@@ -303,7 +303,7 @@ def _with_lora(config: FinetuneConfig, loaded: Loaded, new: list[str]) -> nn.Mod
     if inside & set(targets) if isinstance(targets, list) else inside:
         options.setdefault("exclude_modules", r"(.*\.)?attn_plugin(\..*)?")
     whole = ["attn_plugin" if in_slot(name) else name.rpartition(".")[0] for name in new]
-    whole = sorted(set(whole) | set(options.pop("modules_to_save", None) or []))
+    whole = sorted({*whole, *_heads(config, model), *(options.pop("modules_to_save", None) or [])})
     kind = PEFT_TASKS.get(loaded.auto)
     try:
         adapter = peft.LoraConfig(task_type=kind, modules_to_save=whole or None, **options)
@@ -316,9 +316,23 @@ def _with_lora(config: FinetuneConfig, loaded: Loaded, new: list[str]) -> nn.Mod
 
 
 def default_targets(model: nn.Module) -> dict[str, Any]:
-    """PEFT's option for what adapters go to: LORA_TARGETS where the model has such layers, else none."""
+    """PEFT's option for what adapters go to: LORA_TARGETS of a swapped model that has such layers; else none where PEFT
+    knows layers of the model itself; else all linear layers but its head."""
     names = {path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    return {"target_modules": list(LORA_TARGETS)} if set(LORA_TARGETS) <= names else {}
+    if swapped(model) and set(LORA_TARGETS) <= names:
+        return {"target_modules": list(LORA_TARGETS)}
+    known = need("peft", "train").utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    of_peft = known.get(getattr(getattr(model, "config", None), "model_type", None), [])
+    found = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    return {} if isinstance(of_peft, str) or found & set(of_peft) else {"target_modules": "all-linear"}
+
+
+def _heads(config: FinetuneConfig, model: nn.Module) -> list[str]:
+    """Names of what stands beside a classifier's body, which trains whole: its classes may be others of one number."""
+    if not KINDS[config.trained().model].classes:
+        return []
+    body = getattr(model, "base_model_prefix", "")
+    return [name for name, part in model.named_children() if name != body and any(True for _ in part.parameters())]
 
 
 def _trainer(

@@ -127,6 +127,7 @@ def load(
     if names is not None and kind in KINDS and KINDS[kind].classes:
         options["id2label"] = dict(enumerate(names))
         options["label2id"] = {name: number for number, name in enumerate(names)}
+        options["ignore_mismatched_sizes"] = True  # of a head with other classes, as _mismatched makes sure
     if os.environ.get("RANK", "0") != "0":
         transformers.utils.logging.set_verbosity_error()  # of several processes, one tells which weights are new
     transformers.set_seed(seed)
@@ -136,11 +137,26 @@ def load(
         processing = _processing(kind, folder, base)
     if kind in KINDS and KINDS[kind].pads:
         _pad(model, getattr(processing, "tokenizer", processing))
-    fresh = sorted(info["missing_keys"])
+    fresh = sorted([*info["missing_keys"], *_mismatched(source, info["mismatched_keys"], len(names or []))])
     if adapter is not None:
         peft = need("peft", "train")
         model, fresh = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable), []
     return Loaded(model=model, processing=processing, source=base, auto=cls.__name__, fresh=fresh)
+
+
+def _mismatched(source: str, mismatched: set[tuple[str, Any, Any]], classes: int) -> list[str]:
+    """Names of a head's weights that have one row a class, where the checkpoint's had other classes.
+
+    Args:
+        mismatched: (name, shape in the checkpoint, shape in the model) of all weights that were left at their start.
+
+    Raises:
+        ValueError: one of them is no such head's.
+    """
+    for name, saved, made in mismatched:
+        if tuple(saved[1:]) != tuple(made[1:]) or made[0] != classes:
+            raise ValueError(f"model {source!r} holds {name} as {tuple(saved)}, and its config asks for {tuple(made)}")
+    return [name for name, _, _ in mismatched]
 
 
 def _class_of(kind: str, base: str) -> Any:
@@ -163,6 +179,10 @@ def _processing(kind: str, folder: str, base: str) -> Any:
     """What makes inputs for a model: as the folder of an adapter has it, else its base model's."""
     auto = KINDS[kind].processing if kind in KINDS else "AutoTokenizer"
     holds = any((Path(folder) / name).exists() for name in PROCESSING_FILES)
+    if auto == "AutoImageProcessor":  # which transformers 5.17 has at its top with torchvision alone
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+        return AutoImageProcessor.from_pretrained(folder if holds else base)
     return getattr(transformers, auto).from_pretrained(folder if holds else base)
 
 
