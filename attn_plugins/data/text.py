@@ -70,6 +70,28 @@ def token_blocks(data: "Dataset", tokenizer: Any, length: int, *, special_tokens
     return blocks
 
 
+def token_documents(data: "Dataset", tokenizer: Any, length: int) -> "Dataset":
+    """Rows of at most ``length`` tokens (column ``input_ids``), one a text, cut where it is longer.
+
+    After each text comes the tokenizer's end-of-sequence token, where it has one and there is room. Texts of less than
+    two tokens, of which none follows another, are left out.
+
+    Raises:
+        ValueError: no text is left.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        texts = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        rows = [[*ids, *end][:length] for ids in texts["input_ids"]]
+        return {"input_ids": [row for row in rows if len(row) >= 2]}
+
+    rows = data.map(encode, batched=True, remove_columns=data.column_names, desc="tokenizing")
+    if len(rows) == 0:
+        raise ValueError(f"none of {len(data)} texts has two tokens")
+    return rows
+
+
 def special_blocks(data: "Dataset", tokenizer: Any, length: int) -> "Dataset":
     """Rows of exactly ``length`` tokens (column ``input_ids``), cut from each text on its own.
 

@@ -1,9 +1,12 @@
+import inspect
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import DataCollatorWithFlattening
 
-from attn_plugins.data.text import token_blocks
+from attn_plugins.data.text import token_blocks, token_documents
 from attn_plugins.tasks import TaskConfig, TrainableTask, register_task
 
 
@@ -11,6 +14,15 @@ def collate_blocks(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     """Blocks of one length, without a padding mask: there is no padding. The model shifts the labels itself."""
     input_ids = torch.tensor([row["input_ids"] for row in rows])
     return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+def collate_documents(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """Texts one after the other in one row, with positions that start anew at each.
+
+    Without a cache: where there is one, transformers does not look for packed texts, and a model's own attention would
+    see all of them.
+    """
+    return {**DataCollatorWithFlattening()(rows), "use_cache": False}
 
 
 @register_task("perplexity")
@@ -32,6 +44,10 @@ class Perplexity(TrainableTask):
         """Tokens in a block."""
         max_tokens: int | None = None
         """Measure only the first so many tokens (whole blocks); null for all."""
+        packing: Literal["blocks", "documents"] = "blocks"
+        """What a row to train on is. blocks: ``length`` tokens of texts that are laid end to end. documents: one text,
+        cut to ``length`` tokens; the rows of a batch are one row of the model, without padding, with positions that
+        start anew at each, which keeps them apart. Measured are blocks, whatever this says."""
         buckets: int = 4
         """Ranges of positions, equal in size, that are also reported alone."""
 
@@ -50,20 +66,36 @@ class Perplexity(TrainableTask):
         return [{"input_ids": batch} for batch in rows.split(self.config.batch_size)]
 
     def examples(self, data, tokenizer, model):
-        return self._blocks(data, tokenizer, model, "block_size")
+        if self.config.packing == "blocks":
+            return self._blocks(data, tokenizer, model, "block_size")
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            raise ValueError(
+                f"packing='documents' tells texts apart by positions, which {type(model).__name__} does not take; "
+                "allowed here: packing='blocks'"
+            )
+        self._check_length(model, "block_size")
+        return token_documents(data, tokenizer, self.config.length)
+
+    def limits(self):
+        return {"input_ids": "length"} if self.config.packing == "documents" else {}
 
     def _blocks(self, data, tokenizer, model, option):
+        self._check_length(model, option)
+        return token_blocks(data, tokenizer, self.config.length)
+
+    def _check_length(self, model, option):
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and self.config.length > limit:
             raise ValueError(
                 f"{option}={self.config.length}; allowed: at most {limit}, the model's max_position_embeddings"
             )
-        return token_blocks(data, tokenizer, self.config.length)
 
     def collator(self, tokenizer, model):
-        return collate_blocks
+        return collate_blocks if self.config.packing == "blocks" else collate_documents
 
     def row_of(self):
+        if self.config.packing == "documents":
+            return f"text of at most {self.config.length} tokens"
         return f"block of {self.config.length} tokens"
 
     def score(self, model, batch):
