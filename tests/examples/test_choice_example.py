@@ -75,7 +75,11 @@ def test_figures_are_those_of_the_answers(example, letters, texts, one_thread):
 def test_chosen_heads_recall(example):
     if not example.TEXTS.exists():
         pytest.skip(f"no long documents in {example.TEXTS}")
-    found = example.measure(0)
+    seeds = [example.measure(seed) for seed in (0, 1, 2)]
+    found = {
+        label: {name: sum(one[label][name] for one in seeds) / len(seeds) for name in figures}
+        for label, figures in seeds[0].items()
+    }
     dense, heads, wide = (found[label] for label in ("dense", "window 64, heads", "window 256, heads"))
     fourth = found["window 64, every fourth layer"]
     assert fourth["passkey"] <= 0.1
