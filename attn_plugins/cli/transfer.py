@@ -15,6 +15,9 @@ def transfer(
     model: Model = None,
     attn: Attn = None,
     data: Data = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Make batches as finetune does for this task: pictures, sound, pairs.")
+    ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Updates of the new weights (100).")] = None,
     length: Annotated[int | None, typer.Option("--length", help="Tokens of a text, as many as in use (512).")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="Texts in a batch (1).")] = None,
@@ -36,6 +39,7 @@ def transfer(
     flags = {
         "model": model,
         "data.source": data,
+        "task": task,
         "steps": steps,
         "length": length,
         "batch_size": batch_size,

@@ -81,6 +81,9 @@ class MaskedLM(TrainableTask):
     def collator(self, tokenizer, model):
         return Masking(tokenizer, self.config.mlm_probability, self.config.seed)
 
+    def limits(self):
+        return {} if self.config.packed else {"input_ids": "max_length"}
+
     def row_of(self):
         return f"block of {self.config.max_length} tokens" if self.config.packed else self.row
 

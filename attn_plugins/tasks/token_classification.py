@@ -64,6 +64,9 @@ class TokenClassification(TrainableTask):
     def labels(self, data):
         return tag_names(data)
 
+    def limits(self):
+        return {"input_ids": "max_length"}
+
     def examples(self, data, tokenizer, model):
         check_length(self.config.max_length, "max_length", tokenizer, model)
         return tagged_examples(data, tokenizer, model.config.label2id, self.config.max_length)

@@ -102,6 +102,7 @@ def load(
     dtype: Dtype = "auto",
     seed: int = 0,
     trainable: bool = False,
+    processing: str | None = None,
 ) -> Loaded:
     """Load a model, or the base model of a PEFT adapter and the adapter on top, with its tokenizer or processor.
 
@@ -111,6 +112,7 @@ def load(
         labels: names of the classes of a classifier that is to be trained; None for those of the checkpoint.
         seed: what new weights are drawn from.
         trainable: the weights of an adapter are to train.
+        processing: kind of model whose inputs are to be made; None for ``kind``.
 
     Raises:
         ValueError: there is no such model, or the attention does not fit it.
@@ -134,14 +136,15 @@ def load(
     with one_line(source):
         cls = _class_of(kind, base)
         model, info = cls.from_pretrained(base, output_loading_info=True, **options)
-        processing = _processing(kind, folder, base)
-    if kind in KINDS and KINDS[kind].pads:
-        _pad(model, getattr(processing, "tokenizer", processing))
+        inputs = processing or kind
+        made_by = _processing(inputs, folder, base)
+    if inputs in KINDS and KINDS[inputs].pads:
+        _pad(model, getattr(made_by, "tokenizer", made_by))
     fresh = sorted([*info["missing_keys"], *_mismatched(source, info["mismatched_keys"], len(names or []))])
     if adapter is not None:
         peft = need("peft", "train")
         model, fresh = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable), []
-    return Loaded(model=model, processing=processing, source=base, auto=cls.__name__, fresh=fresh)
+    return Loaded(model=model, processing=made_by, source=base, auto=cls.__name__, fresh=fresh)
 
 
 def _mismatched(source: str, mismatched: set[tuple[str, Any, Any]], classes: int) -> list[str]:

@@ -1,8 +1,9 @@
 """A transfer from a folder or a name to a folder: text, model, stage 1, and what is written of it."""
 
+import contextlib
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from attn_plugins.data.sources import load_data
 from attn_plugins.data.text import special_blocks, token_blocks
 from attn_plugins.hf.checkpoints.card import START
 from attn_plugins.hf.swap import describe_attention, unwrap
+from attn_plugins.tasks import TrainableTask
 from attn_plugins.training.card import told
 from attn_plugins.training.evaluate import attention_summary, is_main_process, place, start_processes, write_json
 from attn_plugins.training.history import stage_of, stages_of
@@ -29,7 +31,7 @@ from attn_plugins.transfer.report import TransferReport
 
 REPORT, PICTURE, CARD = "report.json", "errors.png", "README.md"
 
-Batches = list[dict[str, torch.Tensor]]
+Batches = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,8 @@ class Transfer:
     """A transfer whose inputs are all there: what can be wrong in a config has shown by now."""
 
     config: TransferConfig
+    trained: TrainableTask | None
+    """The task that made the batches, if one did."""
     loaded: Loaded
     batches: Batches
     held_out: Batches
@@ -74,7 +78,7 @@ class Transfer:
             out = Path(config.output_dir)
             (out / CARD).unlink(missing_ok=True)
             model.save_pretrained(out)
-            self.loaded.tokenizer.save_pretrained(out)
+            self.loaded.processing.save_pretrained(out)
             write_json(out / REPORT, report.as_dict())
             report.plot(out / PICTURE)
             write_json(out / METRICS, metrics)
@@ -111,7 +115,7 @@ class Transfer:
                 "losses": report.losses,
                 "steps": report.steps,
                 "rows": report.steps * config.batch_size * report.processes,
-                "row": f"text of {config.length} tokens",
+                "row": f"text of {config.length} tokens" if self.trained is None else self.trained.row_of(),
                 "tokens": report.tokens,
                 "processes": report.processes,
                 "seconds": report.seconds,
@@ -138,22 +142,69 @@ def prepare_transfer(config: TransferConfig, *, resume: bool = False) -> Transfe
         raise ValueError(f"output_dir={config.output_dir!r} is the model's own folder; allowed: another")
     check_resume(config, resume=resume)
     start_processes()
-    train, held_out = load_data(config.data)
-    loaded = place(load(config.model, attention=config.attention, kind="any", dtype=config.dtype, seed=config.seed))
+    trained = config.trained()
+    train, held_out = load_data(config.data) if trained is None else load_data(config.data, trained.columns)
+    loaded = place(
+        load(
+            config.model,
+            attention=config.attention,
+            kind="any",
+            dtype=config.dtype,
+            seed=config.seed,
+            processing=None if trained is None else trained.model,
+        )
+    )
     inner, _ = checked(loaded.model, config.loss)
     arguments, _ = training_arguments(
         inner, config.steps, config.learning_rate, config.output_dir, resume, config.seed, config.training, True
     )
-    _check_length(config, inner)
     wanted = config.steps * arguments.gradient_accumulation_steps * arguments.world_size
+    shared: dict[str, Any] = {"config": config, "trained": trained, "loaded": loaded, "resume": resume}
+    if trained is not None:
+        with labelled(inner, trained.labels(train)):
+            batches = task_batches(trained, inner, loaded, train, config.batch_size, wanted, config.seed)
+            measured = task_batches(trained, inner, loaded, held_out, config.batch_size, config.held_out)
+        return Transfer(**shared, batches=batches, held_out=measured, twice=[])
+    _check_length(config, inner)
     return Transfer(
-        config=config,
-        loaded=loaded,
+        **shared,
         batches=batches_of(inner, loaded.tokenizer, train, config.length, config.batch_size, wanted, config.seed),
         held_out=batches_of(inner, loaded.tokenizer, held_out, config.length, config.batch_size, config.held_out),
         twice=_twice(config, inner, loaded.tokenizer, held_out),
-        resume=resume,
     )
+
+
+@contextlib.contextmanager
+def labelled(model: Any, names: list[str] | None) -> Iterator[None]:
+    """While it lasts the model's config names these classes, by which a task numbers labels; its head is not used."""
+    before = model.config.id2label, model.config.label2id
+    try:
+        if names is not None:
+            model.config.id2label = dict(enumerate(names))
+            model.config.label2id = {name: number for number, name in enumerate(names)}
+        yield
+    finally:
+        model.config.id2label, model.config.label2id = before
+
+
+def task_batches(
+    trained: TrainableTask, model: Any, loaded: Loaded, data: Any, size: int, number: int, seed: int | None = None
+) -> Batches:
+    """At most ``number`` batches of ``size`` examples of a task, as it trains on them.
+
+    Args:
+        seed: of the order; None is that of the data.
+
+    Raises:
+        ValueError: the data do not fit the task or the model.
+    """
+    examples, collate = trained.examples(data, loaded.processing, model), trained.collator(loaded.processing, model)
+    order = list(range(len(examples)))
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    size = min(size, len(order))
+    starts = range(0, len(order) - size + 1, size)[:number]
+    return [collate([examples[index] for index in order[start : start + size]]) for start in starts]
 
 
 def batches_of(

@@ -132,3 +132,34 @@ def test_sharding_by_accelerate_is_refused(llama, text, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="accelerate was asked for FSDP, which would shard the new weights"):
         prepare_transfer(settings(llama, text, tmp_path / "out"))
+
+
+def test_a_task_makes_the_batches(bert, labelled, tmp_path):
+    changes = {"task": "classification", "options": {"max_length": 6}, "batch_size": 3}
+    run = prepare_transfer(settings(bert, labelled, tmp_path / "one", **changes))
+    assert len(run.batches) == 4
+    assert len(run.held_out) == 2
+    for batch in run.batches:
+        assert batch["input_ids"].shape[0] == 3
+        assert batch["input_ids"].shape == batch["attention_mask"].shape
+        assert 4 <= batch["input_ids"].shape[1] <= 6
+    assert run.loaded.model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}, "as it was: no head is trained"
+    words = ["--model", bert, "--attn", json.dumps(ATTENTION), "--data", labelled, "--steps", 2]
+    ran = call(*words, "--task", "classification", "--output-dir", tmp_path / "out")
+    assert ran.exit_code == 0, ran.output
+    new = load_file(tmp_path / "out/model.safetensors")
+    assert not any("classifier" in name for name in new)
+    assert any(new[name].abs().max() > 0 for name in new if "attn_plugin" in name)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert (metrics["train"]["row"], metrics["train"]["rows"]) == ("text", 2)
+
+
+def test_a_task_that_does_not_fit_is_refused(llama, text, tmp_path):
+    with pytest.raises(ValueError, match=r"task='classificaton' \(did you mean classification\?\); allowed: "):
+        settings(llama, text, tmp_path, task="classificaton")
+    with pytest.raises(ValueError, match=r"unknown key 'maxlength' in options \(did you mean max_length\?\)"):
+        settings(llama, text, tmp_path, task="classification", options={"maxlength": 3})
+    with pytest.raises(ValueError, match=r"options \['length'\] go with a task, and task is null"):
+        settings(llama, text, tmp_path, options={"length": 3})
+    with pytest.raises(ValueError, match=r"has no column 'label' \(label_column\)"):
+        prepare_transfer(settings("/no/model", text, tmp_path / "out", task="classification"))
