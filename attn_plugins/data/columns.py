@@ -1,11 +1,12 @@
 """Columns of rows by the role that they have for a task, and what each has to hold."""
 
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from attn_plugins.config.extras import need
 from attn_plugins.data.answers import check_answers, read_answers
 from attn_plugins.data.pictures import check_pictures, read_pictures
 from attn_plugins.data.tags import check_tags, check_words
@@ -25,13 +26,14 @@ def named_by_role(data: "Dataset", wanted: Mapping[str, str], source: str, folde
     """These columns alone, with their roles for names.
 
     Args:
-        wanted: role -> name of the column.
+        wanted: role -> name of the column; of a field of a column, as translation.en.
         source: what messages call the rows.
         folder: where relative paths in columns start; None for the current one.
 
     Raises:
         ValueError: there is no such column, or it holds something else than its role asks for.
     """
+    data = _with_fields(data, wanted.values())
     for role, column in wanted.items():
         if column not in data.column_names:
             known = textwrap.shorten(", ".join(data.column_names), 400, placeholder=" ...")
@@ -44,6 +46,18 @@ def named_by_role(data: "Dataset", wanted: Mapping[str, str], source: str, folde
     for role, column in wanted.items():
         ROLES[role].check(data, role, f"{source}: column {column!r} ({ROLES[role].option})")
     return data
+
+
+def _with_fields(data: "Dataset", columns: Iterable[str]) -> "Dataset":
+    """Rows in which those of these columns that are fields of others, such as translation.en, are columns too."""
+    over = {column.partition(".")[0] for column in columns if column not in data.column_names}
+    over &= set(data.column_names)
+    if not over:
+        return data
+    fields = data.select_columns(sorted(over)).flatten()
+    others = data.remove_columns(sorted(over))
+    datasets = need("datasets", "train")
+    return datasets.concatenate_datasets([others, fields], axis=1) if others.column_names else fields
 
 
 def _check_texts(data: "Dataset", column: str, what: str) -> None:
@@ -98,4 +112,6 @@ ROLES = {
     "context": Role(option="context_column", check=_check_texts),
     "answer": Role(option="answer_column", check=check_answers, read=read_answers),
     "image": Role(option="image_column", check=check_pictures, read=read_pictures, files=True),
+    "source": Role(option="source_column", check=_check_texts),
+    "target": Role(option="target_column", check=_check_texts),
 }

@@ -26,6 +26,7 @@ KINDS = {
     "image-classification": ModelKind(
         auto=("AutoModelForImageClassification",), processing="AutoImageProcessor", classes=True, pads=False
     ),
+    "text-to-text": ModelKind(auto=("AutoModelForSeq2SeqLM", "AutoModelForCausalLM")),
 }
 """By the name that a task gives in ``model``."""
 

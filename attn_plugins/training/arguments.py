@@ -33,7 +33,7 @@ def training_arguments(config: FinetuneConfig, trained: TrainableTask, quiet: bo
         options.setdefault("save_strategy", options.get("eval_strategy", "no"))
         if "eval_steps" in options:
             options.setdefault("save_steps", options["eval_steps"])
-        options.setdefault("metric_for_best_model", trained.metric if _shows_figure(trained) else "loss")
+        options.setdefault("metric_for_best_model", trained.metric if _shows_figure(trained, options) else "loss")
     if str(options.get("metric_for_best_model")).removeprefix("eval_") == trained.metric:
         options.setdefault("greater_is_better", trained.better == "higher")
     try:
@@ -52,8 +52,10 @@ def early_stopping(config: FinetuneConfig) -> list[Any]:
     return [transformers.EarlyStoppingCallback(asked.patience, asked.threshold)]
 
 
-def _shows_figure(trained: TrainableTask) -> bool:
-    return type(trained).training_metrics is not TrainableTask.training_metrics
+def _shows_figure(trained: TrainableTask, options: dict[str, Any]) -> bool:
+    """Whether the task has its figure while it trains, which Seq2SeqTrainer has of what it generates alone."""
+    generates = trained.trainer != "Seq2SeqTrainer" or options.get("predict_with_generate", False)
+    return generates and type(trained).training_metrics is not TrainableTask.training_metrics
 
 
 def _check_installed(arguments: Any) -> None:
