@@ -8,7 +8,8 @@ from attn_plugins.data.text import check_classes, label_names, labelled_examples
 from attn_plugins.tasks import TaskConfig, TrainableTask, register_task
 
 
-def _accuracy(found: EvalPrediction) -> dict[str, float]:
+def accuracy_of(found: EvalPrediction) -> dict[str, float]:
+    """The figure of Trainer's own evaluation of a model whose output is one row of logits an example."""
     logits = found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
     return {"accuracy": float((logits.argmax(-1) == found.label_ids).mean())}
 
@@ -51,7 +52,7 @@ class Accuracy(TrainableTask):
         return {"input_ids": "max_length"}
 
     def training_metrics(self, tokenizer):
-        return _accuracy
+        return accuracy_of
 
     def prepare(self, data, tokenizer, model):
         if self.config.max_rows is not None:

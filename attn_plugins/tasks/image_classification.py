@@ -8,7 +8,7 @@ from torch.utils.data import ConcatDataset
 from attn_plugins.data.pictures import pixels, rgb
 from attn_plugins.data.text import check_classes, label_names, label_numbers
 from attn_plugins.tasks import TaskConfig, TrainableTask, register_task
-from attn_plugins.tasks.accuracy import count_right, shares_right
+from attn_plugins.tasks.accuracy import accuracy_of, count_right, shares_right
 from attn_plugins.tasks.batches import Batches
 from attn_plugins.tasks.picture_size import sized
 
@@ -69,6 +69,9 @@ class ImageClassification(TrainableTask):
             return {"pixel_values": pictures, "labels": torch.tensor([row["labels"] for row in rows]), **positions}
 
         return collate
+
+    def training_metrics(self, processing):
+        return accuracy_of
 
     def prepare(self, data, processing, model):
         if self.config.max_rows is not None:

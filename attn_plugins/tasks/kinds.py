@@ -23,6 +23,7 @@ KINDS = {
     "masked-lm": ModelKind(auto=("AutoModelForMaskedLM",)),
     "token-classification": ModelKind(auto=("AutoModelForTokenClassification",), classes=True),
     "question-answering": ModelKind(auto=("AutoModelForQuestionAnswering",)),
+    "image-to-text": ModelKind(auto=("AutoModelForImageTextToText",), processing="AutoProcessor"),
     "image-classification": ModelKind(
         auto=("AutoModelForImageClassification",), processing="AutoImageProcessor", classes=True, pads=False
     ),

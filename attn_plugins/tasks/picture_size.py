@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from attn_plugins.data.pictures import pixels, set_size
 
@@ -16,6 +17,7 @@ def sized(processing: Any, model: Any, image_size: int | None, *, save: bool = F
     """A processor that makes pictures of one size, and what the model is to be told with them.
 
     Args:
+        model: that of pictures, or of a model of texts too its :func:`vision_part`.
         image_size: height and width; None for what the processor says.
         save: change the processor that was given, so that the size is saved with it, and not a copy.
 
@@ -32,14 +34,25 @@ def sized(processing: Any, model: Any, image_size: int | None, *, save: bool = F
         set_size(processing, image_size)
     probe = pixels(processing, [Image.new("RGB", (48, 32))])
     size = tuple(probe.shape[-2:])
-    config = getattr(model.config, "encoder", None) or getattr(model.config, "vision_config", None) or model.config
-    trained = getattr(config, "image_size", None)
+    model = _without_adapter(model)
+    trained = getattr(model.config, "image_size", None)
     if trained is None or size == (tuple(trained) if isinstance(trained, (list, tuple)) else (trained, trained)):
         return processing, {}
     takes = INTERPOLATE in inspect.signature(model.forward).parameters
     told = {INTERPOLATE: True} if takes else {}
     _try(model, probe, told, size, trained)
     return processing, told
+
+
+def vision_part(model: Any) -> Any:
+    """The model of pictures inside a model that writes texts of them: the first part that takes pixels."""
+    model = _without_adapter(model)
+    parts = [part for path, part in model.named_modules() if path and isinstance(part, PreTrainedModel)]
+    return next((part for part in parts if part.main_input_name == "pixel_values"), model)
+
+
+def _without_adapter(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _try(model: Any, probe: torch.Tensor, told: dict[str, Any], size: tuple[int, ...], trained: Any) -> None:

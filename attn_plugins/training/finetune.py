@@ -19,6 +19,7 @@ from attn_plugins.hf.swap import describe_attention
 from attn_plugins.tasks import TrainableTask
 from attn_plugins.tasks.kinds import KINDS, PEFT_TASKS
 from attn_plugins.training.arguments import early_stopping, training_arguments
+from attn_plugins.training.as_saved import read_as_saved
 from attn_plugins.training.card import model_card
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.evaluate import (
@@ -179,6 +180,7 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         limit = f"{option}={getattr(trained.config, option)}"
         logger.warning(f"{number} of {len(rows)} rows to train on reach {limit}, which longer ones are cut to")
     model = choose_parameters(config, loaded)
+    read_as_saved(model)
     trainer = _trainer(config, trained, arguments, model, loaded, rows, held_out)
     if checkpoint is not None:
         _check_steps(trainer, checkpoint)

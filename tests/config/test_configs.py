@@ -47,7 +47,7 @@ def test_train(path, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)  # rules in files are named from where the command is given
     config = build(FinetuneConfig, read_yaml(path))
     assert config.output_dir == f"runs/{path.stem}"
-    transformers.TrainingArguments(output_dir=str(tmp_path), **config.training)
+    transformers.TrainingArguments(output_dir=str(tmp_path), **{"use_cpu": True, **config.training})
 
 
 @files("transfer")

@@ -7,6 +7,7 @@ import json
 import random
 from pathlib import Path
 
+import pictured
 import pytest
 import torch
 from conftest import WORDS, tokenizer, write_rows
@@ -105,9 +106,22 @@ def summarization(folder):
     return {"model": str(folder / "model"), "data": data, "options": limits}
 
 
+def image_classification(folder):
+    source = pictured.pictures(folder / "data", rows=24, columns=["label"])
+    return {"model": pictured.vit(folder / "model"), "data": {"source": source}, "options": {"image_size": 20}}
+
+
+def captioning(folder):
+    """An encoder-decoder, of which no rule takes the cross-attention."""
+    source = pictured.pictures(folder / "data", rows=24, columns=["text"])
+    return {"model": pictured.captioner(folder / "model"), "data": {"source": source}, "options": {"max_length": 8}}
+
+
 CASES = {
     "translation": translation,
     "summarization": summarization,
+    "image-classification": image_classification,
+    "captioning": captioning,
     "masked-lm": masked_lm,
     "token-classification": token_classification,
     "question-answering": question_answering,
@@ -165,7 +179,7 @@ def test_it_learns_and_what_it_learned_comes_back(task, folder, tmp_path):
     assert again["result"] == pytest.approx(metrics["evaluation"]["after"], rel=1e-5)
     assert again["new_weights"] == 0
     assert again["attention"] == metrics["attention"]
-    own = {"own (sdpa)"} if task == "summarization" else set()  # its cross-attention
+    own = {"own (sdpa)"} if task in ("summarization", "captioning") else set()  # its cross-attention
     assert all(kind.startswith("local") for kind in set(again["attention"]["modules"]) - own)
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"pipeline_tag: {trained_task(task).pipeline_tag}" in card
