@@ -1,5 +1,6 @@
 """Columns of rows by the role that they have for a task, and what each has to hold."""
 
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ def named_by_role(data: "Dataset", wanted: Mapping[str, str], source: str, folde
     for role, column in wanted.items():
         if column not in data.column_names:
             known = textwrap.shorten(", ".join(data.column_names), 400, placeholder=" ...")
+            if column is None:
+                raise ValueError(f"{ROLES[role].option} names no column, and the task needs one; {source} has: {known}")
             raise ValueError(f"{source} has no column {column!r} ({ROLES[role].option}); it has: {known}")
     data = data.select_columns(list(dict.fromkeys(wanted.values())))
     data = data.rename_columns({column: role for role, column in wanted.items() if column != role})
@@ -83,6 +86,15 @@ def _check_labels(data: "Dataset", column: str, what: str) -> None:
         )
 
 
+def _check_scores(data: "Dataset", column: str, what: str) -> None:
+    kind = getattr(data.features[column], "dtype", type(data.features[column]).__name__)
+    if not kind.startswith(("int", "uint", "float")):
+        raise ValueError(f"{what} holds {kind}; allowed: a number a row")
+    _check_nulls(data, column, what)
+    if not all(map(math.isfinite, data[column])):
+        raise ValueError(f"{what} holds numbers that are not finite; leave these rows out")
+
+
 def _check_nulls(data: "Dataset", column: str, what: str) -> None:
     if data.data.column(column).null_count:  # of the whole table, of which the rows here may be a part
         nulls = sum(value is None for value in data[column])
@@ -114,4 +126,8 @@ ROLES = {
     "image": Role(option="image_column", check=check_pictures, read=read_pictures, files=True),
     "source": Role(option="source_column", check=_check_texts),
     "target": Role(option="target_column", check=_check_texts),
+    "score": Role(option="label_column", check=_check_scores),
+    "prompt": Role(option="prompt_column", check=_check_texts),
+    "chosen": Role(option="chosen_column", check=_check_texts),
+    "rejected": Role(option="rejected_column", check=_check_texts),
 }

@@ -45,7 +45,7 @@ class DataConfig:
     text_pair_column: str | None = None
     """Column of a second text, for tasks on pairs."""
     label_column: str = "label"
-    """Column of the class; of the words' classes, for token-classification."""
+    """Column of the class; of the words' classes, for token-classification; of the score, for sentence-similarity."""
     source_column: str = "source"
     """Column of the text to translate or to summarize."""
     target_column: str = "target"
@@ -60,6 +60,12 @@ class DataConfig:
     """Column of the text that answers it."""
     answer_column: str = "answers"
     """Column of the answers: a text, or as SQuAD has them."""
+    prompt_column: str = "prompt"
+    """Column of what is answered, for preference."""
+    chosen_column: str = "chosen"
+    """Column of the better answer."""
+    rejected_column: str = "rejected"
+    """Column of the worse answer."""
     max_train_rows: int | None = None
     """Use only the first so many rows for training."""
     max_eval_rows: int | None = None

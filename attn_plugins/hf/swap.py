@@ -71,7 +71,7 @@ def swap_attention(model: nn.Module, rules: Flag, **options: Any) -> nn.Module:
     the same one, nor those that will be, are swapped.
 
     Args:
-        model: a transformers model, also under PEFT or torch.compile.
+        model: a transformers model, also under PEFT or torch.compile, or in a SentenceTransformer.
         rules: a name, a rule or a list of rules, as in ``config.attn_plugin``.
         options: options and rule keys, where ``rules`` is a name: ``swap_attention(model, "local", window_size=256)``.
 
@@ -210,13 +210,17 @@ def _flagged_parts(model: PreTrainedModel, module: nn.Module | None = None) -> I
 
 
 def unwrap(model: Any) -> PreTrainedModel:
-    """The transformers model inside what torch.compile or PEFT have put around it.
+    """The transformers model inside what torch.compile, PEFT or sentence-transformers have put around it.
 
     Raises:
         ValueError: there is none.
     """
     inner = getattr(model, "_orig_mod", model)
+    inner = getattr(inner, "transformers_model", inner)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     if not isinstance(inner, PreTrainedModel):
-        raise ValueError(f"got a {type(model).__name__}; allowed: a transformers PreTrainedModel (also under PEFT)")
+        raise ValueError(
+            f"got a {type(model).__name__}; allowed: a transformers PreTrainedModel (also under PEFT, or in a "
+            "SentenceTransformer)"
+        )
     return inner

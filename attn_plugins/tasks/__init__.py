@@ -94,6 +94,8 @@ class TrainableTask(Task):
     task brings its own ``arguments`` and ``make_trainer``."""
     targets: ClassVar[tuple[str, ...]] = ("labels",)
     """What of a batch says the right answers, by the names that the model takes them by."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Settings of its trainer, where ``training`` does not give them."""
     distils: ClassVar[bool] = True
     """Whether its batches are what a model is called with, so that it can be held to itself (loss='kl' or 'hidden')."""
 
@@ -103,8 +105,8 @@ class TrainableTask(Task):
         don't fit."""
 
     @abc.abstractmethod
-    def collator(self, processing: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-        """What makes a batch, with the ``targets``, of a list of examples.
+    def collator(self, processing: Any, model: nn.Module) -> Callable[[list[dict[str, Any]]], dict[str, Any]] | None:
+        """What makes a batch, with the ``targets``, of a list of examples; None for what its trainer makes it by.
 
         One that is a TrainerCallback is told what Trainer does, so that it can draw by the epoch: what a global
         generator drew does not come back in a run that goes on, since Trainer reads one batch ahead.

@@ -1,11 +1,11 @@
-"""Kinds of models: what transformers loads each with, and what makes its inputs."""
+"""Kinds of models: what each is loaded with, and what makes its inputs."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelKind:
-    """What the models of a kind are loaded with, by names of classes of transformers."""
+    """What the models of a kind are loaded with, by names of classes."""
 
     auto: tuple[str, ...]
     """Auto classes, the first of which that knows a model's config loads it."""
@@ -15,6 +15,8 @@ class ModelKind:
     """Whether its head has classes, whose names the config tells."""
     pads: bool = True
     """Whether rows are padded to the batch, so that a tokenizer without a padding token takes its end token for it."""
+    library: str = "transformers"
+    """Module that its classes are imported from."""
 
 
 KINDS = {
@@ -28,6 +30,7 @@ KINDS = {
         auto=("AutoModelForImageClassification",), processing="AutoImageProcessor", classes=True, pads=False
     ),
     "text-to-text": ModelKind(auto=("AutoModelForSeq2SeqLM", "AutoModelForCausalLM")),
+    "embedding": ModelKind(auto=("SentenceTransformer",), library="sentence_transformers"),
 }
 """By the name that a task gives in ``model``."""
 

@@ -18,7 +18,7 @@ def training_arguments(config: FinetuneConfig, trained: TrainableTask, quiet: bo
     Raises:
         ValueError: TrainingArguments refuses a setting, or something that one names is not installed.
     """
-    options = dict(config.training)
+    options = {**trained.defaults, **config.training}
     options.setdefault("logging_steps", 10)
     if config.loss != "task":
         options.setdefault("learning_rate", 5e-3 if config.tune == "new" else 2e-3)

@@ -8,6 +8,7 @@ from attn_plugins.data.columns import ROLES
 from attn_plugins.data.sources import spelled_source
 from attn_plugins.hf.checkpoints.card import rules_block, served, tags
 from attn_plugins.tasks import figure, get_task, rows_of, trained_task
+from attn_plugins.tasks.kinds import KINDS
 
 
 def model_card(metrics: dict[str, Any]) -> str:
@@ -15,9 +16,10 @@ def model_card(metrics: dict[str, Any]) -> str:
     kinds = metrics["attention"]["modules"]
     names = [kind for kind in kinds if not kind.startswith("own (")]
     lora = metrics["tune"] == "lora"
+    library = _library(metrics)
     front = {
         "base_model": metrics["base_model"],
-        "library_name": "peft" if lora else "transformers",
+        "library_name": "peft" if lora and library == "transformers" else library.replace("_", "-"),
         "pipeline_tag": trained_task(metrics["task"]).pipeline_tag,
         "tags": [*tags(kinds), *(["lora"] if lora else [])],
     }
@@ -139,8 +141,10 @@ def _outcome(stage: dict[str, Any]) -> str:
 
 
 def _use(metrics: dict[str, Any], lora: bool) -> list[str]:
-    auto = metrics["auto"]
-    lines = ["import attn_plugins", f"from transformers import {auto}", ""]
+    auto, library = metrics["auto"], _library(metrics)
+    lines = ["import attn_plugins", f"from {library} import {auto}", ""]
+    if library == "sentence_transformers":
+        return [*lines, f'model = {auto}("path/to/this/folder")']
     if not lora:
         return [*lines, f'model = {auto}.from_pretrained("path/to/this/folder")']
     return [
@@ -150,6 +154,11 @@ def _use(metrics: dict[str, Any], lora: bool) -> list[str]:
         f'base = {auto}.from_pretrained("{metrics["base_model"]}")',
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
     ]
+
+
+def _library(metrics: dict[str, Any]) -> str:
+    """Module that loads the model."""
+    return KINDS[trained_task(metrics["task"]).model].library
 
 
 def _columns(metrics: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_file
+from attn_plugins.data.columns import ROLES
 from attn_plugins.data.sources import load_data
 from attn_plugins.hf.checkpoints.card import kinds_of
 from attn_plugins.hf.swap import describe_attention
@@ -85,6 +86,13 @@ def prepare_evaluation(config: EvaluateConfig) -> Evaluation:
 
 def prepare_measurements(tasks: list[Task], held_out: Any, loaded: Loaded) -> list[Measurement]:
     """Each task with its batches of the held-out rows; ValueError where they don't fit."""
+    for task in tasks:
+        missing = [ROLES[role].option for role in task.columns if role not in held_out.column_names]
+        if missing:
+            raise ValueError(
+                f"evaluation.task={task.name!r} needs {', '.join(missing)}, which {tasks[0].name} reads no rows by; "
+                "measure it by a command of its own"
+            )
     return [Measurement(task=task, batches=task.prepare(held_out, loaded.processing, loaded.model)) for task in tasks]
 
 

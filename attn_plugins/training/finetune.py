@@ -15,7 +15,7 @@ from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.versions import versions
 from attn_plugins.data.sources import load_data
-from attn_plugins.hf.swap import describe_attention
+from attn_plugins.hf.swap import describe_attention, unwrap
 from attn_plugins.tasks import TrainableTask
 from attn_plugins.tasks.kinds import KINDS, PEFT_TASKS
 from attn_plugins.training.arguments import early_stopping, training_arguments
@@ -90,7 +90,7 @@ class Finetune:
         if trainer.is_world_process_zero():
             out = Path(config.output_dir)
             check_weights(out)
-            if config.tune == "lora":
+            if config.tune == "lora" and hasattr(trainer.model, "get_base_model"):
                 _base(trainer.model).config.save_pretrained(out)  # tells a classifier's labels
             write_json(out / METRICS, metrics)
             (out / CARD).write_text(model_card(metrics), encoding="utf-8")
@@ -243,8 +243,8 @@ def check_weights(out: Path) -> None:
 
 def base_of(model: Any, loaded: Loaded) -> str:
     """What a model, or an adapter, was made from."""
-    peft = getattr(model, "peft_config", None)
-    return loaded.source if peft is None else peft[model.active_adapter].base_model_name_or_path
+    peft = getattr(getattr(model, "transformers_model", model), "peft_config", None)
+    return loaded.source if peft is None else next(iter(peft.values())).base_model_name_or_path
 
 
 def _check_teacher(config: FinetuneConfig, loaded: Loaded) -> None:
@@ -268,7 +268,8 @@ def choose_parameters(config: FinetuneConfig, loaded: Loaded) -> nn.Module:
     Raises:
         ValueError: nothing is left to train, or PEFT cannot place its adapters.
     """
-    model = loaded.model
+    outer = loaded.model
+    model = getattr(outer, "transformers_model", outer)  # the one in a SentenceTransformer
     new = [name for name, _ in model.named_parameters() if in_slot(name) or name in loaded.fresh]
     if hasattr(model, "peft_config"):
         if config.tune != "lora" or config.lora:
@@ -277,23 +278,24 @@ def choose_parameters(config: FinetuneConfig, loaded: Loaded) -> nn.Module:
                 f"{config.model} is a PEFT adapter, which trains on as it is, with tune='lora' and no lora options; "
                 f"got {wrong}. Fine-tune its base model, or merge it first"
             )
-        return model
+        return outer
     if config.tune == "full":
-        return model.requires_grad_(True)
+        return outer.requires_grad_(True)
     if config.tune == "new":
         if not new:
             raise ValueError(
                 "tune='new' trains the weights that the checkpoint did not hold, and there are none: "
                 "this attention has no weights of its own; allowed here: lora, full"
             )
+        outer.requires_grad_(False)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in new)
-        return model
-    return _with_lora(config, loaded, new)
+        return outer
+    return _with_lora(config, loaded, model, new)
 
 
-def _with_lora(config: FinetuneConfig, loaded: Loaded, new: list[str]) -> nn.Module:
-    model, peft = loaded.model, need("peft", "train")
+def _with_lora(config: FinetuneConfig, loaded: Loaded, model: Any, new: list[str]) -> nn.Module:
+    peft = need("peft", "train")
     options = dict(config.lora)
     if "target_modules" not in options and "target_parameters" not in options:
         options |= default_targets(model)
@@ -309,7 +311,11 @@ def _with_lora(config: FinetuneConfig, loaded: Loaded, new: list[str]) -> nn.Mod
     kind = PEFT_TASKS.get(loaded.auto)
     try:
         adapter = peft.LoraConfig(task_type=kind, modules_to_save=whole or None, **options)
-        adapted = peft.get_peft_model(model, adapter)
+        if model is loaded.model:
+            adapted = peft.get_peft_model(model, adapter)
+        else:  # in a SentenceTransformer, which saves and loads adapters that transformers has placed
+            adapted = loaded.model
+            model.add_adapter(adapter)
     except (ValueError, TypeError) as error:
         raise ValueError(f"lora: {error}") from error
     # The adapter brings all weights of the slots along: it needs no folder in which nothing else was trained.
@@ -347,7 +353,7 @@ def _trainer(
         evaluated = trained.examples(held_out, processing, _base(model))
     checkpointed = arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False)
     if checkpointed and config.tune != "full":
-        _base(model).enable_input_require_grads()  # reentrant checkpoints of frozen weights would pass no gradient on
+        unwrap(model).enable_input_require_grads()  # reentrant checkpoints of frozen weights would pass no gradient on
     parts: dict[str, Any] = {
         "model": model,
         "args": arguments,
@@ -359,7 +365,7 @@ def _trainer(
         "callbacks": early_stopping(config),
     }
     if isinstance(parts["data_collator"], TrainerCallback):
-        parts["callbacks"] = [parts["data_collator"]]
+        parts["callbacks"] = [*parts["callbacks"], parts["data_collator"]]
     if config.loss == "task":
         return trained.make_trainer(**parts)
     return DistillationTrainer(**parts, loss=config.loss, temperature=config.temperature)

@@ -37,7 +37,7 @@ class Loaded:
     source: str
     """What transformers loaded it from: a folder or a name on the hub."""
     auto: str
-    """Name of transformers' class that loads it with its head."""
+    """Name of the class that loads it with its head."""
     fresh: list[str]
     """Names of parameters that the checkpoint did not hold, so that they are at their initial values."""
 
@@ -134,6 +134,8 @@ def load(
         transformers.utils.logging.set_verbosity_error()  # of several processes, one tells which weights are new
     transformers.set_seed(seed)
     with one_line(source):
+        if kind in KINDS and KINDS[kind].library == "sentence_transformers":
+            return _sentences(folder, base, adapter is not None and trainable, options)
         cls = _class_of(kind, base)
         model, info = cls.from_pretrained(base, output_loading_info=True, **options)
         inputs = processing or kind
@@ -160,6 +162,38 @@ def _mismatched(source: str, mismatched: set[tuple[str, Any, Any]], classes: int
         if tuple(saved[1:]) != tuple(made[1:]) or made[0] != classes:
             raise ValueError(f"model {source!r} holds {name} as {tuple(saved)}, and its config asks for {tuple(made)}")
     return [name for name, _, _ in mismatched]
+
+
+def _sentences(folder: str, base: str, train_adapter: bool, options: dict[str, Any]) -> Loaded:
+    """A SentenceTransformer; of a folder that none was saved to, with mean pooling (the last token of a decoder).
+
+    It brings an adapter into the model itself, without a PeftModel, and what it brings is frozen.
+
+    Args:
+        base: what the model inside was made from, which is ``folder`` unless that holds an adapter.
+
+    Raises:
+        ValueError: there is no transformers model in it.
+    """
+    made = need("sentence_transformers", "embedding").SentenceTransformer(folder, model_kwargs=options, device="cpu")
+    inner: Any = made.transformers_model
+    fresh: list[str] = []
+    if not isinstance(inner, transformers.PreTrainedModel):
+        raise ValueError(f"model {folder!r} has no model of transformers inside, and so no attention")
+    if train_adapter:
+        inner.set_adapter(list(inner.peft_config))
+    if folder == base:
+        level = transformers.utils.logging.get_verbosity()
+        transformers.utils.logging.set_verbosity_error()  # has been told
+        try:
+            where: dict[str, Any] = {"output_loading_info": True, "device_map": "meta"}
+            read: Any = type(inner).from_pretrained(inner.name_or_path, **where, **options)
+        finally:
+            transformers.utils.logging.set_verbosity(level)
+        # What else it lacks, such as BERT's pooler, it has no use for.
+        fresh = [name for name in sorted(read[1]["missing_keys"]) if in_slot(name)]
+    _pad(made, made.tokenizer)
+    return Loaded(model=made, processing=made.tokenizer, source=base, auto=type(made).__name__, fresh=fresh)
 
 
 def _class_of(kind: str, base: str) -> Any:

@@ -198,7 +198,10 @@ def task_batches(
     Raises:
         ValueError: the data do not fit the task or the model.
     """
-    examples, collate = trained.examples(data, loaded.processing, model), trained.collator(loaded.processing, model)
+    collate = trained.collator(loaded.processing, model)
+    if collate is None:
+        raise ValueError(f"task={trained.called()!r} makes no batches that a model is called with; allowed: another")
+    examples = trained.examples(data, loaded.processing, model)
     order = list(range(len(examples)))
     if seed is not None:
         random.Random(seed).shuffle(order)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import transformers
 
 from attn_plugins.benchmark.attention_page import OWN
 from attn_plugins.benchmark.compare import CompareConfig, cells
@@ -47,7 +46,8 @@ def test_train(path, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)  # rules in files are named from where the command is given
     config = build(FinetuneConfig, read_yaml(path))
     assert config.output_dir == f"runs/{path.stem}"
-    transformers.TrainingArguments(output_dir=str(tmp_path), **{"use_cpu": True, **config.training})
+    trained = config.trained()
+    trained.arguments()(output_dir=str(tmp_path), **{"use_cpu": True, **trained.defaults, **config.training})
 
 
 @files("transfer")

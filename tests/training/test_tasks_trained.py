@@ -5,6 +5,7 @@ A case is a function of a folder to write into: it makes a tiny model and tiny d
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import pictured
@@ -117,6 +118,29 @@ def captioning(folder):
     return {"model": pictured.captioner(folder / "model"), "data": {"source": source}, "options": {"max_length": 8}}
 
 
+def sentence_pairs(folder, **scored):
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
+    rows = []
+    for number, text in enumerate(texts(40)):
+        other = " ".join([text.split()[number % 5], *texts(40)[39 - number].split()[:3]])
+        rows.append({"text": text, "other": other, **({"alike": number % 5} if scored else {})})
+    data = {"source": write_rows(folder / "rows.jsonl", rows), "text_pair_column": "other", "eval_fraction": 0.5}
+    return {"model": bert(folder), "data": {**data, **scored}, "options": {"max_length": 32}}
+
+
+def preferences(folder):
+    pytest.importorskip("trl", reason="TRL is not installed")
+    rows = [{"prompt": text, "chosen": " good cat", "rejected": " bad dog"} for text in texts()]
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    config = LlamaConfig(vocab_size=20, **sizes, num_attention_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer().save_pretrained(folder / "model")
+    source = write_rows(folder / "rows.jsonl", rows)
+    model = str(folder / "model")  # named as the reference, too: what was written does not say what it began from
+    return {"model": model, "data": {"source": source}, "options": {"max_length": 32, "reference": model}}
+
+
 CASES = {
     "translation": translation,
     "summarization": summarization,
@@ -125,6 +149,9 @@ CASES = {
     "masked-lm": masked_lm,
     "token-classification": token_classification,
     "question-answering": question_answering,
+    "sentence-embedding": sentence_pairs,
+    "sentence-similarity": partial(sentence_pairs, label_column="alike"),
+    "preference": preferences,
 }
 """What ``finetune`` calls a task -> its case."""
 

@@ -139,5 +139,5 @@ def test_sentence_transformers(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=words(), pad_token="w0").save_pretrained(tmp_path)
     tiny.build("bert").base_model.save_pretrained(tmp_path)
     model = sentences.SentenceTransformer(str(tmp_path), model_kwargs={"attn_plugin": FLAG}, device="cpu")
-    assert plugins(model[0].auto_model) == ["local"] * 3
+    assert plugins(model) == plugins(model[0].auto_model) == ["local"] * 3
     assert model.encode(["w5 w6 w7"]).shape == (1, 32)
