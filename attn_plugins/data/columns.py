@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from attn_plugins.config.extras import need
 from attn_plugins.data.answers import check_answers, read_answers
 from attn_plugins.data.pictures import check_pictures, read_pictures
+from attn_plugins.data.sound import check_sound, read_sound
 from attn_plugins.data.tags import check_tags, check_words
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ ROLES = {
     "label": Role(option="label_column", check=_check_labels),
     "words": Role(option="text_column", check=check_words),
     "tags": Role(option="label_column", check=check_tags),
+    "audio": Role(option="audio_column", check=check_sound, read=read_sound, files=True),
     "question": Role(option="question_column", check=_check_texts),
     "context": Role(option="context_column", check=_check_texts),
     "answer": Role(option="answer_column", check=check_answers, read=read_answers),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from attn_plugins.config.extras import need
 from attn_plugins.data.columns import ROLES, named_by_role
 from attn_plugins.data.idx import idx_splits
+from attn_plugins.data.sound import sound_folder
 from attn_plugins.data.text import PYTHON_DOCS, python_docs
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ def _folder(path: str, config: DataConfig, media: bool) -> "dict[str, Dataset]":
 
     Args:
         media: rows name files, of pictures or sound: tables at its top are the splits that their names say, rather than
-            stray files beside what ``datasets`` finds in its folders. A metadata.jsonl or .csv is read by ``datasets``.
+            stray files beside what ``datasets`` finds in its folders. A metadata.jsonl or .csv is read by ``datasets``,
+            but for sound.
     """
     if media and (splits := idx_splits(Path(path)) or _tables(Path(path), config)):
         return splits
@@ -213,6 +215,9 @@ def _folder(path: str, config: DataConfig, media: bool) -> "dict[str, Dataset]":
     for file in files:
         if not saved and READERS.get(file.suffix) == "json":
             check_file(file)
+    sound = sound_folder(Path(path), files, lambda table: _files([str(table)], str(table))) if media else None
+    if sound is not None:
+        return sound
     try:
         loaded = datasets.load_from_disk(path) if saved else datasets.load_dataset(path, config.name)
     except Exception as error:  # as in _files

@@ -31,6 +31,7 @@ KINDS = {
     ),
     "text-to-text": ModelKind(auto=("AutoModelForSeq2SeqLM", "AutoModelForCausalLM")),
     "embedding": ModelKind(auto=("SentenceTransformer",), library="sentence_transformers"),
+    "speech-to-text": ModelKind(auto=("AutoModelForSpeechSeq2Seq", "AutoModelForCTC"), processing="AutoProcessor"),
 }
 """By the name that a task gives in ``model``."""
 
