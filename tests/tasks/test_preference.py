@@ -1,5 +1,7 @@
 """Preferred answers: likelihoods against the model's own loss, what the reference is, rows that are no use."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tokenizer, write_rows
@@ -10,7 +12,9 @@ import attn_plugins as ap
 from attn_plugins.core.options import build
 from attn_plugins.tasks import get_task, run_task
 from attn_plugins.training.config import FinetuneConfig
+from attn_plugins.training.evaluate import prepare_measurements
 from attn_plugins.training.finetune import prepare_finetune
+from attn_plugins.transfer.run import task_batches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,6 +81,21 @@ def test_a_tokenizer_without_an_end_is_refused(llama):
         ValueError, match="the tokenizer has no end-of-sequence token, which tells where an answer ends"
     ):
         made().examples(Dataset.from_list(ROWS), made_without, None)
+
+
+def test_columns_of_other_tasks_are_not_there():
+    tasks = [made(), get_task("perplexity")()]
+    with pytest.raises(
+        ValueError, match="task='perplexity' needs text_column, which preference reads no rows by; meas"
+    ):
+        prepare_measurements(tasks, Dataset.from_list(ROWS), None)
+
+
+def test_transfer_has_no_batches_of_it():
+    with pytest.raises(
+        ValueError, match="task='preference' makes no batches that a model is called with; allowed: ano"
+    ):
+        task_batches(made(), None, SimpleNamespace(processing=None), Dataset.from_list(ROWS), 1, 1)
 
 
 @pytest.mark.parametrize("tune", ["full", "lora"])
