@@ -25,7 +25,20 @@ from attn_plugins.training.models import DEMO
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-VERBS = ["bench", "check", "choose", "compare", "describe", "evaluate", "finetune", "list", "recipe", "run", "transfer"]
+VERBS = [
+    "bench",
+    "check",
+    "choose",
+    "compare",
+    "describe",
+    "evaluate",
+    "finetune",
+    "list",
+    "recipe",
+    "run",
+    "search",
+    "transfer",
+]
 SHORT = ["-s", "evaluation.length=16", "-s", "evaluation.max_tokens=64"]
 
 
