@@ -19,6 +19,7 @@ from attn_plugins.cli.app import (
     spread_out,
 )
 from attn_plugins.cli.stop import stoppable
+from attn_plugins.core.catalogue import task_names
 from attn_plugins.core.options import build
 
 
@@ -28,6 +29,7 @@ def finetune(
     model: Model = None,
     attn: Attn = None,
     data: Data = None,
+    task: Annotated[str | None, typer.Option("--task", help=f"{', '.join(task_names(trained=True))}.")] = None,
     tune: Annotated[
         str | None, typer.Option("--tune", help="What trains: lora, full, or new (new weights alone).")
     ] = None,
@@ -46,7 +48,7 @@ def finetune(
 ) -> None:
     """Fine-tune a model with an attention of your choice; writes the model, metrics.json and a model card."""
     flags = {
-        **{"model": model, "data.source": data, "tune": tune, "loss": loss},
+        **{"model": model, "data.source": data, "task": task, "tune": tune, "loss": loss},
         **{"output_dir": output_dir, "seed": seed},
     }
     with one_line_errors():
@@ -99,7 +101,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--task",
-            help="perplexity, streaming_perplexity, recall, passkey, copy, names, codes, accuracy; repeatable.",
+            help=f"{', '.join(task_names())}; repeatable.",
         ),
     ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the result there, as JSON.")] = None,

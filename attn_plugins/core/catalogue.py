@@ -1,4 +1,4 @@
-"""What attentions declare, read from their sources where that is enough: a list of them needs no torch."""
+"""What attentions and tasks declare, read from their sources where that is enough: a list of them needs no torch."""
 
 import ast
 import functools
@@ -52,11 +52,30 @@ def _parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf8"))
 
 
-def _registered(path: Path) -> Iterator[tuple[ast.ClassDef, str]]:
+def task_names(*, trained: bool = False) -> list[str]:
+    """Names of all tasks, read from their sources; sorted.
+
+    Args:
+        trained: those that models are fine-tuned for alone, as ``finetune`` calls them.
+    """
+    found = []
+    for path in (PACKAGE / "tasks").glob("*.py"):
+        for node, name in _registered(path, "register_task"):
+            values: dict[str, Any] = {}
+            for cls in _lineage(path, node.name):
+                values = ({} if cls is None else _assigned(cls)) | values
+            if not trained:
+                found.append(name)
+            elif "pipeline_tag" in values:
+                found.append(values.get("trained_as") or name)
+    return sorted(found)
+
+
+def _registered(path: Path, decorated: str = "register_attention") -> Iterator[tuple[ast.ClassDef, str]]:
     """The classes of a file that are registered, with their names there."""
     for node in _parsed(path).body:
         for decorator in node.decorator_list if isinstance(node, ast.ClassDef) else ():
-            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == "register_attention":
+            if isinstance(decorator, ast.Call) and ast.unparse(decorator.func) == decorated:
                 yield node, ast.literal_eval(decorator.args[0])  # type: ignore[misc]
 
 

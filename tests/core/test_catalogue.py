@@ -7,6 +7,7 @@ import pytest
 from attn_plugins.core import catalogue
 from attn_plugins.core.capabilities import CAPABILITIES
 from attn_plugins.core.registry import get_attention, list_attentions
+from attn_plugins.tasks import list_tasks, trained_tasks
 
 ATTRIBUTES = ("family", "cost", "paper", "when", "keeps", *CAPABILITIES)
 
@@ -15,6 +16,11 @@ def test_the_sources_tell_what_the_classes_of_the_registry_say():
     own = [name for name in list_attentions() if get_attention(name).__module__.startswith("attn_plugins.attentions.")]
     said = [{one: getattr(get_attention(name), one) for one in ("name", *ATTRIBUTES)} for name in own]
     assert catalogue.from_sources(ATTRIBUTES) == said, "list would import torch, or show something else"
+
+
+def test_the_sources_tell_the_tasks_of_the_registry():
+    assert catalogue.task_names() == list_tasks()
+    assert catalogue.task_names(trained=True) == list(trained_tasks())
 
 
 def test_another_package_is_asked_for_its_attentions(monkeypatch):
