@@ -88,7 +88,10 @@ def test_attentions_of_all_roles_show(hearing, rows):
 def test_ctc_is_measured_by_the_likeliest_letter_of_each_frame(hearing, rows):
     loaded = hearing["ctc"]
     model, processing = loaded.model.eval(), loaded.processing
-    one, three = (measured(loaded, rows, batch_size=size, normalize="none", max_target_length=30) for size in (1, 3))
+    options = {"normalize": "none", "max_target_length": 30}
+    one, three = (measured(loaded, rows, batch_size=size, **options) for size in (1, 3))
+    task = CLS(CLS.Config(**{**SMALL, **options, "batch_size": 5}))
+    (padded,) = task.prepare(rows, processing, model)
     said, loss, letters = [], 0.0, 0
     for row in rows:
         inputs = processing(waveform(row["audio"], RATE), sampling_rate=RATE, return_tensors="pt")
@@ -100,6 +103,8 @@ def test_ctc_is_measured_by_the_likeliest_letter_of_each_frame(hearing, rows):
         loss += float(ctc_loss(scores, labels, torch.tensor(len(scores)), torch.tensor(len(labels)), reduction="sum"))
         letters += len(labels)
     assert any(said)
+    with torch.no_grad():
+        assert task.score(model, padded)["written"] == said, "padding says nothing"
     assert one["wer"] == three["wer"] == jiwer.wer(rows["text"][:], said)
     assert one["loss"] == pytest.approx(loss / letters, rel=1e-4)
     assert three["loss"] == pytest.approx(one["loss"], rel=1e-4)
