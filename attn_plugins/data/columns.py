@@ -54,7 +54,7 @@ def named_by_role(data: "Dataset", wanted: Mapping[str, str], source: str, folde
 
 def _with_fields(data: "Dataset", columns: Iterable[str]) -> "Dataset":
     """Rows in which those of these columns that are fields of others, such as translation.en, are columns too."""
-    over = {column.partition(".")[0] for column in columns if column not in data.column_names}
+    over = {column.partition(".")[0] for column in columns if column and column not in data.column_names}
     over &= set(data.column_names)
     if not over:
         return data

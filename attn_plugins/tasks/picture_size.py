@@ -35,7 +35,7 @@ def sized(processing: Any, model: Any, image_size: int | None, *, save: bool = F
     probe = pixels(processing, [Image.new("RGB", (48, 32))])
     size = tuple(probe.shape[-2:])
     model = _without_adapter(model)
-    trained = getattr(model.config, "image_size", None)
+    trained = getattr(getattr(model.config, "vision_config", model.config), "image_size", None)
     if trained is None or size == (tuple(trained) if isinstance(trained, (list, tuple)) else (trained, trained)):
         return processing, {}
     takes = INTERPOLATE in inspect.signature(model.forward).parameters

@@ -339,8 +339,8 @@ def _heads(config: FinetuneConfig, model: nn.Module) -> list[str]:
     """Names of what stands beside a classifier's body, which trains whole: its classes may be others of one number."""
     if not KINDS[config.trained().model].classes:
         return []
-    body = getattr(model, "base_model_prefix", "")
-    return [name for name, part in model.named_children() if name != body and any(True for _ in part.parameters())]
+    body = {row.path.partition(".")[0] for row in describe_attention(model)}
+    return [name for name, part in model.named_children() if name not in body and any(True for _ in part.parameters())]
 
 
 def _trainer(

@@ -165,6 +165,12 @@ def test_a_family_of_one_size_says_so(table, tmp_path):
     tf.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match="trained on pictures of 16 px, takes none of 24 x 24 px: Input image size"):
         prepare_finetune(settings(str(tmp_path / "m"), table, tmp_path, attention=None, options={"image_size": 24}))
+    run = prepare_finetune(settings(str(tmp_path / "m"), table, tmp_path / "out", attention=None))
+    trained = {name for name, weight in run.trainer.model.named_parameters() if weight.requires_grad}
+    assert any("vision_model" in name and "lora_" in name for name in trained)
+    assert {name.rpartition(".default.")[0] for name in trained if "lora_" not in name} == {
+        "base_model.model.classifier.modules_to_save"
+    }
 
 
 def test_a_weight_that_does_not_fit_is_no_head(vit, tmp_path, table):
