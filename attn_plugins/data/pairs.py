@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from attn_plugins.data.text import IGNORED
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
@@ -9,8 +11,6 @@ SOURCE = "{source}"
 """What stands for the source text in a prompt."""
 CUT = ("sources_cut", "targets_cut")
 """Columns that say whether a row's text was cut."""
-IGNORED = -100
-"""Label of a token that has no loss."""
 
 
 def encoder_examples(

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from attn_plugins.data.text import class_numbers
+from attn_plugins.data.text import IGNORED, class_numbers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,7 +65,7 @@ def tagged_examples(data: "Dataset", tokenizer: Any, label2id: dict[str, int], m
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows = tokenizer([" ".join(words) for words in batch["words"]], truncation=True, max_length=max_length)
-        labels = [[-100] * len(ids) for ids in rows["input_ids"]]
+        labels = [[IGNORED] * len(ids) for ids in rows["input_ids"]]
         for row, (words, tags) in enumerate(zip(batch["words"], batch["tags"], strict=True)):
             start = 0
             for word, tag in zip(words, tags, strict=True):

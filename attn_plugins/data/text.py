@@ -9,6 +9,9 @@ from attn_plugins.config.extras import need
 if TYPE_CHECKING:
     from datasets import Dataset
 
+IGNORED = -100
+"""Label of a token that has no loss."""
+
 PYTHON_DOCS = "python-docs"
 """Built-in source: the help topics that every Python carries, split by topic."""
 

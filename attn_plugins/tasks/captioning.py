@@ -5,14 +5,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from attn_plugins.data.pictures import pixels, rgb
+from attn_plugins.data.text import IGNORED
 from attn_plugins.tasks import TaskConfig, TrainableTask, register_task
 from attn_plugins.tasks.batches import Batches
 from attn_plugins.tasks.metrics import compute_metrics, load_metric
 from attn_plugins.tasks.picture_size import sized, vision_part
 
 METRICS = ("chrf", "sacrebleu", "rouge")
-IGNORED = -100
-"""Label of what is no token of a caption."""
 
 
 @register_task("captioning")

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForLanguageModeling, DataCollatorForTokenClassification, TrainerCallback
 
-from attn_plugins.data.text import check_length, cut_texts, token_blocks
+from attn_plugins.data.text import IGNORED, check_length, cut_texts, token_blocks
 from attn_plugins.tasks import TaskConfig, TrainableTask, register_task
 
 
@@ -97,7 +97,7 @@ class MaskedLM(TrainableTask):
             dict(collate([rows[at] for at in range(start, min(start + size, len(rows)))]))
             for start in range(0, len(rows), size)
         ]
-        if not any((batch["labels"] != -100).any() for batch in batches):
+        if not any((batch["labels"] != IGNORED).any() for batch in batches):
             raise ValueError(
                 f"no token of {len(rows)} rows is masked at mlm_probability={self.config.mlm_probability}; allowed: a "
                 "larger one, more text"
@@ -106,7 +106,7 @@ class MaskedLM(TrainableTask):
 
     def score(self, model, batch):
         labels = batch.pop("labels")
-        masked = labels != -100
+        masked = labels != IGNORED
         logits, truth = model(**batch).logits[masked].float(), labels[masked]
         return {
             "loss": cross_entropy(logits, truth, reduction="sum"),

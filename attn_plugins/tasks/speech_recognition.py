@@ -10,14 +10,13 @@ from transformers.utils import logging
 
 from attn_plugins.config.extras import need
 from attn_plugins.data.sound import seconds, waveform
+from attn_plugins.data.text import IGNORED
 from attn_plugins.tasks import TaskConfig, TrainableTask, register_task
 from attn_plugins.tasks.batches import Batches
 from attn_plugins.tasks.metrics import compute_metrics
+from attn_plugins.tasks.writing import decoded, let_generate
 
 logger = logging.get_logger("transformers.attn_plugins")
-
-IGNORED = -100
-"""In place of a label where there is none."""
 
 
 @register_task("speech-recognition")
@@ -103,22 +102,12 @@ class SpeechRecognition(TrainableTask):
         return collate
 
     def make_trainer(self, **parts):
-        model, arguments = parts["model"], parts["args"]
-        if not arguments.predict_with_generate:
-            parts["compute_metrics"] = None  # of logits, which would be kept for all rows
-        elif not model.config.is_encoder_decoder:
-            raise ValueError(
-                "training.predict_with_generate is for models that write by generate(); others are evaluated by their "
-                "loss while they train, and by what they name afterwards"
-            )
-        else:
-            arguments.generation_max_length = arguments.generation_max_length or self.config.max_target_length
-            arguments.generation_num_beams = arguments.generation_num_beams or self.config.num_beams
+        let_generate(parts, self.config.max_target_length, self.config.num_beams)
         return super().make_trainer(**parts)
 
     def training_metrics(self, processing):
         def compute(predicted: Any) -> dict[str, float]:
-            texts = [written(torch.as_tensor(ids), processing) for ids in (predicted.predictions, predicted.label_ids)]
+            texts = [decoded(processing.tokenizer, ids) for ids in (predicted.predictions, predicted.label_ids)]
             return compute_metrics(["wer"], *(self._alike(its, processing) for its in texts))
 
         return compute
@@ -152,7 +141,10 @@ class SpeechRecognition(TrainableTask):
             ids = bare.generate(**inputs, generation_config=self._generation(bare))
         else:
             loss, ids = _ctc(bare, model(**inputs).logits.float(), labels, inputs.get("attention_mask"))
-        said, true = self._alike(written(ids, processing), processing), self._alike(batch["texts"], processing)
+        said, true = (
+            self._alike(decoded(processing.tokenizer, ids), processing),
+            self._alike(batch["texts"], processing),
+        )
         return {"loss": loss, "tokens": tokens, "written": said, "wanted": true, "left_out": [batch["left_out"]]}
 
     def finish(self, sums):
@@ -243,13 +235,6 @@ def labels_of(text: str, processing: Any, model: Any) -> list[int]:
     if ("A" in known) != ("a" in known):
         text = text.upper() if "A" in known else text.lower()
     return [number for number in tokenizer(text)["input_ids"] if number != tokenizer.unk_token_id]
-
-
-def written(ids_BT: torch.Tensor, processing: Any) -> list[str]:
-    """Texts of tokens, without special ones; IGNORED stands for padding."""
-    tokenizer = processing.tokenizer
-    ids_BT = ids_BT.where(ids_BT != IGNORED, tokenizer.pad_token_id)
-    return [text.strip() for text in tokenizer.batch_decode(ids_BT, skip_special_tokens=True)]
 
 
 def _features(value: dict[str, Any], processing: Any, name: str) -> Any:

@@ -9,10 +9,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
 from transformers.utils import logging
 
-from attn_plugins.data.pairs import CUT, IGNORED, SOURCE, decoder_examples, encoder_examples
+from attn_plugins.data.pairs import CUT, SOURCE, decoder_examples, encoder_examples
+from attn_plugins.data.text import IGNORED
 from attn_plugins.tasks import TaskConfig
 from attn_plugins.tasks.languages import set_languages
 from attn_plugins.tasks.metrics import compute_metrics, load_metric
+from attn_plugins.tasks.writing import decoded, let_generate
 
 logger = logging.get_logger("transformers.attn_plugins")
 
@@ -115,22 +117,12 @@ class TextToText:
         return collate
 
     def make_trainer(self, **parts):
-        model, arguments = parts["model"], parts["args"]
-        if not arguments.predict_with_generate:
-            parts["compute_metrics"] = None  # of logits, which would be kept for all rows
-        elif not model.config.is_encoder_decoder:
-            raise ValueError(
-                "training.predict_with_generate is for models with an encoder; others are evaluated by their loss "
-                "while they train, and by what they write afterwards"
-            )
-        else:
-            arguments.generation_max_length = arguments.generation_max_length or self.config.max_target_length + 1
-            arguments.generation_num_beams = arguments.generation_num_beams or self.config.num_beams
+        let_generate(parts, self.config.max_target_length + 1, self.config.num_beams)  # and the start token
         return Seq2SeqTrainer(**parts)
 
     def training_metrics(self, tokenizer):
         def compute(predicted: Any) -> dict[str, float]:
-            written, wanted = (_decoded(tokenizer, ids) for ids in (predicted.predictions, predicted.label_ids))
+            written, wanted = (decoded(tokenizer, ids) for ids in (predicted.predictions, predicted.label_ids))
             return compute_metrics(self._metrics(), written, wanted)
 
         return compute
@@ -178,7 +170,7 @@ class TextToText:
             "loss": loss.double() * tokens,
             "tokens": tokens,
             **{name: batch[name] for name in CUT},
-            "written": _decoded(batch["tokenizer"], written[:, given:]),
+            "written": decoded(batch["tokenizer"], written[:, given:]),
             "wanted": [text.strip() for text in batch["targets"]],
         }
 
@@ -194,10 +186,3 @@ class TextToText:
 def _padded(rows: list[list[int]], fill: int, left: bool = False) -> torch.Tensor:
     side = "left" if left else "right"
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill, padding_side=side)
-
-
-def _decoded(tokenizer: Any, ids: Any) -> list[str]:
-    """Texts of tokens, without special ones; IGNORED stands for padding."""
-    ids = torch.as_tensor(ids)
-    texts = tokenizer.batch_decode(ids.where(ids != IGNORED, tokenizer.pad_token_id), skip_special_tokens=True)
-    return [text.strip() for text in texts]

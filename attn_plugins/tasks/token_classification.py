@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForTokenClassification
 
 from attn_plugins.data.tags import tag_names, tagged_examples
-from attn_plugins.data.text import check_length
+from attn_plugins.data.text import IGNORED, check_length
 from attn_plugins.tasks import TaskConfig, TrainableTask, register_task
 
 
@@ -85,14 +85,14 @@ class TokenClassification(TrainableTask):
             part = [rows[at] for at in range(start, min(start + self.config.batch_size, len(rows)))]
             its = torch.tensor(sum(words[start : start + len(part)]))
             batches.append({**self.collator(tokenizer, model)(part), "names": names, "words": its})
-        if not any((batch["labels"] != -100).any() for batch in batches):
+        if not any((batch["labels"] != IGNORED).any() for batch in batches):
             raise ValueError(f"none of the {len(rows)} rows to measure has a word that is within max_length tokens")
         return batches
 
     def score(self, model, batch):
         labels, names, words = (batch.pop(name) for name in ("labels", "names", "words"))
         logits = model(**batch).logits.float()
-        asked = labels != -100
+        asked = labels != IGNORED
         chosen = logits.argmax(-1)
         both = labels[asked] * len(names) + chosen[asked]
         counts = {

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from attn_plugins.core.options import build
-from attn_plugins.data.pairs import IGNORED, decoder_examples, encoder_examples
+from attn_plugins.data.pairs import decoder_examples, encoder_examples
+from attn_plugins.data.text import IGNORED
 from attn_plugins.tasks import get_task, run_task
 from attn_plugins.training.arguments import training_arguments
 from attn_plugins.training.config import FinetuneConfig
