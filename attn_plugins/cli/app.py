@@ -35,6 +35,8 @@ Attn = Annotated[
 Data = Annotated[
     str | None, typer.Option("--data", "-d", help="A local file or folder, a data set on the hub, or python-docs.")
 ]
+OutputDir = Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Of new weights, data order and dropout.")]
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from attn_plugins.cli.app import Attn, ConfigFile, Data, Model, Settings, app, one_line_errors, settings
+from attn_plugins.cli.app import Attn, ConfigFile, Data, Model, OutputDir, Settings, app, one_line_errors, settings
 from attn_plugins.core.options import build
 
 
@@ -26,7 +26,7 @@ def choose(
             "each head or layer, minutes. gates: learned, 24 training steps, minutes.",
         ),
     ] = None,
-    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
+    output_dir: OutputDir = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the rows that scores are measured on.")] = None,
     assignments: Settings = None,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from attn_plugins.cli.app import ConfigFile, Settings, app, one_line_errors, settings, show
+from attn_plugins.cli.app import ConfigFile, OutputDir, Settings, app, one_line_errors, settings, show
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.yaml import parse_yaml
@@ -15,7 +15,7 @@ from attn_plugins.core.options import build
 @app.command()
 def compare(
     config: ConfigFile = None,
-    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
+    output_dir: OutputDir = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run cells again that have a result already.")] = False,
     assignments: Settings = None,
 ) -> None:
@@ -48,7 +48,7 @@ def bench(
         list[str] | None,
         typer.Option("--attn", "-a", help="A name, or YAML such as '{type: local, window_size: 64}'. Repeatable."),
     ] = None,
-    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
+    output_dir: OutputDir = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, or another that torch knows.")] = None,
     decode: Annotated[
         bool, typer.Option("--decode", help="Generation instead: time of a token, size of the cache, by context.")

@@ -1,11 +1,21 @@
 """The verb that runs stages in a row: recipe."""
 
 import os
-from typing import Annotated
 
-import typer
-
-from attn_plugins.cli.app import Attn, ConfigFile, Data, Model, Settings, app, one_line_errors, settings, spread_out
+from attn_plugins.cli.app import (
+    Attn,
+    ConfigFile,
+    Data,
+    Model,
+    OutputDir,
+    Seed,
+    Settings,
+    app,
+    one_line_errors,
+    settings,
+    spread_out,
+)
+from attn_plugins.cli.stop import stoppable
 from attn_plugins.core.options import build
 
 
@@ -15,8 +25,8 @@ def recipe(
     model: Model = None,
     attn: Attn = None,
     data: Data = None,
-    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of new weights, data order and dropout.")] = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
     assignments: Settings = None,
 ) -> None:
     """Run the stages of a file in a row: transfer, choose, distill, finetune. A stopped recipe goes on where it was.
@@ -33,7 +43,8 @@ def recipe(
         spread_out()
         prepare_recipe(parsed)
     quiet = os.environ.get("RANK", "0") != "0"
-    rows = run_recipe(parsed, say=(lambda line: None) if quiet else print)
+    with stoppable(parsed.output_dir, again=()):
+        rows = run_recipe(parsed, say=(lambda line: None) if quiet else print)
     if is_main_process() and not quiet:
         from rich.console import Console
         from rich.table import Table

@@ -15,11 +15,12 @@ from attn_plugins.config.extras import need
 
 
 @contextlib.contextmanager
-def stoppable(output_dir: str) -> Iterator[None]:
+def stoppable(output_dir: str, *, again: tuple[str, ...] = ("--resume",)) -> Iterator[None]:
     """Ctrl-C and SIGTERM end what is run here with one line, and exit status 130 or 143.
 
     Args:
-        output_dir: where its checkpoints are.
+        output_dir: where its checkpoints are, unless the run that was stopped says another.
+        again: what the command that goes on has beside what this one has.
     """
     from attn_plugins.training.resume import last_whole_checkpoint
     from attn_plugins.training.stop import SIGNALS, Stopped
@@ -35,16 +36,17 @@ def stoppable(output_dir: str) -> Iterator[None]:
             signal.signal(one, signal.SIG_IGN)  # it ends already
         if os.environ.get("RANK", "0") == "0":
             how = "Ctrl-C" if stopped.number == signal.SIGINT else "SIGTERM"
-            checkpoint = last_whole_checkpoint(output_dir)
-            left = f"{checkpoint} is whole" if checkpoint else f"there is no checkpoint in {output_dir} yet"
-            print(f"stopped by {how}; {left}. Go on with: {command_again()}", file=sys.stderr)
+            where = stopped.output_dir or output_dir
+            checkpoint = last_whole_checkpoint(where)
+            left = f"{checkpoint} is whole" if checkpoint else f"there is no checkpoint in {where} yet"
+            print(f"stopped by {how}; {left}. Go on with: {command_again(again)}", file=sys.stderr)
         raise typer.Exit(128 + stopped.number) from None
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
 
 
-def command_again() -> str:
+def command_again(again: tuple[str, ...] = ("--resume",)) -> str:
     """The command line that goes on with this run, with what started it: `accelerate launch`, torchrun, nice."""
     arguments = sys.argv[1:]
     words = ["attn-plugins" if Path(sys.argv[0]).name == "attn-plugins" else "python -m attn_plugins", *arguments]
@@ -55,7 +57,7 @@ def command_again() -> str:
             break
         # A script is started as: python, path of the script, arguments.
         words = [Path(line[1]).name, *line[2:]] if _is_python(line) else line
-    return shlex.join([*words, *([] if "--resume" in words else ["--resume"])])
+    return shlex.join([*words, *(word for word in again if word not in words)])
 
 
 def _is_python(line: list[str]) -> bool:

@@ -11,6 +11,8 @@ from attn_plugins.cli.app import (
     ConfigFile,
     Data,
     Model,
+    OutputDir,
+    Seed,
     Settings,
     app,
     one_line_errors,
@@ -22,6 +24,10 @@ from attn_plugins.cli.stop import stoppable
 from attn_plugins.core.catalogue import task_names
 from attn_plugins.core.options import build
 
+TrainedTask = Annotated[str | None, typer.Option("--task", help=f"{', '.join(task_names(trained=True))}.")]
+Tune = Annotated[str | None, typer.Option("--tune", help="What trains: lora, full, or new (new weights alone).")]
+Loss = Annotated[str | None, typer.Option("--loss", help="task, kl (to the model with its own attention), or hidden.")]
+
 
 @app.command()
 def finetune(
@@ -29,15 +35,11 @@ def finetune(
     model: Model = None,
     attn: Attn = None,
     data: Data = None,
-    task: Annotated[str | None, typer.Option("--task", help=f"{', '.join(task_names(trained=True))}.")] = None,
-    tune: Annotated[
-        str | None, typer.Option("--tune", help="What trains: lora, full, or new (new weights alone).")
-    ] = None,
-    loss: Annotated[
-        str | None, typer.Option("--loss", help="task, kl (to the model with its own attention), or hidden.")
-    ] = None,
-    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="Of new weights, data order and dropout.")] = None,
+    task: TrainedTask = None,
+    tune: Tune = None,
+    loss: Loss = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last whole checkpoint in the output folder.")
     ] = False,

@@ -4,7 +4,18 @@ from typing import Annotated
 
 import typer
 
-from attn_plugins.cli.app import Attn, ConfigFile, Data, Model, Settings, app, one_line_errors, settings, spread_out
+from attn_plugins.cli.app import (
+    Attn,
+    ConfigFile,
+    Data,
+    Model,
+    OutputDir,
+    Settings,
+    app,
+    one_line_errors,
+    settings,
+    spread_out,
+)
 from attn_plugins.cli.stop import stoppable
 from attn_plugins.core.options import build
 
@@ -25,7 +36,7 @@ def transfer(
     body_dtype: Annotated[
         str | None, typer.Option("--body-dtype", help="bfloat16 or float16: what the model runs in around its slots.")
     ] = None,
-    output_dir: Annotated[str | None, typer.Option("--output-dir", "-o", help="Where everything is written.")] = None,
+    output_dir: OutputDir = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of new weights and the order of texts.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last whole checkpoint in the output folder.")

@@ -15,6 +15,7 @@ from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.finetune import prepare_finetune
 from attn_plugins.training.launch import SIZES
 from attn_plugins.training.resume import finished
+from attn_plugins.training.stop import one_of_several
 
 TRIALS = "trials.log"
 """In the output folder: what optuna has tried, added to as it comes."""
@@ -50,8 +51,8 @@ class SearchConfig:
 def search(tree: dict[str, Any], config: SearchConfig) -> list[dict[str, Any]]:
     """Fine-tune with settings that optuna chooses, each in a folder of its own in ``output_dir``.
 
-    What was tried stands in ``trials.log`` there: a search that was killed goes on, in the fine-tune that it was in
-    from its last checkpoint.
+    What was tried stands in ``trials.log`` there: a search that was stopped or killed goes on, in the fine-tune that it
+    was in from its last checkpoint, and tries what it would have tried.
 
     Args:
         tree: settings of a fine-tune, in which those of the space need not stand.
@@ -61,6 +62,7 @@ def search(tree: dict[str, Any], config: SearchConfig) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: settings are wrong, all trials are, or several processes share the work.
+        Stopped: Ctrl-C or SIGTERM has ended a trial; the checkpoint that it has left is whole.
     """
     optuna = need("optuna", "search")
     if any(int(os.environ.get(name, "1")) > 1 for name in SIZES):
@@ -86,19 +88,28 @@ def search(tree: dict[str, Any], config: SearchConfig) -> list[dict[str, Any]]:
             study.enqueue_trial(trial.params)
             again.append(trial.params)
     begun = len(study.get_trials(states=(states.COMPLETE, states.PRUNED)))
-    study.sampler = optuna.samplers.TPESampler(seed=config.seed + begun)
 
     def run(trial: Any) -> float:
         chosen = {path: _suggest(trial, path, values) for path, values in config.space.items()}
         one = build(FinetuneConfig, {**_with(tree, chosen), "output_dir": str(out / _folder(chosen))})
         trial.set_user_attr("settings", chosen)
         try:
-            metrics = finished(one) or prepare_finetune(one, resume=True).run(None)
+            with one_of_several(one.output_dir):
+                metrics = finished(one) or prepare_finetune(one, resume=True).run(None)
+        except KeyboardInterrupt:
+            optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # it would tell of a failure, with a traceback
+            raise
         except ValueError as error:
             raise optuna.TrialPruned(str(error)) from error
         return metrics["evaluation"]["after"][task.metric]
 
-    study.optimize(run, n_trials=max(0, config.trials - begun))
+    verbosity = optuna.logging.get_verbosity()
+    try:
+        for number in range(begun, config.trials):
+            study.sampler = optuna.samplers.TPESampler(seed=config.seed + number)  # as if it had never been stopped
+            study.optimize(run, n_trials=1)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
     ended = study.get_trials(states=(states.COMPLETE,))
     if not ended:
         raise ValueError("none of the settings that were tried fits the model")

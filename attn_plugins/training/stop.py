@@ -1,16 +1,17 @@
 """Ctrl-C and SIGTERM: a run that is told to end leaves a whole checkpoint, in all of its processes at the same step."""
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from attn_plugins.config.extras import need
-from attn_plugins.training.resume import last_whole_checkpoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -23,12 +24,22 @@ class Stopped(KeyboardInterrupt):
 
     Args:
         number: of the signal.
-        checkpoint: folder that the run goes on from, or None where it has left none.
+        output_dir: of the run, or None where none has said yet.
     """
 
-    def __init__(self, number: int, checkpoint: str | None = None):
-        super().__init__(number, checkpoint)
-        self.number, self.checkpoint = number, checkpoint
+    def __init__(self, number: int, output_dir: str | None = None):
+        super().__init__(number, output_dir)
+        self.number, self.output_dir = number, output_dir
+
+
+@contextlib.contextmanager
+def one_of_several(output_dir: str) -> Iterator[None]:
+    """Around one of several runs: what ends it says which one it was."""
+    try:
+        yield
+    except Stopped as stopped:
+        stopped.output_dir = output_dir
+        raise
 
 
 def train(trainer: Any, checkpoint: str | None) -> Any:
@@ -90,7 +101,7 @@ class StopOnSignal(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if self.agreed:
             need("accelerate", "train").PartialState().wait_for_everyone()  # one writes more than the others
-            raise Stopped(self.agreed, last_whole_checkpoint(args.output_dir))
+            raise Stopped(self.agreed, args.output_dir)
 
     def _agree(self, args: Any) -> int:
         """The highest number that any process has; of several, as it was a step ago: nobody waits for the others."""

@@ -25,6 +25,7 @@ from attn_plugins.training.evaluate import is_main_process, prepare_evaluation, 
 from attn_plugins.training.finetune import prepare_finetune
 from attn_plugins.training.models import AS_SAVED, Dtype, read_attention, skeleton
 from attn_plugins.training.resume import differences, finished, read
+from attn_plugins.training.stop import one_of_several
 from attn_plugins.transfer.config import TransferConfig
 from attn_plugins.transfer.run import prepare_transfer
 
@@ -165,7 +166,8 @@ def run_recipe(config: RecipeConfig, say: Callable[[str], None] = print) -> list
             rows.append({"name": "swapped, untrained", **_measured(config, model, attention, out / "untrained.json")})
             swapped = True
         say(f"[{number + 1}/{len(config.stages)}] {name}: {folder}")
-        figures = STAGES[name].run(stage_config(config, number, model=model, attention=attention))
+        with one_of_several(str(folder)):
+            figures = STAGES[name].run(stage_config(config, number, model=model, attention=attention))
         if name == "choose":
             attention = str(folder / RULES)
         else:

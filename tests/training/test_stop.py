@@ -1,7 +1,9 @@
 """Ctrl-C and SIGTERM: the run that they end leaves a whole checkpoint, and goes on from it to the same numbers."""
 
+import json
 import os
 import re
+import shlex
 import signal
 import socket
 
@@ -17,6 +19,7 @@ from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.finetune import prepare_finetune
 from attn_plugins.training.launch import _wait
 from attn_plugins.training.resume import last_whole_checkpoint
+from attn_plugins.training.search import SearchConfig, search
 from attn_plugins.training.stop import SAME, StopOnSignal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,6 +128,38 @@ def test_a_transfer_stops_too(llama, text, tmp_path):
     done = programs.run("-c", SIGNALLED, [int(signal.SIGTERM)], 2, "0", *words)
     assert done.returncode == 143, done.stderr
     assert f"stopped by SIGTERM; {out / 'checkpoint-3'} is whole. Go on with: attn-plugins transfer -m" in done.stderr
+
+
+def said_the_same_command(done, run, words):
+    assert done.returncode == 143, done.stderr
+    assert "Traceback" not in done.stderr
+    line = re.search(r"^stopped by.*$", done.stderr, re.M)[0]
+    assert line == f"stopped by SIGTERM; {run / 'checkpoint-3'} is whole. Go on with: attn-plugins {shlex.join(words)}"
+
+
+@pytest.mark.filterwarnings("ignore:.*experimental")  # optuna's file storage calls itself that
+def test_a_search_stops_in_a_trial_and_tries_what_it_would_have_tried(tree, tmp_path):
+    asked = {"space": {"training.learning_rate": {"log": [1e-3, 1e-1]}}, "trials": 2}
+    out = tmp_path / "out"
+    words = ["search", "--config", config_file(tmp_path, {**tree, "search": asked}), "-o", str(out)]
+    done = programs.run("-c", SIGNALLED, [int(signal.SIGTERM)], 2, "0", *words)
+    (trial,) = out.glob("trial-*")
+    said_the_same_command(done, trial, words)
+    found, whole = (
+        search({**tree, "output_dir": str(folder)}, build(SearchConfig, asked)) for folder in (out, tmp_path / "whole")
+    )
+    tried = [[(one["settings"], one["value"]) for one in runs] for runs in (found, whole)]
+    assert tried[0] == tried[1]
+    assert len({value for _, value in tried[0]}) == 2
+    metrics = json.loads((trial / "metrics.json").read_text())
+    assert metrics["train"]["resumed_from"] == str(trial / "checkpoint-3")
+
+
+def test_a_recipe_stops_in_a_stage(tree, tmp_path):
+    out, stage = tmp_path / "out", {name: tree.pop(name) for name in ("tune", "block_size", "training", "recall")}
+    words = ["recipe", "--config", config_file(tmp_path, {**tree, "stages": [{"finetune": stage}]}), "-o", str(out)]
+    done = programs.run("-c", SIGNALLED, [int(signal.SIGTERM)], 2, "0", *words)
+    said_the_same_command(done, out / "1-finetune", words)
 
 
 def test_a_second_ctrl_c_ends_at_once():
