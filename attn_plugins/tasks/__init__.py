@@ -125,6 +125,10 @@ class TrainableTask(Task):
         """Field of an example -> the option that says how long it may be, where longer ones are cut."""
         return {}
 
+    def lengths(self, rows: Any) -> dict[str, list[int]]:
+        """Option of ``limits`` -> the length of each of these examples, as the option counts it."""
+        return {option: [len(value) for value in rows[field]] for field, option in self.limits().items()}
+
     def arguments(self) -> Any:
         """Class of the settings that its trainer takes: TrainingArguments, or one built on it.
 

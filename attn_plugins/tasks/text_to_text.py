@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer
-from transformers.utils import logging
 
 from attn_plugins.data.pairs import CUT, SOURCE, decoder_examples, encoder_examples
 from attn_plugins.data.text import IGNORED
@@ -15,8 +14,6 @@ from attn_plugins.tasks import TaskConfig
 from attn_plugins.tasks.languages import set_languages
 from attn_plugins.tasks.metrics import compute_metrics, load_metric
 from attn_plugins.tasks.writing import decoded, let_generate
-
-logger = logging.get_logger("transformers.attn_plugins")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +73,17 @@ class TextToText:
         """The prompt of decoder-only models, unless the options have one."""
 
     def examples(self, data, tokenizer, model):
-        rows = self._encoded(data, tokenizer, model)
-        for column, option in zip(CUT, ("max_source_length", "max_target_length"), strict=True):
-            cut = sum(rows[column])
-            if cut:
-                limit = getattr(self.config, option)
-                logger.warning(f"{cut} of {len(rows)} {column.removesuffix('_cut')} are cut at {option}={limit} tokens")
-        return rows.remove_columns(list(CUT))
+        return self._encoded(data, tokenizer, model).remove_columns(list(CUT))
+
+    def limits(self):
+        return {"input_ids": "max_source_length", "labels": "max_target_length"}
+
+    def lengths(self, rows):
+        given = [labels.count(IGNORED) for labels in rows["labels"]]  # of a decoder's row, in which the target follows
+        return {
+            "max_source_length": [number or len(ids) for number, ids in zip(given, rows["input_ids"], strict=True)],
+            "max_target_length": [len(labels) - number for number, labels in zip(given, rows["labels"], strict=True)],
+        }
 
     def _encoded(self, data, tokenizer, model):
         self._check_lengths(model.config)

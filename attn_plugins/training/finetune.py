@@ -224,10 +224,10 @@ def _check_steps(trainer: Any, checkpoint: str) -> None:
 
 def rows_cut(trained: TrainableTask, rows: Any) -> dict[str, int]:
     """Option that cuts rows -> how many rows have the length that it cuts to; those that none reaches are left out."""
-    counts: dict[str, int] = {}
-    for field, option in trained.limits().items():
-        lengths = map(len, rows[field])
-        counts[option] = sum(length >= getattr(trained.config, option) for length in lengths)
+    counts = {
+        option: sum(length >= getattr(trained.config, option) for length in lengths)
+        for option, lengths in trained.lengths(rows).items()
+    }
     return {option: number for option, number in counts.items() if number}
 
 

@@ -26,7 +26,7 @@ from attn_plugins.data.text import IGNORED
 from attn_plugins.tasks import get_task, run_task
 from attn_plugins.training.arguments import training_arguments
 from attn_plugins.training.config import FinetuneConfig
-from attn_plugins.training.finetune import prepare_finetune
+from attn_plugins.training.finetune import prepare_finetune, rows_cut
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -181,14 +181,18 @@ def test_examples_of_a_decoder_keep_the_whole_prompt_and_have_a_loss_on_the_targ
     assert rows["targets_cut"][:] == [False, False, True, True]
 
 
-def test_how_many_rows_are_cut_is_said(bart, transformers_log):
-    model, maker = AutoModelForSeq2SeqLM.from_pretrained(bart), tokenizer(encoder=True)
-    rows = task(max_source_length=5).examples(ROWS, maker, model)
-    assert rows.column_names == ["input_ids", "attention_mask", "labels"]
-    assert [record.getMessage() for record in transformers_log.records] == [
-        "2 of 4 sources are cut at max_source_length=5 tokens",
-        "1 of 4 targets are cut at max_target_length=8 tokens",
-    ]
+def test_how_many_rows_reach_the_limits(bart, llama):
+    for model, limits, sources, targets, reach in (
+        (AutoModelForSeq2SeqLM.from_pretrained(bart), (5, 6), [5, 3, 5, 5], [4, 3, 6, 6], (3, 2)),
+        (AutoModelForCausalLM.from_pretrained(llama), (8, 7), [4, 2, 8, 5], [3, 2, 6, 7], (1, 1)),
+    ):
+        encoder = model.config.is_encoder_decoder
+        names = ("max_source_length", "max_target_length")
+        made = task(**dict(zip(names, limits, strict=True)), **({} if encoder else {"prompt": "{source} ."}))
+        rows = made.examples(ROWS, tokenizer(encoder=encoder), model)
+        assert rows.column_names == ["input_ids", "attention_mask", "labels"]
+        assert made.lengths(rows) == dict(zip(names, (sources, targets), strict=True))
+        assert rows_cut(made, rows) == dict(zip(names, reach, strict=True))
 
 
 @pytest.mark.parametrize("family", ["bart", "t5", "pegasus"])
