@@ -16,6 +16,7 @@ from attn_plugins.choice.shared_copy import shared_copy
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.data.sources import DataConfig, load_data
+from attn_plugins.data.stream import Stream
 from attn_plugins.data.text import PYTHON_DOCS
 from attn_plugins.hf.discovery.modules import targets
 from attn_plugins.hf.swap import restore_attention, swap_attention, unwrap
@@ -88,7 +89,7 @@ def choose(config: ChooseConfig, told: Any) -> Chosen:
     train, _ = load_data(config.data)
     loaded = place(_load(config))
     rule = None if config.attention == AS_SAVED else config.attention
-    texts = train["text"][: config.texts]
+    texts = (train.first if isinstance(train, Stream) else train)["text"][: config.texts]
     how: dict[str, Any] = {"length": config.length, "rows": config.rows, "seed": config.seed, "told": told}
     given = (loaded.model, loaded.tokenizer, texts, rule, config.budget, config.level, config.score)
     choice = choose_attention(*given, **how)

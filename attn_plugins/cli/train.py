@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -55,6 +56,7 @@ def finetune(
     }
     with one_line_errors():
         tree = settings(config, flags, assignments, attn)
+        from attn_plugins.data.stream import StreamError
         from attn_plugins.tasks import get_task
         from attn_plugins.training.config import FinetuneConfig
         from attn_plugins.training.evaluate import is_main_process
@@ -70,7 +72,11 @@ def finetune(
         with stoppable(parsed.output_dir):
             with one_line_errors():
                 run = prepare_finetune(parsed, resume=resume)
-            metrics = run.run()
+            try:
+                metrics = run.run()
+            except StreamError as error:
+                print(f"error: {error}", file=sys.stderr)
+                raise typer.Exit(2) from None
         done = f"written to {parsed.output_dir}: the model, README.md, metrics.json"
     else:
         done = f"the run in {parsed.output_dir} has ended with these settings; nothing was trained, nothing written"

@@ -16,6 +16,10 @@ PYTHON_DOCS = "python-docs"
 """Built-in source: the help topics that every Python carries, split by topic."""
 
 
+class NoExamplesError(ValueError):
+    """Rows give no example at all, as a few of a stream's may."""
+
+
 def python_docs() -> "dict[str, Dataset]":
     """Python's own help topics, one row a topic; every tenth by the hash of its name is held out.
 
@@ -53,7 +57,7 @@ def token_blocks(data: "Dataset", tokenizer: Any, length: int, *, special_tokens
         special_tokens: each text stands between the special tokens that the tokenizer puts around one, instead.
 
     Raises:
-        ValueError: the texts give less than one block.
+        NoExamplesError: the texts give less than one block.
     """
     end = [] if special_tokens or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -67,7 +71,7 @@ def token_blocks(data: "Dataset", tokenizer: Any, length: int, *, special_tokens
 
     blocks = data.map(cut, batched=True, batch_size=1000, remove_columns=data.column_names, desc="tokenizing")
     if len(blocks) == 0:
-        raise ValueError(
+        raise NoExamplesError(
             f"{len(data)} texts give less than one block of {length} tokens; allowed: a smaller length, more text"
         )
     return blocks
@@ -80,7 +84,7 @@ def token_documents(data: "Dataset", tokenizer: Any, length: int) -> "Dataset":
     two tokens, of which none follows another, are left out.
 
     Raises:
-        ValueError: no text is left.
+        NoExamplesError: no text is left.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
@@ -91,7 +95,7 @@ def token_documents(data: "Dataset", tokenizer: Any, length: int) -> "Dataset":
 
     rows = data.map(encode, batched=True, remove_columns=data.column_names, desc="tokenizing")
     if len(rows) == 0:
-        raise ValueError(f"none of {len(data)} texts has two tokens")
+        raise NoExamplesError(f"none of {len(data)} texts has two tokens")
     return rows
 
 
@@ -102,7 +106,7 @@ def special_blocks(data: "Dataset", tokenizer: Any, length: int) -> "Dataset":
     left out.
 
     Raises:
-        ValueError: the texts give less than one block.
+        NoExamplesError: the texts give less than one block.
     """
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -111,7 +115,7 @@ def special_blocks(data: "Dataset", tokenizer: Any, length: int) -> "Dataset":
 
     blocks = data.map(cut, batched=True, remove_columns=data.column_names, desc="tokenizing")
     if len(blocks) == 0:
-        raise ValueError(f"no text gives a block of {length} tokens; allowed: a smaller length, longer texts")
+        raise NoExamplesError(f"no text gives a block of {length} tokens; allowed: a smaller length, longer texts")
     return blocks
 
 

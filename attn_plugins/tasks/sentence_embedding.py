@@ -36,7 +36,9 @@ class SentenceEmbedding(SentencePairs, TrainableTask):
         return losses.MultipleNegativesRankingLoss(model, scale=self.config.scale)
 
     def make_trainer(self, **parts):
-        rows = min(parts["args"].per_device_train_batch_size, len(parts["train_dataset"]))
+        rows, data = parts["args"].per_device_train_batch_size, parts["train_dataset"]
+        if hasattr(data, "__len__"):  # which a stream has not
+            rows = min(rows, len(data))
         if rows < 2:
             raise ValueError(
                 f"batches of {rows} pair have no other to tell a text's own from; allowed: at least 2 rows, and "

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from attn_plugins.config.extras import need
 from attn_plugins.data.sound import seconds, waveform
-from attn_plugins.data.text import IGNORED
+from attn_plugins.data.text import IGNORED, NoExamplesError
 from attn_plugins.tasks import TaskConfig, TrainableTask, register_task
 from attn_plugins.tasks.batches import Batches
 from attn_plugins.tasks.metrics import compute_metrics
@@ -77,7 +77,9 @@ class SpeechRecognition(TrainableTask):
         if len(kept) < len(rows):
             limit = f"max_target_length={self.config.max_target_length}"
             if not kept:
-                raise ValueError(f"{limit}, and all {len(rows)} transcripts have more tokens; allowed: a larger one")
+                raise NoExamplesError(
+                    f"{limit}, and all {len(rows)} transcripts have more tokens; allowed: a larger one"
+                )
             logger.warning(f"{len(rows) - len(kept)} of {len(rows)} transcripts have more than {limit}: left out")
             rows = rows.select(kept)
         name = model.main_input_name
@@ -177,7 +179,7 @@ class SpeechRecognition(TrainableTask):
         """The rows whose recordings are not too long, with a word to the user on the others."""
         kept = [at for at, value in enumerate(data["audio"]) if seconds(value) <= self.config.max_seconds]
         if not kept:
-            raise ValueError(f"all {len(data)} recordings are longer than max_seconds={self.config.max_seconds:g}")
+            raise NoExamplesError(f"all {len(data)} recordings are longer than max_seconds={self.config.max_seconds:g}")
         if len(kept) < len(data):
             longer = f"{len(data) - len(kept)} of {len(data)} recordings are longer than max_seconds"
             logger.warning(f"{longer}={self.config.max_seconds:g}: left out")

@@ -7,6 +7,7 @@ import transformers
 
 from attn_plugins.tasks import TrainableTask
 from attn_plugins.training.config import FinetuneConfig
+from attn_plugins.training.streaming import read_by_each
 
 
 def training_arguments(config: FinetuneConfig, trained: TrainableTask, quiet: bool = False) -> Any:
@@ -41,6 +42,8 @@ def training_arguments(config: FinetuneConfig, trained: TrainableTask, quiet: bo
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"training: {' '.join(str(error).split())}") from error
     _check_installed(arguments)
+    if config.data.streaming:
+        read_by_each(arguments.accelerator_config)
     return arguments
 
 

@@ -11,6 +11,7 @@ from attn_plugins.core.options import build, check_keys, convert
 from attn_plugins.data.sources import DataConfig
 from attn_plugins.tasks import Task, TrainableTask, get_task, trained_task
 from attn_plugins.training.models import AS_SAVED, Dtype, read_attention
+from attn_plugins.training.streaming import check_steps_known
 
 DEFAULT_TASK = "perplexity"
 """Of an evaluation that names none, beside no fine-tune."""
@@ -107,6 +108,7 @@ class FinetuneConfig:
         if self.loss != "task" and not trained.distils:
             raise ValueError(f"loss={self.loss!r} is not for task={self.task!r}; allowed: loss='task'")
         check_training(self.training, trained.arguments())
+        check_steps_known(self.data.streaming, self.training)
         if self.early_stopping is not None and self.training.get("eval_strategy", "no") == "no":
             raise ValueError(
                 "early_stopping looks at evaluations while the model trains, and training.eval_strategy is 'no'; "

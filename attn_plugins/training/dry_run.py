@@ -45,9 +45,10 @@ def dry_run(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
     """Build what a fine-tune is made of, train one step, measure one batch; nothing comes into ``config.output_dir``.
 
     Returns:
-        "rows", and of them "cut" (option -> how many reach it), "steps" that the run would take, "parameters",
-        "attention", "loss" and "seconds" of the step, "gigabytes" (the most that were in use, of the accelerator where
-        there is one), and figures of one batch by task.
+        "rows" (None of a stream), of which were "seen" all, or the first of a stream, and of those "cut" (option -> how
+        many reach it), "steps" that the run would take, "parameters", "attention", "loss" and "seconds" of the step,
+        "gigabytes" (the most that were in use, of the accelerator where there is one), and figures of one batch by
+        task.
 
     Raises:
         ValueError: as the run itself would.
@@ -65,9 +66,10 @@ def dry_run(config: FinetuneConfig, *, resume: bool = False) -> dict[str, Any]:
         loss = trainer.train().training_loss
         measured = {one.task.name: run_task(one.task, trainer.model, one.batches[:1]) for one in run.measurements}
     return {
-        "rows": len(trainer.train_dataset),
+        "rows": None if config.data.streaming else len(trainer.train_dataset),
+        "seen": len(run.examples),
         "row": run.trained.row_of(),
-        "cut": rows_cut(run.trained, trainer.train_dataset),
+        "cut": rows_cut(run.trained, run.examples),
         "steps": steps,
         "parameters": parameter_counts(trainer.model),
         "attention": attention_summary(trainer.model)["modules"],
@@ -84,9 +86,13 @@ def told(found: dict[str, Any], config: FinetuneConfig) -> str:
     counts, cut = found["parameters"], found["cut"]
     whole = timedelta(seconds=round(found["seconds"] * found["steps"]))
     per_step = f"{found['seconds']:.3g} s ({whole} for all of them at that pace)"
-    cuts = [f"{number:,} reach {option}, which longer ones are cut to" for option, number in cut.items()]
+    if found["rows"] is None:
+        rows, of = "a stream, whose number nobody knows", f" of the first {found['seen']:,}"
+    else:
+        rows, of = f"{found['rows']:,} to train on", ""
+    cuts = [f"{number:,}{of} reach {option}, which longer ones are cut to" for option, number in cut.items()]
     lines = {
-        "rows": "; ".join([f"{found['rows']:,} to train on (a row is a {found['row']})", *cuts]),
+        "rows": "; ".join([f"{rows} (a row is a {found['row']})", *cuts]),
         "steps": f"{found['steps']:,}; the one that was run: {per_step}, loss {found['loss']:.4g}",
         "memory": f"{found['gigabytes']:.3g} GB at most",
         "trained": f"{counts['trained']:,} of {counts['total']:,} parameters ({config.tune})",

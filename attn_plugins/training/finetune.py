@@ -15,6 +15,7 @@ from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.versions import versions
 from attn_plugins.data.sources import load_data
+from attn_plugins.data.stream import Stream
 from attn_plugins.hf.swap import describe_attention, unwrap
 from attn_plugins.tasks import TrainableTask
 from attn_plugins.tasks.kinds import KINDS, PEFT_TASKS
@@ -35,6 +36,7 @@ from attn_plugins.training.models import Loaded, in_slot, load, resolve
 from attn_plugins.training.recall import prepare_recall, report, swapped
 from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of, steps_of
 from attn_plugins.training.stop import train
+from attn_plugins.training.streaming import classes, endless, train_no_more
 
 CARD = "README.md"
 
@@ -52,6 +54,8 @@ class Finetune:
     trained: TrainableTask
     loaded: Loaded
     trainer: Any
+    examples: Any
+    """What it trains on; of a stream, what its first rows become."""
     measurements: list[Measurement]
     """Tasks of the evaluation; the first stands for the rest."""
     recall: Measurement | str | None
@@ -129,7 +133,7 @@ class Finetune:
                 "loss": loss,
                 "losses": [{"step": entry["step"], "loss": entry["loss"]} for entry in history],
                 "steps": trainer.state.global_step,
-                "rows": round((trainer.state.epoch or 0) * len(trainer.train_dataset)),
+                "rows": self._rows(),
                 "row": self.trained.row_of(),
                 "processes": trainer.args.world_size,
                 "seconds": round(seconds, 2),
@@ -142,6 +146,13 @@ class Finetune:
             "settings": settings_of(config),
             "versions": versions(),
         }
+
+    def _rows(self) -> int:
+        """How many rows it was trained on; one that came in two epochs counts twice."""
+        state = self.trainer.state
+        if self.config.data.streaming:  # whose batches are all full
+            return state.global_step * self.trainer.get_total_train_batch_size(self.trainer.args)
+        return round((state.epoch or 0) * len(self.trainer.train_dataset))
 
 
 def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: bool = False) -> Finetune:
@@ -161,11 +172,12 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
     start_processes()
     with arguments.main_process_first(desc="reading the data"):
         train, held_out = load_data(config.data, trained.columns)
+        first = train.first if isinstance(train, Stream) else train
     loaded = load(
         config.model,
         attention=config.attention,
         kind=trained.model,
-        labels=trained.labels(train),
+        labels=classes(trained, train),
         dtype=config.dtype,
         seed=config.seed,
         trainable=True,
@@ -173,14 +185,18 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
     if config.loss != "task":
         _check_teacher(config, loaded)
     with arguments.main_process_first(desc="tokenizing"):
-        rows = trained.examples(train, loaded.processing, _base(loaded.model))
+        examples = trained.examples(first, loaded.processing, _base(loaded.model))
         measurements = prepare_measurements(config.measured(trained), held_out, loaded)
         recall = prepare_recall(config, loaded, held_out)
-    for option, number in rows_cut(trained, rows).items():
-        limit = f"{option}={getattr(trained.config, option)}"
-        logger.warning(f"{number} of {len(rows)} rows to train on reach {limit}, which longer ones are cut to")
+    for option, number in rows_cut(trained, examples).items():
+        limit, of = f"{option}={getattr(trained.config, option)}", "the first " if config.data.streaming else ""
+        logger.warning(f"{number} of {of}{len(examples)} rows to train on reach {limit}, which longer ones are cut to")
     model = choose_parameters(config, loaded)
     read_as_saved(model)
+    rows = examples
+    if isinstance(train, Stream):
+        parts = (trained, train, loaded.processing, _base(loaded.model), arguments)
+        rows = endless(*parts, first=examples, seed=config.seed)
     trainer = _trainer(config, trained, arguments, model, loaded, rows, held_out)
     if checkpoint is not None:
         _check_steps(trainer, checkpoint)
@@ -189,6 +205,7 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         trained=trained,
         loaded=loaded,
         trainer=trainer,
+        examples=examples,
         measurements=measurements,
         recall=recall,
         checkpoint=checkpoint,
@@ -217,6 +234,7 @@ def _check_steps(trainer: Any, checkpoint: str) -> None:
             "or name another output_dir"
         )
     if done == asked:
+        train_no_more(trainer)
         trainer.args.max_steps, trainer.args.num_train_epochs = -1, 0
         # Other schedules divide by the number of steps.
         trainer.args.lr_scheduler_type, trainer.args.lr_scheduler_kwargs = "constant", None

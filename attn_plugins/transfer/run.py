@@ -14,6 +14,7 @@ from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.versions import versions
 from attn_plugins.data.sources import load_data
+from attn_plugins.data.stream import Make, Stream
 from attn_plugins.data.text import special_blocks, token_blocks
 from attn_plugins.hf.checkpoints.card import START
 from attn_plugins.hf.swap import describe_attention, unwrap
@@ -23,6 +24,7 @@ from attn_plugins.training.evaluate import attention_summary, is_main_process, p
 from attn_plugins.training.history import stage_of, stages_of
 from attn_plugins.training.models import Loaded, load, resolve
 from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of
+from attn_plugins.training.streaming import classes
 from attn_plugins.transfer.attention_transfer import AUTOCAST, checked, training_arguments, transfer_attention
 from attn_plugins.transfer.body import slots_of
 from attn_plugins.transfer.config import TransferConfig
@@ -161,7 +163,7 @@ def prepare_transfer(config: TransferConfig, *, resume: bool = False) -> Transfe
     wanted = config.steps * arguments.gradient_accumulation_steps * arguments.world_size
     shared: dict[str, Any] = {"config": config, "trained": trained, "loaded": loaded, "resume": resume}
     if trained is not None:
-        with labelled(inner, trained.labels(train)):
+        with labelled(inner, classes(trained, train)):
             batches = task_batches(trained, inner, loaded, train, config.batch_size, wanted, config.seed)
             measured = task_batches(trained, inner, loaded, held_out, config.batch_size, config.held_out)
         return Transfer(**shared, batches=batches, held_out=measured, twice=[])
@@ -201,7 +203,7 @@ def task_batches(
     collate = trained.collator(loaded.processing, model)
     if collate is None:
         raise ValueError(f"task={trained.called()!r} makes no batches that a model is called with; allowed: another")
-    examples = trained.examples(data, loaded.processing, model)
+    examples = _examples(data, lambda rows: trained.examples(rows, loaded.processing, model), size * number, seed)
     order = list(range(len(examples)))
     if seed is not None:
         random.Random(seed).shuffle(order)
@@ -225,14 +227,20 @@ def batches_of(
     """
     pairs = bool(getattr(model.config, "is_encoder_decoder", False))
     causal = not pairs and any(row.role == "decoder" for row in describe_attention(model))
-    blocks = (token_blocks if causal else special_blocks)(data, tokenizer, length)
+    cut = token_blocks if causal else special_blocks
+    blocks = _examples(data, lambda rows: cut(rows, tokenizer, length), size * number, seed)
     order = list(range(len(blocks)))
     if seed is not None:
         random.Random(seed).shuffle(order)
     size = min(size, len(order))
     chosen: list[Sequence[int]] = [order[start : start + size] for start in range(0, len(order) - size + 1, size)]
-    rows = [torch.tensor(blocks[list(numbers)]["input_ids"]) for numbers in chosen[:number]]
+    rows = [torch.tensor([blocks[at]["input_ids"] for at in numbers]) for numbers in chosen[:number]]
     return [{"input_ids": ids, **({"labels": ids} if pairs else {})} for ids in rows]
+
+
+def _examples(data: Any, make: Make, number: int, seed: int | None) -> Any:
+    """What is made of the rows; of a stream, as many as are used."""
+    return data.some(make, number, seed=seed or 0) if isinstance(data, Stream) else make(data)
 
 
 def _check_length(config: TransferConfig, model: Any) -> None:

@@ -3,6 +3,7 @@
 A case is a function of a folder to write into: it makes a tiny model and tiny data there, and returns settings.
 """
 
+import dataclasses
 import json
 import random
 from functools import partial
@@ -229,10 +230,15 @@ def test_it_learns_and_what_it_learned_comes_back(task, folder, tmp_path):
     assert f"pipeline_tag: {trained_task(config.task).pipeline_tag}" in card
 
 
+STREAM = {"streaming": True, "chunk_rows": 7, "shuffle_rows": 9, "max_eval_rows": 6}
+
+
+@pytest.mark.parametrize("reading", [{}, STREAM], ids=["", "streamed"])
 @pytest.mark.parametrize("task", CASES)
-def test_a_killed_run_goes_on_to_the_same_numbers(task, folder, tmp_path):
+def test_a_killed_run_goes_on_to_the_same_numbers(task, reading, folder, tmp_path):
     training = {**TRAINING, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = settings(task, folder, tmp_path / "whole", training=training)
+    whole = dataclasses.replace(whole, data=dataclasses.replace(whole.data, **reading))
     expected = prepare_finetune(whole).run(None)
     config = build(FinetuneConfig, {**vars(whole), "data": vars(whole.data), "output_dir": str(tmp_path / "killed")})
     killed = prepare_finetune(config)
