@@ -15,6 +15,7 @@ from attn_plugins.benchmark.kernels_report import says_pays_from
 from attn_plugins.benchmark.starts_table import starts
 from attn_plugins.benchmark.store import Results
 from attn_plugins.benchmark.tables import brief_number
+from attn_plugins.benchmark.task_tables import with_tasks
 from attn_plugins.benchmark.transfer_tables import with_measured
 from attn_plugins.config.versions import spelled_own
 from attn_plugins.core.attention import Attention
@@ -83,6 +84,8 @@ def pages(root: Path) -> dict[Path, str]:
         written[other] = with_tables(other.read_text(encoding="utf8"), own_attentions())
     written[root / "README.md"] = with_measured(written[root / "README.md"], transfer)
     written[docs / "transfer.md"] = with_measured((docs / "transfer.md").read_text(encoding="utf8"), transfer)
+    tasks = (docs / "tasks.md").read_text(encoding="utf8")
+    written[docs / "tasks.md"] = with_tasks(tasks, docs / "benchmarks" / "tasks")
     return written
 
 

@@ -28,6 +28,7 @@ from attn_plugins.benchmark.store import Results, hash_of
 from attn_plugins.benchmark.timing import Pass, Scope
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
+from attn_plugins.config.yaml import read_yaml_file
 from attn_plugins.core.options import build
 from attn_plugins.data.sources import DataConfig, load_data
 from attn_plugins.tasks import Task
@@ -41,6 +42,8 @@ FORMAT = 1
 """Part of every cell's key: raise it when a measurement changes its meaning, so that old results are not reused."""
 
 NOT_IN_FINETUNE = ("model", "attention", "data", "evaluation", "output_dir", "seed", "dtype")
+NOT_OF_A_FILE = ("evaluate_before", "recall")
+"""Of a fine-tune's own file: what a comparison has rows and columns for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +114,9 @@ class CompareConfig:
     it, and its fine-tune starts from there. Null: none."""
     transfer_of: list[str] | None = None
     """Labels of the attentions that the transfer is for. Null: all that bring weights."""
-    finetune: dict[str, Any] | None = None
-    """Settings of a fine-tune, as for ``attn-plugins finetune``; each attention is evaluated after it. Null: none."""
+    finetune: dict[str, Any] | str | None = None
+    """Settings of a fine-tune, as for ``attn-plugins finetune``; each attention is evaluated after it. Null: none. Or
+    the YAML file of one, whose ``data`` and ``evaluation`` count where there are none here."""
     speed: SpeedConfig | None = None
     """Null to leave speed out."""
     memory: PassConfig | None = None
@@ -123,6 +127,8 @@ class CompareConfig:
     """What weights are loaded in."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.finetune, str):
+            self._read_finetune(self.finetune)
         for what in ("models", "attentions", "seeds"):
             if not getattr(self, what):
                 raise ValueError(f"{what} is empty; at least one is needed")
@@ -156,8 +162,20 @@ class CompareConfig:
             refuse_keys(self.transfer, NOT_IN_TRANSFER, "transfer")
             transfer_config(self, next(iter(self.models.values())), AS_SAVED, self.seeds[0], "runs")
         if self.finetune is not None:
+            assert isinstance(self.finetune, dict)
             refuse_keys(self.finetune, NOT_IN_FINETUNE, "finetune")
         self.tasks  # noqa: B018, shows what is wrong in them
+
+    def _read_finetune(self, path: str) -> None:
+        given = read_yaml_file(path, "finetune ")
+        if not isinstance(given, dict):
+            raise ValueError(f"finetune {path} is {given!r}; allowed: settings of a fine-tune")
+        if self.data is None and "data" in given:
+            object.__setattr__(self, "data", build(DataConfig, given["data"], f"{path}: data"))
+        if not self.evaluation:
+            object.__setattr__(self, "evaluation", given.get("evaluation", {}))
+        own = {key: value for key, value in given.items() if key not in NOT_IN_FINETUNE + NOT_OF_A_FILE}
+        object.__setattr__(self, "finetune", own)
 
     @property
     def tasks(self) -> list[Task]:
@@ -245,7 +263,7 @@ def _cells_of(config: CompareConfig, model: str, source: str, attention: str) ->
 
 def finetune_config(config: CompareConfig, source: str, rules: Any, seed: int, output_dir: str) -> FinetuneConfig:
     """The fine-tune of one cell."""
-    assert config.finetune is not None
+    assert isinstance(config.finetune, dict)
     fixed = {"model": source, "attention": rules, "seed": seed, "output_dir": output_dir, "dtype": config.dtype}
     data = dataclasses.asdict(config.data) if config.data is not None else None
     # Recall is a column, where it is asked for.

@@ -308,6 +308,29 @@ def test_classification_is_compared_after_training(bert, labelled, tmp_path):
     assert [row[1] for row in tables[0].rows] == ["fine-tuned", "fine-tuned"]
 
 
+def test_a_fine_tune_may_be_the_file_of_one(text, tmp_path):
+    file, evaluation = tmp_path / "train.yaml", {"task": "perplexity", "length": 16, "max_tokens": 64}
+    own = {"model": "m", "attention": "local", "output_dir": "o", "seed": 7, "evaluate_before": True, "recall": True}
+    file.write_text(yaml.safe_dump({**own, **FINETUNE, "data": {"source": text}, "evaluation": evaluation}))
+    spelled = tree("model", text, "out", finetune=FINETUNE, evaluation=evaluation)
+    named = {key: value for key, value in spelled.items() if key not in ("data", "evaluation")}
+    named["finetune"] = str(file)
+    assert cells(build(CompareConfig, named)) == cells(build(CompareConfig, spelled))
+
+    other = {"data": {"source": text, "max_eval_rows": 3}, "evaluation": {"task": "perplexity", "length": 8}}
+    config = build(CompareConfig, {**named, **other})
+    assert (config.data.max_eval_rows, config.task.config.length) == (3, 8), "what stands here counts"
+
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match=r"finetune .*train.yaml is \[1\]; allowed: settings of a fine-tune"):
+        build(CompareConfig, named)
+    file.write_text(yaml.safe_dump({"data": {"sources": text}}))
+    with pytest.raises(ValueError, match=r"unknown key 'sources' in .*train.yaml: data \(did you mean source"):
+        build(CompareConfig, named)
+    with pytest.raises(ValueError, match=r"cannot read finetune .*none.yaml: No such file"):
+        build(CompareConfig, {**named, "finetune": "none.yaml"})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

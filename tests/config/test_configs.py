@@ -8,6 +8,7 @@ from attn_plugins.benchmark.attention_page import OWN
 from attn_plugins.benchmark.compare import CompareConfig, cells
 from attn_plugins.benchmark.decode import DecodeConfig
 from attn_plugins.benchmark.kernels import BenchConfig, contenders
+from attn_plugins.benchmark.task_tables import FIGURES
 from attn_plugins.config.yaml import read_yaml
 from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention, list_attentions
@@ -27,7 +28,7 @@ def files(folder):
 
 
 def test_every_file_is_of_a_kind_that_a_test_here_loads():
-    kinds = {"attention", "train", "transfer", "compare", "accelerate", "bench"}
+    kinds = {"attention", "train", "transfer", "compare", "tasks", "accelerate", "bench"}
     stray = [
         path
         for path in CONFIGS.rglob("*")
@@ -64,6 +65,15 @@ def test_compare(path, monkeypatch):
     assert config.output_dir == f"runs/{path.stem}"
     todo = cells(config)
     assert len({cell.key for cell in todo}) == len(todo)
+
+
+@files("compare/tasks")
+def test_compare_tasks(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = build(CompareConfig, read_yaml(path))
+    assert config.output_dir == f"runs/tasks/{path.stem}"
+    assert config.task.name in FIGURES
+    assert config.task.metric in FIGURES[config.task.name], "the table has the figure that stands for the task"
 
 
 @pytest.mark.of_the_registry
