@@ -33,7 +33,8 @@ class LinearAttention(FeatureAttention):
 
     All but ``taylor`` and ``favor`` take queries and keys as they are, without ``scale``. No attention dropout.
 
-    Limit case: none. An untrained swap is far from softmax attention; it needs training.
+    Limit case: none. An untrained swap is far from softmax attention; it needs training, best transfer first, for which
+    the default is a map that learns.
     """
 
     family, variants = "linear", "elu, relu, relu2, t2r, hedgehog, favor, cosformer, taylor"
@@ -50,13 +51,14 @@ class LinearAttention(FeatureAttention):
     examples = (
         {"feature_map": "taylor", "feature_dim": 3, "chunk_size": 5},
         {"feature_map": "hedgehog", "chunk_size": 8},
+        {"feature_map": "elu", "chunk_size": 16},
         {"feature_map": "favor", "num_features": 12, "chunk_size": 4},
     )
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AttentionConfig):
-        feature_map: Literal["elu", "relu", "relu2", "t2r", "hedgehog", "favor", "cosformer", "taylor"] = "elu"
-        """phi; hedgehog and t2r are those that learn to imitate softmax, taylor and favor approximate it."""
+        feature_map: Literal["elu", "relu", "relu2", "t2r", "hedgehog", "favor", "cosformer", "taylor"] = "hedgehog"
+        """phi; hedgehog and t2r learn to imitate softmax, taylor and favor approximate it."""
         chunk_size: int = 64
         """Tokens whose weights are formed outright; changes the speed and not the result."""
         eps: float = 1e-6

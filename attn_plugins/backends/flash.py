@@ -38,16 +38,16 @@ def backward(dout_THD, q_THD, k_TGD, v_TGD, out_THD, lse_HT, known, call: Call, 
 
 @register_backend("flash")
 class Flash(Backend):
-    """Attentions of a pattern, where that is a window (with sink tokens, global tokens or dilation) or separate blocks.
+    """Attentions of a pattern: a window (with sink tokens, global tokens or dilation), or separate blocks (with sinks).
 
-    A window with tokens that are seen from everywhere takes three calls, merged by their logarithms of sums; learned
-    sinks are merged in the same way. Texts of a packed row and rows without their padding are sequences of the kernel,
-    phases of a dilated window and blocks too.
+    A window with tokens that are seen from everywhere takes three calls, blocks with them two, merged by their
+    logarithms of sums; learned sinks are merged in the same way. Texts of a packed row and rows without their padding
+    are sequences of the kernel, phases of a dilated window and blocks too.
 
     Seen right with other kernels in the place of torch's, the fused one for CPUs among them; not yet run on a GPU.
     """
 
-    what = "torch's own flash attention: windows, with sinks and dilation, and separate blocks; half precision"
+    what = "torch's own flash attention: windows, with sinks and dilation, separate blocks, with sinks; half precision"
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
     kernel: ClassVar[Kernel] = Kernel(forward, backward)
 

@@ -58,7 +58,7 @@ def both_forms(module, q, k, v, mask, autocast=False, fast="attend"):
 def test_elu_equals_the_recurrence_of_the_paper():
     q, k, v = tensors(1, 30, 30, num_heads=1, num_key_value_heads=1)
     mask = AttentionMask(1, 30, 30, causal=True)
-    got = attention(1, 1, chunk_size=4).attend(q, k, v, mask=mask, scale=1.0, dropout=0.0)[0, 0]
+    got = attention(1, 1, feature_map="elu", chunk_size=4).attend(q, k, v, mask=mask, scale=1.0, dropout=0.0)[0, 0]
     s, z = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
     for t in range(30):
         phi_q, phi_k = elu(q[0, 0, t]) + 1, elu(k[0, 0, t]) + 1

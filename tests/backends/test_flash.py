@@ -118,8 +118,10 @@ OPTIONS = [
     ("longformer", {"window_size": 2, "num_global_tokens": 5}),
     ("longformer", {"window_size": 3, "num_global_tokens": 0}),
     ("block_local", {"block_size": 5, "look_backward": 0, "look_forward": 0, "num_sink_tokens": 0}),
-    ("shifted_block", {"group_size": 6}),
-    ("shifted_block", {"group_size": 5}),
+    ("block_local", {"block_size": 5, "look_backward": 0, "look_forward": 0, "num_sink_tokens": 5}),
+    ("shifted_block", {"group_size": 6, "num_sink_tokens": 3}),
+    ("shifted_block", {"group_size": 5, "num_sink_tokens": 0}),
+    ("shifted_block", {"group_size": 7, "num_sink_tokens": 1}),
 ]
 
 
@@ -270,7 +272,15 @@ def call(name, options=None, *, causal=True, mask=None, dtype=torch.bfloat16, he
         ({"name": "local", "position_bias": torch.zeros(20, 20)}, "position_bias is not served"),
         ({"name": "local", "options": {"dilation": 2, "num_sink_tokens": 1}}, "a dilated window beside tokens that"),
         ({"name": "block_local", "options": {"num_sink_tokens": 0}}, "blocks that see other blocks are not served"),
-        ({"name": "block_local"}, "tokens that are seen from everywhere, beside the pattern BlockBand, are not served"),
+        ({"name": "block_local"}, "blocks that see other blocks are not served"),
+        (
+            {"name": "fixed", "options": {"num_sink_tokens": 4}},
+            "tokens that are seen from everywhere, beside the pattern",
+        ),
+        (
+            {"name": "shifted_block", "options": {"group_size": 5, "num_sink_tokens": 4}},
+            "more tokens that are seen from everywhere than the first block has are not served",
+        ),
         ({"name": "strided", "options": {"num_sink_tokens": 0}}, "the pattern Strided.* is not served"),
         (
             {"name": "local", "mask": AttentionMask(2, 20, 24, causal=True)},

@@ -43,9 +43,9 @@ def longformer(i, j, n, h, *, causal, window_size, num_global_tokens):
     return abs(i - j) < window_size or i < num_global_tokens or j < num_global_tokens
 
 
-def shifted_block(i, j, n, h, *, causal, group_size):
+def shifted_block(i, j, n, h, *, causal, group_size, num_sink_tokens):
     borders = range(group_size - group_size // 2 * h, n + group_size, group_size)
-    return sum(i >= border for border in borders) == sum(j >= border for border in borders)
+    return sum(i >= border for border in borders) == sum(j >= border for border in borders) or j < num_sink_tokens
 
 
 def strided(i, j, n, h, *, causal, stride, num_local_blocks, num_sink_tokens):
@@ -88,8 +88,9 @@ PATTERNS = [
     (block_local, {"block_size": 7, "look_backward": 1, "look_forward": 0, "num_sink_tokens": 9}),
     (longformer, {"window_size": 4, "num_global_tokens": 3}),
     (longformer, {"window_size": 9, "num_global_tokens": 70}),
-    (shifted_block, {"group_size": 9}),
-    (shifted_block, {"group_size": 80}),
+    (shifted_block, {"group_size": 9, "num_sink_tokens": 0}),
+    (shifted_block, {"group_size": 9, "num_sink_tokens": 6}),
+    (shifted_block, {"group_size": 80, "num_sink_tokens": 0}),
     (strided, {"stride": 6, "num_local_blocks": 2, "num_sink_tokens": 0}),
     (strided, {"stride": 70, "num_local_blocks": 1, "num_sink_tokens": 0}),
     (strided, {"stride": 11, "num_local_blocks": 1, "num_sink_tokens": 3}),

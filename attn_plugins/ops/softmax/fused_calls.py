@@ -113,9 +113,11 @@ def not_in_calls(mask: AttentionMask, pattern: Pattern) -> str | None:
     if isinstance(pattern, Band):
         if pattern.dilation > 1 and pattern.num_first:
             return "a dilated window beside tokens that are seen from everywhere is not served"
-    elif isinstance(pattern, BlockBand):
-        if pattern.look_backward or (pattern.look_forward and not mask.causal):
+    elif isinstance(blocks := _without_first(pattern), BlockBand):
+        if blocks.look_backward or (blocks.look_forward and not mask.causal):
             return "blocks that see other blocks are not served"
+        if isinstance(pattern, WithFirst) and pattern.number > blocks.block_size - blocks.shift:
+            return "more tokens that are seen from everywhere than the first block has are not served"
     elif isinstance(pattern, WithFirst):
         beside = type(pattern.pattern).__name__
         return f"tokens that are seen from everywhere, beside the pattern {beside}, are not served"
@@ -126,13 +128,18 @@ def not_in_calls(mask: AttentionMask, pattern: Pattern) -> str | None:
     return None
 
 
+def _without_first(pattern: Pattern) -> Pattern:
+    return pattern.pattern if isinstance(pattern, WithFirst) else pattern
+
+
 def calls_of(mask: AttentionMask, pattern: Pattern) -> tuple[Call, ...]:
     """The calls of a pattern, every pair in one of them, the first one with every query; made once a forward pass."""
 
     def build() -> tuple[Call, ...]:
         runs = runs_of(mask)
-        if isinstance(pattern, BlockBand):
-            return (_blocks(pattern, runs, mask),)
+        if isinstance(blocks := _without_first(pattern), BlockBand):
+            first = _first(blocks, pattern.number, runs, mask) if isinstance(pattern, WithFirst) else ()
+            return (_blocks(blocks, runs, mask), *first)
         assert isinstance(pattern, Band)
         if pattern.dilation > 1:
             return (_phases(pattern, runs, mask),)
@@ -147,6 +154,12 @@ def _blocks(pattern: BlockBand, runs: Runs, mask: AttentionMask) -> Call:
     _, lengths = _pieces(runs.lengths_R, pattern.block_size, pattern.shift, number)
     rows = Rows(slice(None), _bounds(lengths, mask), min(pattern.block_size, runs.longest))
     return Call(rows, rows, CAUSAL if mask.causal else WHOLE)
+
+
+def _first(blocks: BlockBand, number: int, runs: Runs, mask: AttentionMask) -> tuple[Call, ...]:
+    """The first keys, for queries behind the first block, which holds them."""
+    keys = torch.full_like(runs.lengths_R, number)
+    return _calls([_Span(blocks.block_size - blocks.shift, runs.lengths_R, 0, keys, WHOLE, pieces=True)], runs, mask)
 
 
 def _phases(pattern: Band, runs: Runs, mask: AttentionMask) -> Call:
