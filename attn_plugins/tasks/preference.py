@@ -1,6 +1,5 @@
 import contextlib
 import copy
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -161,17 +160,13 @@ def _right(values: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _reference(model: Any, other: str | None):
-    """The model to measure against, in evaluation mode, on the accelerator where there is one, without gradients."""
-    reference: Any = model if other is None else AutoModelForCausalLM.from_pretrained(other)
-    was_training, device = reference.training, next(reference.parameters()).device
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+    """The model to measure against, in evaluation mode, where the model is, without gradients."""
+    device = next(model.parameters()).device
+    reference: Any = model if other is None else AutoModelForCausalLM.from_pretrained(other).to(device)
+    was_training = reference.training
     off = reference.disable_adapter() if hasattr(reference, "disable_adapter") else contextlib.nullcontext()
     try:
-        if device.type == "cpu" and torch.accelerator.is_available() and not on_cpu:
-            reference.to(torch.accelerator.current_accelerator())
         with off, torch.no_grad():
             yield reference.eval()
     finally:
         reference.train(was_training)
-        if next(reference.parameters()).device != device:
-            reference.to(device)

@@ -80,12 +80,17 @@ def prepare_evaluation(config: EvaluateConfig) -> Evaluation:
             f"{config.model} holds no weights for {', '.join(untrained[:3])}, "
             f"so {tasks[0].name} would say nothing of it"
         )
+    place(loaded)
     measurements = prepare_measurements(tasks, held_out, loaded)
-    return Evaluation(config=config, measurements=measurements, loaded=place(loaded))
+    return Evaluation(config=config, measurements=measurements, loaded=loaded)
 
 
 def prepare_measurements(tasks: list[Task], held_out: Any, loaded: Loaded) -> list[Measurement]:
-    """Each task with its batches of the held-out rows; ValueError where they don't fit."""
+    """Each task with its batches of the held-out rows; ValueError where they don't fit.
+
+    Args:
+        loaded: the model, where it is to run: a task may ask it something.
+    """
     for task in tasks:
         missing = [ROLES[role].option for role in task.columns if role not in held_out.column_names]
         if missing:

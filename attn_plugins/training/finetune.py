@@ -186,8 +186,6 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         _check_teacher(config, loaded)
     with arguments.main_process_first(desc="tokenizing"):
         examples = trained.examples(first, loaded.processing, _base(loaded.model))
-        measurements = prepare_measurements(config.measured(trained), held_out, loaded)
-        recall = prepare_recall(config, loaded, held_out)
     for option, number in rows_cut(trained, examples).items():
         limit, of = f"{option}={getattr(trained.config, option)}", "the first " if config.data.streaming else ""
         logger.warning(f"{number} of {of}{len(examples)} rows to train on reach {limit}, which longer ones are cut to")
@@ -198,6 +196,10 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         parts = (trained, train, loaded.processing, _base(loaded.model), arguments)
         rows = endless(*parts, first=examples, seed=config.seed)
     trainer = _trainer(config, trained, arguments, model, loaded, rows, held_out)
+    placed = dataclasses.replace(loaded, model=trainer.model)
+    with arguments.main_process_first(desc="tokenizing"):
+        measurements = prepare_measurements(config.measured(trained), held_out, placed)
+        recall = prepare_recall(config, placed, held_out)
     if checkpoint is not None:
         _check_steps(trainer, checkpoint)
     return Finetune(

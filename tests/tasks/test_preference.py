@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import tokenizer, write_rows
 from datasets import Dataset
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import attn_plugins as ap
 from attn_plugins.core.options import build
 from attn_plugins.tasks import get_task, run_task
+from attn_plugins.tasks.preference import _reference
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.evaluate import prepare_measurements
 from attn_plugins.training.finetune import prepare_finetune
@@ -125,3 +126,11 @@ def test_the_reference_is_the_model_before_training_with_its_attention(llama, tm
     first = metrics["train"]["losses"][0]["loss"] if metrics["train"]["losses"] else metrics["train"]["loss"]
     assert first == pytest.approx(0.6931, abs=1e-3), "at its first step a model is its own reference"
     assert not (tmp_path / "out" / "ref").exists()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_reference_is_where_the_model_is(llama, named):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llama))
+    with _reference(model, llama if named else None) as reference:
+        assert {weight.device.type for weight in reference.parameters()} == {"meta"}
