@@ -7,7 +7,6 @@ import soundfile
 import torch
 from conftest import SPECIAL, WORDS, tokenizer, write_rows
 from transformers import (
-    Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
@@ -58,7 +57,7 @@ def whisper(folder):
     return str(folder)
 
 
-def ctc(folder):
+def ctc(folder, cls=Wav2Vec2ForCTC):
     """Names letters, of which it knows capitals alone."""
     folder.mkdir(exist_ok=True)
     letters = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ"]
@@ -73,9 +72,7 @@ def ctc(folder):
     places = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "do_stable_layer_norm": True}
     still = {"mask_time_prob": 0.0, "layerdrop": 0.0}
     torch.manual_seed(0)
-    Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=len(letters), **sizes, **layers, **places, **still)).save_pretrained(
-        folder
-    )
+    cls(cls.config_class(vocab_size=len(letters), **sizes, **layers, **places, **still)).save_pretrained(folder)
     extractor = Wav2Vec2FeatureExtractor(return_attention_mask=True)
     Wav2Vec2Processor(extractor, Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))).save_pretrained(folder)
     return str(folder)

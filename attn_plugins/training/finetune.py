@@ -18,7 +18,6 @@ from attn_plugins.data.sources import load_data
 from attn_plugins.data.stream import Stream
 from attn_plugins.hf.swap import describe_attention, unwrap
 from attn_plugins.tasks import TrainableTask
-from attn_plugins.tasks.kinds import KINDS, PEFT_TASKS
 from attn_plugins.training.arguments import early_stopping, training_arguments
 from attn_plugins.training.as_saved import read_as_saved
 from attn_plugins.training.card import model_card
@@ -31,17 +30,15 @@ from attn_plugins.training.evaluate import (
     start_processes,
     write_json,
 )
-from attn_plugins.training.history import pretrained_base, stages_of
+from attn_plugins.training.history import stages_of
+from attn_plugins.training.lora import with_lora
 from attn_plugins.training.models import Loaded, in_slot, load, resolve
-from attn_plugins.training.recall import prepare_recall, report, swapped
+from attn_plugins.training.recall import prepare_recall, report
 from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of, steps_of
 from attn_plugins.training.stop import train
 from attn_plugins.training.streaming import classes, endless, train_no_more
 
 CARD = "README.md"
-
-LORA_TARGETS = ("v_proj", "o_proj")
-"""Layers that adapters of a swapped model go to where no ``lora.target_modules`` names others: see docs/transfer.md."""
 
 logger = logging.get_logger("transformers.attn_plugins")
 
@@ -311,56 +308,7 @@ def choose_parameters(config: FinetuneConfig, loaded: Loaded) -> nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in new)
         return outer
-    return _with_lora(config, loaded, model, new)
-
-
-def _with_lora(config: FinetuneConfig, loaded: Loaded, model: Any, new: list[str]) -> nn.Module:
-    peft = need("peft", "train")
-    options = dict(config.lora)
-    if "target_modules" not in options and "target_parameters" not in options:
-        options |= default_targets(model)
-    # A slot trains whole: no adapters inside it, even where a layer in it has the name of one of the model's.
-    targets = options.get("target_modules")
-    inside = {
-        path.rpartition(".")[2] for path, m in model.named_modules() if in_slot(path) and isinstance(m, nn.Linear)
-    }
-    if inside & set(targets) if isinstance(targets, list) else inside:
-        options.setdefault("exclude_modules", r"(.*\.)?attn_plugin(\..*)?")
-    whole = ["attn_plugin" if in_slot(name) else name.rpartition(".")[0] for name in new]
-    whole = sorted({*whole, *_heads(config, model), *(options.pop("modules_to_save", None) or [])})
-    kind = PEFT_TASKS.get(loaded.auto)
-    try:
-        adapter = peft.LoraConfig(task_type=kind, modules_to_save=whole or None, **options)
-        if model is loaded.model:
-            adapted = peft.get_peft_model(model, adapter)
-        else:  # in a SentenceTransformer, which saves and loads adapters that transformers has placed
-            adapted = loaded.model
-            model.add_adapter(adapter)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"lora: {error}") from error
-    # The adapter brings all weights of the slots along: it needs no folder in which nothing else was trained.
-    adapter.base_model_name_or_path = pretrained_base(stages_of(loaded.source)) or loaded.source
-    return adapted
-
-
-def default_targets(model: nn.Module) -> dict[str, Any]:
-    """PEFT's option for what adapters go to: LORA_TARGETS of a swapped model that has such layers; else none where PEFT
-    knows layers of the model itself; else all linear layers but its head."""
-    names = {path.rpartition(".")[2] for path, m in model.named_modules() if isinstance(m, nn.Linear)}
-    if swapped(model) and set(LORA_TARGETS) <= names:
-        return {"target_modules": list(LORA_TARGETS)}
-    known = need("peft", "train").utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    of_peft = known.get(getattr(getattr(model, "config", None), "model_type", None), [])
-    found = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-    return {} if isinstance(of_peft, str) or found & set(of_peft) else {"target_modules": "all-linear"}
-
-
-def _heads(config: FinetuneConfig, model: nn.Module) -> list[str]:
-    """Names of what stands beside a classifier's body, which trains whole: its classes may be others of one number."""
-    if not KINDS[config.trained().model].classes:
-        return []
-    body = {row.path.partition(".")[0] for row in describe_attention(model)}
-    return [name for name, part in model.named_children() if name not in body and any(True for _ in part.parameters())]
+    return with_lora(config, loaded, model, new)
 
 
 def _trainer(

@@ -1,0 +1,83 @@
+"""LoRA: which layers adapters go to, and what trains whole beside them."""
+
+import re
+from typing import Any
+
+from torch import nn
+
+from attn_plugins.config.extras import need
+from attn_plugins.hf.swap import describe_attention
+from attn_plugins.tasks.kinds import KINDS, PEFT_TASKS
+from attn_plugins.training.config import FinetuneConfig
+from attn_plugins.training.heads import beside_attention
+from attn_plugins.training.history import pretrained_base, stages_of
+from attn_plugins.training.models import Loaded, in_slot
+from attn_plugins.training.recall import swapped
+
+VALUE, OUTPUTS = "v_proj", {"o_proj", "out_proj"}
+"""Layers of an attention module that adapters of a swapped model go to: see docs/transfer.md."""
+
+
+def with_lora(config: FinetuneConfig, loaded: Loaded, model: Any, new: list[str]) -> nn.Module:
+    """Put adapters into a model, as ``config.lora`` says.
+
+    Args:
+        model: what they go into: that of ``loaded``, or of a SentenceTransformer the one inside.
+        new: names of its parameters that train whole.
+
+    Returns:
+        the model around them.
+
+    Raises:
+        ValueError: PEFT cannot place them.
+    """
+    peft = need("peft", "train")
+    options = dict(config.lora)
+    if "target_modules" not in options and "target_parameters" not in options:
+        options |= default_targets(model)
+    whole = ["attn_plugin" if in_slot(name) else name.rpartition(".")[0] for name in new]
+    heads = beside_attention(model) if KINDS[config.trained().model].classes else []  # perhaps of other classes
+    whole = sorted({*whole, *heads, *(options.pop("modules_to_save", None) or [])})
+    # What trains whole gets no adapters inside it, even where a layer in it has the name of one of the model's.
+    within = rf"(.*\.)?({'|'.join(map(re.escape, whole))})(\..*)?"
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    inside = {path.rpartition(".")[2] for path in linear if whole and re.fullmatch(within, path)}
+    targets = options.get("target_modules")
+    if inside & set(targets) if isinstance(targets, list) else inside:
+        options.setdefault("exclude_modules", within)
+    kind = PEFT_TASKS.get(loaded.auto)
+    try:
+        adapter = peft.LoraConfig(task_type=kind, modules_to_save=whole or None, **options)
+        if model is loaded.model:
+            adapted = peft.get_peft_model(model, adapter)
+        else:  # in a SentenceTransformer, which saves and loads adapters that transformers has placed
+            adapted = loaded.model
+            model.add_adapter(adapter)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"lora: {error}") from error
+    # The adapter brings all weights of the slots along: it needs no folder in which nothing else was trained.
+    adapter.base_model_name_or_path = pretrained_base(stages_of(loaded.source)) or loaded.source
+    return adapted
+
+
+def default_targets(model: nn.Module) -> dict[str, Any]:
+    """PEFT's option for what adapters go to: of a swapped model the layers of values and outputs of its attention
+    modules, where these have such layers; else none where PEFT knows layers of the model itself; else all linear layers
+    but its head."""
+    if swapped(model) and (paths := _values_and_outputs(model)):
+        return {"target_modules": paths}
+    known = need("peft", "train").utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    of_peft = known.get(getattr(getattr(model, "config", None), "model_type", None), [])
+    found = {path.rpartition(".")[2] for path, _ in model.named_modules()}
+    return {} if isinstance(of_peft, str) or found & set(of_peft) else {"target_modules": "all-linear"}
+
+
+def _values_and_outputs(model: nn.Module) -> list[str]:
+    """Paths of these layers in each attention module that has both: another layer of such a name may be in a head."""
+    found = []
+    for path in dict.fromkeys(row.path for row in describe_attention(model)):
+        module = model.get_submodule(path)
+        names = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
+        if VALUE in names and names & OUTPUTS:
+            found += [f"{path}.{name}" for name in sorted(names & {VALUE, *OUTPUTS})]
+    return found
