@@ -21,7 +21,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    TrainerCallback,
 )
+
+from attn_plugins.core.checked import cache_folder
 
 # Before a test imports datasets and evaluate, which read them once: tests leave nothing in the user's cache.
 CACHE = tempfile.mkdtemp(prefix="attn-plugins-tests-")
@@ -52,6 +55,25 @@ SPECIAL = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_t
 
 if "ATTN_PLUGINS_TEST_DEVICE" in os.environ:  # for the tests of attentions, see `make gpu-check`
     torch.set_default_device(os.environ["ATTN_PLUGINS_TEST_DEVICE"])
+
+
+class KillAt(TrainerCallback):
+    """Ends a run as Ctrl-C does, after so many steps."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def on_disk(*parts):
+    """A path in the cache, such as ``models/NAME``, with real weights or data; the test is skipped where it is not."""
+    path = cache_folder().joinpath(*parts)
+    if not (path / "config.json" if parts[0] == "models" else path).exists():
+        pytest.skip(f"nothing in {path}; tests marked real need it, in transformers' own format if it is a model")
+    return path
 
 
 def tokenizer(*, encoder=False):

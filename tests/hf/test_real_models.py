@@ -11,9 +11,9 @@ import wave
 import pytest
 import torch
 import transformers as tf
+from conftest import on_disk
 
 import attn_plugins as ap
-from attn_plugins.data import demo_model as demo
 from attn_plugins.data.text import python_docs
 
 pytestmark = pytest.mark.real
@@ -83,15 +83,8 @@ def cases(table):
     return [pytest.param(name, rule, id=f"{name}-{n}") for name, rules in table.items() for n, rule in enumerate(rules)]
 
 
-def folder_of(name):
-    folder = demo._root() / "models" / name
-    if not (folder / "config.json").exists():
-        pytest.skip(f"no model in {folder}; put {name} there as a folder that from_pretrained reads")
-    return folder
-
-
 def load(name, **flag):
-    return CLASSES[name].from_pretrained(folder_of(name), dtype=torch.float32, **flag).eval()
+    return CLASSES[name].from_pretrained(on_disk("models", name), dtype=torch.float32, **flag).eval()
 
 
 @functools.lru_cache(maxsize=1)
@@ -108,12 +101,12 @@ def inputs(name):
         coarse = torch.randn(2, 3, 12, 12, generator=generator)
         return {"pixel_values": torch.nn.functional.interpolate(coarse, size=518, mode="bicubic")}
     if name == "whisper-tiny-en":
-        extractor = tf.AutoFeatureExtractor.from_pretrained(folder_of(name))
+        extractor = tf.AutoFeatureExtractor.from_pretrained(on_disk("models", name))
         noise = (0.1 * torch.randn(2, 16000 * 5, generator=generator)).numpy()
         features = extractor(list(noise), sampling_rate=16000, return_tensors="pt")["input_features"]
         ids = torch.randint(1000, 20000, (2, 12), generator=generator)
         return {"input_features": features, "decoder_input_ids": ids}
-    tokenizer = tf.AutoTokenizer.from_pretrained(folder_of(name))
+    tokenizer = tf.AutoTokenizer.from_pretrained(on_disk("models", name))
     tokenizer.padding_side = "left" if name in DECODERS else "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -205,12 +198,10 @@ def words_wrong(want, got):
 
 def test_whisper_hears_as_well_with_a_window_in_its_encoder():
     """On clips in ``data/speech/validation.jsonl`` (audio, text) under the cache."""
-    name, data = "whisper-tiny-en", demo._root() / "data" / "speech"
-    if not (data / "validation.jsonl").exists():
-        pytest.skip(f"no clips in {data}; put validation.jsonl there, with WAV files at 16 kHz beside it")
+    name, data = "whisper-tiny-en", on_disk("data", "speech")
     model, *_ = held(name)
     extractor, tokenizer = (
-        auto.from_pretrained(folder_of(name)) for auto in (tf.AutoFeatureExtractor, tf.AutoTokenizer)
+        auto.from_pretrained(on_disk("models", name)) for auto in (tf.AutoFeatureExtractor, tf.AutoTokenizer)
     )
     clips = []
     for row in map(json.loads, (data / "validation.jsonl").read_text("utf-8").splitlines()):

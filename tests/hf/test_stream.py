@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers as tf
+from conftest import on_disk
 from torch.nn.functional import cross_entropy
 
 import attn_plugins as ap
@@ -116,9 +117,7 @@ def test_a_million_tokens_in_constant_memory_are_foretold_as_well_as_the_first(r
 @pytest.mark.real
 @torch.no_grad()
 def test_a_real_models_logits_through_the_cache_are_those_of_one_pass():
-    folder = demo._root() / "models" / demo.NAME
-    if not (folder / "config.json").exists():
-        pytest.skip(f"no model in {folder}; python -m attn_plugins.data.demo_model fetches it")
+    folder = on_disk("models", demo.NAME)
     rule = {"type": "local", "window_size": 512, "num_sink_tokens": 4}
     model = tf.AutoModelForCausalLM.from_pretrained(folder, attn_plugin=rule)
     text = "\n".join(python_docs()["train"]["text"][:40])

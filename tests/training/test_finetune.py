@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
+from conftest import KillAt
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -166,17 +167,6 @@ def test_a_model_without_a_head_is_not_evaluated(bert, labelled):
         ValueError, match=r"holds no weights for classifier\.bias, classifier\.weight, so accuracy would say nothing"
     ):
         evaluated(bert, labelled, evaluation={"task": "accuracy"})
-
-
-class KillAt(TrainerCallback):
-    """Ends a run as Ctrl-C does, after so many steps."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pictured
 import pytest
 import torch
-from conftest import WORDS, tokenizer, write_rows
+from conftest import WORDS, KillAt, tokenizer, write_rows
 from safetensors.torch import load_file
 from sounding import ctc, recordings, whisper
 from transformers import (
@@ -23,7 +23,6 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
-    TrainerCallback,
 )
 
 from attn_plugins.core.options import build
@@ -191,17 +190,6 @@ def measured(model, config):
     evaluation = {"task": trained_task(config.task).name, **config.options}
     tree = {"model": str(model), "data": vars(config.data), "evaluation": evaluation}
     return prepare_evaluation(build(EvaluateConfig, tree)).run()
-
-
-class KillAt(TrainerCallback):
-    """Ends a run as Ctrl-C does, after so many steps."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture
