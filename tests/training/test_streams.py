@@ -4,19 +4,27 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from conftest import WORDS, write_rows
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from test_finetune import launched
+from test_tasks_trained import KillAt
 from typer.testing import CliRunner
 
 from attn_plugins import cli
 from attn_plugins.core.options import build
+from attn_plugins.data.sources import DataConfig, load_data
+from attn_plugins.tasks import trained_task
+from attn_plugins.training.arguments import training_arguments
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.dry_run import dry_run, told
 from attn_plugins.training.finetune import prepare_finetune
+from attn_plugins.training.models import load
+from attn_plugins.training.streaming import endless
 from attn_plugins.transfer.config import TransferConfig
 from attn_plugins.transfer.run import prepare_transfer
 
@@ -30,6 +38,7 @@ TRAINING = {
     "save_strategy": "no",
     "disable_tqdm": True,
 }
+LOCAL = {"type": "local", "window_size": 4}
 BLOCKS = {"block_size": 16, "evaluation": {"length": 16}, "recall": False}
 LABELS = {"task": "classification", "max_length": 12}
 PAIRS = {"task": "translation", "options": {"max_source_length": 14, "max_target_length": 6, "max_rows": 4}}
@@ -57,7 +66,7 @@ def cases(llama, bert, text, labelled, pairs):
 
 def settings(case, out, data=None, **changes):
     model, rows, its = case
-    tree = {"model": model, "output_dir": str(out), "attention": {"type": "local", "window_size": 4}, "tune": "full"}
+    tree = {"model": model, "output_dir": str(out), "attention": LOCAL, "tune": "full"}
     tree |= {"data": {"source": rows, **(data or {})}, "training": TRAINING, **its}
     return build(FinetuneConfig, {**tree, **changes})
 
@@ -82,17 +91,6 @@ def test_a_stream_trains_as_rows_that_are_all_there_do(name, chunk_rows, cases, 
 
 def read(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-
-
-class KillAt(TrainerCallback):
-    """Ends a run as Ctrl-C does, after so many steps."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("name", ["blocks", "documents", "classification", "translation"])
@@ -171,9 +169,40 @@ def test_how_long_has_to_be_said(cases, tmp_path, changes, message):
 
 @pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
 def test_no_process_reads_for_the_others(cases, tmp_path, name):
+    usual = settings(cases["blocks"], tmp_path, {"streaming": True})
+    assert training_arguments(usual, usual.trained()).accelerator_config.dispatch_batches is False
     training = {**TRAINING, "accelerator_config": {name: True}}
     with pytest.raises(ValueError, match=rf"accelerator_config\.{name}=true; allowed with data\.streaming: false"):
         prepare_finetune(settings(cases["blocks"], tmp_path, {"streaming": True}, training=training))
+
+
+@pytest.mark.parametrize(("workers", "shares"), [(0, 2), (3, 6)])
+def test_each_process_and_each_worker_has_a_share(cases, workers, shares):
+    model, rows, _ = cases["classification"]
+    train, _ = load_data(DataConfig(source=rows, streaming=True, max_eval_rows=6), ("text", "label"))
+    cls = trained_task("classification")
+    loaded = load(model, kind=cls.model, labels=["minus", "none", "plus"])
+    arguments = SimpleNamespace(world_size=2, dataloader_num_workers=workers)
+    parts = (cls(), train, loaded.processing, loaded.model, arguments)
+    assert endless(*parts, first=None, seed=0).num_shards == shares
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_worker_each_do_the_same_steps_as_one(cases, tmp_path):
+    model, rows, its = cases["documents"]
+    reading = {"streaming": True, "shuffle_rows": 0, "chunk_rows": 12, "max_eval_rows": 12}
+    training = {**TRAINING, "per_device_train_batch_size": 4}
+    one = prepare_finetune(settings((model, rows, its), tmp_path / "one", reading, training=training)).run(None)
+    tree = {"model": model, "output_dir": str(tmp_path / "two"), "attention": LOCAL, "tune": "full", **its}
+    training |= {"per_device_train_batch_size": 2, "dataloader_num_workers": 1}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({**tree, "data": {"source": rows, **reading}, "training": training}))
+    for ran in launched("-m", "attn_plugins", "finetune", "--config", str(config)):
+        assert ran.returncode == 0, ran.stderr
+    two = json.loads((tmp_path / "two/metrics.json").read_text())
+    assert (two["train"]["processes"], one["train"]["rows"], two["train"]["rows"]) == (2, 24, 24)
+    for first, second in zip(one["train"]["losses"], two["train"]["losses"], strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
 
 
 def test_what_is_wrong_is_said_before_a_model_is_loaded(cases, labelled, tmp_path):
