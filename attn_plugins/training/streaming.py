@@ -1,5 +1,6 @@
 """A fine-tune on a stream: what Trainer is told of rows whose number nobody knows."""
 
+import os
 from typing import Any
 
 from attn_plugins.config.extras import need
@@ -27,8 +28,13 @@ def read_by_each(accelerator: Any) -> None:
         accelerator: ``accelerator_config`` of TrainingArguments.
 
     Raises:
-        ValueError: one process was asked to read for all.
+        ValueError: one process was asked to read for all, or several to read the same.
     """
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        raise ValueError(
+            "accelerate was asked for a parallelism config, by which several processes work on the same rows; allowed "
+            "with data.streaming: data parallelism alone"
+        )
     for name in ("dispatch_batches", "split_batches"):
         if getattr(accelerator, name):
             raise ValueError(f"training.accelerator_config.{name}=true; allowed with data.streaming: false")

@@ -176,6 +176,13 @@ def test_no_process_reads_for_the_others(cases, tmp_path, name):
         prepare_finetune(settings(cases["blocks"], tmp_path, {"streaming": True}, training=training))
 
 
+def test_no_processes_read_the_same(cases, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    config = settings(cases["blocks"], tmp_path, {"streaming": True})
+    with pytest.raises(ValueError, match=r"a parallelism config.*allowed with data\.streaming: data parallelism alone"):
+        training_arguments(config, config.trained())
+
+
 @pytest.mark.parametrize(("workers", "shares"), [(0, 2), (3, 6)])
 def test_each_process_and_each_worker_has_a_share(cases, workers, shares):
     model, rows, _ = cases["classification"]
