@@ -16,14 +16,14 @@ def let_generate(parts: dict[str, Any], max_length: int, num_beams: int | None) 
         max_length, num_beams: of what is written, unless the training's settings say otherwise.
 
     Raises:
-        ValueError: it is to generate, and the model has no encoder.
+        ValueError: it is to generate, and the model is no encoder-decoder.
     """
     arguments = parts["args"]
     if not arguments.predict_with_generate:
         parts["compute_metrics"] = None
     elif not parts["model"].config.is_encoder_decoder:
         raise ValueError(
-            "training.predict_with_generate is for models with an encoder; others are evaluated by their loss while "
+            "training.predict_with_generate is for encoder-decoders; other models are evaluated by their loss while "
             "they train, and by what they write afterwards"
         )
     else:

@@ -12,7 +12,9 @@ import transformers as tf
 from conftest import tokenizer
 from transformers.utils.import_utils import is_torchvision_available
 
+import attn_plugins as ap
 from attn_plugins.core.options import build
+from attn_plugins.data.pictures import pixels, rgb
 from attn_plugins.data.sources import DataConfig, load_data
 from attn_plugins.tasks import get_task, run_task
 from attn_plugins.tasks.metrics import compute_metrics
@@ -80,6 +82,10 @@ def test_a_swapped_captioner_learns_what_it_sees(captioner, table, tmp_path):
     found = prepare_evaluation(build(EvaluateConfig, again)).run()
     assert found["result"] == pytest.approx(after)
     assert found["attention"] == metrics["attention"]
+    rows = ap.describe_attention(load(str(tmp_path / "out"), kind="image-to-text").model)
+    served = {(row.path.partition(".")[0], row.role, row.plugin) for row in rows}
+    own = ("decoder", "cross", None)
+    assert served == {("encoder", "encoder", "neighborhood_2d"), ("decoder", "decoder", "local"), own}
 
 
 def git():
@@ -121,6 +127,35 @@ def test_families_write_from_a_picture_alone_and_learn(make, table):
     found = run_task(task, model, task.prepare(train, made, model))
     assert found["chrf"] > 90
     assert found["rows"] == 7
+
+
+@pytest.mark.parametrize("make", [None, git, blip], ids=["joined", "git", "blip"])
+def test_padding_has_no_loss_and_each_picture_its_own_caption(make, captioner, table):
+    torch.manual_seed(0)
+    loaded = load(captioner, kind="image-to-text") if make is None else None
+    model, made = (make().eval(), processor()) if loaded is None else (loaded.model.eval(), loaded.processing)
+    texts = ["the cat", "a dog is", "the red cat is good ."]
+    data, _ = load_data(DataConfig(source=table), TASK.columns)
+    data = data.select(range(3)).remove_columns("text").add_column("text", texts)
+    task = TASK(TASK.Config(max_length=8))
+    rows, collate = task.examples(data, made, model), task.collator(made, model)
+    batch = collate([rows[number] for number in range(3)])
+    start = [] if model.config.is_encoder_decoder else [1]  # an encoder-decoder puts it there itself
+    wanted = [[*start, *made.tokenizer(text, add_special_tokens=False)["input_ids"], 2] for text in texts]
+    longest = max(map(len, wanted))
+    assert batch["labels"].tolist() == [[*its, *[-100] * (longest - len(its))] for its in wanted]
+    counts = [len(its) - len(start) for its in wanted]
+    with torch.no_grad():
+        alone = [model(**collate([rows[number]])).loss.item() * count for number, count in enumerate(counts)]
+        assert model(**batch).loss.item() == pytest.approx(sum(alone) / sum(counts), rel=1e-5)
+    shorter = TASK(TASK.Config(max_length=5)).examples(data, made, model)
+    assert [len(shorter[number]["labels"]) for number in range(3)] == [len(start) + 3, len(start) + 4, 5]
+    (measured,) = task.prepare(data, made, model)
+    for number, row in enumerate(data):
+        picture = pixels(made, [rgb(row["image"])])[0]
+        assert torch.equal(batch["pixel_values"][number], picture)
+        assert torch.equal(measured["pixel_values"][number], picture)
+    assert measured["captions"] == texts
 
 
 def test_figures_are_those_of_what_generate_writes(captioner, table):

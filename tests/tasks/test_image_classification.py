@@ -79,13 +79,17 @@ def test_accuracy_is_that_of_pictures_one_by_one(table, tmp_path):
 
 def test_a_swapped_classifier_learns_at_a_size_above_its_own(vit, table, tmp_path):
     training = {**SMALL, "max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 0.003}
+    training |= {"eval_strategy": "steps", "eval_steps": 40}
     changes = {"tune": "full", "options": {"image_size": 24}, "training": training, "evaluate_before": True}
-    metrics = prepare_finetune(settings(vit, table, tmp_path / "out", **changes)).run(None)
+    run = prepare_finetune(settings(vit, table, tmp_path / "out", **changes))
+    metrics = run.run(None)
     before, after = metrics["evaluation"]["before"], metrics["evaluation"]["after"]
     assert after["accuracy"] == 1.0 > before["accuracy"]
     losses = [entry["loss"] for entry in metrics["train"]["losses"]]
     assert losses[-1] < losses[0] / 2
     assert metrics["train"]["row"] == "picture"
+    (told,) = (entry for entry in run.trainer.state.log_history if "eval_accuracy" in entry)
+    assert (told["eval_accuracy"], told["eval_loss"]) == pytest.approx((after["accuracy"], after["loss"]), rel=1e-5)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["id2label"] == {"0": "blue", "1": "green", "2": "red"}
     again = evaluated(tmp_path / "out", table)  # at the size that was saved, without a word on it
@@ -98,7 +102,7 @@ def test_a_swapped_classifier_learns_at_a_size_above_its_own(vit, table, tmp_pat
 
 @pytest.mark.parametrize("attention", [NEAR, None], ids=["swapped", "own"])
 def test_lora_trains_the_head_whole_and_brings_it(vit, table, tmp_path, attention):
-    changes = {"attention": attention, "lora": {"r": 2}}
+    changes = {"attention": attention, "lora": {"r": 2}, "options": {"image_size": 24}}
     metrics = prepare_finetune(settings(vit, table, tmp_path / "out", **changes)).run(None)
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert saved["base_model.model.classifier.weight"].shape == (3, 32)
@@ -130,6 +134,18 @@ def test_a_mirror_image_is_a_row_of_its_own(vit, table, tmp_path):
     assert torch.equal(made[1]["pixel_values"], made[0]["pixel_values"].flip(-1))
     assert not torch.equal(made[1]["pixel_values"], made[0]["pixel_values"])
     assert len(TASK().examples(data, loaded.processing, loaded.model)) == 1
+
+
+def test_pictures_come_in_the_models_dtype(vit, table):
+    loaded = load(vit, kind="image-classification", labels=["blue", "green", "red"], dtype="bfloat16")
+    data, _ = load_data(DataConfig(source=table), TASK.columns)
+    task = TASK(TASK.Config(batch_size=3, max_rows=4))
+    rows = task.examples(data, loaded.processing, loaded.model)
+    collate = task.collator(loaded.processing, loaded.model)
+    measured = task.prepare(data, loaded.processing, loaded.model)
+    batches = [collate([rows[0], rows[1]]), *measured]
+    assert [batch["pixel_values"].dtype for batch in batches] == [torch.bfloat16] * 3
+    assert run_task(task, loaded.model, measured)["rows"] == 4
 
 
 def dinov2():

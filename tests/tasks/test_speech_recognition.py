@@ -9,9 +9,12 @@ from torch.nn.functional import cross_entropy, ctc_loss
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, WhisperTokenizer
 
 import attn_plugins as ap
+from attn_plugins.core.options import build
 from attn_plugins.data.sound import waveform
 from attn_plugins.data.sources import DataConfig, load_data
 from attn_plugins.tasks import get_task, run_task
+from attn_plugins.training.config import FinetuneConfig
+from attn_plugins.training.finetune import prepare_finetune
 from attn_plugins.training.models import load
 
 CLS = get_task("speech-recognition")
@@ -108,6 +111,34 @@ def test_ctc_is_measured_by_the_likeliest_letter_of_each_frame(hearing, rows):
     assert one["wer"] == three["wer"] == jiwer.wer(rows["text"][:], said)
     assert one["loss"] == pytest.approx(loss / letters, rel=1e-4)
     assert three["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def generating(model, folder):
+    """A fine-tune whose Trainer has the model write while it trains."""
+    source = recordings(folder, 4)
+    training = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
+    tree = {
+        "model": model,
+        "data": {"source": source, "eval_source": source},
+        "output_dir": str(folder / "out"),
+        "task": "speech-recognition",
+        "options": SMALL,
+        "tune": "full",
+        "training": {**training, "predict_with_generate": True},
+    }
+    return prepare_finetune(build(FinetuneConfig, tree))
+
+
+def test_trainer_measures_what_is_written_as_the_task_does(tmp_path):
+    run = generating(whisper(tmp_path / "whisper"), tmp_path)
+    after = run.run(None)["evaluation"]["after"]
+    (told,) = (entry for entry in run.trainer.state.log_history if "eval_wer" in entry)
+    assert (told["eval_wer"], told["eval_loss"]) == pytest.approx((after["wer"], after["loss"]), rel=1e-4)
+
+
+def test_what_names_letters_does_not_generate_while_it_trains(tmp_path):
+    with pytest.raises(ValueError, match=r"training\.predict_with_generate is for encoder-decoders; other models are"):
+        generating(ctc(tmp_path / "ctc"), tmp_path)
 
 
 def test_transcripts_are_spelled_in_the_letters_that_a_model_knows(hearing, rows):

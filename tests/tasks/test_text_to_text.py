@@ -129,7 +129,7 @@ def test_trainers_own_evaluation_without_generation_is_the_loss_alone(llama, bar
         asked["predict_with_generate"] = generates
         config = settings(bart, pairs, tmp_path, training=asked)
         assert training_arguments(config, config.trained()).metric_for_best_model == best
-    with pytest.raises(ValueError, match=r"training\.predict_with_generate is for models with an encoder"):
+    with pytest.raises(ValueError, match=r"training\.predict_with_generate is for encoder-decoders"):
         prepare_finetune(settings(llama, pairs, tmp_path, training={**training, "predict_with_generate": True}))
 
 
