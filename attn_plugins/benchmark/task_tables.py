@@ -34,16 +34,17 @@ FIGURES: Mapping[str, Figures] = {
 def task_table(records: Sequence[Record]) -> list[str]:
     """A row for each attention and stage of a comparison, with the figures of its task."""
     found = by(records, lambda one: f"{one['attention']}, {STAGES[one['measure']]}")
-    (task,) = {_task(one["settings"]) for one in records}
+    (task,) = {_task(one["settings"]) for one in records} - {None}
     figures = FIGURES[task]
     rows = [(label, [one["result"]["figures"] for one in ones]) for label, ones in found.items()]
     return [*table("attention", rows, figures), "", made(records)]
 
 
-def _task(settings: dict[str, Any]) -> str:
+def _task(settings: dict[str, Any]) -> str | None:
+    """What is measured, as far as a cell says it: one without training leaves it to the others."""
     evaluation = settings["evaluation"]
     first = evaluation[0] if isinstance(evaluation, list) else evaluation
-    return first.get("task") or settings["finetune"]["task"]
+    return first.get("task") or settings.get("finetune", {}).get("task")
 
 
 def with_tasks(text: str, folder: Path) -> str:

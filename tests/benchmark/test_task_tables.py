@@ -10,7 +10,9 @@ VERSIONS = {"attn_plugins": "0.1.0", "commit": "abc", "torch": "2.13.0"}
 
 
 def record(attention, measure, seed, figures, evaluation=None, status="ok"):
-    settings = {"evaluation": evaluation or {}, "finetune": {"task": "translation"}}
+    settings = {"evaluation": evaluation or {}}
+    if measure == "finetune":
+        settings["finetune"] = {"task": "translation"}
     told = {"key": f"{attention} {measure} {seed}", "status": status, "settings": settings, "versions": VERSIONS}
     return {**told, "attention": attention, "measure": measure, "seed": seed, "result": {"figures": figures}}
 
