@@ -34,7 +34,7 @@ FIGURES: Mapping[str, Figures] = {
 def task_table(records: Sequence[Record]) -> list[str]:
     """A row for each attention and stage of a comparison, with the figures of its task."""
     found = by(records, lambda one: f"{one['attention']}, {STAGES[one['measure']]}")
-    (task,) = {_task(one["settings"]) for one in records} - {None}
+    (task,) = {task for one in records if (task := _task(one["settings"]))}
     figures = FIGURES[task]
     rows = [(label, [one["result"]["figures"] for one in ones]) for label, ones in found.items()]
     return [*table("attention", rows, figures), "", made(records)]

@@ -32,6 +32,7 @@ from attn_plugins.training.evaluate import (
 )
 from attn_plugins.training.history import stages_of
 from attn_plugins.training.lora import with_lora
+from attn_plugins.training.loss_scale import scale_loss_once
 from attn_plugins.training.models import Loaded, in_slot, load, resolve
 from attn_plugins.training.recall import prepare_recall, report
 from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of, steps_of
@@ -335,7 +336,9 @@ def _trainer(
     if isinstance(parts["data_collator"], TrainerCallback):
         parts["callbacks"] = [*parts["callbacks"], parts["data_collator"]]
     if config.loss == "task":
-        return trained.make_trainer(**parts)
+        trainer = trained.make_trainer(**parts)
+        scale_loss_once(trainer)
+        return trainer
     return DistillationTrainer(**parts, loss=config.loss, temperature=config.temperature)
 
 
