@@ -49,7 +49,7 @@ def model_card(metrics: dict[str, Any]) -> str:
         *_before(metrics["history"]),
         "## Training",
         "",
-        f"- Base model: {metrics['base_model']}",
+        f"- Base model: {metrics['base_model']}{_quantized(metrics)}",
         f"- Data: {spelled_source(metrics['data']['source'])}, {_columns(metrics)}",
         f"- {train['steps']} steps, {train['rows']:,} rows (a row is a {train['row']}), {train['seconds']:,} s, "
         f"{train['processes']} {'process' if train['processes'] == 1 else 'processes'}, mean loss {train['loss']:.4f}",
@@ -140,6 +140,11 @@ def _outcome(stage: dict[str, Any]) -> str:
     return f"; {metric} {', '.join(ends)}"
 
 
+def _quantized(metrics: dict[str, Any]) -> str:
+    method = metrics["quantization"]
+    return f", its linear layers but heads quantized by {method}" if method else ""
+
+
 def _use(metrics: dict[str, Any], lora: bool) -> list[str]:
     auto, library = metrics["auto"], _library(metrics)
     lines = ["import attn_plugins", f"from {library} import {auto}", ""]
@@ -147,11 +152,16 @@ def _use(metrics: dict[str, Any], lora: bool) -> list[str]:
         return [*lines, f'model = {auto}("path/to/this/folder")']
     if not lora:
         return [*lines, f'model = {auto}.from_pretrained("path/to/this/folder")']
+    asked = f'"{metrics["base_model"]}"'
+    if metrics["quantization"]:
+        lines[1] += ", AutoConfig"
+        lines.append('config = AutoConfig.from_pretrained("path/to/this/folder")')
+        asked += ", quantization_config=config.quantization_config"
     return [
         *lines[:1],
         "from peft import PeftModel",
         *lines[1:],
-        f'base = {auto}.from_pretrained("{metrics["base_model"]}")',
+        f"base = {auto}.from_pretrained({asked})",
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
     ]
 

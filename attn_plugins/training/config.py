@@ -10,7 +10,9 @@ from attn_plugins.config.extras import need
 from attn_plugins.core.options import build, check_keys, convert
 from attn_plugins.data.sources import DataConfig
 from attn_plugins.tasks import Task, TrainableTask, get_task, trained_task
+from attn_plugins.tasks.kinds import KINDS
 from attn_plugins.training.models import AS_SAVED, Dtype, read_attention
+from attn_plugins.training.quantization import quantized_by
 from attn_plugins.training.streaming import check_steps_known
 
 DEFAULT_TASK = "perplexity"
@@ -88,6 +90,10 @@ class FinetuneConfig:
     recall: bool = True
     """Whether a swapped causal-lm still recalls is measured too, before and after, in a few rows of ``block_size``
     tokens of the held-out text: training may improve perplexity and take that away."""
+    quantization: dict[str, Any] | None = None
+    """``{method: torchao, quant_type: Int8WeightOnlyConfig}``, or quanto, bitsandbytes or another method of
+    transformers with the fields of its config: linear layers are quantized as the model is loaded, but those of slots
+    and heads. With tune='lora' alone."""
     dtype: Dtype = "float32"
     """What weights are loaded in; mixed precision is ``training: {bf16: true}``."""
     seed: int = 0
@@ -116,6 +122,8 @@ class FinetuneConfig:
             )
         if self.tune == "lora":
             check_lora(self.lora)
+        if self.quantization is not None:
+            self._check_quantization(trained)
 
     def trained(self) -> TrainableTask:
         """The task with the options that it trains with.
@@ -137,6 +145,16 @@ class FinetuneConfig:
     def measured(self, trained: TrainableTask) -> list[Task]:
         """The tasks of the evaluation; ValueError where there is none or an option is wrong."""
         return evaluation_tasks(self.evaluation, trained, self.options)
+
+    def _check_quantization(self, trained: TrainableTask) -> None:
+        if self.tune != "lora":
+            raise ValueError(
+                f"quantization leaves a base model that neither trains nor is saved, and tune={self.tune!r} would do "
+                "both; allowed: tune='lora'"
+            )
+        if (library := KINDS[trained.model].library) != "transformers":
+            raise ValueError(f"quantization is not for task={self.task!r}, whose models {library} loads")
+        quantized_by(self.quantization or {}, [])
 
     def _check_loss(self) -> None:
         if self.loss != "kl" and self.temperature != 1:

@@ -140,8 +140,9 @@ def start_processes() -> None:
 
 
 def place(loaded: Loaded) -> Loaded:
-    """Move a model to the accelerator of this process, if it has one."""
-    if torch.accelerator.is_available() and not in_cpu_run():
+    """Move a model to the accelerator of this process, if it has one; bitsandbytes has placed its own."""
+    moves = getattr(loaded.model, "quantization_method", None) != "bitsandbytes"
+    if moves and torch.accelerator.is_available() and not in_cpu_run():
         loaded.model.to(torch.accelerator.current_accelerator())
     return loaded
 

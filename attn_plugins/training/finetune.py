@@ -34,6 +34,7 @@ from attn_plugins.training.history import stages_of
 from attn_plugins.training.lora import with_lora
 from attn_plugins.training.loss_scale import scale_loss_once
 from attn_plugins.training.models import Loaded, in_slot, load, resolve
+from attn_plugins.training.quantization import quantization_of
 from attn_plugins.training.recall import prepare_recall, report
 from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of, steps_of
 from attn_plugins.training.stop import train
@@ -121,6 +122,7 @@ class Finetune:
             "rules": getattr(_base(trainer.model).config, "attn_plugin", None),
             "task": config.task,
             "auto": self.loaded.auto,
+            "quantization": quantization_of(_base(trainer.model)),
             "tune": config.tune,
             "loss": config.loss,
             "seed": config.seed,
@@ -179,6 +181,7 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         dtype=config.dtype,
         seed=config.seed,
         trainable=True,
+        quantization=config.quantization,
     )
     if config.loss != "task":
         _check_teacher(config, loaded)

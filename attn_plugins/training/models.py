@@ -15,6 +15,7 @@ from attn_plugins.config.yaml import read_json, read_yaml_file
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.hf.names import SLOT
 from attn_plugins.tasks.kinds import KINDS
+from attn_plugins.training.quantization import quantized
 
 DEMO = "smollm2-135m-demo"
 """Built-in model name: SmolLM2-135M-Instruct, fetched and converted by attn_plugins.data.demo_model."""
@@ -103,6 +104,7 @@ def load(
     seed: int = 0,
     trainable: bool = False,
     processing: str | None = None,
+    quantization: dict[str, Any] | None = None,
 ) -> Loaded:
     """Load a model, or the base model of a PEFT adapter and the adapter on top, with its tokenizer or processor.
 
@@ -113,6 +115,7 @@ def load(
         seed: what new weights are drawn from.
         trainable: the weights of an adapter are to train.
         processing: kind of model whose inputs are to be made; None for ``kind``.
+        quantization: of a base model, as a fine-tune names it; that of an adapter comes back without.
 
     Raises:
         ValueError: there is no such model, or the attention does not fit it.
@@ -137,6 +140,7 @@ def load(
         if kind in KINDS and KINDS[kind].library == "sentence_transformers":
             return _sentences(folder, base, adapter is not None and trainable, options)
         cls = _class_of(kind, base)
+        options |= quantized(quantization, adapter, cls, base)
         model, info = cls.from_pretrained(base, output_loading_info=True, **options)
         inputs = processing or kind
         made_by = _processing(inputs, folder, base)
@@ -258,7 +262,7 @@ def skeleton(source: str, attention: Any = AS_SAVED) -> nn.Module:
 
 
 def read_adapter(folder: str) -> dict[str, Any] | None:
-    """What a folder says of the PEFT adapter in it (base, attention, labels), or None if it holds none."""
+    """What a folder says of the PEFT adapter in it (base, its quantization, attention, labels); None without one."""
     path = Path(folder)
     if not (path / "adapter_config.json").exists():
         return None
@@ -266,9 +270,11 @@ def read_adapter(folder: str) -> dict[str, Any] | None:
     base = settings.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{path / 'adapter_config.json'} names no base model (base_model_name_or_path)")
-    found: dict[str, Any] = {"base": base, "attention": settings.get("attn_plugin", AS_SAVED) or None, "labels": None}
+    found: dict[str, Any] = {"base": base, "attention": settings.get("attn_plugin", AS_SAVED) or None}
+    found |= {"labels": None, "quantization": None}
     if (path / "config.json").exists():  # `attn-plugins finetune` writes the base model's config beside the adapter
-        names = read_json(path / "config.json").get("id2label", {})
+        beside = read_json(path / "config.json")
+        names, found["quantization"] = beside.get("id2label", {}), beside.get("quantization_config")
         if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
             raise ValueError(f"{path / 'config.json'}: id2label={names!r}; allowed: a name for each number from 0 on")
         if names:
