@@ -108,6 +108,7 @@ def with_measured(text: str, folder: Path) -> str:
         "choices, in short": ("choice.jsonl", functools.partial(choices, cases=FIRST_PAGE)),
         "stages": ("stages.jsonl", stages),
         "fine-tuning": ("finetune_recall.jsonl", trained),
+        "fine-tuning, longer": ("finetune_recall_64.jsonl", trained),
         "taught": ("attention_transfer.jsonl", taught),
         "lengths": ("lengths.jsonl", lengths),
     }

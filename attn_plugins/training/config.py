@@ -65,8 +65,8 @@ class FinetuneConfig:
     tune: Literal["lora", "full", "new"] = "lora"
     """lora: adapters, and all new weights. full: everything. new: new weights alone (of the attention, of a head)."""
     lora: dict[str, Any] = field(default_factory=dict)
-    """Fields of peft's LoraConfig. ``target_modules``, unless it is given: values and outputs of a swapped model, else
-    what PEFT knows of the model, else all its linear layers. A classifier's head trains whole."""
+    """Fields of peft's LoraConfig. ``target_modules`` is all-linear unless it is given. A classifier's head trains
+    whole."""
     loss: Literal["task", "kl", "hidden"] = "task"
     """task: the model's own loss. kl: distance of the logits from those of the same model with its own attention and
     without adapters, which costs one more forward. hidden: the same of the last hidden states."""

@@ -6,16 +6,14 @@ from typing import Any
 from torch import nn
 
 from attn_plugins.config.extras import need
-from attn_plugins.hf.swap import describe_attention
 from attn_plugins.tasks.kinds import KINDS, PEFT_TASKS
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.heads import beside_attention
 from attn_plugins.training.history import pretrained_base, stages_of
 from attn_plugins.training.models import Loaded, in_slot
-from attn_plugins.training.recall import swapped
 
-VALUE, OUTPUTS = "v_proj", {"o_proj", "out_proj"}
-"""Layers of an attention module that adapters of a swapped model go to: see docs/transfer.md."""
+ALL = "all-linear"
+"""PEFT's name for every linear layer but the head, where adapters go unless that is said: see docs/transfer.md."""
 
 
 def with_lora(config: FinetuneConfig, loaded: Loaded, model: Any, new: list[str]) -> nn.Module:
@@ -33,8 +31,8 @@ def with_lora(config: FinetuneConfig, loaded: Loaded, model: Any, new: list[str]
     """
     peft = need("peft", "train")
     options = dict(config.lora)
-    if "target_modules" not in options and "target_parameters" not in options:
-        options |= default_targets(model)
+    if "target_parameters" not in options:
+        options.setdefault("target_modules", ALL)
     whole = ["attn_plugin" if in_slot(name) else name.rpartition(".")[0] for name in new]
     heads = beside_attention(model) if KINDS[config.trained().model].classes else []  # perhaps of other classes
     whole = sorted({*whole, *heads, *(options.pop("modules_to_save", None) or [])})
@@ -58,26 +56,3 @@ def with_lora(config: FinetuneConfig, loaded: Loaded, model: Any, new: list[str]
     # The adapter brings all weights of the slots along: it needs no folder in which nothing else was trained.
     adapter.base_model_name_or_path = pretrained_base(stages_of(loaded.source)) or loaded.source
     return adapted
-
-
-def default_targets(model: nn.Module) -> dict[str, Any]:
-    """PEFT's option for what adapters go to: of a swapped model the layers of values and outputs of its attention
-    modules, where these have such layers; else none where PEFT knows layers of the model itself; else all linear layers
-    but its head."""
-    if swapped(model) and (paths := _values_and_outputs(model)):
-        return {"target_modules": paths}
-    known = need("peft", "train").utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    of_peft = known.get(getattr(getattr(model, "config", None), "model_type", None), [])
-    found = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-    return {} if isinstance(of_peft, str) or found & set(of_peft) else {"target_modules": "all-linear"}
-
-
-def _values_and_outputs(model: nn.Module) -> list[str]:
-    """Paths of these layers in each attention module that has both: another layer of such a name may be in a head."""
-    found = []
-    for path in dict.fromkeys(row.path for row in describe_attention(model)):
-        module = model.get_submodule(path)
-        names = {name for name, child in module.named_children() if isinstance(child, nn.Linear)}
-        if VALUE in names and names & OUTPUTS:
-            found += [f"{path}.{name}" for name in sorted(names & {VALUE, *OUTPUTS})]
-    return found

@@ -25,11 +25,14 @@ def trained(folder, task, attention):
 
 
 @pytest.mark.parametrize("cls", [Wav2Vec2ForCTC, HubertForCTC])
-def test_of_swapped_ctc_models_they_go_to_values_and_outputs(tmp_path, cls):
-    adapted, whole = trained(ctc(tmp_path / "model", cls), "speech-recognition", LOCAL)
+@pytest.mark.parametrize("attention", [None, LOCAL])
+def test_of_ctc_models_they_go_to_the_same_layers_whatever_the_attention(tmp_path, cls, attention):
+    adapted, whole = trained(ctc(tmp_path / "model", cls), "speech-recognition", attention)
     layers = f"{cls.base_model_prefix}.encoder.layers"
-    names = ("v_proj", "out_proj")
-    assert adapted == {f"{layers}.{layer}.attention.{name}" for layer in (0, 1) for name in names}
+    names = ("attention.k_proj", "attention.v_proj", "attention.q_proj", "attention.out_proj")
+    names += ("feed_forward.intermediate_dense", "feed_forward.output_dense")
+    inside = {name for name in adapted if name.startswith(layers)}
+    assert inside == {f"{layers}.{layer}.{name}" for layer in (0, 1) for name in names}
     assert whole == set()
 
 
@@ -42,13 +45,14 @@ def test_a_new_head_gets_none_where_all_linear_layers_do(tmp_path):
     assert "wav2vec2.encoder.layers.0.feed_forward.output_dense" in adapted
 
 
-def test_a_layer_of_such_a_name_in_a_head_gets_none(tmp_path):
+def test_what_trains_whole_gets_none_inside(tmp_path):
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 32}
     ids = {"pad_token_id": 3, "eos_token_id": 2, "bos_token_id": 1, "decoder_start_token_id": 2}
     BartForSequenceClassification(BartConfig(vocab_size=20, **sizes, **heads, **ids)).save_pretrained(tmp_path)
     tokenizer(encoder=True).save_pretrained(tmp_path)
-    adapted, whole = trained(str(tmp_path), "classification", {**LOCAL, "roles": ["encoder", "decoder"]})
-    places = ("encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.encoder_attn")
-    assert adapted == {f"model.{place}.{name}" for place in places for name in ("v_proj", "out_proj")}
-    assert whole == {"classification_head"}
+    linear = {"type": "linear", "roles": ["encoder"]}
+    adapted, whole = trained(str(tmp_path), "classification", linear)
+    assert "model.decoder.layers.0.encoder_attn.v_proj" in adapted
+    assert not any("attn_plugin" in name or "classification_head" in name for name in adapted)
+    assert whole == {"classification_head", "model.encoder.layers.0.self_attn.attn_plugin"}

@@ -187,29 +187,30 @@ def test_evaluate_says_that_recall_is_missing_beside_perplexity_and_prints_it_wh
     assert "perplexity at positions" in both
 
 
+EVERY = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"lora": {"r": 2}}, {"v_proj", "o_proj"}),
-        ({}, {"v_proj", "o_proj"}),
+        ({"lora": {"r": 2}}, EVERY),
+        ({}, EVERY),
         ({"lora": {"r": 2, "target_modules": ["k_proj"]}}, {"k_proj"}),
-        ({"attention": None, "lora": {"r": 2}}, {"q_proj", "v_proj"}),  # PEFT's choice for this family
+        ({"attention": None, "lora": {"r": 2}}, EVERY),
     ],
 )
-def test_adapters_of_a_swapped_model_go_to_values_and_outputs_unless_others_are_named(
-    speller, long_text, tmp_path, changes, expected
-):
+def test_adapters_go_to_every_linear_layer_unless_others_are_named(speller, long_text, tmp_path, changes, expected):
     config = settings(speller, long_text, tmp_path / "out", **{"lora": {}, **changes})
     model = choose_parameters(config, load(speller, attention=config.attention))
     trained = {name.split(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
     assert trained == expected
 
 
-def test_adapters_go_where_peft_puts_them_in_a_family_with_other_names(tmp_path, long_text):
+def test_adapters_go_to_linear_layers_of_another_kind(tmp_path, long_text):
     folder = str(tmp_path / "gpt2")
     GPT2LMHeadModel(GPT2Config(vocab_size=90, n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder)
     spelling().save_pretrained(folder)
     config = settings(folder, long_text, tmp_path / "out", lora={"r": 2, "fan_in_fan_out": True})
     model = choose_parameters(config, load(folder, attention=LOCAL))
     trained = {name.split(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {"c_attn"}
+    assert trained == {"c_attn", "c_proj", "c_fc"}
