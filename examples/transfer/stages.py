@@ -52,7 +52,12 @@ ATTENTIONS: dict[str, Any] = {
     "local": {"type": "local", "window_size": 64, "num_sink_tokens": 4},
 }
 
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+RANK = {"r": 8, "lora_alpha": 16}
+LORA: dict[str, dict[str, Any]] = {
+    "lora": {**RANK, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "lora in all layers": {**RANK, "target_modules": "all-linear"},
+}
+"""What a stage does -> LoRA's options."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,7 @@ class Stage:
 
     attention: str
     does: str
-    """untrained, transfer, lora (with the language model's loss), or kl (on new weights alone)."""
+    """untrained, transfer, one of LORA (with the language model's loss), or kl (on new weights alone)."""
     steps: int = 0
     after: "Stage | None" = None
 
@@ -82,7 +87,7 @@ def _stages() -> list[Stage]:
         taught = Stage(attention=attention, does="transfer", steps=transfer, after=start)
         stages += [start, taught, Stage(attention=attention, does="lora", steps=16, after=taught)]
     taught = stages[1]
-    stages += [Stage(attention="linear", does="lora", steps=64, after=taught)]
+    stages += [Stage(attention="linear", does=does, steps=64, after=taught) for does in LORA]
     stages += [Stage(attention="linear", does="kl", steps=16, after=taught)]
     longer = Stage(attention="linear", does="transfer", steps=100, after=stages[0])
     stages += [longer, Stage(attention="linear", does="lora", steps=64, after=longer)]
@@ -129,7 +134,7 @@ class Bench:
         if stage.after is not None and not (self.folder(stage.after) / "ended").exists():
             self.run(stage.after)
         began, cpu = time.perf_counter(), time.process_time()
-        told = getattr(self, f"_{'finetune' if stage.does in ('lora', 'kl') else stage.does}")(stage)
+        told = getattr(self, f"_{'finetune' if stage.does in (*LORA, 'kl') else stage.does}")(stage)
         told |= {"seconds": round(time.perf_counter() - began, 1), "cpu": round(time.process_time() - cpu, 1)}
         loaded = load(str(self.folder(stage)), dtype="float32")
         for task, batches in self.tasks:
@@ -178,7 +183,7 @@ class Bench:
             "data": {"source": "python-docs"},
             "output_dir": str(out),
             "block_size": self.length,
-            **({"tune": "new", "loss": "kl"} if distils else {"tune": "lora", "lora": LORA}),
+            **({"tune": "new", "loss": "kl"} if distils else {"tune": "lora", "lora": LORA[stage.does]}),
             "training": {**training, "learning_rate": 5e-3 if distils else 2e-3, "save_strategy": "no"},
             "evaluation": {"length": self.length, "max_tokens": self.length},
             "recall": False,

@@ -24,7 +24,7 @@ def small(example, monkeypatch):
     """A stage of each kind, of two steps."""
     untrained = example.Stage(attention="linear", does="untrained")
     taught = example.Stage(attention="linear", does="transfer", steps=2, after=untrained)
-    last = [example.Stage(attention="linear", does=does, steps=2, after=taught) for does in ("kl", "lora")]
+    last = [example.Stage(attention="linear", does=does, steps=2, after=taught) for does in ("kl", *example.LORA)]
     monkeypatch.setattr(example, "STAGES", [untrained, taught, *last])
     return example
 
@@ -36,7 +36,7 @@ def test_stages_follow_each_other(small, llama, tmp_path, one_thread):
     assert found["linear + 2 transfer"]["error"] < found["linear + 2 transfer"]["error before"]
     assert found["linear + 2 transfer"]["pretrained weights unchanged"]
     assert found["linear + 2 transfer + 2 kl"]["pretrained weights unchanged"]
-    assert len({figures["perplexity"] for figures in found.values()}) == 4
+    assert len({figures["perplexity"] for figures in found.values()}) == 5
 
 
 def test_a_run_is_kept_and_goes_on(small, llama, tmp_path, monkeypatch, capsys, one_thread):
@@ -62,6 +62,7 @@ def test_the_stages_reach_their_bars(example, tmp_path):
     perplexity = {name: figures["perplexity"] for name, figures in found.items()}
     assert perplexity["linear + 50 transfer"] <= 260
     assert perplexity["linear + 50 transfer + 16 lora"] <= 150
+    assert perplexity["linear + 50 transfer + 64 lora in all layers"] <= 85
     assert perplexity["linear + 100 transfer + 64 lora"] <= 85
     assert perplexity["linear in 23, 7 chosen + 100 transfer"] <= 75
     assert perplexity["linear in 23, 7 chosen + 100 transfer + 16 lora"] <= 45
