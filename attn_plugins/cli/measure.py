@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from attn_plugins.cli.app import ConfigFile, OutputDir, Settings, app, one_line_errors, settings, show
+from attn_plugins.cli.stop import stoppable
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.yaml import parse_yaml
@@ -19,7 +20,7 @@ def compare(
     fresh: Annotated[bool, typer.Option("--fresh", help="Run cells again that have a result already.")] = False,
     assignments: Settings = None,
 ) -> None:
-    """Compare attentions: quality untrained and fine-tuned, speed, memory. A killed run goes on where it was.
+    """Compare attentions: quality untrained and fine-tuned, speed, memory. A stopped run goes on where it was.
 
     Exit status 1 if a cell failed.
     """
@@ -32,7 +33,8 @@ def compare(
     from attn_plugins.benchmark.compare_report import write_report
 
     with running:
-        run_compare(parsed, results, fresh=fresh)
+        with stoppable(parsed.output_dir, again=(), kept=f"cells that have ended are in {results.path}"):
+            run_compare(parsed, results, fresh=fresh)
         tables, files = write_report(parsed, results)
     show(tables, [results.path, *files])
     failed = [cell for cell in tables if cell.title == "Errors"]

@@ -15,12 +15,13 @@ from attn_plugins.config.extras import need
 
 
 @contextlib.contextmanager
-def stoppable(output_dir: str, *, again: tuple[str, ...] = ("--resume",)) -> Iterator[None]:
+def stoppable(output_dir: str, *, again: tuple[str, ...] = ("--resume",), kept: str | None = None) -> Iterator[None]:
     """Ctrl-C and SIGTERM end what is run here with one line, and exit status 130 or 143.
 
     Args:
         output_dir: where its checkpoints are, unless the run that was stopped says another.
         again: what the command that goes on has beside what this one has.
+        kept: what there is where no run has left a checkpoint.
     """
     from attn_plugins.training.resume import last_whole_checkpoint
     from attn_plugins.training.stop import SIGNALS, Stopped
@@ -38,7 +39,7 @@ def stoppable(output_dir: str, *, again: tuple[str, ...] = ("--resume",)) -> Ite
             how = "Ctrl-C" if stopped.number == signal.SIGINT else "SIGTERM"
             where = stopped.output_dir or output_dir
             checkpoint = last_whole_checkpoint(where)
-            left = f"{checkpoint} is whole" if checkpoint else f"there is no checkpoint in {where} yet"
+            left = f"{checkpoint} is whole" if checkpoint else kept or f"there is no checkpoint in {where} yet"
             print(f"stopped by {how}; {left}. Go on with: {command_again(again)}", file=sys.stderr)
         raise typer.Exit(128 + stopped.number) from None
     finally:
@@ -57,6 +58,7 @@ def command_again(again: tuple[str, ...] = ("--resume",)) -> str:
             break
         # A script is started as: python, path of the script, arguments.
         words = [Path(line[1]).name, *line[2:]] if _is_python(line) else line
+    words = [word for word in words if word != "--fresh"]  # which would begin anew
     return shlex.join([*words, *(word for word in again if word not in words)])
 
 

@@ -10,17 +10,18 @@ import socket
 import programs
 import pytest
 import torch
+import typer
 import yaml
 from safetensors.torch import load_file
 
-from attn_plugins.cli.stop import command_again
+from attn_plugins.cli.stop import command_again, stoppable
 from attn_plugins.core.options import build
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.finetune import prepare_finetune
 from attn_plugins.training.launch import _wait
 from attn_plugins.training.resume import last_whole_checkpoint
 from attn_plugins.training.search import SearchConfig, search
-from attn_plugins.training.stop import SAME, StopOnSignal
+from attn_plugins.training.stop import SAME, StopOnSignal, Stopped
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,6 +161,24 @@ def test_a_recipe_stops_in_a_stage(tree, tmp_path):
     words = ["recipe", "--config", config_file(tmp_path, {**tree, "stages": [{"finetune": stage}]}), "-o", str(out)]
     done = programs.run("-c", SIGNALLED, [int(signal.SIGTERM)], 2, "0", *words)
     said_the_same_command(done, out / "1-finetune", words)
+
+
+def test_a_comparison_stops_in_a_fine_tune(tree, tmp_path):
+    out, own = tmp_path / "out", {name: tree[name] for name in ("tune", "block_size", "training")}
+    shared = {"data": tree["data"], "evaluation": tree["evaluation"], "untrained": False}
+    compared = {"models": {"tiny": tree["model"]}, "attentions": {"dense": None}, "finetune": own, **shared}
+    words = ["compare", "--config", config_file(tmp_path, compared), "-o", str(out)]
+    done = programs.run("-c", SIGNALLED, [int(signal.SIGTERM)], 2, "0", *words, "--fresh")
+    (run,) = (out / "finetuned").iterdir()
+    said_the_same_command(done, run, words)
+    assert not (out / "results.jsonl").read_text(), "no cell has ended"
+
+
+def test_what_is_kept_is_said_where_there_is_no_checkpoint(tmp_path, capsys):
+    with pytest.raises(typer.Exit) as ended, stoppable(str(tmp_path), again=(), kept="two cells are in a file"):
+        raise Stopped(signal.SIGINT)
+    assert ended.value.exit_code == 130
+    assert "stopped by Ctrl-C; two cells are in a file. Go on with: " in capsys.readouterr().err
 
 
 def test_a_second_ctrl_c_ends_at_once():
