@@ -27,6 +27,8 @@ def training_arguments(config: FinetuneConfig, trained: TrainableTask, quiet: bo
     options.setdefault("label_names", list(trained.targets))  # a PEFT model's forward hides them from Trainer
     options.setdefault("dataloader_pin_memory", torch.accelerator.is_available())
     options.setdefault("disable_tqdm", quiet)
+    if options.get("bf16") and not torch.accelerator.is_available():
+        options.setdefault("use_cpu", True)  # without which Trainer refuses it, though that is where it would train
     if config.early_stopping is not None:
         options.setdefault("load_best_model_at_end", True)
         options.setdefault("restore_callback_states_from_checkpoint", True)  # how often it was no better, so far

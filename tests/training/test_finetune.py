@@ -449,3 +449,11 @@ def test_two_processes_do_the_same_steps_as_one(llama, text, tmp_path, launch):
         torch.testing.assert_close(weights[1][name], weight, atol=1e-4, rtol=1e-4)
     alone = evaluated(tmp_path / "two", text, evaluation={"length": 16, "max_tokens": 80})
     assert close(two["evaluation"]["after"], alone["result"])
+
+
+def test_bfloat16_is_for_cpus_too(llama, text, tmp_path):
+    config = settings(llama, text, tmp_path / "out", training={**SMALL, "bf16": True, "max_steps": 1}, recall=False)
+    run = prepare_finetune(config)
+    assert run.trainer.accelerator.mixed_precision == "bf16"
+    run.run(None)
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors")
