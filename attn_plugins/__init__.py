@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from attn_plugins.core.backend import Backend, list_backends, register_backend
     from attn_plugins.core.mask import AttentionMask
     from attn_plugins.core.registry import get_attention, list_attentions, register_attention
+    from attn_plugins.export.native import export_native
     from attn_plugins.hf.caches.cache_layers import cache_bytes
     from attn_plugins.hf.swap import describe_attention, restore_attention, swap_attention
     from attn_plugins.training.distillation import distillation_loss
@@ -33,6 +34,7 @@ __all__ = [
     "choose_attention",
     "describe_attention",
     "distillation_loss",
+    "export_native",
     "get_attention",
     "list_attentions",
     "list_backends",
@@ -53,6 +55,7 @@ _HOMES = {
     "choose_attention": "attn_plugins.choice.choose",
     "describe_attention": "attn_plugins.hf.swap",
     "distillation_loss": "attn_plugins.training.distillation",
+    "export_native": "attn_plugins.export.native",
     "get_attention": "attn_plugins.core.registry",
     "list_attentions": "attn_plugins.core.registry",
     "list_backends": "attn_plugins.core.backend",

@@ -32,6 +32,7 @@ VERBS = [
     "compare",
     "describe",
     "evaluate",
+    "export",
     "finetune",
     "list",
     "recipe",

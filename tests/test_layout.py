@@ -25,11 +25,15 @@ ROOMS = {
     "training": {"config", "core", "data", "hf", "tasks", "training"},
     "choice": {"choice", "config", "core", "data", "hf", "tasks", "training"},
     "transfer": {"choice", "config", "core", "data", "hf", "tasks", "training", "transfer"},
+    "export": {"config", "core", "export", "hf", "ops", "training"},
     "benchmark": {"benchmark", "choice", "config", "core", "data", "hf", "tasks", "training", "transfer"},
     "launcher": set(),
-    "cli": {"benchmark", "choice", "cli", "config", "core", "data", "hf", "launcher", "tasks", "training", "transfer"},
+    "cli": {
+        *{"benchmark", "choice", "cli", "config", "core", "data", "export", "hf", "launcher", "tasks", "training"},
+        "transfer",
+    },
     "__main__": {"cli"},
-    "__init__": {"choice", "config", "core", "hf", "training", "transfer"},
+    "__init__": {"choice", "config", "core", "export", "hf", "training", "transfer"},
 }
 """What the files of a room, or a file at the root, may import of the package."""
 
