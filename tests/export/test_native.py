@@ -345,7 +345,7 @@ def test_adapters_are_merged_where_asked_for(llama, tmp_path):
 @pytest.mark.real
 @torch.no_grad()
 def test_smollm2(tmp_path):
-    source, text = on_disk("models", "smollm2-135m"), "\n\n".join(python_docs()[:2])[:4000]
+    source, text = on_disk("models", "smollm2-135m"), "\n\n".join(python_docs()["validation"]["text"])[:4000]
     model = tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     model = ap.swap_attention(model, some("0-14", window_size=64))
     model.save_pretrained(tmp_path / "swapped")
