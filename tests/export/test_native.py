@@ -346,7 +346,8 @@ def test_adapters_are_merged_where_asked_for(llama, tmp_path):
 @torch.no_grad()
 def test_smollm2(tmp_path):
     source, text = on_disk("models", "smollm2-135m"), "\n\n".join(python_docs()["validation"]["text"])[:4000]
-    model = tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    # In float32 two kernels of one attention differ by 2e-5 of the largest logit after 30 layers.
+    model = tf.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float64)
     model = ap.swap_attention(model, some("0-14", window_size=64))
     model.save_pretrained(tmp_path / "swapped")
     tokenizer = tf.AutoTokenizer.from_pretrained(source)

@@ -262,7 +262,8 @@ def test_a_config_runs_and_its_model_measures_the_same(name, folder, tmp_path):
     assert swapped, "the config has an attention"
     assert "pipeline_tag:" in (out / "README.md").read_text("utf-8")
     again = evaluated(name, {**changes, "output_dir": out}, out, metrics)
-    assert numbers(again["result"]) == pytest.approx(numbers(metrics["evaluation"]["after"]), rel=1e-4)
+    close = 1e-2 if metrics["training"].get("bf16") else 1e-4  # Trainer's model computes in what it was trained in
+    assert numbers(again["result"]) == pytest.approx(numbers(metrics["evaluation"]["after"]), rel=close)
     assert (again["attention"], again["new_weights"]) == (metrics["attention"], 0)
 
 
