@@ -10,7 +10,7 @@ from attn_plugins.tasks.kinds import KINDS, PEFT_TASKS
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.heads import beside_attention
 from attn_plugins.training.history import pretrained_base, stages_of
-from attn_plugins.training.models import Loaded, in_slot
+from attn_plugins.training.models import Loaded, in_slot, linear_of_both_kinds
 
 ALL = "all-linear"
 """PEFT's name for every linear layer but the head, where adapters go unless that is said: see docs/transfer.md."""
@@ -31,8 +31,8 @@ def with_lora(config: FinetuneConfig, loaded: Loaded, model: Any, new: list[str]
     """
     peft = need("peft", "train")
     options = dict(config.lora)
-    if "target_parameters" not in options:
-        options.setdefault("target_modules", ALL)
+    if not {"target_modules", "target_parameters"} & set(options):
+        options["target_modules"] = _all_linear(model)
     whole = ["attn_plugin" if in_slot(name) else name.rpartition(".")[0] for name in new]
     heads = beside_attention(model) if KINDS[config.trained().model].classes else []  # perhaps of other classes
     whole = sorted({*whole, *heads, *(options.pop("modules_to_save", None) or [])})
@@ -46,13 +46,25 @@ def with_lora(config: FinetuneConfig, loaded: Loaded, model: Any, new: list[str]
     kind = PEFT_TASKS.get(loaded.auto)
     try:
         adapter = peft.LoraConfig(task_type=kind, modules_to_save=whole or None, **options)
-        if model is loaded.model:
-            adapted = peft.get_peft_model(model, adapter)
-        else:  # in a SentenceTransformer, which saves and loads adapters that transformers has placed
-            adapted = loaded.model
-            model.add_adapter(adapter)
+        with linear_of_both_kinds():
+            if model is loaded.model:
+                adapted = peft.get_peft_model(model, adapter)
+            else:  # in a SentenceTransformer, which saves and loads adapters that transformers has placed
+                adapted = loaded.model
+                model.add_adapter(adapter)
     except (ValueError, TypeError) as error:
         raise ValueError(f"lora: {error}") from error
     # The adapter brings all weights of the slots along: it needs no folder in which nothing else was trained.
     adapter.base_model_name_or_path = pretrained_base(stages_of(loaded.source)) or loaded.source
     return adapted
+
+
+def _all_linear(model: Any) -> str | list[str]:
+    """PEFT's option for all linear layers but the head: names of layers where PEFT does not know it, as that of CTC."""
+    known = model.get_output_embeddings()
+    heads = {name for name in beside_attention(model) if isinstance(getattr(model, name), nn.Linear)}
+    if not any(getattr(model, name) is not known for name in heads):
+        return ALL
+    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and not in_slot(path)]
+    names = {path: path.rpartition(".")[2] for path in linear if path not in heads}
+    return sorted({path if name.isdigit() else name for path, name in names.items()})

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -149,8 +151,17 @@ def load(
     fresh = sorted([*info["missing_keys"], *_mismatched(source, info["mismatched_keys"], len(names or []))])
     if adapter is not None:
         peft = need("peft", "train")
-        model, fresh = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable), []
+        with linear_of_both_kinds():
+            model, fresh = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable), []
     return Loaded(model=model, processing=made_by, source=base, auto=cls.__name__, fresh=fresh)
+
+
+@contextlib.contextmanager
+def linear_of_both_kinds() -> Iterator[None]:
+    """While PEFT puts adapters into Linear and Conv1D: it sets ``fan_in_fan_out`` right for each, and warns of that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        yield
 
 
 def _mismatched(source: str, mismatched: set[tuple[str, Any, Any]], classes: int) -> list[str]:

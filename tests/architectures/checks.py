@@ -323,9 +323,9 @@ def packed(subject: Subject) -> None:
 
     if distance_from_alone() > TOLERANCE:
         raise NotApplicableError("its own attention does not keep packed texts apart")
-    for name in ("softmax", "local", "linear"):
+    for name, options in (("softmax", {}), ("local", {}), ("linear", {"feature_map": "elu"})):
         try:
-            serve(subject, name)
+            serve(subject, name, **options)
         except NotApplicableError:
             continue
         away = distance_from_alone()
@@ -346,7 +346,7 @@ def generates(subject: Subject) -> None:
     decoders = [target.path for target in subject.targets if target.role == "decoder" and target.path in subject.called]
     if not decoders:
         raise NotApplicableError("it has no causal attention module")
-    for name, options in (("local", {"window_size": 4}), ("linear", {})):
+    for name, options in (("local", {"window_size": 4}), ("linear", {"feature_map": "elu"})):
         try:
             serve(subject, name, **options)
         except NotApplicableError:

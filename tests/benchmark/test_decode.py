@@ -82,7 +82,7 @@ def test_a_run_writes_times_and_bytes_and_is_not_run_again(tmp_path, monkeypatch
 
 
 SPLIT = [
-    {"type": "linear", "kv_heads": [0], "layers": [0]},
+    {"type": "linear", "feature_map": "elu", "kv_heads": [0], "layers": [0]},
     {"type": "local", "window_size": 4, "num_sink_tokens": 0, "kv_heads": [1]},
 ]
 

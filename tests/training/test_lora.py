@@ -31,6 +31,7 @@ def test_of_ctc_models_they_go_to_the_same_layers_whatever_the_attention(tmp_pat
     layers = f"{cls.base_model_prefix}.encoder.layers"
     names = ("attention.k_proj", "attention.v_proj", "attention.q_proj", "attention.out_proj")
     names += ("feed_forward.intermediate_dense", "feed_forward.output_dense")
+    assert "lm_head" not in adapted
     inside = {name for name in adapted if name.startswith(layers)}
     assert inside == {f"{layers}.{layer}.{name}" for layer in (0, 1) for name in names}
     assert whole == set()

@@ -66,7 +66,7 @@ def test_only_its_own_part_of_a_card_is_written_anew(tmp_path):
     ap.swap_attention(model, "linear").save_pretrained(tmp_path)
     second = path.read_text()
     assert second.endswith("<!-- /attn-plugins -->\n\nMore of mine.\n")
-    assert "feature_map: elu" in second
+    assert "feature_map: hedgehog" in second
     assert "window_size" not in second
     assert second.count("## Attention") == 1
     ap.restore_attention(model).save_pretrained(tmp_path)
