@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from attn_plugins.config.extras import need
 from attn_plugins.tasks.kinds import KINDS, PEFT_TASKS
@@ -31,11 +32,11 @@ def with_lora(config: FinetuneConfig, loaded: Loaded, model: Any, new: list[str]
     """
     peft = need("peft", "train")
     options = dict(config.lora)
-    if not {"target_modules", "target_parameters"} & set(options):
-        options["target_modules"] = _all_linear(model)
     whole = ["attn_plugin" if in_slot(name) else name.rpartition(".")[0] for name in new]
     heads = beside_attention(model) if KINDS[config.trained().model].classes else []  # perhaps of other classes
     whole = sorted({*whole, *heads, *(options.pop("modules_to_save", None) or [])})
+    if not {"target_modules", "target_parameters"} & set(options):
+        options["target_modules"] = _all_linear(model, whole)
     # What trains whole gets no adapters inside it, even where a layer in it has the name of one of the model's.
     within = rf"(.*\.)?({'|'.join(map(re.escape, whole))})(\..*)?"
     linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -59,12 +60,16 @@ def with_lora(config: FinetuneConfig, loaded: Loaded, model: Any, new: list[str]
     return adapted
 
 
-def _all_linear(model: Any) -> str | list[str]:
-    """PEFT's option for all linear layers but the head: names of layers where PEFT does not know it, as that of CTC."""
-    known = model.get_output_embeddings()
-    heads = {name for name in beside_attention(model) if isinstance(getattr(model, name), nn.Linear)}
-    if not any(getattr(model, name) is not known for name in heads):
+def _all_linear(model: Any, whole: list[str]) -> str | list[str]:
+    """PEFT's option for all linear layers but the head: names of layers where PEFT does not know it, as that of CTC.
+
+    Args:
+        whole: names of what trains whole, which gets no adapters anyhow.
+    """
+    known, kinds = model.get_output_embeddings(), (nn.Linear, Conv1D)
+    heads = {name for name in beside_attention(model) if isinstance(getattr(model, name), kinds)} - set(whole)
+    if all(getattr(model, name) is known for name in heads):
         return ALL
-    linear = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and not in_slot(path)]
+    linear = [path for path, module in model.named_modules() if isinstance(module, kinds) and not in_slot(path)]
     names = {path: path.rpartition(".")[2] for path in linear if path not in heads}
     return sorted({path if name.isdigit() else name for path, name in names.items()})

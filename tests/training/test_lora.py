@@ -3,7 +3,14 @@
 import pytest
 from conftest import tokenizer
 from sounding import ctc
-from transformers import BartConfig, BartForSequenceClassification, HubertForCTC, Wav2Vec2ForCTC
+from transformers import (
+    BartConfig,
+    BartForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    HubertForCTC,
+    Wav2Vec2ForCTC,
+)
 
 from attn_plugins.core.options import build
 from attn_plugins.tasks import trained_task
@@ -44,6 +51,16 @@ def test_a_new_head_gets_none_where_all_linear_layers_do(tmp_path):
     assert whole == {"lm_head"}
     assert "lm_head" not in adapted
     assert "wav2vec2.encoder.layers.0.feed_forward.output_dense" in adapted
+
+
+def test_of_a_classifier_whose_layers_are_of_another_kind_all_get_some(tmp_path):
+    config = GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, pad_token_id=3)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer(encoder=True).save_pretrained(tmp_path)
+    adapted, whole = trained(str(tmp_path), "classification", LOCAL)
+    names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert adapted == {f"transformer.h.0.{name}" for name in names}
+    assert whole == {"score"}
 
 
 def test_what_trains_whole_gets_none_inside(tmp_path):
