@@ -1,15 +1,13 @@
 """Every config of configs/train that a CPU can run, as a user runs it: real weights, real data, the command line.
 
 What a case takes lies under the cache (``$ATTN_PLUGINS_CACHE``, else ``~/.cache/attn-plugins``) in ``models/NAME`` and
-``data/NAME``; where it does not, the case skips and says what it looked for. Of words and questions there is no ready
-table: they are made of Python's own documentation and of descriptions of packages, whose authors have marked code, and
-written "This package provides ...".
+``data/NAME``; where it does not, the case skips and says what it looked for. Of words, questions and preferred answers
+there is no ready table: examples/training/make_tables.py makes them.
 """
 
 import dataclasses
 import json
 import math
-import re
 import runpy
 import sys
 from pathlib import Path
@@ -91,65 +89,27 @@ def masked_lm(folder):
 
 
 def preference(folder):
-    """A description with its own summary, and that of another package."""
-    rows = rows_of("data", "summaries", "validation.jsonl")
-    short = [row for row in rows if len(row["document"]) < 300][:40]
-    pairs = zip(short, short[1:] + short[:1], strict=True)
-    table = [
-        {"prompt": row["document"], "chosen": f"\n{row['summary']}", "rejected": f"\n{other['summary']}"}
-        for row, other in pairs
-        if row["summary"] != other["summary"]
-    ]
-    return {**smollm(), "data.source": write_rows(folder / "my.jsonl", table)}
+    rows = MADE["preference"](rows_of("data", "summaries", "validation.jsonl")[:400])
+    return {**smollm(), "data.source": write_rows(folder / "my.jsonl", rows[:40])}
 
 
-def split_tables(folder, rows, train, held_out):
-    """Settings of MiniLM with two tables, the first so many of what ``rows`` gives for a split."""
-    sizes = {"train": train, "validation": held_out}
-    tables = [write_rows(folder / f"{split}.jsonl", rows(split)[:size]) for split, size in sizes.items()]
+MADE = runpy.run_path(str(ROOT / "examples" / "training" / "make_tables.py"))
+
+
+def split_tables(folder, table, train, held_out):
+    """Settings of MiniLM with a table that the example makes, the first so many rows of each split."""
+    summaries = None if table == "words" else on_disk("data", "summaries", "train.jsonl").parent
+    rows, sizes = MADE["tables"](table, summaries), {"train": train, "validation": held_out}
+    tables = [write_rows(folder / f"{split}.jsonl", rows[split][:size]) for split, size in sizes.items()]
     return {**minilm(), "data.source": tables[0], "data.eval_source": tables[1]}
 
 
-QUESTION = re.compile(r"This package (provide|contain)s ([^.:;]{10,120})\.")
-
-
-def questions(split):
-    """A short description that says once what a package is for, the question of it, and the part that answers it."""
-    found = {}
-    for row in rows_of("data", "summaries", f"{split}.jsonl"):
-        context = " ".join(row["document"].split())
-        said = QUESTION.findall(context)
-        if len(said) == 1 and len(context) <= 180:
-            ((verb, answer),) = said
-            found[context] = {"question": f"What does this package {verb}?", "context": context, "answers": answer}
-    return list(found.values())
-
-
 def question_answering(folder, train=40, held_out=8):
-    return split_tables(folder, questions, train, held_out)
-
-
-CODE = re.compile(r'("[^"]+"|``[^`]+``)')
-
-
-def marked_words(split):
-    """Paragraphs of Python's documentation as words, of which the tags say what stood in marks of code."""
-    rows = []
-    for paragraph in (part for text in python_docs()[split]["text"] for part in text.split("\n\n")):
-        pieces, words, tags = CODE.split(" ".join(paragraph.split())), [], []
-        for number, piece in enumerate(pieces):
-            code = number % 2 == 1
-            found = re.findall(r"\w+|[^\w\s]", piece.strip('"`') if code else piece)
-            words += found
-            tags += ["B-CODE", *["I-CODE"] * (len(found) - 1)][: len(found)] if code else ["O"] * len(found)
-        prose = not paragraph.startswith(" ") and not re.search(r"\*\*|==|--|::", paragraph)
-        if prose and '"' not in "".join(pieces[::2]) and 6 <= len(words) <= 60 and {"O", "B-CODE"} <= set(tags):
-            rows.append({"words": words, "tags": tags})
-    return rows
+    return split_tables(folder, "questions", train, held_out)
 
 
 def token_classification(folder, train=40, held_out=8):
-    return split_tables(folder, marked_words, train, held_out)
+    return split_tables(folder, "words", train, held_out)
 
 
 def sentence_embedding(folder):
@@ -301,7 +261,7 @@ def test_words_that_are_code_are_found_after_40_steps(folder, tmp_path):
 def test_what_packages_provide_is_found_after_40_steps(folder, tmp_path):
     changes = {**LEARNING, **question_answering(folder, 320, 40)}
     metrics = finetuned("question_answering", changes, tmp_path / "out")["evaluation"]
-    rows = questions("validation")[:40]
+    rows = [json.loads(line) for line in Path(changes["data.eval_source"]).read_text("utf-8").splitlines()]
     all_of_it = sum(overlap(row["context"], row["answers"]) for row in rows) / len(rows)
     assert metrics["after"]["questions"] == len(rows) == 40
     assert metrics["after"]["f1"] > max(metrics["before"]["f1"], all_of_it)
