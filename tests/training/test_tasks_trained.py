@@ -12,6 +12,7 @@ from pathlib import Path
 import pictured
 import pytest
 import torch
+import transformers
 from conftest import WORDS, KillAt, tokenizer, write_rows
 from safetensors.torch import load_file
 from sounding import ctc, recordings, whisper
@@ -250,6 +251,11 @@ def test_adapters_and_new_weights_alone_come_back(task, folder, tmp_path):
     assert any("lora_B" in name and weight.any() for name, weight in saved.items())
     assert any("attn_plugin" in name for name in saved)
     assert metrics["parameters"]["trained"] == sum(weight.numel() for weight in saved.values())
+    if transformers.__version__.startswith("5.17.") and task.startswith("sentence-"):
+        # sentence-transformers has transformers load adapters, which has not learned to load whole modules yet
+        with pytest.raises(ValueError, match=r"this version of transformers .* has not loaded the adapter's weights"):
+            measured(tmp_path / "out", config)
+        return
     again = measured(tmp_path / "out", config)
     assert again["result"] == pytest.approx(metrics["evaluation"]["after"], rel=1e-5)
     assert again["attention"] == metrics["attention"]
