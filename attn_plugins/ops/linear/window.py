@@ -316,9 +316,10 @@ def _with_sinks(
     top = torch.maximum(own_max, s_BHQS.amax(dim=-1, keepdim=True))
     e_BHQS, weight = torch.exp(s_BHQS - top).masked_fill(hidden, 0.0), torch.exp(near.lse_BHQ1 - top)
     total = weight + e_BHQS.sum(dim=-1, keepdim=True)
-    v_BHSV = expand_heads(v_BGSV, q_BHQD.shape[1]).to(e_BHQS.dtype)
-    out_BHQV = (near.out_BHQV * weight + e_BHQS @ v_BHSV) / total.masked_fill(total == 0, 1.0)
-    return SoftmaxParts(out_BHQV, top + total.log(), top)
+    v_BHSV, nothing = expand_heads(v_BGSV, q_BHQD.shape[1]).to(e_BHQS.dtype), total == 0
+    total = total.masked_fill(nothing, 1.0)
+    out_BHQV = (near.out_BHQV * weight + e_BHQS @ v_BHSV) / total
+    return SoftmaxParts(out_BHQV, (top + total.log()).masked_fill(nothing, -torch.inf), top)
 
 
 def _one_token(

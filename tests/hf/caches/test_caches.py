@@ -54,6 +54,19 @@ def test_a_cache_kept_over_turns(name):
 
 
 @every_causal
+def test_training_beside_a_cache_behind_padding_equals_training_without_one(name):
+    """Models make a cache in training too, unless they are told not to."""
+    model, given, gradients = swapped(name, "llama"), tiny.inputs("llama"), []
+    labels = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    for cache in (True, False):
+        model.zero_grad()
+        model(**given, labels=labels, use_cache=cache).loss.backward()
+        gradients.append({path: weight.grad for path, weight in model.named_parameters()})
+    for path, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][path], atol=1e-6, rtol=1e-3, msg=path)
+
+
+@every_causal
 @torch.no_grad()
 def test_chunked_prefill(name):
     model, given = swapped(name, "llama"), prompt(batch=2)
