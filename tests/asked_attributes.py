@@ -8,6 +8,7 @@ import pytest
 ASKED = {
     "test_future_tokens_do_not_matter_when_causal": "causal = False",
     "test_half_of_the_heads_is_attended_to_alone_alike_or_refused": "heads_alike = False",
+    "test_what_it_declares_of_its_weights_leaves_it_the_heads_of_one_process": "head_weights = None",
     "test_packed_segments_do_not_leak": "segments = False",
     "test_packed_segments_do_not_leak_through_gradients": "segments = False",
     "test_cached_decoding_equals_one_pass": "causal = False, or wants_hidden_of_keys = True",

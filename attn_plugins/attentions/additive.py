@@ -37,6 +37,7 @@ class AdditiveAttention(Attention):
         "not for speed."
     )
     causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = dropout = True
+    head_weights = ("*",)
     symbolic_length = True
     limit: ClassVar = {"hidden_dim": 8, "tile_size": 8}
     examples = ({"hidden_dim": 4, "tile_size": 8}, {"hidden_dim": 4, "initial_gate": 1.0})

@@ -43,6 +43,7 @@ class DifferentialAttention(Attention):
     symbolic_length = True
     convex = False
     heads_multiple_of = 2
+    head_weights = ()
     limit: ClassVar = {}
     examples = ({"chunk_size": 8}, {"form": "paper", "chunk_size": 8})
 

@@ -38,6 +38,7 @@ class FastformerAttention(Attention):
     paper = "Wu et al. 2021, Fastformer: Additive Attention Can Be All You Need, arXiv:2108.09084, eq. 3 to 6"
     when = "For training an encoder at linear cost where pooling to global vectors is enough, such as classification."
     causal = bidirectional = segments = True
+    head_weights = ("*",)
     symbolic_length = True
     convex = False
     examples = ({"chunk_size": 4},)

@@ -48,6 +48,7 @@ class LinearAttention(FeatureAttention):
     )
     when = "With training, for constant memory at decoding and the longest contexts; hedgehog imitates softmax best."
     causal = bidirectional = cross = segments = True
+    head_weights = ("*",)
     examples = (
         {"feature_map": "taylor", "feature_dim": 3, "chunk_size": 5},
         {"feature_map": "hedgehog", "chunk_size": 8},

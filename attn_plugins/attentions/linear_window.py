@@ -40,8 +40,8 @@ class LinearWindowAttention(Attention):
     keeps = "num_sink_tokens + window_size keys and values, F (V + 1) sums"
     paper = "Zhang et al. 2024, LoLCATs, arXiv:2410.10254, eq. 6"
     when = "The linear attention to start with: sinks and window keep a model usable, training adds the rest."
-    causal = bidirectional = segments = True
-    symbolic_length = True
+    causal = bidirectional = segments = symbolic_length = True
+    head_weights = ("*",)
     limit: ClassVar = {"window_size": 50}
     branches = ("window", "linear")
     examples = (

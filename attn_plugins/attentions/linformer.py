@@ -57,6 +57,7 @@ class LinformerAttention(Attention):
         super().__init__(config, heads, **options)
         if heads is None:
             raise ValueError("attention 'linformer' has weights a head and needs the sizes of the heads, got None")
+        self.head_weights = () if config.share_heads else ("*",)
         shape = (1 if config.share_heads else heads.num_key_value_heads, config.projected_length, config.max_length)
         self.key_weight = nn.Parameter(torch.empty(shape))
         self.value_weight = nn.Parameter(torch.empty(shape))

@@ -40,7 +40,7 @@ class NativeSparseAttention(Attention):
     paper = "Yuan et al. 2025, Native Sparse Attention, arXiv:2502.11089, eq. 5 to 12"
     when = "For long contexts with training: a summary of everything, the best blocks in full, and a window."
     causal = bidirectional = segments = dropout = True
-    convex = False
+    convex, head_weights = False, ("*",)
     examples = (
         {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "topk": 4, "local_blocks": 1, "window_size": 5},
         {"kernel_size": 3, "kernel_stride": 5, "block_size": 2, "topk": 6, "init_blocks": 0, "window_size": 1},

@@ -34,6 +34,7 @@ class NystromAttention(Attention):
     paper = "Xiong et al. 2021, Nystromformer, arXiv:2102.03902, eq. 11 to 14"
     when = "For encoders of a few thousand tokens, without training or with little; landmarks beside the length decide."
     bidirectional = True
+    head_weights = ("*",)
     symbolic_length = True
     convex = False
     limit: ClassVar = {"num_landmarks": 50, "num_iterations": 30}

@@ -67,15 +67,16 @@ class RetentionAttention(RecurrentAttention):
         nn.init.constant_(self.average_weight, 0.5)
 
     def prepare(self, scale):
-        return functools.partial(tokens, scale=scale)
+        assert self.heads is not None
+        return functools.partial(tokens, scale=scale, first_head=self.heads.first_head)
 
     def weights(self):
         return [self.score_weight, self.average_weight]
 
 
-def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, *, scale):
+def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, *, scale, first_head):
     q, k = with_average(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, scale=scale)
     heads = q.shape[1]
-    rate = torch.arange(heads, dtype=q.dtype, device=q.device).add(5).neg().exp2()
+    rate = torch.arange(heads, dtype=q.dtype, device=q.device).add(5 + first_head).neg().exp2()
     log_gate = torch.log1p(-rate).view(1, heads, 1, 1)
     return Tokens(q, expand_heads(k, heads), expand_heads(v_BGTV.to(q.dtype), heads), log_gate, None)

@@ -32,7 +32,7 @@ class ShiftedBlockAttention(PatternAttention):
     when = "For fine-tuning to a longer context at little cost, going back to full attention afterwards."
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True
     symbolic_length = True
-    heads_alike = False
+    heads_alike, head_weights = False, ()
     examples = ({"group_size": 6, "num_sink_tokens": 0}, {"group_size": 5, "num_sink_tokens": 2})
 
     @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,11 @@ class ShiftedBlockAttention(PatternAttention):
             self.require((self.num_sink_tokens or 0) >= 0, "num_sink_tokens", "None or an integer from 0 on")
 
     def patterns(self, heads, mask, grid_size=None):
-        size, half = self.config.group_size, heads // 2
+        size, first, total = self.config.group_size, 0, heads
+        if self.heads is not None and self.heads.all_heads is not None:
+            first, total = self.heads.first_head, self.heads.all_heads
+        half = min(max(total // 2 - first, 0), heads)
         halves = [(slice(0, half), BlockBand(size)), (slice(half, heads), BlockBand(size, shift=size // 2))]
-        return [(part, with_first(band, self.config.num_sink_tokens)) for part, band in halves[not half :]]
+        return [
+            (part, with_first(band, self.config.num_sink_tokens)) for part, band in halves if part.stop > part.start
+        ]

@@ -40,6 +40,7 @@ class StickBreakingAttention(Attention):
     paper = "Tan et al. 2024, Scaling Stick-Breaking Attention, arXiv:2410.17980, eq. 1 to 4"
     when = "With training: recency by content in place of position embeddings, for lengths beyond those trained on."
     causal = any_mask = segments = position_bias = softcap = dropout = True
+    head_weights = ("*",)
     symbolic_length = True
     convex = False
     examples = ({"chunk_size": 8}, {"chunk_size": 8, "initial_gate": 1.0})

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,46 +20,11 @@ from attn_plugins.core.backend import FORMS, Backend, fastest, forced
 from attn_plugins.core.capabilities import NEEDS, capabilities
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.gradients import with_gradients_to
+from attn_plugins.core.heads import HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.options import AttentionConfig
 from attn_plugins.core.rotary import Rotary
 from attn_plugins.core.tracing import recorded
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadShape:
-    """Sizes of the heads that an attention serves. Attentions without weights of their own may ignore it."""
-
-    num_heads: int
-    """Query heads, H."""
-    num_key_value_heads: int
-    """Key/value heads, G; H is a multiple of it."""
-    head_dim: int
-    """Size of one query or key, D."""
-    value_dim: int
-    """Size of one value, V."""
-    grid_size: tuple[int, int] | None = None
-    """Rows and columns of an image's patches, where the model's config tells them; an image may have others."""
-    hidden_size: int | None = None
-    """Size E of the hidden states that queries are made of; None where it is not known."""
-    layer: int | None = None
-    """Number of the layer, from 0 in its stack, as in ``layers`` of a rule; None where the heads are of no model."""
-    prefix_tokens: int | None = None
-    """Tokens that stand before the rest in every input of an encoder, such as [CLS] and registers; None where attention
-    is causal, or the heads are of no model."""
-
-    def known_hidden_size(self, attention: str) -> int:
-        """:attr:`hidden_size`, for weights of the attention of this name.
-
-        Raises:
-            ValueError: it is not known.
-        """
-        if self.hidden_size is None:
-            raise ValueError(
-                f"attention {attention!r} has weights of the size of hidden states, which is not known here"
-            )
-        return self.hidden_size
-
 
 CAUSAL_SINKS = 4
 """First tokens that pretrained causal models look at from everywhere (Xiao et al. 2023, arXiv:2309.17453)."""
@@ -147,6 +111,12 @@ class Attention(nn.Module):
     """The number of query heads has to be a multiple of this, where heads work in pairs or larger sets."""
     heads_alike: ClassVar[bool] = True
     """Without weights, a head does the same whichever and among however many it is, as under tensor parallelism."""
+    head_weights: tuple[str, ...] | None = None
+    """Names of the weights, or patterns such as "*", whose first dimension is query heads or key/value heads.
+
+    By saying so it can be shared by heads, as under tensor parallelism: each process has its heads' part of these, all
+    of the other weights and of the buffers, and :attr:`heads` is then what a call has, with the first of its heads by
+    number. Without it (None), an attention that :attr:`needs_all_heads` is refused there."""
     subquadratic: ClassVar[bool] = True
     """``attend`` never holds a tensor of Q x K elements."""
     clean_padding: ClassVar[bool] = False

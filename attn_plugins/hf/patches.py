@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers.distributed import mixin
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -26,8 +27,9 @@ from attn_plugins.hf.checkpoints.configs import check_flags, erase, from_file, m
 from attn_plugins.hf.checkpoints.loading import initialize_weights, load_from_state_dict
 from attn_plugins.hf.masks.mask_function import lazy_mask
 from attn_plugins.hf.masks.structure import COMPOSERS
-from attn_plugins.hf.names import IMPLEMENTATION, SLOT, slot_of
-from attn_plugins.hf.parallel.sharding import load_full_state_dict, refuse_split_heads
+from attn_plugins.hf.names import IMPLEMENTATION, SLOT
+from attn_plugins.hf.parallel import tensor_parallel
+from attn_plugins.hf.parallel.sharding import load_full_state_dict
 from attn_plugins.hf.swap import attach_assigned
 
 _MARK = "_attn_plugins_original"
@@ -71,8 +73,9 @@ def install() -> None:
     # made or saved. Each class of configs keeps the functions that it checks with, found when the class was made.
     _allow_output_attentions()
 
-    # A model that is loaded in parts is given its slots first, and nothing public tells when its heads have been split.
-    _wrap(PreTrainedModel, "maybe_distribute_model", _maybe_distribute_model)
+    # A model that is loaded in parts is given its slots first, and its plan says nothing of them. What it does not name
+    # transformers leaves whole, and nothing public tells when heads have been split, which is before FSDP shards more.
+    _wrap(mixin, "apply_tensor_parallelism", tensor_parallel.apply)
 
     # A cache is told to record before its layers are exchanged for states, and ordinary layers do not remember it.
     _wrap(Cache, "activate_past_recording", _activate_past_recording)
@@ -146,14 +149,6 @@ def _allow_output_attentions() -> None:
 
         setattr(setter, _MARK, held.fset)
         PreTrainedConfig.output_attentions = held.setter(setter)  # type: ignore[method-assign]
-
-
-def _maybe_distribute_model(original: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
-    model = original(cls, *args, **kwargs)
-    for path, module in model.named_modules():
-        if (slot := slot_of(module)) is not None:
-            refuse_split_heads(model, path, module, slot)
-    return model
 
 
 def _validate_output_attentions(original: Any, self: PreTrainedConfig) -> None:
@@ -308,7 +303,8 @@ def _save_pretrained(original: Any, self: PreTrainedModel, save_directory: Any, 
     if adapter:
         adapters.note_rules(self, self.peft_config)
     saved = original(self, save_directory, *args, **kwargs)
-    if inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments.get("is_main_process", True):
+    given = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments
+    if self.should_save_on_this_rank(given.get("is_main_process", True)):
         write_card(save_directory, self, adapter=adapter)
     return saved
 

@@ -15,7 +15,7 @@ from attn_plugins.hf import adapters, hidden_states
 from attn_plugins.hf.discovery import heads as head_sizes
 from attn_plugins.hf.discovery.rotary import applies_rotary
 from attn_plugins.hf.names import SLOT, slot_of
-from attn_plugins.hf.parallel.sharding import refuse_split_heads
+from attn_plugins.hf.parallel import tensor_parallel
 from attn_plugins.hf.split import Heads, Part, SplitAttention, parts_of
 
 
@@ -49,9 +49,10 @@ def build(shares: Sequence[Share], module: nn.Module, model: PreTrainedModel, ta
         parts.append(Part(kv_heads, attention))
     if len(parts) == 1:
         assert parts[0].attention is not None
+        tensor_parallel.share(model, target.path, module, parts[0].attention)
         return parts[0].attention
     slot = SplitAttention(parts, _group_size(target), heads)
-    refuse_split_heads(model, target.path, module, slot)
+    tensor_parallel.share(model, target.path, module, slot)
     return slot.train(module.training)
 
 
@@ -107,7 +108,6 @@ def _build(
         )
     if attention.wants_hidden:
         hidden_states.refuse_unnamed(module, path, rule.type)
-    refuse_split_heads(model, path, module, attention)
     attention.to(dtype=dtype)
     if device.type != "meta":
         attention.reset_parameters()

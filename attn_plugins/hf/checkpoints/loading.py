@@ -12,6 +12,7 @@ from transformers.utils import logging
 from attn_plugins.core.attention import Attention
 from attn_plugins.hf.checkpoints.peft import declined
 from attn_plugins.hf.names import SLOT
+from attn_plugins.hf.parallel import tensor_parallel
 from attn_plugins.hf.split import SplitAttention
 
 
@@ -37,7 +38,8 @@ def _initialize_slot(slot: Attention) -> None:
 
     loaded = {name: x.detach().clone() for name, x in tensors().items() if getattr(x, "_is_hf_initialized", False)}
     if len(loaded) < len(tensors()):
-        slot.reset_parameters()
+        with tensor_parallel.whole(slot):
+            slot.reset_parameters()
         for name, x in tensors().items():
             if name in loaded:
                 x.detach().copy_(loaded[name])

@@ -1,4 +1,4 @@
-"""Slots of models that several processes share: heads split by tensor parallelism, buffers under accelerate's FSDP2."""
+"""Slots of models that accelerate's FSDP2 gives to several processes: the buffers that they save."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,34 +9,6 @@ from torch import nn
 
 from attn_plugins.core.attention import Attention
 from attn_plugins.hf.split import SplitAttention
-
-
-def refuse_split_heads(model: nn.Module, path: str, module: nn.Module, slot: Attention) -> None:
-    """Refuse an attention that needs all heads of a module where each process has some of them.
-
-    Raises:
-        ValueError: names the module, its attention and what can be done.
-    """
-    unnamed = (getattr(model, "_tp_size", None) or 1) > 1  # as transformers 5.17 makes the mesh
-    if slot.needs_all_heads and any(_split(weight, unnamed) for weight in module.parameters()):
-        why = "tells its heads apart" if not slot.heads_alike else "has weights a head, of which each has all"
-        raise ValueError(
-            f"{path} is under tensor parallelism, which gives each process some of its heads, and attention "
-            f"{slot.name!r} {why}; choose an attention that has no weights and takes every head alike, such as "
-            "'local', or load without tp_plan (FSDP shards weights too)"
-        )
-
-
-def _split(weight: Any, unnamed: bool) -> bool:
-    """Whether a weight is a DTensor of which the processes of a mesh for tensor parallelism have a part each.
-
-    Args:
-        unnamed: whether a mesh whose dimensions have no names is one.
-    """
-    if (mesh := getattr(weight, "device_mesh", None)) is None:
-        return False
-    names = mesh.mesh_dim_names or ("tp" if unnamed else "",) * len(weight.placements)
-    return any(name == "tp" and where.is_shard() for name, where in zip(names, weight.placements, strict=True))
 
 
 def load_full_state_dict(

@@ -15,8 +15,10 @@ class RecurrentAttention(Attention, abc.ABC):
     """Recurrent attention: a subclass says what the recurrence takes of a token, and with which weights.
 
     Its ``Config`` has a ``chunk_size``, a power of two, and, where gates are a function of the token, a ``gate_input``:
-    "value", the token's own value, or "hidden", its hidden state.
+    "value", the token's own value, or "hidden", its hidden state. The first dimension of its weights is that of heads.
     """
+
+    head_weights = ("*",)
 
     def __init__(self, config, heads=None, **options):
         super().__init__(config, heads, **options)

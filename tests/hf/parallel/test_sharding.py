@@ -1,20 +1,17 @@
-"""Models on two processes: FSDP2 as accelerate sets it up, and tensor parallelism as transformers loads it."""
+"""Models on two processes: FSDP2 as accelerate sets it up."""
 
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard
 
-from attn_plugins.core.attention import Attention, AttentionConfig, HeadShape
-from attn_plugins.core.registry import get_attention
-from attn_plugins.hf.parallel.sharding import load_full_state_dict, refuse_split_heads
+from attn_plugins.core.attention import Attention, AttentionConfig
+from attn_plugins.hf.parallel.sharding import load_full_state_dict
 
 FSDP = """
 import sys, types
@@ -87,107 +84,6 @@ def on_two_processes(code: str, folder: Path) -> None:
 @pytest.mark.slow
 def test_a_model_that_one_process_has_read_arrives_whole_at_all(tmp_path):
     on_two_processes(FSDP, tmp_path)
-
-
-TENSOR_PARALLEL = """
-import sys
-import torch
-import torch.distributed as dist
-from transformers import AutoModelForCausalLM
-
-import attn_plugins as ap
-import tiny
-
-folder, rank = sys.argv[1], int(sys.argv[2])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-given, how = tiny.inputs("llama"), {"max_new_tokens": 5, "do_sample": False}
-ALIKE = [
-    {"type": "local", "window_size": 4},
-    {"type": "bigbird", "block_size": 2, "num_random_blocks": 1},
-    {"type": "linear", "feature_map": "favor", "num_features": 8},
-    {"type": "lsh", "num_hashes": 2, "num_buckets": 4, "bucket_size": 4},
-]
-
-
-def load(flag, **more):
-    return AutoModelForCausalLM.from_pretrained(f"{folder}/model", attn_plugin=flag, **more)
-
-
-def refused(work, name, why):
-    try:
-        work()
-    except ValueError as error:
-        said = str(error)
-        assert f"model.layers.0.self_attn is under tensor parallelism" in said, said
-        assert f"attention {name!r} {why}" in said and "or load without tp_plan" in said, said
-    else:
-        raise AssertionError(f"{name} was not refused")
-
-
-for flag in ALIKE:
-    one, both = load(flag), load(flag, tp_plan="auto")
-    with torch.no_grad():
-        torch.testing.assert_close(both(**given).logits, one(**given).logits, atol=1e-4, rtol=1e-3)
-    assert torch.equal(both.generate(**given, **how), one.generate(**given, **how))
-for name, why, options in (
-    ("linear", "has weights a head", {"feature_map": "hedgehog"}),
-    ("retention", "has weights a head", {}),
-    ("shifted_block", "tells its heads apart", {"group_size": 4}),
-):
-    refused(lambda: load({"type": name, **options}, tp_plan="auto"), name, why)
-    refused(lambda: ap.swap_attention(both, name, **options), name, why)
-with torch.no_grad():  # as it was
-    torch.testing.assert_close(both(**given).logits, one(**given).logits, atol=1e-4, rtol=1e-3)
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.slow
-def test_tensor_parallelism_gives_what_one_process_gives_or_is_refused_at_load(tmp_path):
-    model = tiny.build("llama")
-    model.resize_token_embeddings(tiny.VOCABULARY + 1)  # transformers 5.17 splits no odd number of them
-    model.save_pretrained(tmp_path / "model")
-    on_two_processes(TENSOR_PARALLEL, tmp_path)
-
-
-class OfAMesh(nn.Parameter):
-    """A weight as tensor parallelism leaves it, or FSDP, as far as it is looked at."""
-
-    def __new__(cls, name, where):
-        made = super().__new__(cls, torch.zeros(32, 32))
-        made.device_mesh = types.SimpleNamespace(mesh_dim_names=name and (name,))
-        made.placements = (where,)
-        return made
-
-
-def test_split_heads_are_refused_where_an_attention_needs_all():
-    model = tiny.build("llama")
-    module = model.model.layers[0].self_attn
-    options = {"linear": {"feature_map": "hedgehog"}, "shifted_block": {}, "local": {}}
-    shape = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8)
-    slots = {name: (c := get_attention(name))(c.Config(**more), shape) for name, more in options.items()}
-
-    def check(mesh, where):
-        module.q_proj.weight = OfAMesh(mesh, where)
-        for name, slot in slots.items():
-            refuse_split_heads(model, f"layer of {name}", module, slot)
-
-    check("dp_shard", Shard(0))  # gathered before it is used
-    check("tp", Replicate())
-    check(None, Shard(0))  # as fully_shard makes a mesh
-    model._tp_size = 2
-    with pytest.raises(ValueError, match="layer of linear is under tensor parallelism"):
-        check(None, Shard(0))
-    with pytest.raises(ValueError, match=r"layer of linear is under tensor parallelism.*'linear' has weights a head.*"):
-        check("tp", Shard(0))
-    slots.pop("linear")
-    with pytest.raises(
-        ValueError, match=r"'shifted_block' tells its heads apart.*; choose an attention that has no we"
-    ):
-        check("tp", Shard(0))
-    slots.pop("shifted_block")
-    check("tp", Shard(0))
 
 
 class Inner(nn.Module):
