@@ -5,6 +5,7 @@ import contextlib
 import functools
 import importlib
 import io
+import itertools
 import re
 import runpy
 import shlex
@@ -135,8 +136,12 @@ def wrong(words):
             return words[1]
         options = {word for word in words[2:] if word.startswith("--")}
         return options - set(re.findall(r"--[a-z-]+", help_of(script))) or None
-    if words[:2] == ["accelerate", "launch"]:
-        words = words[words.index("-m") + 1 :]
+    if words[0] == "torchrun" or words[:2] == ["accelerate", "launch"]:
+        place = words.index("-m") + 1
+        options = dict(itertools.pairwise(words[:place]))
+        if not (ROOT / options.get("--config_file", "")).exists():
+            return options["--config_file"]
+        words = words[place:]
     if words[0] in ("attn-plugins", "attn_plugins"):
         verb = VERBS.get(words[1])
         if verb is None:
@@ -155,6 +160,7 @@ def test_the_commands_exist(page):
 def test_commands_that_do_not_exist_are_found():
     planted = ["make tset", "make NOT=1 test", "attn-plugins lits", "attn-plugins list --jso", "python examples/no.py"]
     planted += ["python examples/stream.py --no", "pip install '.[no]'", "pip install ./no", "conda install x"]
+    planted += ["accelerate launch --config_file configs/no.yaml -m attn_plugins list", "torchrun -m attn_plugins lits"]
     planted += ["accelerate launch -m attn_plugins finetun", "attn-plugins bench --attn local --no"]
     assert [line for line in planted if not wrong(shlex.split(line))] == []
 

@@ -36,7 +36,7 @@ def recipe(
     flags = {"model": model, "data.source": data, "output_dir": output_dir, "seed": seed}
     with one_line_errors():
         tree = settings(config, flags, assignments, attn)
-        from attn_plugins.training.evaluate import is_main_process
+        from attn_plugins.training.processes import is_main_process
         from attn_plugins.transfer.recipe import RecipeConfig, prepare_recipe, run_recipe, table
 
         parsed = build(RecipeConfig, tree)

@@ -59,8 +59,8 @@ def finetune(
         from attn_plugins.data.stream import StreamError
         from attn_plugins.tasks import get_task
         from attn_plugins.training.config import FinetuneConfig
-        from attn_plugins.training.evaluate import is_main_process
         from attn_plugins.training.finetune import prepare_finetune
+        from attn_plugins.training.processes import is_main_process
         from attn_plugins.training.resume import finished
 
         parsed = build(FinetuneConfig, tree)
@@ -92,7 +92,7 @@ def finetune(
 
 def _dry_run(parsed: Any, resume: bool) -> None:
     from attn_plugins.training import dry_run
-    from attn_plugins.training.evaluate import is_main_process
+    from attn_plugins.training.processes import is_main_process
 
     found = dry_run.dry_run(parsed, resume=resume)
     if is_main_process():
@@ -125,7 +125,8 @@ def evaluate(
         tree = settings(config, flags, assignments, attn)
         from attn_plugins.tasks import get_task
         from attn_plugins.training.config import EvaluateConfig
-        from attn_plugins.training.evaluate import is_main_process, prepare_evaluation, without_recall
+        from attn_plugins.training.evaluate import prepare_evaluation, without_recall
+        from attn_plugins.training.processes import is_main_process
 
         parsed = build(EvaluateConfig, tree)
         spread_out()

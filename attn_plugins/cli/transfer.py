@@ -61,7 +61,7 @@ def transfer(
     }
     with one_line_errors():
         tree = settings(config, flags, assignments, attn)
-        from attn_plugins.training.evaluate import is_main_process
+        from attn_plugins.training.processes import is_main_process
         from attn_plugins.training.resume import finished
         from attn_plugins.transfer.config import TransferConfig
         from attn_plugins.transfer.run import prepare_transfer

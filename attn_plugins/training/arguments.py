@@ -7,6 +7,7 @@ import transformers
 
 from attn_plugins.tasks import TrainableTask
 from attn_plugins.training.config import FinetuneConfig
+from attn_plugins.training.processes import ask_for_cpu, shard_on_cpu
 from attn_plugins.training.streaming import read_by_each
 
 
@@ -39,10 +40,13 @@ def training_arguments(config: FinetuneConfig, trained: TrainableTask, quiet: bo
         options.setdefault("metric_for_best_model", trained.metric if _shows_figure(trained, options) else "loss")
     if str(options.get("metric_for_best_model")).removeprefix("eval_") == trained.metric:
         options.setdefault("greater_is_better", trained.better == "higher")
+    if ask_for_cpu():
+        options.setdefault("ddp_backend", "gloo")  # DeepSpeed takes what it is told
     try:
         arguments = trained.arguments()(output_dir=config.output_dir, seed=config.seed, **options)
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"training: {' '.join(str(error).split())}") from error
+    shard_on_cpu(arguments)
     _check_installed(arguments)
     if config.data.streaming:
         read_by_each(arguments.accelerator_config)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_file
 from attn_plugins.data.columns import ROLES
 from attn_plugins.data.sources import load_data
@@ -18,8 +16,8 @@ from attn_plugins.hf.checkpoints.card import kinds_of
 from attn_plugins.hf.swap import describe_attention
 from attn_plugins.tasks import Task, get_task, run_task
 from attn_plugins.training.config import EvaluateConfig, evaluation_tasks
-from attn_plugins.training.launch import SIZES
 from attn_plugins.training.models import Loaded, in_slot, load
+from attn_plugins.training.processes import in_cpu_run, is_main_process, read_whole, start_processes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +70,7 @@ def prepare_evaluation(config: EvaluateConfig) -> Evaluation:
     if config.output is not None:
         check_file(config.output, "output")
     start_processes()
+    read_whole()
     _, held_out = load_data(config.data, tasks[0].columns)
     loaded = load(config.model, attention=config.attention, kind=kind, dtype=config.dtype, seed=config.seed)
     untrained = [name for name in loaded.fresh if not in_slot(name)]
@@ -133,30 +132,12 @@ def without_recall(tasks: list[str], attention: dict[str, Any]) -> str | None:
     )
 
 
-def start_processes() -> None:
-    """Join the other processes, where `accelerate launch` or torchrun started several."""
-    if any(int(os.environ.get(name, "1")) > 1 for name in SIZES) and not torch.distributed.is_initialized():
-        need("accelerate", "train").PartialState()
-
-
 def place(loaded: Loaded) -> Loaded:
     """Move a model to the accelerator of this process, if it has one; bitsandbytes has placed its own."""
     moves = getattr(loaded.model, "quantization_method", None) != "bitsandbytes"
     if moves and torch.accelerator.is_available() and not in_cpu_run():
         loaded.model.to(torch.accelerator.current_accelerator())
     return loaded
-
-
-def in_cpu_run() -> bool:
-    """Whether `accelerate launch --cpu` asked for the CPU."""
-    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
-
-
-def is_main_process() -> bool:
-    return (
-        not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        or torch.distributed.get_rank() == 0
-    )
 
 
 def write_json(path: str | Path, tree: Any) -> None:

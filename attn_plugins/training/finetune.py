@@ -20,6 +20,7 @@ from attn_plugins.hf.swap import describe_attention, unwrap
 from attn_plugins.tasks import TrainableTask
 from attn_plugins.training.arguments import early_stopping, training_arguments
 from attn_plugins.training.as_saved import read_as_saved
+from attn_plugins.training.before import Before
 from attn_plugins.training.card import model_card
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.evaluate import (
@@ -27,20 +28,22 @@ from attn_plugins.training.evaluate import (
     attention_summary,
     prepare_measurements,
     run_measurements,
-    start_processes,
     write_json,
 )
 from attn_plugins.training.history import stages_of
 from attn_plugins.training.lora import with_lora
 from attn_plugins.training.loss_scale import scale_loss_once
 from attn_plugins.training.models import Loaded, in_slot, load, resolve
+from attn_plugins.training.processes import check_kept, start_processes
 from attn_plugins.training.quantization import quantization_of
 from attn_plugins.training.recall import prepare_recall, report
-from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of, steps_of
+from attn_plugins.training.resume import METRICS, check_resume, check_rows, note_settings, settings_of, steps_of
 from attn_plugins.training.stop import train
 from attn_plugins.training.streaming import classes, endless, train_no_more
 
 CARD = "README.md"
+
+GONE_ON = "a sharded model is measured when its training begins, and this run went on from a checkpoint"
 
 logger = logging.get_logger("transformers.attn_plugins")
 
@@ -72,21 +75,18 @@ class Finetune:
             Stopped: Ctrl-C or SIGTERM has ended the training; the checkpoint that it has left is whole.
         """
         config, trainer = self.config, self.trainer
-        before: dict[str, Any] = {}
         if trainer.is_world_process_zero():
-            note_settings(config)
+            note_settings(config, rows_per_step(trainer))
         recalling = [self.recall] if isinstance(self.recall, Measurement) else []
-        if config.evaluate_before:
-            before = run_measurements(self.measurements, trainer.model, progress=progress and f"{progress} before")
-        recalled = run_measurements(recalling, trainer.model, progress=progress and f"{progress} before")
+        before = Before(trainer, self.measurements if config.evaluate_before else [], recalling, progress)
         started = time.perf_counter()
         output = train(trainer, self.checkpoint)
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started - before.seconds
         after = run_measurements(self.measurements, trainer.model_wrapped, progress=progress)
         recall = {"missing": self.recall} if isinstance(self.recall, str) else None
         for name, found in run_measurements(recalling, trainer.model_wrapped, progress=progress).items():
-            recall = report(recalled[name], found)
-        metrics = self._metrics(output, before, after, recall, seconds)
+            recall = report(before.recalled[name], found) if before.recalled else {"missing": GONE_ON}
+        metrics = self._metrics(output, before.evaluated, after, recall, seconds)
         if trainer.is_fsdp_enabled:  # whatever checkpoints are made of: Trainer writes no model of shards
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(config.output_dir)
@@ -151,7 +151,7 @@ class Finetune:
         """How many rows it was trained on; one that came in two epochs counts twice."""
         state = self.trainer.state
         if self.config.data.streaming:  # whose batches are all full
-            return state.global_step * self.trainer.get_total_train_batch_size(self.trainer.args)
+            return state.global_step * rows_per_step(self.trainer)
         return round((state.epoch or 0) * len(self.trainer.train_dataset))
 
 
@@ -202,6 +202,8 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         measurements = prepare_measurements(config.measured(trained), held_out, placed)
         recall = prepare_recall(config, placed, held_out)
     if checkpoint is not None:
+        check_kept(trainer, checkpoint)
+        check_rows(config, rows_per_step(trainer))
         _check_steps(trainer, checkpoint)
     return Finetune(
         config=config,
@@ -221,6 +223,11 @@ def check_output(config: FinetuneConfig, *, resume: bool) -> str | None:
     if check_folder(config.output_dir).resolve() == Path(config.model).expanduser().resolve():
         raise ValueError(f"output_dir={config.output_dir!r} is the model's own folder; allowed: another")
     return check_resume(config, resume=resume)
+
+
+def rows_per_step(trainer: Any) -> int:
+    """Rows that a step is made from: of all batches whose gradients are added, in all processes that have others."""
+    return trainer.get_total_train_batch_size(trainer.args)
 
 
 def _check_steps(trainer: Any, checkpoint: str) -> None:

@@ -31,15 +31,17 @@ def spread(arguments: list[str]) -> int | None:
         exit status of the processes, or None where this process is to do the work itself.
 
     Raises:
-        ValueError: several were asked for on an accelerator, or it cannot be told how many.
+        ValueError: several were asked for on an accelerator, or sharded ones, or it cannot be told how many.
     """
     # accelerate sets an address to meet at only where several processes were asked for
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
     if not alone or any(name in os.environ for name in SIZES):
         return None
-    number = _asked_for(need("psutil", "train").Process(os.getppid()).cmdline())
+    number, kind = _asked_for(need("psutil", "train").Process(os.getppid()).cmdline())
     if number < 2:
         return None
+    if kind in ("FSDP", "DEEPSPEED"):
+        raise ValueError(f"accelerate leaves {kind} out where it is given --cpu; leave --cpu out")
     if torch.accelerator.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
         raise ValueError(
             f"{number} processes were asked for and accelerate started one; allowed: as many as there are accelerators "
@@ -85,8 +87,8 @@ def _wait(processes: list[subprocess.Popen]) -> int:
             signal.signal(one, handler)
 
 
-def _asked_for(parent: list[str]) -> int:
-    """How many processes the command line of `accelerate launch` asks for, itself or in its config file."""
+def _asked_for(parent: list[str]) -> tuple[int, str]:
+    """How many processes `accelerate launch` was asked for, and of which kind: by its command line or config file."""
     launchers = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
     starts = [number for number, word in enumerate(parent) if Path(word).name in launchers]
     if not starts:
@@ -96,6 +98,6 @@ def _asked_for(parent: list[str]) -> int:
         )
     parser = need("accelerate.commands.launch", "train").launch_command_parser()
     asked = parser.parse_args(parent[starts[0] + 1 :])
-    if asked.num_processes is not None:
-        return int(asked.num_processes)
-    return int(read_yaml(asked.config_file).get("num_processes", 1)) if asked.config_file else 1
+    held = read_yaml(asked.config_file) if asked.config_file else {}
+    number = held.get("num_processes", 1) if asked.num_processes is None else asked.num_processes
+    return int(number), str(held.get("distributed_type", ""))

@@ -16,6 +16,7 @@ from attn_plugins.config.extras import need
 from attn_plugins.config.yaml import read_json, read_yaml_file
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.hf.names import SLOT
+from attn_plugins.hf.parallel.sharding import take_off_meta
 from attn_plugins.tasks.kinds import KINDS
 from attn_plugins.training.quantization import quantized
 
@@ -144,6 +145,7 @@ def load(
         cls = _class_of(kind, base)
         options |= quantized(quantization, adapter, cls, base)
         model, info = cls.from_pretrained(base, output_loading_info=True, **options)
+        take_off_meta(model)  # the new head of a classifier
         inputs = processing or kind
         made_by = _processing(inputs, folder, base)
     if inputs in KINDS and KINDS[inputs].pads:

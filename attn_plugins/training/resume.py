@@ -23,14 +23,25 @@ MAY_CHANGE = re.compile(
 )
 """Settings, by path, that a run may go on with changed: how long it trains, and what is measured, kept and shown."""
 
+SHARED = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
+"""Settings that share the rows of a step out: they may change with the number of processes, and the rows may not."""
+
+ROWS = "rows_per_step"
+
 
 def settings_of(config: Any) -> dict[str, Any]:
     """The settings, a dataclass with an ``output_dir``, as JSON holds them."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def note_settings(config: Any) -> None:
-    write_json(Path(config.output_dir) / SETTINGS, {"settings": settings_of(config), "versions": versions()})
+def note_settings(config: Any, rows: int) -> None:
+    """Write settings.json.
+
+    Args:
+        rows: that a step is made from, in all processes together.
+    """
+    noted = {"settings": settings_of(config), ROWS: rows, "versions": versions()}
+    write_json(Path(config.output_dir) / SETTINGS, noted)
 
 
 def check_resume(config: Any, *, resume: bool) -> str | None:
@@ -47,9 +58,11 @@ def check_resume(config: Any, *, resume: bool) -> str | None:
             raise ValueError(f"{out} holds an earlier run; go on with it with --resume, or name another output_dir")
         return None
     ended = (out / METRICS).exists()
-    noted = read(out / SETTINGS).get("settings")
+    held = read(out / SETTINGS)
+    noted, free = held.get("settings"), SHARED if ROWS in held else ()
     if (checkpoint or ended) and noted is not None:
         changed = [path for path in differences(noted, settings_of(config)) if not MAY_CHANGE.fullmatch(path)]
+        changed = [path for path in changed if path not in free]
         if changed:
             raise ValueError(
                 f"{out} holds a run with other settings: {', '.join(changed)}; a run goes on with the settings that it "
@@ -58,6 +71,21 @@ def check_resume(config: Any, *, resume: bool) -> str | None:
     if ended and checkpoint is None:
         raise ValueError(f"{out} holds a run that ended and left no checkpoint to go on from; name another output_dir")
     return checkpoint
+
+
+def check_rows(config: Any, rows: int) -> None:
+    """Raise a ValueError where the run in ``output_dir`` was begun with another number of rows a step than ``rows``.
+
+    Data would be passed over by steps, so that some rows came twice and others never, and the learning rate was meant
+    for the other.
+    """
+    noted = read(Path(config.output_dir) / SETTINGS).get(ROWS)
+    if noted is not None and noted != rows:
+        raise ValueError(
+            f"{config.output_dir} holds a run with {noted} rows a step, and this one would have {rows}: batch x "
+            f"gradient_accumulation_steps x processes. Change these so that they give {noted}, or name another "
+            "output_dir"
+        )
 
 
 def finished(config: Any) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from attn_plugins.core.attention import Attention
 from attn_plugins.hf.split import attentions_in, parts_of
 from attn_plugins.hf.swap import describe_attention, unwrap
 from attn_plugins.training.config import check_training
-from attn_plugins.training.evaluate import start_processes
+from attn_plugins.training.processes import start_processes
 from attn_plugins.training.resume import last_whole_checkpoint, steps_of
 from attn_plugins.training.stop import train
 from attn_plugins.transfer.body import heads_that_learn, learning, slots_of

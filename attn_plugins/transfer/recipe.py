@@ -21,9 +21,10 @@ from attn_plugins.data.sources import DataConfig
 from attn_plugins.tasks import figure, get_task
 from attn_plugins.training.card import SHORT
 from attn_plugins.training.config import EvaluateConfig, FinetuneConfig
-from attn_plugins.training.evaluate import is_main_process, prepare_evaluation, start_processes, write_json
+from attn_plugins.training.evaluate import prepare_evaluation, write_json
 from attn_plugins.training.finetune import prepare_finetune
 from attn_plugins.training.models import AS_SAVED, Dtype, read_attention, skeleton
+from attn_plugins.training.processes import is_main_process, start_processes
 from attn_plugins.training.resume import differences, finished, read
 from attn_plugins.training.stop import one_of_several
 from attn_plugins.transfer.config import TransferConfig

@@ -20,10 +20,11 @@ from attn_plugins.hf.checkpoints.card import START
 from attn_plugins.hf.swap import describe_attention, unwrap
 from attn_plugins.tasks import TrainableTask
 from attn_plugins.training.card import told
-from attn_plugins.training.evaluate import attention_summary, is_main_process, place, start_processes, write_json
+from attn_plugins.training.evaluate import attention_summary, place, write_json
 from attn_plugins.training.history import stage_of, stages_of
 from attn_plugins.training.models import Loaded, load, resolve
-from attn_plugins.training.resume import METRICS, check_resume, note_settings, settings_of
+from attn_plugins.training.processes import is_main_process, start_processes
+from attn_plugins.training.resume import METRICS, check_resume, check_rows, note_settings, settings_of
 from attn_plugins.training.streaming import classes
 from attn_plugins.transfer.attention_transfer import AUTOCAST, checked, training_arguments, transfer_attention
 from attn_plugins.transfer.body import slots_of
@@ -49,6 +50,8 @@ class Transfer:
     twice: Batches
     """Held-out batches of twice the length; none where there is no text so long, or the model reads none."""
     resume: bool
+    rows: int
+    """That a step is made from, in all processes together."""
 
     def run(self, progress: bool = True) -> tuple[TransferReport, dict[str, Any]]:
         """Train, measure, and write everything into ``config.output_dir``.
@@ -59,7 +62,7 @@ class Transfer:
         config, main = self.config, is_main_process()
         model: Any = self.loaded.model
         if main:
-            note_settings(config)
+            note_settings(config, self.rows)
         report = transfer_attention(
             model,
             self.batches,
@@ -142,7 +145,7 @@ def prepare_transfer(config: TransferConfig, *, resume: bool = False) -> Transfe
     need("matplotlib", "compare")
     if check_folder(config.output_dir).resolve() == Path(config.model).expanduser().resolve():
         raise ValueError(f"output_dir={config.output_dir!r} is the model's own folder; allowed: another")
-    check_resume(config, resume=resume)
+    checkpoint = check_resume(config, resume=resume)
     start_processes()
     trained = config.trained()
     train, held_out = load_data(config.data) if trained is None else load_data(config.data, trained.columns)
@@ -160,8 +163,11 @@ def prepare_transfer(config: TransferConfig, *, resume: bool = False) -> Transfe
     arguments, _ = training_arguments(
         inner, config.steps, config.learning_rate, config.output_dir, resume, config.seed, config.training, True
     )
-    wanted = config.steps * arguments.gradient_accumulation_steps * arguments.world_size
-    shared: dict[str, Any] = {"config": config, "trained": trained, "loaded": loaded, "resume": resume}
+    per_step = arguments.gradient_accumulation_steps * arguments.world_size
+    wanted, rows = config.steps * per_step, config.batch_size * per_step
+    if checkpoint is not None:
+        check_rows(config, rows)
+    shared: dict[str, Any] = {"config": config, "trained": trained, "loaded": loaded, "resume": resume, "rows": rows}
     if trained is not None:
         with labelled(inner, classes(trained, train)):
             batches = task_batches(trained, inner, loaded, train, config.batch_size, wanted, config.seed)

@@ -1,5 +1,6 @@
 """Every file under configs/ is what it says: loaded and validated as the command would."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -94,11 +95,21 @@ def test_bench(path):
 
 @files("accelerate")
 def test_accelerate(path):
-    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands import launch
 
-    config = load_config_from_file(str(path))
+    (line,) = [line for line in path.read_text().splitlines() if "accelerate launch" in line]
+    words = line.removeprefix("#").split()[2:]
+    assert words[:2] == ["--config_file", f"configs/accelerate/{path.name}"], "its own command"
+    asked = launch.launch_command_parser().parse_args([words[0], str(path), *words[2:]])
+    config = launch._validate_launch_command(asked)[1]
     assert config.num_processes > 1
     assert config.use_cpu == (path.stem == "cpu")
+    sizes = config.parallelism_config or {"none": config.num_processes}
+    assert math.prod(sizes.values()) == config.num_processes
+    kinds = (asked.multi_gpu, asked.use_fsdp, asked.use_deepspeed, config.use_cpu)
+    assert sum(map(bool, kinds)) == 1
+    unknown = {*config.fsdp_config, *config.deepspeed_config, *config.parallelism_config} - vars(asked).keys()
+    assert unknown == set(), "accelerate reads over names that it does not know"
 
 
 def test_the_demo_compares_what_it_has_to():

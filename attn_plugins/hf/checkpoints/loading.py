@@ -13,6 +13,7 @@ from attn_plugins.core.attention import Attention
 from attn_plugins.hf.checkpoints.peft import declined
 from attn_plugins.hf.names import SLOT
 from attn_plugins.hf.parallel import tensor_parallel
+from attn_plugins.hf.parallel.sharding import take_off_meta
 from attn_plugins.hf.split import SplitAttention
 
 
@@ -22,6 +23,7 @@ def initialize_weights(original: Any, self: PreTrainedModel, module: Any, *args:
     elif isinstance(module, SplitAttention):
         return  # its parts have been, before it
     elif not getattr(module, "_is_hf_initialized", False):
+        take_off_meta(module)
         _initialize_slot(module)
         module._is_hf_initialized = True  # type: ignore[assignment]
 

@@ -6,8 +6,10 @@ adapter with another attention, so its ``task_type`` says what is missing: PEFT 
 What is called ``original`` below is PEFT's own function, see hf/patches.py.
 """
 
+import contextlib
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -229,8 +231,9 @@ def save_state(
     original: Any, model: Any, state_dict: Any = None, *args: Any, **options: Any
 ) -> dict[str, torch.Tensor]:
     """get_peft_model_state_dict: with what slots hold that no adapter trains, since the base model has none of it."""
-    made = original(model, state_dict, *args, **options)
     whole = model.state_dict() if state_dict is None else state_dict
+    with _without_checkpoints(model):
+        made = original(model, whole, *args, **options)
     return made | {name: value for name, value in whole.items() if _kept(name, model.peft_config)}
 
 
@@ -245,7 +248,26 @@ def load_state(original: Any, model: Any, state: Any, adapter_name: str = "defau
                     f"adapter {adapter_name!r} was trained beside another {name} than the one in the model, which "
                     f"serves all of its adapters; load it onto a model of its own"
                 )
-    return original(model, state, adapter_name, **options)
+    with _without_checkpoints(model):
+        return original(model, state, adapter_name, **options)
+
+
+@contextlib.contextmanager
+def _without_checkpoints(model: nn.Module) -> Iterator[None]:
+    """While it lasts, nothing stands around layers whose activations FSDP computes again.
+
+    PEFT takes paths of modules for keys of their state dict, and in those it has no place.
+    """
+    inside = "_checkpoint_wrapped_module"
+    children = ((module, name, child) for module in model.modules() for name, child in module.named_children())
+    held = [found for found in children if inside in found[2]._modules]
+    for module, name, around in held:
+        module._modules[name] = around._modules[inside]
+    try:
+        yield
+    finally:
+        for module, name, around in held:
+            module._modules[name] = around
 
 
 def _kept(name: str, adapters: Any) -> bool:

@@ -37,8 +37,11 @@ def attention_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def place_of(path: str) -> str:
-    """The path that a module would have without PEFT, which keeps a module to save beside the original one."""
-    return re.sub(r"\.(original_module|modules_to_save\.[^.]+)$", "", path)
+    """The path that a module would have without what stands around modules.
+
+    PEFT keeps a module to save beside the original one, and FSDP puts one around layers that it computes again.
+    """
+    return re.sub(r"\.(original_module|modules_to_save\.[^.]+)$|\._checkpoint_wrapped_module(?=\.|$)", "", path)
 
 
 def owner(model: nn.Module, path: str) -> PreTrainedModel:
@@ -73,7 +76,7 @@ def targets(model: PreTrainedModel) -> list[Target]:
         module = adapted(module)
         place = place_of(path)
         role = role_of(model, place, module)
-        stack = _stack(path)
+        stack = _stack(place)
         numbered = places.setdefault(stack + role, [])
         if place not in numbered:
             numbered.append(place)

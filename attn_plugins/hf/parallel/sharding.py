@@ -1,4 +1,4 @@
-"""Slots of models that accelerate's FSDP2 gives to several processes: the buffers that they save."""
+"""Slots of models that accelerate's FSDP2 gives to several processes: buffers that they save, weights that are new."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,9 +6,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 
 from attn_plugins.core.attention import Attention
 from attn_plugins.hf.split import SplitAttention
+
+
+def take_off_meta(model: nn.Module) -> None:
+    """Give new weights a place in processes that will have all weights from the first one (cpu_ram_efficient_loading).
+
+    transformers leaves there what a checkpoint lacks on the meta device, where all tensors have the same address. And
+    by that accelerate tells which weight is which in an optimizer, so that one would be trained for all.
+    """
+    if not is_fsdp_enabled() or is_local_dist_rank_0():
+        return
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta:
+                module._parameters[name] = nn.Parameter(torch.empty_like(weight, device="cpu"), weight.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
 
 
 def load_full_state_dict(
@@ -42,9 +60,11 @@ def load_full_state_dict(
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(key in the state dict, module, name) of each buffer that a slot of the model saves."""
-    for path, slot in model.named_modules():
+    # Modules put around layers (activation checkpointing, torch.compile) stand in paths, and in no state dict.
+    keys = {id(tensor): key for key, tensor in model.state_dict(keep_vars=True).items()}
+    for slot in model.modules():
         if isinstance(slot, Attention) and not isinstance(slot, SplitAttention):
-            for inner, module in slot.named_modules(prefix=path):
+            for module in slot.modules():
                 for name, buffer in module.named_buffers(recurse=False):
                     if name not in module._non_persistent_buffers_set and buffer is not None:
-                        yield f"{inner}.{name}", module, name
+                        yield keys[id(buffer)], module, name

@@ -6,7 +6,8 @@ import peft
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import AutoModelForCausalLM
 
 import attn_plugins as ap
@@ -110,3 +111,23 @@ def test_attention_modules_that_peft_keeps_twice_are_one_layer():
     settings = LoraConfig(target_modules=["wi"], modules_to_save=["EncDecAttention"])
     rows = ap.describe_attention(get_peft_model(tiny.build("t5"), settings))
     assert [row.role for row in rows if "EncDecAttention" in row.path] == ["cross"] * 4
+
+
+def test_layers_that_fsdp_computes_again_are_saved_and_loaded_under_their_names():
+    """accelerate puts a module around each, which stands in no state dict."""
+    model = ap.swap_attention(tiny.build("llama"), [{"type": "linear", "layers": 0}, {"type": "local", "layers": 1}])
+    adapted = lora(model)
+    expected = get_peft_model_state_dict(adapted)
+    rows = ap.describe_attention(adapted)
+    layers = model.model.layers
+    for number, layer in enumerate(layers):
+        layers[number] = checkpoint_wrapper(layer)
+    found = get_peft_model_state_dict(adapted)
+    assert found.keys() == expected.keys()
+    changed = {name: weight + 1 for name, weight in expected.items()}
+    assert not set_peft_model_state_dict(adapted, changed).unexpected_keys
+    for name, weight in get_peft_model_state_dict(adapted).items():
+        assert torch.equal(weight, changed[name])
+    assert type(layers[0]).__name__ == "CheckpointWrapper"
+    around = ap.describe_attention(adapted)
+    assert [(row.layer, row.role, row.plugin) for row in around] == [(row.layer, row.role, row.plugin) for row in rows]
