@@ -12,12 +12,14 @@ from attn_plugins.core.former_names import install as _install_former_names
 
 if TYPE_CHECKING:
     from attn_plugins.choice.choose import choose_attention
-    from attn_plugins.core.attention import Attention, AttentionConfig, HeadShape
+    from attn_plugins.core.attention import Attention, AttentionConfig
     from attn_plugins.core.backend import Backend, list_backends, register_backend
+    from attn_plugins.core.heads import HeadShape
     from attn_plugins.core.mask import AttentionMask
     from attn_plugins.core.registry import get_attention, list_attentions, register_attention
     from attn_plugins.export.native import export_native
     from attn_plugins.hf.caches.cache_layers import cache_bytes
+    from attn_plugins.hf.parallel.context import context_parallel
     from attn_plugins.hf.swap import describe_attention, restore_attention, swap_attention
     from attn_plugins.training.distillation import distillation_loss
     from attn_plugins.transfer.attention_transfer import transfer_attention
@@ -32,6 +34,7 @@ __all__ = [
     "HeadShape",
     "cache_bytes",
     "choose_attention",
+    "context_parallel",
     "describe_attention",
     "distillation_loss",
     "export_native",
@@ -50,9 +53,10 @@ _HOMES = {
     "AttentionConfig": "attn_plugins.core.attention",
     "AttentionMask": "attn_plugins.core.mask",
     "Backend": "attn_plugins.core.backend",
-    "HeadShape": "attn_plugins.core.attention",
+    "HeadShape": "attn_plugins.core.heads",
     "cache_bytes": "attn_plugins.hf.caches.cache_layers",
     "choose_attention": "attn_plugins.choice.choose",
+    "context_parallel": "attn_plugins.hf.parallel.context",
     "describe_attention": "attn_plugins.hf.swap",
     "distillation_loss": "attn_plugins.training.distillation",
     "export_native": "attn_plugins.export.native",

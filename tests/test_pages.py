@@ -82,12 +82,25 @@ def test_the_guide_to_transfer_runs(model_folder):
     assert plugins(AutoModelForCausalLM.from_pretrained("runs/transferred")) == {"linear"}
 
 
+def test_rows_longer_than_a_device_run_in_one_process_too(model_folder, tmp_path):
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        names = python("docs/scale.md", model_folder)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert names["out"].logits.shape[:2] == (1, 1024)
+    assert names["input_ids"].shape == (1, 1024)
+    assert names["exchange"].bytes_sent == 0
+    assert all(weight.grad is not None for weight in names["model"].parameters())
+
+
 SKETCHES = {"docs/design.md"}
 """Pages whose Python leaves parts out (``...``), so that it can only be parsed."""
 
 
 def test_every_block_is_tested():
     run = {"README.md", "docs/python.md", "docs/own_attention.md", "docs/generation.md", "docs/transfer.md"}
+    run |= {"docs/scale.md"}
     for page in PAGES:
         for block in blocks(page):
             assert block.language in ("python", "sh", "toml"), f"{page}: nothing tests {block.language!r}\n{block.text}"

@@ -4,6 +4,7 @@ from typing import ClassVar
 from attn_plugins.core.attention import AttentionConfig, sink_tokens
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.ring_buffer import KeyWindow, window_attention
+from attn_plugins.ops.parts.halo import Reach
 from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.patterns.band import BlockBand
 from attn_plugins.ops.softmax.patterns.with_first import with_first
@@ -35,7 +36,7 @@ class BlockLocalAttention(PatternAttention):
         "start of a block sees least."
     )
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True
-    symbolic_length = True
+    symbolic_length = in_parts = True
     limit: ClassVar = {"block_size": 50}
     examples = (
         {"block_size": 5, "num_sink_tokens": 0},
@@ -60,6 +61,11 @@ class BlockLocalAttention(PatternAttention):
             self.require(self.look_backward >= 0, "look_backward", "an integer from 0 on")
             self.require(self.look_forward >= 0, "look_forward", "an integer from 0 on")
             self.require((self.num_sink_tokens or 0) >= 0, "num_sink_tokens", "None or an integer from 0 on")
+
+    def reach(self, causal):
+        config = self.config
+        ahead = 0 if causal else (1 + config.look_forward) * config.block_size - 1
+        return Reach((1 + config.look_backward) * config.block_size - 1, ahead, config.num_sink_tokens)
 
     def patterns(self, heads, mask, grid_size=None):
         return [(slice(0, heads), self._pattern())]

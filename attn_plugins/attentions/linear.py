@@ -47,7 +47,7 @@ class LinearAttention(FeatureAttention):
         "taylor: Arora et al. 2024, arXiv:2402.18668; relu2: So et al. 2021, arXiv:2109.08668"
     )
     when = "With training, for constant memory at decoding and the longest contexts; hedgehog imitates softmax best."
-    causal = bidirectional = cross = segments = True
+    causal = bidirectional = cross = segments = in_parts = True
     head_weights = ("*",)
     examples = (
         {"feature_map": "taylor", "feature_dim": 3, "chunk_size": 5},
@@ -83,6 +83,7 @@ class LinearAttention(FeatureAttention):
     def __init__(self, config, heads=None, **options):
         super().__init__(config, heads, **options)
         self.symbolic_length = (feature_map := config.feature_map) != "cosformer"  # which has a longest sequence
+        self.in_parts = feature_map not in ("cosformer", "favor")  # positions, and a maximum over all keys
         if feature_map not in (*features.LEARNED, "favor"):
             return
         if heads is None:

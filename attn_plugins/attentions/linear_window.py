@@ -9,8 +9,8 @@ from torch import nn
 from attn_plugins.core.attention import Attention, AttentionConfig, sink_tokens
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.running_sums import Sums
-from attn_plugins.ops.linear import window
-from attn_plugins.ops.linear.features import LEARNED, prepare, reset_weights, weight_shapes, weights
+from attn_plugins.ops.linear import window, window_in_part
+from attn_plugins.ops.linear.features import prepare, reset_weights, weight_shapes, weights
 
 
 @register_attention("linear_window")
@@ -28,7 +28,6 @@ class LinearWindowAttention(Attention):
     19.15 on Python's documentation in blocks of 512 tokens, where ``local`` has 19.30 and the model itself 14.68.
     Hybrids tend to leave the work to the window: evaluation also reports each half alone, and the attribute ``branch``
     of a built module, "window" or "linear", leaves out the other. Linear alone gives zeros to tokens that see none far.
-
     Differs from the paper, whose window has a factor of 0.1 and no sinks: sums over hundreds of far keys drown it. Of
     its variants this is the one that is exact for each token. Attention dropout isn't applied.
 
@@ -40,7 +39,7 @@ class LinearWindowAttention(Attention):
     keeps = "num_sink_tokens + window_size keys and values, F (V + 1) sums"
     paper = "Zhang et al. 2024, LoLCATs, arXiv:2410.10254, eq. 6"
     when = "The linear attention to start with: sinks and window keep a model usable, training adds the rest."
-    causal = bidirectional = segments = symbolic_length = True
+    causal = bidirectional = segments = symbolic_length = in_parts = True
     head_weights = ("*",)
     limit: ClassVar = {"window_size": 50}
     branches = ("window", "linear")
@@ -88,8 +87,7 @@ class LinearWindowAttention(Attention):
 
     def reset_parameters(self):
         nn.init.constant_(self.log_linear_factor, math.log(0.01))
-        if self.config.feature_map in LEARNED:
-            reset_weights(self.config.feature_map, weights(self))
+        reset_weights(self.config.feature_map, weights(self))
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         prepared, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
@@ -100,8 +98,11 @@ class LinearWindowAttention(Attention):
         options |= {"chunk_size": self.config.chunk_size, "batched": batched}
         return window.linear_window_attention(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
 
-    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, **options):
-        return self.attend(q_BHQD, k_BGKD, v_BGKV, **options, batched=True)
+    attend_batched = functools.partialmethod(attend, batched=True)
+
+    def attend_part(self, q_BHTD, k_BGTD, v_BGTV, *, part, mask, scale, dropout):
+        prepare, size = functools.partial(self._prepare, mask=mask, scale=scale), self.config.chunk_size
+        return window_in_part.attend_part(q_BHTD, k_BGTD, v_BGTV, part, prepare, size, self.prefers_batched(q_BHTD))
 
     def new_state(self, fixed_length=None):
         return Sums(fixed_length, window_size=self.config.window_size, num_first=self.config.num_sink_tokens)
@@ -114,7 +115,6 @@ class LinearWindowAttention(Attention):
     def _prepare(self, q_BHQD, k_BGKD, mask, scale):
         if self.branch not in ("both", *self.branches):
             raise ValueError(f"branch={self.branch!r}; allowed: 'both', {', '.join(map(repr, self.branches))}")
-        tokens, eps = (q_BHQD, k_BGKD, mask, weights(self)), self.config.eps
-        prepared = prepare(self.config.feature_map, *tokens, scale=scale, eps=eps)
+        made = prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights(self), scale=scale, eps=self.config.eps)
         sizes = {"window_size": self.config.window_size, "num_sink_tokens": self.config.num_sink_tokens}
-        return prepared, {**sizes, "log_factor_H": self.log_linear_factor, "branch": self.branch, "scale": scale}
+        return made, {**sizes, "log_factor_H": self.log_linear_factor, "branch": self.branch, "scale": scale}

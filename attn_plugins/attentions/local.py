@@ -5,6 +5,7 @@ from attn_plugins.core.attention import AttentionConfig, sink_tokens
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.cache_positions import within_cache
 from attn_plugins.ops.decode.ring_buffer import KeyWindow, window_attention
+from attn_plugins.ops.parts.halo import Reach
 from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.patterns.band import Band
 
@@ -70,6 +71,14 @@ class LocalAttention(PatternAttention):
     def wants_rotary(self):
         return self.config.positions == "cache"
 
+    @property
+    def in_parts(self):
+        return self.config.positions == "true"
+
+    def reach(self, causal):
+        ahead = 0 if causal else self._ahead() * self.config.dilation
+        return Reach(self._before(), ahead, self.config.num_sink_tokens)
+
     def patterns(self, heads, mask, grid_size=None):
         return [(slice(0, heads), self._pattern())]
 
@@ -88,7 +97,8 @@ class LocalAttention(PatternAttention):
     def _before(self):
         return (self.config.window_size - 1) * self.config.dilation
 
+    def _ahead(self):
+        return self.config.window_size - 1 if self.config.look_forward is None else self.config.look_forward
+
     def _pattern(self) -> Band:
-        config = self.config
-        ahead = config.window_size - 1 if config.look_forward is None else config.look_forward
-        return Band(config.window_size, ahead, config.dilation, config.num_sink_tokens)
+        return Band(self.config.window_size, self._ahead(), self.config.dilation, self.config.num_sink_tokens)

@@ -4,6 +4,7 @@ from typing import ClassVar
 from attn_plugins.core.attention import AttentionConfig, sink_tokens
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.decode.ring_buffer import KeyWindow, window_attention
+from attn_plugins.ops.parts.halo import Reach
 from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.patterns.band import Band
 
@@ -30,7 +31,7 @@ class LongformerAttention(PatternAttention):
     paper = "Beltagy et al. 2020, Longformer, arXiv:2004.05150"
     when = "For encoders of long documents with a few tokens, such as the first, that have to see and be seen by all."
     causal = bidirectional = any_mask = segments = position_bias = softcap = sinks = dropout = True
-    symbolic_length = True
+    symbolic_length = in_parts = True
     limit: ClassVar = {"window_size": 50}
     examples = (
         {"window_size": 4, "num_global_tokens": 1},
@@ -51,6 +52,10 @@ class LongformerAttention(PatternAttention):
             super().__post_init__()
             self.require(self.window_size >= 1, "window_size", "an integer from 1 on")
             self.require((self.num_global_tokens or 0) >= 0, "num_global_tokens", "None or an integer from 0 on")
+
+    def reach(self, causal):
+        window = self.config.window_size - 1
+        return Reach(window, 0 if causal else window, self.config.num_global_tokens, first_see_all=not causal)
 
     def patterns(self, heads, mask, grid_size=None):
         return [(slice(0, heads), self._pattern())]

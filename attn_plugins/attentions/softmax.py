@@ -5,6 +5,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.registry import register_attention
+from attn_plugins.ops.parts.gathered import with_all_keys
 from attn_plugins.ops.reference import dense_attention, expand_heads
 
 
@@ -24,7 +25,7 @@ class SoftmaxAttention(Attention):
     paper = "Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762, eq. 1"
     when = "As the baseline of a comparison, and in a hybrid for the layers that have to stay exact."
     causal = bidirectional = cross = any_mask = segments = position_bias = softcap = sinks = dropout = True
-    unwritten_keys = True
+    unwritten_keys = in_parts = True
     symbolic_length = True
     subquadratic = False
     limit: ClassVar = {}
@@ -49,3 +50,7 @@ class SoftmaxAttention(Attention):
         bias = torch.where(allowed, position_bias.to(q_BHQD.dtype), torch.finfo(q_BHQD.dtype).min)
         out_BHQV = scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKV, attn_mask=bias, dropout_p=dropout, scale=scale)
         return out_BHQV * allowed.any(dim=-1, keepdim=True)
+
+    def attend_part(self, q_BHTD, k_BGTD, v_BGTV, *, part, mask, **options):
+        k_BGKD, v_BGKV, mask = with_all_keys(k_BGTD, v_BGTV, part)
+        return self.attend(q_BHTD, k_BGKD, v_BGKV, mask=mask, **options)

@@ -23,6 +23,7 @@ from attn_plugins.core.gradients import with_gradients_to
 from attn_plugins.core.heads import HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.options import AttentionConfig
+from attn_plugins.core.part import Part
 from attn_plugins.core.rotary import Rotary
 from attn_plugins.core.tracing import recorded
 
@@ -156,6 +157,10 @@ class Attention(nn.Module):
 
     No cache holds them, so only a state can attend to keys of earlier calls: others are refused."""
 
+    in_parts: bool = False
+    """Whether, with its options, it serves texts of which each process has a part (context parallelism):
+    :meth:`attend_part`. The others are refused there."""
+
     Config: ClassVar[type[AttentionConfig]] = AttentionConfig
     config: Any
     branch: str
@@ -190,6 +195,7 @@ class Attention(nn.Module):
         grid_size: tuple[int, int] | None = None,
         hidden: torch.Tensor | None = None,
         state: State | None = None,
+        part: Part | None = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.
@@ -208,6 +214,8 @@ class Attention(nn.Module):
             hidden: (B, Q, E) what the queries are made of, where :attr:`wants_hidden`.
             state: of :meth:`new_state`, standing for all tokens before these queries and keys, which are then as many;
                 ``mask`` is that of all tokens. It takes these in.
+            part: which part of longer rows these queries, keys and values are, where :attr:`in_parts`; ``mask`` is then
+                that of the whole rows.
             need_weights: also return the effective weights, through the dense form.
 
         Returns:
@@ -251,7 +259,11 @@ class Attention(nn.Module):
                 hidden_B1QE = hidden_B1QE.to(lower)
         weights_BHQK = None
         with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-            if state is not None:
+            if part is not None:
+                if hidden_B1QE is not None:
+                    options["hidden_BQE"] = hidden_B1QE.squeeze(1)
+                out_BHQV = self.attend_part(q_BHQD, k_BGKD, v_BGKV, part=part, **options)
+            elif state is not None:
                 state.to(k_BGKD.device)  # it may have been offloaded
                 new = (k_BGKD, v_BGKV) if hidden_B1QE is None else (k_BGKD, v_BGKV, hidden_B1QE)
                 k_BGKD, v_BGKV, *hidden_B1KE = state.flush_pending(*new)
@@ -342,6 +354,23 @@ class Attention(nn.Module):
         be part of a graph of torch.compile or torch.export. ``attend`` itself, where that is so already.
         """
         return self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
+
+    def attend_part(
+        self, q_BHTD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTV: torch.Tensor, *, part: Part, **options: Any
+    ) -> torch.Tensor:
+        """As ``attend``, for the T tokens that this process has of longer rows: out_BHTV, equal to that of one process.
+
+        All processes call it, in the same order. What one needs of another's it gets by ``part.exchange``, or by what
+        is built on that (``ops/parts/``).
+
+        Args:
+            part: with the mask of the whole rows, which says where padding and texts are in all of them.
+            options: as those of ``attend``; ``mask`` is ``part.mask``.
+
+        Raises:
+            ValueError: a mask that cannot be served in parts, on every process alike.
+        """
+        raise NotImplementedError(f"attention {self.name!r} sets in_parts and has no attend_part")
 
     def new_state(self, fixed_length: int | None = None) -> State | None:
         """What to keep of tokens seen, at its beginning; None where that is all keys and values, in an ordinary cache.

@@ -68,11 +68,14 @@ def hidden_argument(cls: type[nn.Module]) -> Argument | None:
     return next((one for one in named if one.name == "q"), named[0] if named and named[0].place == 0 else None)
 
 
-def refuse_unsupported(module: nn.Module, call: Call | None, kwargs: dict[str, Any]) -> None:
+def refuse_unsupported(
+    module: nn.Module, call: Call | None, kwargs: dict[str, Any], given: dict[str, Any] | None = None
+) -> None:
     """Refuse keyword arguments that a module itself gives its attention function and that SUPPORTED lacks.
 
     Args:
         call: of the module; what it was given and does not name, it can only hand on.
+        given: what the model around a module without a slot was given, which has no call.
 
     Raises:
         ValueError: such an argument has a value.
@@ -89,7 +92,7 @@ def refuse_unsupported(module: nn.Module, call: Call | None, kwargs: dict[str, A
             and name in call.kwargs
             and _same(value, call.kwargs[name])
         )
-        if not handed_on:
+        if not handed_on and not (given is not None and name in given and _same(value, given[name])):
             raise ValueError(
                 f"{type(module).__name__} gives {name}= to its attention, of which attn_plugins does not know what it "
                 "would change; leave its modules out with layers, roles or modules"

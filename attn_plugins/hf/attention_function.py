@@ -24,6 +24,7 @@ from attn_plugins.hf.masks.mask_function import LazyMask
 from attn_plugins.hf.names import BASE, ROLE, SLOT, slot_of
 from attn_plugins.hf.native_attention import OwnCall, attend_natively
 from attn_plugins.hf.observe import Observed, observer_of, refuse_state
+from attn_plugins.hf.parallel.in_parts import attend_in_part, rows_of
 from attn_plugins.hf.recording import weights_wanted
 from attn_plugins.hf.split import SplitAttention
 
@@ -61,6 +62,7 @@ def attention_forward(
         )
     slot: Any = module._modules.get(SLOT)
     call = call_of(module)
+    rows = rows_of(module, attention_mask)
     segmented = isinstance(attention_mask, AttentionMask) and attention_mask.segments_BK is not None
     packing.check(None if isinstance(attention_mask, torch.Tensor) else segmented)
     if segmented and call is not None:
@@ -70,6 +72,15 @@ def attention_forward(
     need_weights, observer = weights_wanted(module, kwargs), observer_of(module)
     extras = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
     given: dict[str, Any] = {"scaling": scaling, **extras, **kwargs}
+    if rows is not None:
+        if need_weights or observer is not None:
+            raise ValueError("attention weights of a part of the rows cannot be had; leave out context_parallel")
+        refuse_unsupported(module, call, kwargs, rows.given if slot is None else None)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        of_scores: dict[str, Any] = {"position_bias": position_bias, "softcap": softcap, "sinks": s_aux}
+        return attend_in_part(
+            module, query, key, value, attention_mask, rows, call, scale=scale, dropout=dropout, **of_scores
+        )
     if slot is None or observer is not None:
         own = functools.partial(attend_natively, module, base, query, key, value, attention_mask, **given)
         if observer is None:

@@ -29,6 +29,7 @@ from attn_plugins.hf.masks.mask_function import lazy_mask
 from attn_plugins.hf.masks.structure import COMPOSERS
 from attn_plugins.hf.names import IMPLEMENTATION, SLOT
 from attn_plugins.hf.parallel import tensor_parallel
+from attn_plugins.hf.parallel.context import prepare_accelerator, prepare_inputs
 from attn_plugins.hf.parallel.sharding import load_full_state_dict
 from attn_plugins.hf.swap import attach_assigned
 
@@ -113,6 +114,10 @@ def install() -> None:
     # It gives a model to all processes entry by entry, and has no hook for those that are not sharded.
     once_imported("accelerate.utils.fsdp_utils", _install_accelerate)
 
+    # Under context parallelism they know torch's attention alone, by its name, and take away masks.
+    once_imported("accelerate.accelerator", _install_accelerator)
+    once_imported("transformers.trainer", _install_trainer)
+
 
 def _install_auto() -> None:
     from transformers.models.auto import modeling_auto
@@ -126,6 +131,18 @@ def _install_accelerate() -> None:
     from accelerate.utils import fsdp_utils
 
     _wrap(fsdp_utils, "fsdp2_load_full_state_dict", load_full_state_dict)
+
+
+def _install_accelerator() -> None:
+    from accelerate import accelerator
+
+    _wrap(accelerator.Accelerator, "_prepare_cp", prepare_accelerator)
+
+
+def _install_trainer() -> None:
+    from transformers import trainer
+
+    _wrap(trainer.Trainer, "_prepare_context_parallel_inputs", prepare_inputs)
 
 
 def _allow_output_attentions() -> None:

@@ -16,6 +16,7 @@ from attn_plugins.hf.masks import packing
 from attn_plugins.hf.masks.dense_masks import additive
 from attn_plugins.hf.masks.structure import structure_of
 from attn_plugins.hf.masks.tensors import stands_for_a_tensor, takes_all
+from attn_plugins.hf.parallel.context import WholeRows, whole_rows
 
 
 @stands_for_a_tensor
@@ -38,6 +39,8 @@ class LazyMask(AttentionMask):
         """Whether it is for a cache of fixed length, with room for tokens to come."""
         self.last_queries = False
         """Whether queries are known to be the last of more keys, where nothing follows them (prefix tuning)."""
+        self.rows: WholeRows | None = whole_rows()
+        """What the rows hold that these queries and keys are a part of, where processes have parts of them."""
 
     @property
     def shape(self) -> torch.Size:

@@ -147,7 +147,7 @@ def read(
     positions_BN = None if own else _text_positions(positions, length)
 
     starts = {
-        "position_ids": None if positions_BN is None else _fallen(positions_BN, real_BN),
+        "position_ids": None if positions_BN is None else fallen(positions_BN, real_BN),
         "cu_seq_lens": _starts_of_lengths(lengths_q, lengths_k, rows, length),
         "seq_idx": _starts_of_numbers(numbers, rows, length),
     }
@@ -272,7 +272,7 @@ def _text_positions(positions: Any, length: int) -> torch.Tensor | None:
     return positions if positions.ndim == 2 and positions.shape[1] == length else None
 
 
-def _fallen(positions_BN: torch.Tensor, real_BN: torch.Tensor | None) -> torch.Tensor:
+def fallen(positions_BN: torch.Tensor, real_BN: torch.Tensor | None) -> torch.Tensor:
     """True at real tokens whose position is less than that of the real one before, or again the row's least.
 
     One position for all tokens of a batch is what models give that have no positions (Decision Transformer's GPT-2).

@@ -11,11 +11,13 @@ from torch.nn.functional import pad
 
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.part import Part
 from attn_plugins.core.tracing import readable
 from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
 from attn_plugins.ops.linear.chunked import causal_linear
 from attn_plugins.ops.linear.features import FEATURE_MAPS, FeatureMap, Prepared
 from attn_plugins.ops.linear.running_max import add_sums, exp_minus_max, max_exponent
+from attn_plugins.ops.parts.states import carried, of_last_text, of_text_before
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
 Projection = torch.Tensor | None
@@ -56,6 +58,11 @@ class FeatureAttention(Attention, abc.ABC):
 
     def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, **options):
         return self.attend(q_BHQD, k_BGKD, v_BGKV, **options, batched=True)
+
+    def attend_part(self, q_BHTD, k_BGTD, v_BGTV, *, part, mask, scale, dropout):
+        prepared = self.prepare(q_BHTD, k_BGTD, mask, scale)
+        options = {"chunk_size": self.config.chunk_size, "batched": self.prefers_batched(q_BHTD)}
+        return linear_attention_of_part(prepared, v_BGTV, part, **options)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
         options = {"scale": scale, "chunk_size": self.config.chunk_size}
@@ -138,7 +145,7 @@ def linear_attention(
         dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
         w_q, w_k = (None if w is None else w.to(dtype) for w in (query_projection, key_projection))
         if not mask.causal and segments_BK is None:
-            state = _sum_keys(k_BGKD, v_BGKV, w_k, feature_map, padding_BK)
+            state = sum_keys(k_BGKD, v_BGKV, w_k, feature_map, padding_BK)
             return _read(q_BHQD, w_q, feature_map, *state, eps).to(v_BGKV.dtype)
         options = (feature_map, chunk_size, eps)
         if not mask.causal:
@@ -190,6 +197,29 @@ def linear_attention_from(
     return chunked_prefill(attend_chunk, q_BHQD, k_BGKD, v_BGKV)
 
 
+def linear_attention_of_part(
+    prepared: Prepared, v_BGTV: torch.Tensor, part: Part, *, chunk_size: int, batched: bool
+) -> torch.Tensor:
+    """The same for this process's part of longer rows, with the sums over the others': out_BHTV in the dtype of v.
+
+    For feature maps of a token alone, whose features are no exponentials.
+
+    Raises:
+        ValueError: packed rows in which queries see what follows them.
+    """
+    (q, k, options), (w_q, w_k), mask = prepared, projections(prepared), part.mask
+    feature_map, eps, padding_BT = options["feature_map"], options["eps"], part.own(padding_of(mask))
+    if not mask.causal:
+        if mask.segments_BK is not None:
+            raise ValueError("packed rows in parts need causal linear attention; give each text a row of its own")
+        own, _ = sum_keys(k, v_BGTV, w_k, feature_map, padding_BT)
+        return _read(q, w_q, feature_map, part.exchange.summed(own), None, eps).to(v_BGTV.dtype)
+    own, _ = sum_keys(k, v_BGTV, w_k, feature_map, of_last_text(part, padding_BT))
+    state_BGFV = of_text_before(part, carried(part, own))
+    tokens = (q, k, v_BGTV, w_q, w_k, padding_BT, part.own(contiguous_segments(mask)))
+    return last_queries(*tokens, feature_map, chunk_size, eps, state_BGFV, batched=batched)[0]
+
+
 def projections(prepared: Prepared) -> tuple[Projection, Projection]:
     """Of queries and of keys, in at least float32."""
     dtype = accumulation_dtype(prepared.q_BHQD, prepared.k_BGKD)
@@ -217,7 +247,7 @@ def absorb(
     seen_BK: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(sums, running maximum) with these keys too, those that are seen."""
-    return add_sums(sums_BGFV, running_max_BGF, *_sum_keys(k_BGKD, v_BGKV, w_k, feature_map, seen_BK))
+    return add_sums(sums_BGFV, running_max_BGF, *sum_keys(k_BGKD, v_BGKV, w_k, feature_map, seen_BK))
 
 
 def dense_is_cheaper(q_BHQD: torch.Tensor, v_BGKV: torch.Tensor, feature_map: str, projection: Projection) -> bool:
@@ -256,7 +286,7 @@ def last_queries(
             seen_BK = goes_on if seen_BK is None else seen_BK & goes_on
         earlier = (k_BGKD[:, :, old], v_BGKV[:, :, old], w_k, feature_map, seen_BK)
         if state_BGFV is None:
-            state_BGFV, running_max_BGF = _sum_keys(*earlier)
+            state_BGFV, running_max_BGF = sum_keys(*earlier)
         else:
             state_BGFV, running_max_BGF = absorb(state_BGFV, running_max_BGF, *earlier)
     padding_BT, segments_BT = (None if x is None else x[:, new] for x in (padding_BK, segments_BK))
@@ -305,7 +335,7 @@ def distinct(number_BK: torch.Tensor, not_padding_BK: torch.Tensor | None) -> to
     return (ordered_BK[:, 1:] != ordered_BK[:, :-1]).sum(dim=1)
 
 
-def _sum_keys(
+def sum_keys(
     k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, w_k: Projection, feature_map: str, seen_BK: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(sums of phi(k) [v, 1]^T over the keys seen, (B, G, F, V + 1); maximum of their exponents, (B, G, F))."""

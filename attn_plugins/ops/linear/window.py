@@ -29,7 +29,7 @@ from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, expand_
 from attn_plugins.ops.softmax.batched import batched_pattern_attention
 from attn_plugins.ops.softmax.patterns.band import Band, in_row
 from attn_plugins.ops.softmax.tile_engine import SoftmaxParts
-from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
+from attn_plugins.ops.softmax.tiles import Pattern, dense_pattern, tiled_attention
 
 BEFORE_SINKS = """write num_sink_tokens: 0 into the rule, and for each weight window_gate one of the name \
 log_linear_factor with softplus(-window_gate); or load the model with attn_plugin=None and swap it anew"""
@@ -125,14 +125,14 @@ def linear_window_attention(
     near = far = None
     if branch != "linear":
         band = Band(window_size, window_size - 1, num_first=num_sink_tokens)
-        near = _near(q_BHQD, k_BGKD, v_BGKV, mask, band, scale, batched)
+        near = near_parts(q_BHQD, k_BGKD, v_BGKV, mask, band, scale, batched)
     if branch != "window":
         enters_BK = padding_of(mask)
         if num_sink_tokens:
             no_sink_BK = mask.cached(("no sink", num_sink_tokens), lambda: _no_sink(mask, num_sink_tokens))
             enters_BK = no_sink_BK if enters_BK is None else enters_BK & no_sink_BK
-        far = _far(prepared, v_BGKV, mask, enters_BK, window_size, chunk_size, None, batched)
-    return _joined(near, far, log_factor_H, prepared.options["eps"]).to(v_BGKV.dtype)
+        far = far_sums(prepared, v_BGKV, mask, enters_BK, window_size, chunk_size, None, batched)
+    return joined(near, far, log_factor_H, prepared.options["eps"]).to(v_BGKV.dtype)
 
 
 class _Sums(NamedTuple):
@@ -148,12 +148,12 @@ def _no_sink(mask: AttentionMask, num_sink_tokens: int) -> torch.Tensor:
     return (position_BK >= num_sink_tokens).expand(mask.batch_size, -1)
 
 
-def _near(q, k, v, mask: AttentionMask, band: Band, scale: float, batched: bool) -> SoftmaxParts:
+def near_parts(q, k, v, mask: AttentionMask, band: Pattern, scale: float, batched: bool) -> SoftmaxParts:
     attend = batched_pattern_attention if batched else tiled_attention
     return attend(q, k, v.to(accumulation_dtype(q, k, v)), mask, band, scale=scale, return_lse=True)
 
 
-def _joined(near: SoftmaxParts | None, far: _Sums | None, log_factor_H: torch.Tensor, eps: float) -> torch.Tensor:
+def joined(near: SoftmaxParts | None, far: _Sums | None, log_factor_H: torch.Tensor, eps: float) -> torch.Tensor:
     """Both parts under one denominator, or the one that there is."""
     if far is None:
         assert near is not None
@@ -166,7 +166,7 @@ def _joined(near: SoftmaxParts | None, far: _Sums | None, log_factor_H: torch.Te
     return num / whole.masked_fill(whole == 0, 1.0)
 
 
-def _far(
+def far_sums(
     prepared: Prepared,
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
@@ -193,7 +193,7 @@ def _far(
 def _lagging(
     q_BHQD, k_BGKD, v_BGKV, enters_BK, segments_BK, options, before, window_size, chunk_size, batched, sums=None
 ):
-    """:func:`_far` for the keys that are ``window_size`` or more before a query; query i is at key ``before + i``."""
+    """:func:`far_sums` for keys that are ``window_size`` or more before a query; query i is at key ``before + i``."""
     (batch, heads, queries, _), value_dim = q_BHQD.shape, v_BGKV.shape[3]
     keys = before + queries - window_size
     if keys <= 0:
@@ -257,14 +257,14 @@ def linear_window_attention_from(
         branch, scale, window_size = options["branch"], options["scale"], options["window_size"]
         parts = far = None
         if branch != "linear":
-            parts = _near(q, k, v, near, Band(window_size, window_size - 1), scale, batched)
+            parts = near_parts(q, k, v, near, Band(window_size, window_size - 1), scale, batched)
             if sinks := seen_BQS.shape[2]:
                 k_BGSD, v_BGSV = state.tensors["k"][:, :, :sinks], state.tensors["v"][:, :, :sinks]
                 parts = _with_sinks(parts, q, k_BGSD, v_BGSV, seen_BQS, scale)
         sums = state.tensors["sums"]
         if branch != "window":
-            far = _far(prepared, v, near, enters_BK, window_size, chunk_size, sums, batched)
-        out = _joined(parts, far, options["log_factor_H"], prepared.options["eps"]).to(v.dtype)
+            far = far_sums(prepared, v, near, enters_BK, window_size, chunk_size, sums, batched)
+        out = joined(parts, far, options["log_factor_H"], prepared.options["eps"]).to(v.dtype)
         if left > 0:
             gone = (prepared.k_BGKD[:, :, :left], v[:, :, :left], projections(prepared)[1])
             entering = None if enters_BK is None else enters_BK[:, :left]

@@ -8,6 +8,7 @@ from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.ops.decode.running_sums import Sums
 from attn_plugins.ops.recurrent.batched import ALL_AT_ONCE, recurrent_attention_batched
 from attn_plugins.ops.recurrent.chunked import IN_ORDER, Prepare, dense_recurrent_attention, recurrent_attention
+from attn_plugins.ops.recurrent.in_part import recurrent_attention_of_part
 from attn_plugins.ops.recurrent.step import recurrent_attention_from
 
 
@@ -18,6 +19,7 @@ class RecurrentAttention(Attention, abc.ABC):
     "value", the token's own value, or "hidden", its hidden state. The first dimension of its weights is that of heads.
     """
 
+    in_parts = True
     head_weights = ("*",)
 
     def __init__(self, config, heads=None, **options):
@@ -55,6 +57,12 @@ class RecurrentAttention(Attention, abc.ABC):
     def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, hidden_BQE=None):
         recurrence, new = (self.prepare(scale), self.weights()), _of_keys(k_BGKD, v_BGKV, hidden_BQE)
         return recurrent_attention_batched(q_BHQD, new, mask, *recurrence, chunk_size=self.config.chunk_size)
+
+    def attend_part(self, q_BHTD, k_BGTD, v_BGTV, *, part, mask, scale, dropout, hidden_BQE=None):
+        recurrence, new = (self.prepare(scale), self.weights()), _of_keys(k_BGTD, v_BGTV, hidden_BQE)
+        rules = ALL_AT_ONCE if self.prefers_batched(q_BHTD) else IN_ORDER
+        options = {"chunk_size": self.config.chunk_size, "rules": rules}
+        return recurrent_attention_of_part(q_BHTD, new, part, *recurrence, **options)
 
     def new_state(self, fixed_length=None):
         return Sums(fixed_length)

@@ -9,6 +9,9 @@ import torch
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rotary import Rotary
+from attn_plugins.ops.parts.first_queries import attend_first
+from attn_plugins.ops.parts.halo import Reach, with_halo, within_row
+from attn_plugins.ops.parts.pattern import in_part
 from attn_plugins.ops.reference import dense_attention, expand_heads
 from attn_plugins.ops.softmax.batched import batched_pattern_attention
 from attn_plugins.ops.softmax.tiles import Pattern, Rule, dense_pattern, tiled_attention
@@ -84,6 +87,20 @@ class PatternAttention(Attention, abc.ABC):
         q_BHQD, k_BGKD = self.place(q_BHQD, k_BGKD, mask, rotary)
         parts = self.patterns(q_BHQD.shape[1], mask, grid_size)
         return by_heads(batched_pattern_attention, q_BHQD, k_BGKD, v_BGKV, mask, parts, **options)
+
+    def reach(self, causal: bool) -> Reach:
+        """How far queries see, where the class serves :attr:`in_parts`: its patterns show no key beyond it."""
+        raise NotImplementedError(f"attention {self.name!r} sets in_parts and does not say how far its queries see")
+
+    def attend_part(self, q_BHTD, k_BGTD, v_BGTV, *, part, mask, **options):
+        reach = within_row(self.reach(mask.causal), part)
+        k_BGKD, v_BGKV = with_halo(k_BGTD, v_BGTV, part, reach)
+        around, rules = in_part(self.patterns(q_BHTD.shape[1], mask), part, reach)
+        attend = batched_pattern_attention if self.prefers_batched(q_BHTD) else tiled_attention
+        out_BHTV = by_heads(attend, q_BHTD, k_BGKD, v_BGKV, around, rules, **options)
+        if reach.first_see_all and reach.first:
+            out_BHTV = out_BHTV + attend_first(q_BHTD, k_BGTD, v_BGTV, part, reach.first, **options)
+        return out_BHTV
 
 
 def by_heads(

@@ -1,0 +1,237 @@
+"""Rows longer than a device: each process has a part of them, and swapped attentions exchange what they need.
+
+torch's context parallelism cuts the tensors and serves its own attention. This one does as well, in order along the
+rows, and knows of the processes for swapped models: what their rows hold is read once a forward, where a model is
+given it, and goes with the masks that it makes.
+"""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.part import Exchange, Part
+from attn_plugins.core.registry import get_attention, list_attentions
+from attn_plugins.hf.masks import packing
+from attn_plugins.hf.names import BASE, ROLE, slot_of
+
+ALONE = "give each process whole rows (data parallelism, FSDP), or choose another attention"
+_entered: list[Exchange] = []
+"""The contexts that are entered. Of the process and not of a thread: autograd's own threads run checkpoints again."""
+
+
+@contextlib.contextmanager
+def context_parallel(
+    mesh: DeviceMesh,
+    *,
+    buffers: Sequence[torch.Tensor] | None = None,
+    buffer_seq_dims: Sequence[int] | None = None,
+    no_restore_buffers: set[torch.Tensor] | None = None,
+) -> Iterator[Exchange]:
+    """Cut tensors along their rows, a part for each process, for models with swapped attentions inside.
+
+    In place of ``torch.distributed.tensor.experimental.context_parallel``, with the same arguments, for models without
+    swapped attentions too. Parts follow one another: torch's balancing, which gives each process a piece from the front
+    and one from the back, is off, and ``context_parallel_unshard`` is to be called inside. Gradients of weights are
+    those of a process's own tokens, to be added up over the processes.
+
+    Args:
+        mesh: of one dimension.
+        buffers: tensors that are cut in place and put back at the end: ``input_ids``, ``position_ids``, the padding
+            mask, and ``shift_labels``, which are the labels moved by one before they are cut.
+        buffer_seq_dims: the dimension of each along the rows.
+        no_restore_buffers: those that need not be put back.
+
+    Yields:
+        what the processes send each other: ``bytes_sent`` counts the bytes that this one has sent so far.
+
+    Raises:
+        ValueError: the mesh has more dimensions, or rows are not a multiple of the processes.
+    """
+    from torch.distributed.tensor.experimental import _attention as torchs
+
+    buffers, buffer_seq_dims = list(buffers or ()), list(buffer_seq_dims or ())
+    if mesh.ndim != 1:
+        raise ValueError(f"the mesh has {mesh.ndim} dimensions; allowed: one, such as mesh['cp']")
+    for buffer, dim in zip(buffers, buffer_seq_dims, strict=True):
+        if buffer.shape[dim] % mesh.size():
+            raise ValueError(
+                f"rows of {buffer.shape[dim]} tokens cannot be cut into {mesh.size()} equal parts; pad them, on the "
+                "right, with 0 in attention_mask and -100 in labels"
+            )
+    exchange, balanced = Exchange(mesh.get_group()), torchs._cp_options.enable_load_balance
+    torchs._cp_options.enable_load_balance = False
+    cut: dict[str, Any] = {
+        "buffers": buffers,
+        "buffer_seq_dims": buffer_seq_dims,
+        "no_restore_buffers": no_restore_buffers,
+    }
+    _entered.append(exchange)
+    try:
+        with torchs.context_parallel(mesh, **cut) if buffers else contextlib.nullcontext():
+            yield exchange
+    finally:
+        _entered.remove(exchange)
+        torchs._cp_options.enable_load_balance = balanced
+
+
+def entered() -> Exchange | None:
+    """The exchange of the context that is entered, or None."""
+    return _entered[-1] if _entered else None
+
+
+class WholeRows:
+    """What a model's call, which has a part of its rows, says of the whole of them.
+
+    Args:
+        positions_BT, real_BT: position in its text of each token of this part, and which are no padding.
+        given: the call's keyword arguments.
+    """
+
+    def __init__(self, exchange: Exchange, positions_BT: torch.Tensor, real_BT: torch.Tensor, given: dict[str, Any]):
+        self.given = given
+        self.exchange, (self.batch_size, self.length) = exchange, real_BT.shape
+        told = torch.stack([positions_BT.expand_as(real_BT).long(), real_BT.long()])
+        positions_BN, real_BN = torch.cat(exchange.gathered(told), dim=2)
+        self.padding_BN = None if bool(real_BN.all()) else real_BN.bool()
+        begins_BN = packing.fallen(positions_BN, self.padding_BN)
+        self.texts_BN = begins_BN.long().cumsum(dim=1) if bool(begins_BN.any()) else None
+        self._parts: dict[tuple[bool, torch.device], Part] = {}
+
+    def part(self, causal: bool, device: torch.device) -> Part:
+        """This process's part, with the mask of all rows, for all layers of a call."""
+        if (causal, device) not in self._parts:
+            length = self.length * self.exchange.number
+            padding, texts = (None if x is None else x.to(device) for x in (self.padding_BN, self.texts_BN))
+            tables: dict[str, Any] = {"padding_BK": padding, "segments_BK": texts}
+            mask = AttentionMask(self.batch_size, length, length, causal=causal, device=device, **tables)
+            self._parts[causal, device] = Part(mask, self.exchange)
+        return self._parts[causal, device]
+
+
+_running: list[tuple[nn.Module, WholeRows]] = []
+"""The outermost model with swapped modules that is called in a context, while it is."""
+
+
+def whole_rows() -> WholeRows | None:
+    """What the running model was told."""
+    return _running[-1][1] if _running else None
+
+
+def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Before a model's forward in a context: read what its part of the rows holds.
+
+    Returns:
+        its keyword arguments, without a cache, which would hold keys of a part.
+
+    Raises:
+        ValueError: it cannot be served in parts; on every process alike, and before anything has run.
+    """
+    exchange = entered()
+    if exchange is None or _running:
+        return kwargs
+    _refuse_model(model)
+    names = _parameters(model)
+    given = {name: x for name, x in {**dict(zip(names, args, strict=False)), **kwargs}.items() if x is not None}
+    text = given.get("inputs_embeds", given.get("input_ids"))
+    if text is None:
+        raise _refusal("tokens are expected as input_ids or inputs_embeds")
+    for name in ("past_key_values", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "labels"):
+        if name in given and not (name == "labels" and ("shift_labels" in given or not _is_causal(model))):
+            raise _refusal(_INSTEAD.get(name, f"{name} tells of a part of the rows; tell of texts by position_ids"))
+    shape = text.shape[:2]
+    positions, real = given.get("position_ids"), given.get("attention_mask")
+    if "position_ids" not in names:
+        raise _refusal(f"{type(model).__name__} takes no position_ids, and would count each part from its beginning")
+    if positions is None or positions.shape not in (shape, (1, shape[1])):
+        got = "none" if positions is None else f"a tensor {tuple(positions.shape)}"
+        raise _refusal(f"position_ids of shape {tuple(shape)} are needed, cut as the tokens are, got {got}")
+    if real is not None and (not isinstance(real, torch.Tensor) or real.shape != shape):
+        got = f"a tensor {tuple(real.shape)}" if isinstance(real, torch.Tensor) else type(real).__name__
+        raise _refusal(f"attention_mask may be the padding of shape {tuple(shape)}, cut as the tokens are, got {got}")
+    real = torch.ones(shape, dtype=torch.bool, device=text.device) if real is None else real.bool()
+    _running.append((model, WholeRows(exchange, positions, real, kwargs)))
+    return {**kwargs, "use_cache": False} if "use_cache" in names else kwargs
+
+
+def end(model: nn.Module, output: Any) -> None:
+    """After it, also after an error.
+
+    Raises:
+        ValueError: what it gives is not of each token: a head has pooled what it found in a part.
+    """
+    if not _running or _running[-1][0] is not model:
+        return
+    rows = _running.pop()[1]
+    for name, x in output.items() if isinstance(output, dict) else ():
+        if isinstance(x, torch.Tensor) and name != "loss" and x.shape[:2] != (rows.batch_size, rows.length):
+            raise _refusal(
+                f"{name} {tuple(x.shape)} of {type(model).__name__} is not one for each token: it was made of a part"
+            )
+
+
+_INSTEAD = {
+    "past_key_values": "a cache would hold the keys of a part; call the model without past_key_values",
+    "labels": "labels are moved by one within a part, whose last token has its label in the next; give shift_labels, "
+    "which are the labels moved by one before they are cut",
+}
+
+
+def _refusal(why: str) -> ValueError:
+    return ValueError(f"in context_parallel each process has a part of the rows: {why}")
+
+
+def _parameters(model: nn.Module) -> list[str]:
+    return list(inspect.signature(inspect.unwrap(type(model).forward)).parameters)[1:]
+
+
+def _is_causal(model: nn.Module) -> bool:
+    return any(getattr(module, ROLE, None) == "decoder" for module in model.modules())
+
+
+def _refuse_model(model: nn.Module) -> None:
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
+        raise _refusal(f"{type(model).__name__} has sequences of more than one kind; {ALONE}")
+    for path, module in model.named_modules():
+        if getattr(module, ROLE, None) == "cross":
+            raise _refusal(f"{path} attends to another sequence; {ALONE}")
+        if hasattr(module, BASE) and (slot := slot_of(module)) is not None:
+            _refuse_attention(path, slot)
+
+
+def _refuse_attention(path: str, slot: Any) -> None:
+    serve = [name for name in list_attentions() if get_attention(name).in_parts]
+    if not slot.in_parts:
+        options = f"({slot.extra_repr()})" if slot.name in serve else ""
+        raise _refusal(
+            f"attention {slot.name!r}{options} of {path} cannot attend there; those that can: {', '.join(serve)}"
+        )
+    if slot.backend not in ("auto", "torch", "batched"):
+        raise _refusal(f"backend={slot.backend!r} of {path} is not served there; allowed: 'auto', 'torch', 'batched'")
+
+
+def prepare_accelerator(original: Any, accelerator: Any, *prepared: Any) -> Any:
+    """In place of accelerate's function, whose hooks take masks away, which swapped modules need, and whose context is
+    torch's own: where a model with swapped modules is prepared, the context is :func:`context_parallel`.
+    """
+    swapped = [one for one in prepared if isinstance(one, nn.Module) and _has_slots(one)]
+    original(accelerator, *(one for one in prepared if one not in swapped))
+    if swapped:
+        accelerator._cp_context = functools.partial(context_parallel, mesh=accelerator.torch_device_mesh["cp"])
+    return prepared
+
+
+def prepare_inputs(original: Any, trainer: Any, model: Any, inputs: Any) -> Any:
+    """In place of Trainer's function, which asks the model for nothing but whether its attention is torch's."""
+    return original(trainer, None if _has_slots(model) else model, inputs)
+
+
+def _has_slots(model: nn.Module) -> bool:
+    return any(slot_of(module) is not None for module in model.modules())
