@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import transformers
-from transformers import Cache, PreTrainedConfig, PreTrainedModel, masking_utils
+from transformers import Cache, PreTrainedConfig, PreTrainedModel, masking_utils, modeling_utils
 from transformers.distributed import mixin
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -25,6 +25,7 @@ from attn_plugins.hf.checkpoints import peft as adapters
 from attn_plugins.hf.checkpoints.card import write_card
 from attn_plugins.hf.checkpoints.configs import check_flags, erase, from_file, mark_saved, written
 from attn_plugins.hf.checkpoints.loading import initialize_weights, load_from_state_dict
+from attn_plugins.hf.checkpoints.offload import dispatch
 from attn_plugins.hf.masks.mask_function import lazy_mask
 from attn_plugins.hf.masks.structure import COMPOSERS
 from attn_plugins.hf.names import IMPLEMENTATION, SLOT
@@ -95,6 +96,9 @@ def install() -> None:
 
     # For the hub it writes README.md over what saving wrote there; after that comes only this.
     _wrap(PreTrainedModel, "_upload_modified_files", _upload_modified_files)
+
+    # Of weights on disk it knows those that a checkpoint has, and a new one would be a KeyError in the first call.
+    _wrap(modeling_utils, "accelerate_dispatch", dispatch)
 
     # Weights of a slot that is not there are "unexpected", and dropped in silence where loading is not strict.
     _wrap(PreTrainedModel, "_load_from_state_dict", load_from_state_dict)

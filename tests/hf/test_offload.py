@@ -1,12 +1,17 @@
 """Weights that wait elsewhere: accelerate's hooks move what a module is given, and the slot gets it all the same."""
 
+import inspect
+import warnings
+
 import accelerate
 import pytest
 import tiny
 import torch
 from test_generation import CAUSAL, GREEDY, swapped
+from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_utils
 
 import attn_plugins as ap
+from attn_plugins.hf import patches
 
 # transformers 5.17 takes the place of offloaded weights for that of the model
 pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate.*device type different:UserWarning")
@@ -67,6 +72,95 @@ def test_every_way_to_offload(model_name, rules, offload, tmp_path):
     assert torch.equal(got.sequences, want.sequences)
     for a, b in zip(got.logits, want.logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+PLACES = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+BY_LAYER = {**PLACES, "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+WEIGHTS_AND_BUFFERS = [
+    {**HEDGEHOG, "layers": 0},
+    {"type": "gated_linear", "gate_input": "hidden", "layers": 1},
+    {"type": "linear", "feature_map": "favor", "num_features": 8, "kv_heads": [0], "layers": 2},
+    {"type": "lsh", "num_hashes": 2, "num_buckets": 4, "bucket_size": 4, "layers": 2},
+]
+
+
+def load(path, **options):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
+def assert_alike(model, expected):
+    given = tiny.inputs("llama")
+    torch.testing.assert_close(model(**given).logits, expected(**given).logits, atol=1e-6, rtol=1e-5)
+    assert torch.equal(model.generate(**given, **GREEDY), expected.generate(**given, **GREEDY))
+
+
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("places", [{"": "cpu"}, BY_LAYER, "auto"], ids=["cpu", "layers", "auto"])
+@torch.no_grad()
+def test_loading_by_a_device_map(places, buffers, tmp_path):
+    """Of a swapped checkpoint, with slots that are not as new ones, and of a plain one, by which all slots are new."""
+    tiny.build("llama").save_pretrained(tmp_path / "plain")
+    new = load(tmp_path / "plain", attn_plugin=WEIGHTS_AND_BUFFERS)
+    other = load(tmp_path / "plain", attn_plugin=WEIGHTS_AND_BUFFERS)
+    for name, tensor in other.state_dict().items():
+        if "attn_plugin" in name:
+            tensor.add_(0.1)
+    other.save_pretrained(tmp_path / "swapped")
+    options = {"device_map": places, "offload_folder": tmp_path / "disk", "offload_buffers": buffers}
+    if places == "auto":
+        options["max_memory"] = {"cpu": 70_000}  # bytes, less than half of the model
+    for path, flag, expected in (("swapped", {}, other), ("plain", {"attn_plugin": WEIGHTS_AND_BUFFERS}, new)):
+        model = load(tmp_path / path, **flag, **options)
+        assert ("disk" in getattr(model, "hf_device_map", {}).values()) == (places != {"": "cpu"})
+        assert_alike(model, expected)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+            model.save_pretrained(tmp_path / "again")
+        again = load(tmp_path / "again").state_dict()
+        assert again.keys() == expected.state_dict().keys()
+        assert all(torch.equal(again[name], tensor) for name, tensor in expected.state_dict().items())
+
+
+def test_a_new_weight_on_disk_needs_a_folder(tmp_path):
+    tiny.build("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"puts model\.layers\.1\..* on disk, and the checkpoint .* offload_folder="):
+        load(tmp_path, attn_plugin=HEDGEHOG, device_map=BY_LAYER)
+
+
+@torch.no_grad()
+def test_a_model_by_a_device_map_is_swapped_and_restored(tmp_path):
+    tiny.build("llama").save_pretrained(tmp_path)
+    model = load(tmp_path, device_map=BY_LAYER, offload_folder=tmp_path / "disk")
+    for rules in (WEIGHTS_AND_BUFFERS, REINDEXED):
+        expected = load(tmp_path)
+        for one in (expected, model):
+            torch.manual_seed(0)
+            ap.swap_attention(one, rules)
+        assert_alike(model, expected)
+    assert_alike(ap.restore_attention(model), load(tmp_path))
+
+
+@torch.no_grad()
+def test_a_swapped_model_is_dispatched_restored_and_swapped_again(tmp_path):
+    model, expected = (ap.swap_attention(tiny.build("llama"), WEIGHTS_AND_BUFFERS) for _ in range(2))
+    expected.load_state_dict(model.state_dict())
+    accelerate.dispatch_model(
+        model, BY_LAYER, main_device="cpu", offload_dir=tmp_path, force_hooks=True, offload_buffers=True
+    )
+    assert_alike(model, expected)
+    assert_alike(ap.restore_attention(model), tiny.build("llama"))
+    assert_alike(ap.swap_attention(model, REINDEXED), ap.swap_attention(tiny.build("llama"), REINDEXED))
+
+
+def test_transformers_dispatches_by_the_function_that_is_changed():
+    """Fails when transformers dispatches by another, which would know nothing of new weights."""
+    assert hasattr(modeling_utils.accelerate_dispatch, patches._MARK)
+    assert list(inspect.signature(modeling_utils.accelerate_dispatch).parameters) == [
+        *("model", "hf_quantizer", "device_map", "offload_folder", "offload_index", "offload_buffers"),
+    ]
+    load = inspect.unwrap(PreTrainedModel.from_pretrained.__func__)
+    assert "accelerate_dispatch" in load.__code__.co_names
 
 
 @torch.no_grad()
