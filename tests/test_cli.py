@@ -38,6 +38,7 @@ VERBS = [
     "recipe",
     "run",
     "search",
+    "serve",
     "transfer",
 ]
 SHORT = ["-s", "evaluation.length=16", "-s", "evaluation.max_tokens=64"]

@@ -26,11 +26,12 @@ ROOMS = {
     "choice": {"choice", "config", "core", "data", "hf", "tasks", "training"},
     "transfer": {"choice", "config", "core", "data", "hf", "tasks", "training", "transfer"},
     "export": {"config", "core", "export", "hf", "ops", "training"},
+    "serving": {"config", "core", "hf", "serving", "training"},
     "benchmark": {"benchmark", "choice", "config", "core", "data", "hf", "tasks", "training", "transfer"},
     "launcher": set(),
     "cli": {
         *{"benchmark", "choice", "cli", "config", "core", "data", "export", "hf", "launcher", "tasks", "training"},
-        "transfer",
+        *{"serving", "transfer"},
     },
     "__main__": {"cli"},
     "__init__": {"choice", "config", "core", "export", "hf", "training", "transfer"},

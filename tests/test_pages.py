@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from attn_plugins import describe_attention
 from attn_plugins.cli import app
+from attn_plugins.cli.serve import command as served
 from attn_plugins.core import registry
 
 toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
@@ -159,6 +160,7 @@ def wrong(words):
         verb = VERBS.get(words[1])
         if verb is None:
             return words[1]
+        verb = served() if words[1] == "serve" else verb
         known = {option for parameter in verb.params for option in parameter.opts}
         options = {word for word in words[2:] if word.startswith("-")}
         return None if words[1] == "run" else (options - known or None)
@@ -175,6 +177,7 @@ def test_commands_that_do_not_exist_are_found():
     planted += ["python examples/stream.py --no", "pip install '.[no]'", "pip install ./no", "conda install x"]
     planted += ["accelerate launch --config_file configs/no.yaml -m attn_plugins list", "torchrun -m attn_plugins lits"]
     planted += ["accelerate launch -m attn_plugins finetun", "attn-plugins bench --attn local --no"]
+    planted += ["attn-plugins serve MODEL --attn local --no 1"]
     assert [line for line in planted if not wrong(shlex.split(line))] == []
 
 

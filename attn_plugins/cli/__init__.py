@@ -6,12 +6,25 @@ A file a kind of verb; ``--help`` lists them in the order in which they are impo
 import sys
 import warnings
 
-from attn_plugins.cli import run, look, choose, transfer, train, search, recipe, export, measure  # isort: skip
+from attn_plugins.cli import run, look, choose, transfer, train, search, recipe, export, serve, measure  # isort: skip
 from attn_plugins.cli.app import app
 
 # Nothing here brings torch or transformers: `list` and --help must be quick. Each verb imports what it needs.
 
-__all__ = ["app", "choose", "export", "look", "main", "measure", "recipe", "run", "search", "train", "transfer"]
+__all__ = [
+    "app",
+    "choose",
+    "export",
+    "look",
+    "main",
+    "measure",
+    "recipe",
+    "run",
+    "search",
+    "serve",
+    "train",
+    "transfer",
+]
 
 
 def main() -> None:
