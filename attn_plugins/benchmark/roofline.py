@@ -57,14 +57,18 @@ class Device:
     """FLOP/s of float32 outside of them, as torch multiplies by default."""
     bandwidth: float
     """Bytes/s of its memory."""
+    memory: float
+    """Bytes of it."""
     source: str
 
 
 DEVICES = {
-    "a100": Device("A100 SXM 80 GB", 312e12, 19.5e12, 2.039e12, "NVIDIA A100 Tensor Core GPU datasheet"),
-    "h100": Device("H100 SXM", 989e12, 67e12, 3.35e12, "NVIDIA H100 Tensor Core GPU datasheet"),
-    "h200": Device("H200 SXM", 989e12, 67e12, 4.8e12, "NVIDIA H200 Tensor Core GPU datasheet"),
-    "b200": Device("B200 (a GPU of a DGX B200)", 2250e12, 75e12, 8.0e12, "NVIDIA DGX B200 and HGX B200 datasheets"),
+    "a100": Device("A100 SXM 80 GB", 312e12, 19.5e12, 2.039e12, 80e9, "NVIDIA A100 Tensor Core GPU datasheet"),
+    "h100": Device("H100 SXM", 989e12, 67e12, 3.35e12, 80e9, "NVIDIA H100 Tensor Core GPU datasheet"),
+    "h200": Device("H200 SXM", 989e12, 67e12, 4.8e12, 141e9, "NVIDIA H200 Tensor Core GPU datasheet"),
+    "b200": Device(
+        "B200 (a GPU of a DGX B200)", 2250e12, 75e12, 8.0e12, 180e9, "NVIDIA DGX B200 and HGX B200 datasheets"
+    ),
 }
 
 
@@ -175,10 +179,11 @@ def batched(operations: Operations, devices: Sequence[str]) -> Amounts:
         "bytes": float(operations.bytes),
         "launches": float(len(operations.launches)),
     }
-    return found | {name: sum(_seconds(one, DEVICES[name]) for one in operations.launches) for name in devices}
+    return found | {name: sum(seconds_of(one, DEVICES[name]) for one in operations.launches) for name in devices}
 
 
-def _seconds(launch: Launch, device: Device) -> float:
+def seconds_of(launch: Launch, device: Device) -> float:
+    """Seconds of an operation: of its arithmetic or its bytes."""
     rate = device.half if launch.dtype in (torch.bfloat16, torch.float16) else device.single
     return max(launch.flops / rate, launch.bytes / device.bandwidth)
 

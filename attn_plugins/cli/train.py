@@ -47,6 +47,15 @@ def finetune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Build everything, run one step and one batch, write nothing.")
     ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Count memory, FLOPs and steps on paper; no weights, no step, nothing written."),
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="With --plan: a100, h100, h200 or b200; does it fit, how long at least.")
+    ] = None,
+    processes: Annotated[int, typer.Option("--processes", help="With --plan: how many, each on a GPU.")] = 1,
+    sharding: Annotated[str, typer.Option("--sharding", help="With --plan: ddp, or fsdp.")] = "ddp",
     assignments: Settings = None,
 ) -> None:
     """Fine-tune a model with an attention of your choice; writes the model, metrics.json and a model card."""
@@ -64,6 +73,10 @@ def finetune(
         from attn_plugins.training.resume import finished
 
         parsed = build(FinetuneConfig, tree)
+        if plan:
+            return _plan(parsed, gpu, processes, sharding)
+        if (gpu, processes, sharding) != (None, 1, "ddp"):
+            raise ValueError("--gpu, --processes and --sharding go with --plan; accelerate launch tells a run its own")
         spread_out()
         if dry_run:
             return _dry_run(parsed, resume)
@@ -88,6 +101,12 @@ def finetune(
         if "missing" in recall:
             print(f"note: recall of what stood far away was not measured: {recall['missing']}")
         print(done)
+
+
+def _plan(parsed: Any, gpu: str | None, processes: int, sharding: str) -> None:
+    from attn_plugins.benchmark.plan import Machines, make_plan, told
+
+    print(told(make_plan(parsed, Machines(gpu=gpu, processes=processes, sharding=sharding))))
 
 
 def _dry_run(parsed: Any, resume: bool) -> None:

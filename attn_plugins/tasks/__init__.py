@@ -112,6 +112,14 @@ class TrainableTask(Task):
         generator drew does not come back in a run that goes on, since Trainer reads one batch ahead.
         """
 
+    def blank(self, number: int, model: nn.Module) -> dict[str, torch.Tensor] | None:
+        """A batch of so many rows, whatever they hold, where all are of one length; None where it takes rows to tell.
+
+        Raises:
+            ValueError: rows are longer than the model takes.
+        """
+        return None
+
     def labels(self, data: Any) -> list[str] | None:
         """Names of the classes that a model's head is to have, from the rows to train on; ValueError where there is
         nothing to tell apart. None where it has no classes."""

@@ -93,6 +93,13 @@ class Perplexity(TrainableTask):
     def collator(self, tokenizer, model):
         return collate_blocks if self.config.packing == "blocks" else collate_documents
 
+    def blank(self, number, model):
+        if self.config.packing != "blocks":
+            return None
+        self._check_length(model, "block_size")
+        ids = torch.zeros(number, self.config.length, dtype=torch.long)
+        return {"input_ids": ids, "labels": ids}
+
     def row_of(self):
         if self.config.packing == "documents":
             return f"text of at most {self.config.length} tokens"

@@ -147,7 +147,7 @@ def load(
         model, info = cls.from_pretrained(base, output_loading_info=True, **options)
         take_off_meta(model)  # the new head of a classifier
         inputs = processing or kind
-        made_by = _processing(inputs, folder, base)
+        made_by = read_processing(inputs, folder, base)
     if inputs in KINDS and KINDS[inputs].pads:
         _pad(model, getattr(made_by, "tokenizer", made_by))
     fresh = sorted([*info["missing_keys"], *_mismatched(source, info["mismatched_keys"], len(names or []))])
@@ -229,7 +229,7 @@ def _class_of(kind: str, base: str) -> Any:
     return [*known, *autos][0]
 
 
-def _processing(kind: str, folder: str, base: str) -> Any:
+def read_processing(kind: str, folder: str, base: str) -> Any:
     """What makes inputs for a model: as the folder of an adapter has it, else its base model's."""
     auto = KINDS[kind].processing if kind in KINDS else "AutoTokenizer"
     holds = any((Path(folder) / name).exists() for name in PROCESSING_FILES)
@@ -252,6 +252,53 @@ def _pad(model: Any, tokenizer: Any) -> None:
     config = model.config.get_text_config()
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
+
+
+def load_blank(
+    source: str,
+    *,
+    attention: Any = AS_SAVED,
+    kind: str = "causal-lm",
+    labels: list[str] | None = None,
+    dtype: Dtype = "auto",
+) -> Loaded:
+    """What :func:`load` loads to train it, without weights (meta device) and processing: config.json is read alone.
+
+    New are the weights of a head where the checkpoint's architecture is another, and of attentions.
+
+    Args:
+        kind: a key of :data:`attn_plugins.tasks.kinds.KINDS`, whose models transformers loads.
+
+    Raises:
+        ValueError: there is no such model, or the attention does not fit it.
+    """
+    folder = resolve(source)
+    adapter = read_adapter(folder)
+    base = folder if adapter is None else resolve(adapter["base"])
+    names = labels if labels is not None or adapter is None else adapter["labels"]
+    with one_line(source):
+        cls = _class_of(kind, base)
+        config = transformers.AutoConfig.from_pretrained(base)
+    saved, classes = list(config.architectures or []), config.num_labels
+    if names is not None and KINDS[kind].classes:
+        config.id2label, config.label2id = dict(enumerate(names)), {name: at for at, name in enumerate(names)}
+    attention = attention if adapter is None else _of_adapter(attention, adapter)
+    if attention != AS_SAVED:
+        config.attn_plugin = read_attention(attention)
+    asked = {} if dtype == "auto" else {"dtype": getattr(torch, dtype)}
+    with torch.device("meta"):
+        model = cls.from_config(config, **asked)
+        body = getattr(model, model.base_model_prefix, model)
+        known = type(model).__name__ in saved and config.num_labels == classes
+        inside = {id(parameter) for parameter in body.parameters()}
+        fresh = [] if known else sorted(name for name, one in model.named_parameters() if id(one) not in inside)
+        if adapter is not None:
+            peft = need("peft", "train")
+            settings = peft.PeftConfig.from_pretrained(folder)
+            settings.inference_mode = False
+            with linear_of_both_kinds():
+                model, fresh = peft.get_peft_model(model, settings), []
+    return Loaded(model=model, processing=None, source=base, auto=cls.__name__, fresh=fresh)
 
 
 def skeleton(source: str, attention: Any = AS_SAVED) -> nn.Module:
