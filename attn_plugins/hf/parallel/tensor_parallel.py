@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from transformers.distributed.sharding_utils import DtensorShardOperation
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 
 from attn_plugins.core.attention import Attention
@@ -191,7 +192,7 @@ def whole(slot: Attention) -> Iterator[None]:
         with torch.no_grad():
             for _, owner, key, weight in held:
                 made: Any = owner._parameters[key]
-                weight.to_local().copy_(made.chunk(mesh.size())[mesh.get_local_rank()])
+                weight.to_local().copy_(DtensorShardOperation(weight).shard_tensor(made))
     finally:
         slot.heads = local
         for _, owner, key, weight in held:

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard
-from transformers.distributed import mixin
+from transformers.distributed import DistributedConfig, mixin
 
 import attn_plugins as ap
 from attn_plugins.core.attention import Attention, HeadShape
@@ -122,6 +122,22 @@ refused(lambda: ap.swap_attention(swapped, "linear", kv_heads=[0]), "is under te
 assert torch.equal(swapped(**given).logits, was)
 """
 
+GRID = """
+from transformers.distributed import DistributedConfig
+
+for flag in FLAGS:
+    one, grid = load("plain", attn_plugin=flag), DistributedConfig(tp_size=2, fsdp_size=2)
+    both = load("plain", attn_plugin=flag, distributed_config=grid)
+    assert_same(dict(both.state_dict()), one.state_dict(), exactly=True)
+    compare(both, one)
+    assert_same(gradients(both), gradients(one))
+    both.save_pretrained(f"{folder}/shards", distributed_checkpoint=True)
+    dist.barrier()
+    for other in (grid, DistributedConfig(tp_size=4)):
+        again = load("shards", distributed_config=other)
+        assert_same(dict(again.state_dict()), one.state_dict(), exactly=True)
+"""
+
 REFUSED = """
 said = "model.layers.0.self_attn has 8 query heads and 2 key/value heads, which 4 processes cannot share"
 for flag in ("local", "linear"):
@@ -190,6 +206,13 @@ def test_four_processes_give_what_one_gives_or_it_is_refused_at_load(tmp_path):
     together(
         tmp_path, 4, EQUAL + REFUSED, [FLAGS[0], {"type": "gated_linear", "gate_input": "hidden"}, "shifted_block"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(DistributedConfig, "dp_replicate_size"), reason="transformers has no two ways at once")
+def test_heads_are_shared_by_two_processes_and_layers_sharded_by_two(tmp_path):
+    """FSDP around tensor parallelism, and checkpoints of shards."""
+    together(tmp_path, 4, GRID, FLAGS[1:])
 
 
 @pytest.mark.slow
