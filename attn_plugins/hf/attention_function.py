@@ -74,7 +74,7 @@ def attention_forward(
     given: dict[str, Any] = {"scaling": scaling, **extras, **kwargs}
     if rows is not None:
         if need_weights or observer is not None:
-            raise ValueError("attention weights of a part of the rows cannot be had; leave out context_parallel")
+            raise ValueError("in context_parallel attention weights cannot be had, nor be observed; leave it out")
         refuse_unsupported(module, call, kwargs, rows.given if slot is None else None)
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         of_scores: dict[str, Any] = {"position_bias": position_bias, "softcap": softcap, "sinks": s_aux}

@@ -169,10 +169,12 @@ def end(model: nn.Module, output: Any) -> None:
     if not _running or _running[-1][0] is not model:
         return
     rows = _running.pop()[1]
-    for name, x in output.items() if isinstance(output, dict) else ():
-        if isinstance(x, torch.Tensor) and name != "loss" and x.shape[:2] != (rows.batch_size, rows.length):
+    given = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ()
+    for name, x in given:
+        if isinstance(x, torch.Tensor) and x.ndim and x.shape[:2] != (rows.batch_size, rows.length):
             raise _refusal(
-                f"{name} {tuple(x.shape)} of {type(model).__name__} is not one for each token: it was made of a part"
+                f"output {name} {tuple(x.shape)} of {type(model).__name__} is not one for each token: it was made of a "
+                "part"
             )
 
 
@@ -181,6 +183,12 @@ _INSTEAD = {
     "labels": "labels are moved by one within a part, whose last token has its label in the next; give shift_labels, "
     "which are the labels moved by one before they are cut",
 }
+
+
+def _mixes(module: nn.Module) -> bool:
+    """Whether tokens meet their neighbours in a module that is no attention."""
+    kernel = getattr(module, "kernel_size", 1) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
+    return isinstance(module, nn.RNNBase) or kernel not in (1, (1,), (1, 1), (1, 1, 1))
 
 
 def _refusal(why: str) -> ValueError:
@@ -199,6 +207,10 @@ def _refuse_model(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
         raise _refusal(f"{type(model).__name__} has sequences of more than one kind; {ALONE}")
+    mixing = {"linear_attention"} & set(getattr(config, "layer_types", None) or ())
+    mixing |= {type(module).__name__ for module in model.modules() if _mixes(module)}
+    if mixing:
+        raise _refusal(f"{', '.join(sorted(mixing))} of {type(model).__name__} mixes tokens too; {ALONE}")
     for path, module in model.named_modules():
         if getattr(module, ROLE, None) == "cross":
             raise _refusal(f"{path} attends to another sequence; {ALONE}")
@@ -219,17 +231,28 @@ def _refuse_attention(path: str, slot: Any) -> None:
 
 def prepare_accelerator(original: Any, accelerator: Any, *prepared: Any) -> Any:
     """In place of accelerate's function, whose hooks take masks away, which swapped modules need, and whose context is
-    torch's own: where a model with swapped modules is prepared, the context is :func:`context_parallel`.
+    torch's own: once a model with swapped modules is prepared, the context is :func:`context_parallel`.
     """
     swapped = [one for one in prepared if isinstance(one, nn.Module) and _has_slots(one)]
-    original(accelerator, *(one for one in prepared if one not in swapped))
-    if swapped:
+    ours = getattr(getattr(accelerator, "_cp_context", None), "func", None) is context_parallel
+    original(accelerator, *(one for one in prepared if all(one is not model for model in swapped)))
+    if swapped or ours:
         accelerator._cp_context = functools.partial(context_parallel, mesh=accelerator.torch_device_mesh["cp"])
     return prepared
 
 
 def prepare_inputs(original: Any, trainer: Any, model: Any, inputs: Any) -> Any:
-    """In place of Trainer's function, which asks the model for nothing but whether its attention is torch's."""
+    """In place of Trainer's function, which asks the model for nothing but whether its attention is torch's.
+
+    Raises:
+        ValueError: Trainer would compute with labels or logits of a part as if they were of whole rows.
+    """
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    if config is not None and config.cp_enabled and _has_slots(model):
+        if trainer.label_smoother is not None:
+            raise _refusal("label_smoothing_factor moves labels by one within a part; allowed: 0")
+        if trainer.compute_metrics is not None and not model.training:
+            raise _refusal("compute_metrics would get logits of parts; evaluate without it, or in one process")
     return original(trainer, None if _has_slots(model) else model, inputs)
 
 

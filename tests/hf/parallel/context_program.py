@@ -34,6 +34,11 @@ MODELS = {
     "bert": (tf.BertForTokenClassification, tf.BertConfig, SIZES),
     "pooled bert": (tf.BertForSequenceClassification, tf.BertConfig, SIZES),
     "mistral": (tf.MistralForCausalLM, tf.MistralConfig, {**SIZES, "num_key_value_heads": 2, "sliding_window": 6}),
+    "lfm2": (
+        tf.Lfm2ForCausalLM,
+        tf.Lfm2Config,
+        {**SIZES, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+    ),
     "t5": (
         tf.T5ForConditionalGeneration,
         tf.T5Config,
@@ -188,6 +193,12 @@ REFUSED = {
     ),
     "a head that pools": ("pooled bert", [LOCAL], plain),
     "a window of the model's own": ("mistral", [LOCAL], plain),
+    "a convolution beside attention": ("lfm2", [LOCAL], plain),
+    "a tuple of a head that pools": (
+        "pooled bert",
+        [LOCAL],
+        lambda batch, model: {**plain(batch, model), "return_dict": False},
+    ),
     "an encoder and a decoder": ("t5", [{"type": "softmax"}], plain),
 }
 """By title: (model, rules, what the model is called with)."""
