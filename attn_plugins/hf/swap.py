@@ -17,6 +17,7 @@ from attn_plugins.hf.attach import attach, reset, restore, watch_calls
 from attn_plugins.hf.checkpoints import configs, live
 from attn_plugins.hf.discovery import modules as discovery
 from attn_plugins.hf.names import BASE, IMPLEMENTATION, SLOT, slot_of
+from attn_plugins.hf.parallel.sharding import size_of
 from attn_plugins.hf.plan import make_plan, make_saved_plans, refuse_loss
 from attn_plugins.hf.split import parts_of
 
@@ -135,7 +136,7 @@ def describe_attention(model: nn.Module) -> AttentionRows:
                     plugin=None if attention is None else attention.name,
                     implementation=own if attention is None else _form_of(attention, module),
                     options={} if attention is None else dataclasses.asdict(attention.config),
-                    new_params=0 if attention is None else sum(p.numel() for p in attention.parameters()),
+                    new_params=0 if attention is None else size_of(attention.parameters()),
                     kv_heads=part.kv_heads,
                 )
             )

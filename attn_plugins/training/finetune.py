@@ -16,6 +16,7 @@ from attn_plugins.config.output import check_folder
 from attn_plugins.config.versions import versions
 from attn_plugins.data.sources import load_data
 from attn_plugins.data.stream import Stream
+from attn_plugins.hf.parallel.sharding import size_of
 from attn_plugins.hf.swap import describe_attention, unwrap
 from attn_plugins.tasks import TrainableTask
 from attn_plugins.training.arguments import early_stopping, training_arguments
@@ -362,10 +363,9 @@ def _best(trainer: Any) -> dict[str, Any] | None:
 
 def parameter_counts(model: nn.Module) -> dict[str, int]:
     """Numbers of parameters: in all, of those that train, and of those that belong to attentions."""
-    named = list(model.named_parameters())
     return {
-        "total": sum(p.numel() for _, p in named),
-        "trained": sum(p.numel() for _, p in named if p.requires_grad),
+        "total": size_of(model.parameters()),
+        "trained": size_of(p for p in model.parameters() if p.requires_grad),
         "attention": sum(row.new_params for row in describe_attention(model)),
     }
 

@@ -66,15 +66,19 @@ def read_whole() -> None:
 
 
 def check_kept(trainer: Any, checkpoint: str) -> None:
-    """Raise a ValueError where a checkpoint was kept in another way than the one that this run would read."""
+    """Raise a ValueError where a checkpoint was kept in another way than the one that this run would read.
+
+    DeepSpeed keeps its optimizer in as many parts as there are processes, and reads no other number.
+    """
     names = {path.name for path in Path(checkpoint).iterdir()}
     kept, asked = "each process with all weights", "each process with all weights"
     if "latest" in names:
-        kept = "DeepSpeed"
+        parts = {path.name for path in Path(checkpoint).glob("global_step*/*optim_states.pt")}
+        kept = f"DeepSpeed on {len(parts)} processes"
     elif any(name.startswith("pytorch_model_fsdp") for name in names):
         kept = f"FSDP with {FULL if 'pytorch_model_fsdp.bin' in names else SHARDED}"
     if trainer.is_deepspeed_enabled:
-        asked = "DeepSpeed"
+        asked = f"DeepSpeed on {trainer.args.world_size} processes"
     elif trainer.is_fsdp_enabled:
         whole = FULL in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
         asked = f"FSDP with {FULL if whole else SHARDED}"

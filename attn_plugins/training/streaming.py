@@ -1,11 +1,11 @@
 """A fine-tune on a stream: what Trainer is told of rows whose number nobody knows."""
 
-import os
 from typing import Any
 
 from attn_plugins.config.extras import need
 from attn_plugins.data.stream import Stream
 from attn_plugins.tasks import TrainableTask
+from attn_plugins.training.processes import asked_for
 
 
 def check_steps_known(streaming: bool, training: dict[str, Any]) -> None:
@@ -30,7 +30,7 @@ def read_by_each(accelerator: Any) -> None:
     Raises:
         ValueError: one process was asked to read for all, or several to read the same.
     """
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+    if asked_for("PARALLELISM_CONFIG"):
         raise ValueError(
             "accelerate was asked for a parallelism config, by which several processes work on the same rows; allowed "
             "with data.streaming: data parallelism alone"

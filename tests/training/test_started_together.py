@@ -95,21 +95,27 @@ def trainer_of(kind):
     accelerator = types.SimpleNamespace(state=types.SimpleNamespace(fsdp_plugin=plugin))
     sharded = kind.endswith("STATE_DICT")
     return types.SimpleNamespace(
-        accelerator=accelerator, is_fsdp_enabled=sharded, is_deepspeed_enabled=kind == "DeepSpeed"
+        accelerator=accelerator,
+        args=types.SimpleNamespace(world_size=4 if "4" in kind else 2),
+        is_fsdp_enabled=sharded,
+        is_deepspeed_enabled="DeepSpeed" in kind,
     )
 
 
+PARTS = [f"global_step2/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(4)]
 KEPT = {
     "each process with all weights": ("DDP", []),
     "FSDP with FULL_STATE_DICT": ("FULL_STATE_DICT", ["pytorch_model_fsdp.bin"]),
     "FSDP with SHARDED_STATE_DICT": ("SHARDED_STATE_DICT", ["pytorch_model_fsdp_0"]),
-    "DeepSpeed": ("DeepSpeed", ["latest", "global_step2"]),
+    "DeepSpeed on 2 processes": ("DeepSpeed 2", ["latest", *PARTS[:2]]),
+    "DeepSpeed on 4 processes": ("DeepSpeed 4", ["latest", *PARTS]),
 }
 
 
 @pytest.mark.parametrize("written", list(KEPT))
 def test_a_checkpoint_is_gone_on_with_as_it_was_written(tmp_path, written):
     for name in KEPT[written][1]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     for asked, (kind, _) in KEPT.items():
         if asked == written:

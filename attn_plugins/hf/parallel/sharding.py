@@ -1,6 +1,6 @@
 """Slots of models that accelerate's FSDP2 gives to several processes: buffers that they save, weights that are new."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,11 @@ from transformers.modeling_utils import is_fsdp_enabled, is_local_dist_rank_0
 
 from attn_plugins.core.attention import Attention
 from attn_plugins.hf.split import SplitAttention
+
+
+def size_of(weights: Iterable[nn.Parameter]) -> int:
+    """How many numbers weights hold, also those of which a process has a part: DeepSpeed leaves no shape to these."""
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
 
 
 def take_off_meta(model: nn.Module) -> None:

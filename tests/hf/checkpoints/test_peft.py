@@ -11,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from transformers import AutoModelForCausalLM
 
 import attn_plugins as ap
+from attn_plugins.hf.discovery import modules as discovery
 
 FLAG = {"type": "linear", "feature_map": "hedgehog", "layers": [0, 1]}
 
@@ -130,4 +131,6 @@ def test_layers_that_fsdp_computes_again_are_saved_and_loaded_under_their_names(
         assert torch.equal(weight, changed[name])
     assert type(layers[0]).__name__ == "CheckpointWrapper"
     around = ap.describe_attention(adapted)
+    inside = [discovery.place_of(path) for path, _ in discovery.attention_modules(model)]
+    assert inside == [f"model.layers.{number}.self_attn" for number in range(len(layers))]
     assert [(row.layer, row.role, row.plugin) for row in around] == [(row.layer, row.role, row.plugin) for row in rows]
