@@ -6,7 +6,7 @@ code that looks at slots this is one too, and :func:`parts_of` tells what is in 
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,9 +117,21 @@ class SplitAttention(Attention):
             if part.attention is None:
                 softmax = get_attention("softmax")
                 self.own[part.kv_heads] = softmax(softmax.Config(), held.shape(heads))
-        self.order = _order(self.taken)
+        self.here = self.taken
+        """The same among the heads that a call has: none of a part whose heads are in other processes."""
+        self.order = _order(self.here)
         """(part, first of its key/value heads, number) of heads that follow one another in both."""
         self.group_size, self.num_key_value_heads = group_size, sum(number for _, _, number in self.order)
+
+    def share(self, number: int, processes: int) -> None:
+        """Leave to it the heads of one of so many processes, that share them in order and each has as many of."""
+        groups = self.num_key_value_heads // processes
+        first = number * groups
+        self.here = [
+            Heads(tuple(head - first for head in taken.kv_heads if first <= head < first + groups), self.group_size)
+            for taken in self.taken
+        ]
+        self.order, self.num_key_value_heads = _order(self.here), groups
 
     @property
     def unwritten_keys(self) -> bool:  # type: ignore[override]
@@ -146,6 +158,10 @@ class SplitAttention(Attention):
         attentions: Any = itertools.chain(self.parts, itertools.repeat(None))
         return [Part(taken.kv_heads, attention) for taken, attention in zip(self.taken, attentions, strict=False)]
 
+    def present(self) -> list[Part]:
+        """The parts with heads in a call, in the order of ``taken``: those that have states."""
+        return [part for part, here in zip(self.described(), self.here, strict=True) if here.kv_heads]
+
     def forward(
         self,
         q_BHQD: torch.Tensor,
@@ -169,15 +185,18 @@ class SplitAttention(Attention):
         got, want = (q_BHQD.shape[1], k_BGKD.shape[1]), (num_heads, self.num_key_value_heads)
         if got != want:
             raise ValueError(f"{self.extra_repr()}: built for (query heads, key/value heads) = {want}, got {got}")
-        states = state.parts if isinstance(state, SplitState) else [None] * len(self.taken)
-        for taken, kept in zip(self.taken, states, strict=True):
+        present = [number for number, here in enumerate(self.here) if here.kv_heads]
+        states: list[Any] = state.parts if isinstance(state, SplitState) else [None] * len(present)
+        for number, kept in zip(present, states, strict=True):
             if kept is not None:  # before any of them changes; of as many heads as there are in the part
-                queries, keys = slice(taken.num_heads), slice(len(taken.kv_heads))
+                queries, keys = slice(self.here[number].num_heads), slice(len(self.here[number].kv_heads))
                 given = q_BHQD[:, queries], k_BGKD[:, keys], v_BGKV[:, keys]
                 kept.check(*given, mask, need_weights=need_weights)
-        outs, weights = [], []
-        for number, (taken, kept) in enumerate(zip(self.taken, states, strict=True)):
-            attention: Any = self.parts[number] if number < len(self.parts) else self.own[taken.kv_heads]
+        outs: dict[int, torch.Tensor] = {}
+        weights: dict[int, Any] = {}
+        for number, kept in zip(present, states, strict=True):
+            taken = self.here[number]
+            attention: Any = self.parts[number] if number < len(self.parts) else self.own[self.taken[number].kv_heads]
             natively = own if own is not None and number >= len(self.parts) and own.divides(need_weights) else None
             if natively is not None and kept is None:
                 k, v, seen = natively.key, natively.value, natively.mask
@@ -203,11 +222,10 @@ class SplitAttention(Attention):
                     need_weights=need_weights,
                     **options,
                 )
-            outs.append(out_BQhV)
-            weights.append(weights_BhQK)
+            outs[number], weights[number] = out_BQhV, weights_BhQK
         return self._together(outs, 2), self._together(weights, 1) if need_weights else None
 
-    def _together(self, parts: Sequence[Any], axis: int) -> torch.Tensor:
+    def _together(self, parts: Mapping[int, Any], axis: int) -> torch.Tensor:
         """One tensor of what the parts return, by the order of heads."""
         size = self.group_size
         pieces = [parts[part].narrow(axis, first * size, number * size) for part, first, number in self.order]
@@ -215,7 +233,7 @@ class SplitAttention(Attention):
 
     def new_state(self, fixed_length: int | None = None) -> SplitState | None:
         """What each part keeps of its heads; None where all of them need all keys and values."""
-        kept = [None if part.attention is None else part.attention.new_state(fixed_length) for part in self.described()]
+        kept = [None if part.attention is None else part.attention.new_state(fixed_length) for part in self.present()]
         if all(state is None for state in kept):
             return None
         return SplitState([AllKeys(fixed_length) if state is None else state for state in kept])
@@ -238,7 +256,7 @@ def states_in(slot: Any, state: Any) -> list[tuple[Any, Any]]:
     """The states that a slot attends from, each with its attention; None beside keys that are kept as they come."""
     if not isinstance(state, SplitState):
         return [(slot, state)]
-    both = zip(parts_of(slot), state.parts, strict=True)
+    both = zip(slot.present(), state.parts, strict=True)
     return [(None if isinstance(own, AllKeys) else part.attention, own) for part, own in both]
 
 

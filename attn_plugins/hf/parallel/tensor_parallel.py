@@ -66,8 +66,11 @@ def share(model: Any, path: str, module: nn.Module, slot: Attention, mesh: Devic
     assert mesh is not None
     _check(path, slot, mesh.size())
     local = slot.heads and slot.heads.share(mesh.get_local_rank(), mesh.size())
-    setattr(slot, MESH, mesh)
-    setattr(slot, ALL, slot.heads)
+    for shared in (slot, *(slot.parts if isinstance(slot, SplitAttention) else ())):
+        setattr(shared, MESH, mesh)
+        setattr(shared, ALL, shared.heads)
+    if isinstance(slot, SplitAttention):
+        slot.share(mesh.get_local_rank(), mesh.size())
     if not any(x.is_meta for x in _tensors(slot)):
         _send(slot, mesh)
     for name, owner, key, weight in _weights(slot):
@@ -96,8 +99,12 @@ def _check(path: str, slot: Attention, processes: int) -> None:
                 f"{slot.heads_multiple_of} in each process, got {heads} of {path} shared by {processes} processes"
             )
     if isinstance(slot, SplitAttention):
-        raise _refusal(path, slot, "gives each of its parts heads by number (kv_heads, heads), which may be elsewhere")
-    if slot.needs_all_heads and slot.head_weights is None:
+        part: Any
+        for part in slot.parts:
+            if part.needs_all_heads or part.heads_multiple_of > 1:
+                why = f"gives {part.name!r} heads by number (kv_heads, heads), of which it needs all in one process"
+                raise _refusal(path, slot, why)
+    elif slot.needs_all_heads and slot.head_weights is None:
         why = "has weights" if slot.heads_alike else "tells its heads apart"
         raise _refusal(path, slot, f"{why} and does not declare which weights go by head (head_weights)")
 

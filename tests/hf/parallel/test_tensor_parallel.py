@@ -118,7 +118,7 @@ for flag in FLAGS:
         torch.testing.assert_close(both(**given).logits, plain(**given).logits, atol=1e-5, rtol=1e-5)
 swapped = ap.swap_attention(load("plain", tp_plan="auto"), "local", window_size=4)
 was = swapped(**given).logits
-refused(lambda: ap.swap_attention(swapped, "linear", kv_heads=[0]), "is under tensor parallelism", "by number")
+refused(lambda: ap.swap_attention(swapped, "linear", kv_heads=[0]), "of which it needs all in one")
 assert torch.equal(swapped(**given).logits, was)
 """
 
@@ -142,15 +142,21 @@ REFUSED = """
 said = "model.layers.0.self_attn has 8 query heads and 2 key/value heads, which 4 processes cannot share"
 for flag in ("local", "linear"):
     refused(lambda: load("few", attn_plugin=flag, tp_plan="auto"), said, "allowed numbers of processes: 1, 2")
-refused(lambda: load("plain", attn_plugin={"type": "linear", "kv_heads": [0]}, tp_plan="auto"), "by number")
+some = {"type": "linear", "kv_heads": [0]}
+refused(lambda: load("plain", attn_plugin=some, tp_plan="auto"), "of which it needs all in one")
 """
 
 FLAGS = [
     {"type": "linear"},
     [{"type": "gated_delta", "gate_input": "hidden", "layers": 0}, {"type": "shifted_block", "group_size": 4}],
     [{"type": "gated_linear", "layers": [0, 1]}, {"type": "differential", "layers": 2}],
+    [
+        {"type": "local", "window_size": 4, "kv_heads": [0, 3]},
+        {"type": "linear", "feature_map": "favor", "num_features": 8, "kv_heads": [1], "layers": [0, 1]},
+    ],
 ]
-"""Weights of queries and of keys, gates on hidden states, numbers of heads, draws, weights that all heads share."""
+"""Weights of queries and of keys, gates on hidden states, numbers of heads, draws, weights that all heads share, rules
+for heads: of four, of which two processes have two each."""
 
 MORE = [
     {"type": "local", "window_size": 4},
@@ -203,16 +209,15 @@ def test_two_processes_give_what_one_gives_for_more_attentions(tmp_path):
 @pytest.mark.slow
 def test_four_processes_give_what_one_gives_or_it_is_refused_at_load(tmp_path):
     save(tmp_path, "few", 2)
-    together(
-        tmp_path, 4, EQUAL + REFUSED, [FLAGS[0], {"type": "gated_linear", "gate_input": "hidden"}, "shifted_block"]
-    )
+    flags = [FLAGS[0], {"type": "gated_linear", "gate_input": "hidden"}, "shifted_block", FLAGS[3]]
+    together(tmp_path, 4, EQUAL + REFUSED, flags)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(DistributedConfig, "dp_replicate_size"), reason="transformers has no two ways at once")
 def test_heads_are_shared_by_two_processes_and_layers_sharded_by_two(tmp_path):
     """FSDP around tensor parallelism, and checkpoints of shards."""
-    together(tmp_path, 4, GRID, FLAGS[1:])
+    together(tmp_path, 4, GRID, FLAGS[1:3])
 
 
 @pytest.mark.slow
