@@ -8,6 +8,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -147,6 +148,9 @@ def _install_trainer() -> None:
     from transformers import trainer
 
     _wrap(trainer.Trainer, "_prepare_context_parallel_inputs", prepare_inputs)
+
+    # For the hub Trainer, and those that are built on it, write a README.md of their own; after that comes only this.
+    _wrap(trainer.Trainer, "_finish_current_push", _finish_current_push)
 
 
 def _allow_output_attentions() -> None:
@@ -338,9 +342,23 @@ def _save_peft(original: Any, self: Any, save_directory: Any, *args: Any, **kwar
 
 
 def _upload_modified_files(original: Any, self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-    model = self.get_base_model() if hasattr(self, "get_base_model") else self
-    write_card(working_dir, model, adapter=model is not self or getattr(self, "_hf_peft_config_loaded", False))
+    _write_pushed_card(working_dir, self)
     return original(self, working_dir, *args, **kwargs)
+
+
+def _finish_current_push(original: Any, self: Any) -> None:
+    original(self)
+    if self.hub_model_id is not None and self.is_world_process_zero():
+        _write_pushed_card(self.args.output_dir, self.accelerator.unwrap_model(self.model))
+
+
+def _write_pushed_card(folder: Any, model: Any) -> None:
+    """Into a card that another library has written for the hub."""
+    if not (Path(folder) / "README.md").is_file():
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapter = base is not model or getattr(model, "_hf_peft_config_loaded", False)
+    write_card(folder, base, adapter=adapter, tagged=True)
 
 
 def _load_adapter(original: Any, self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,7 @@ import yaml
 
 from attn_plugins.data.columns import ROLES
 from attn_plugins.data.sources import spelled_source
-from attn_plugins.hf.checkpoints.card import rules_block, served, tags
+from attn_plugins.hf.checkpoints.card import END, START, rules_block, served, tags
 from attn_plugins.tasks import figure, get_task, rows_of, trained_task
 from attn_plugins.tasks.kinds import KINDS
 
@@ -33,12 +33,14 @@ def model_card(metrics: dict[str, Any]) -> str:
         "",
         f"{_DONE[metrics['loss']]} with attn-plugins: {_TUNED[metrics['tune']]}.",
         "",
+        *([START] if metrics["rules"] else []),
         "## Attention",
         "",
         f"Attention modules of the model: {served(kinds)}. "
         f"New parameters in them: {metrics['attention']['new_params']:,}.",
         "",
         *rules_block(metrics["rules"]),
+        *([END] if metrics["rules"] else []),
         "",
         "## Results",
         "",

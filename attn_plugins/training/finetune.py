@@ -90,18 +90,23 @@ class Finetune:
         metrics = self._metrics(output, before.evaluated, after, recall, seconds)
         if trainer.is_fsdp_enabled:  # whatever checkpoints are made of: Trainer writes no model of shards
             trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        trainer.create_model_card = lambda *args, **named: self._describe(metrics)  # which it pushes, if it pushes
         trainer.save_model(config.output_dir)
         if trainer.is_world_process_zero():
-            out = Path(config.output_dir)
-            check_weights(out)
-            if config.tune == "lora" and hasattr(trainer.model, "get_base_model"):
-                _base(trainer.model).config.save_pretrained(out)  # tells a classifier's labels
-            write_json(out / METRICS, metrics)
-            (out / CARD).write_text(model_card(metrics), encoding="utf-8")
+            check_weights(Path(config.output_dir))
+            self._describe(metrics)
             if recall is not None and recall.get("warning"):
                 logger.warning(recall["warning"])
         trainer.accelerator.wait_for_everyone()
         return metrics
+
+    def _describe(self, metrics: dict[str, Any]) -> None:
+        """Write what tells of the model beside it."""
+        out = Path(self.config.output_dir)
+        if self.config.tune == "lora" and hasattr(self.trainer.model, "get_base_model"):
+            _base(self.trainer.model).config.save_pretrained(out)  # tells a classifier's labels
+        write_json(out / METRICS, metrics)
+        (out / CARD).write_text(model_card(metrics), encoding="utf-8")
 
     def _metrics(
         self, output: Any, before: dict[str, Any], after: dict[str, Any], recall: dict[str, Any] | None, seconds: float

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import programs
@@ -135,6 +136,30 @@ def test_the_card_names_attention_data_and_results(llama, text, tmp_path):
     exec(code, scope)
     assert [row.plugin for row in ap.describe_attention(scope["model"])] == ["linear", "linear"]
     assert [row.plugin for row in ap.describe_attention(skeleton(str(tmp_path / "out")))] == ["linear", "linear"]
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_what_is_pushed_is_all_of_it(llama, text, tmp_path, monkeypatch, tune):
+    """The card of the fine-tune and its figures, not the card that Trainer would write."""
+    sent = []
+
+    class Hub:
+        def create_repo(self, name, **kwargs):
+            return types.SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, folder_path, **kwargs):
+            sent.append({path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()})
+
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: Hub())
+    training = {**SMALL, "push_to_hub": True, "hub_model_id": "someone/something", "hub_strategy": "end"}
+    prepare_finetune(settings(llama, text, tmp_path / "out", tune=tune, training=training)).run(None)
+    (pushed,) = sent
+    card = pushed["README.md"].decode()
+    assert f"# {llama} with linear attention" in card
+    assert card.count("## Attention") == card.count("## Results") == 1
+    assert {"config.json", "metrics.json"} <= set(pushed)
+    assert yaml.safe_load(card.split("---")[1])["tags"][:2] == ["attn-plugins", "attention-linear"]
+    assert (tmp_path / "out" / "README.md").read_text().count("## Attention") == 1
 
 
 def test_classification_learns_its_labels(bert, labelled, tmp_path):

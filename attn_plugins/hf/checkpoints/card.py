@@ -38,11 +38,13 @@ def rules_block(rules: Any) -> list[str]:
     return ["```yaml", yaml.safe_dump(rules, sort_keys=False).strip().removesuffix("...").strip(), "```"]
 
 
-def write_card(folder: Any, model: Any, *, adapter: bool) -> None:
+def write_card(folder: Any, model: Any, *, adapter: bool, tagged: bool = False) -> None:
     """Write the part of README.md that is about the attention, and nothing else of it; none for a model without rules.
 
     Args:
         adapter: the folder holds an adapter of PEFT, not the model.
+        tagged: also add what is missing of :func:`tags` to the front matter of a card that has one, as that which
+            transformers makes for the hub.
     """
     if not Path(folder).is_dir():
         return  # nothing was saved
@@ -57,12 +59,41 @@ def write_card(folder: Any, model: Any, *, adapter: bool) -> None:
         return
     section = "\n".join([START, *_section(model, rules, adapter), END]) + "\n"
     if around is None:
-        library = "peft" if adapter else "transformers"
-        front = yaml.safe_dump({"library_name": library, "tags": tags(kinds_of(model))}, sort_keys=False)
-        around = [f"---\n{front}---\n\n", ""]
+        front = {
+            "library_name": "peft" if adapter else "transformers",
+            **_base(model),
+            "tags": tags(kinds_of(model)),
+        }
+        around = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n", ""]
     elif len(around) == 1:
         around = [found.rstrip("\n") + "\n\n" if found else "", ""]
-    path.write_text(around[0] + section + around[1], encoding="utf-8")
+    text = around[0] + section + around[1]
+    path.write_text(_tagged(text, tags(kinds_of(model))) if tagged else text, encoding="utf-8")
+
+
+def _base(model: Any) -> dict[str, str]:
+    """``base_model`` as the hub reads it, where the model came from there."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    name = model.name_or_path
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return {}
+    return {} if Path(name).exists() else {"base_model": name}
+
+
+def _tagged(text: str, names: list[str]) -> str:
+    """A card with these tags among those of its front matter, if it has one."""
+    from huggingface_hub import ModelCard
+
+    if not text.startswith("---\n"):
+        return text
+    card = ModelCard(text, ignore_metadata_errors=True)
+    data: Any = card.data
+    data.tags = list(dict.fromkeys([*(data.tags or []), *names]))
+    return str(card)
 
 
 def _section(model: Any, rules: Any, adapter: bool) -> list[str]:

@@ -7,7 +7,9 @@ import pytest
 import tiny
 import torch
 import yaml
+from huggingface_hub.errors import EntryNotFoundError
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 import attn_plugins as ap
 
@@ -107,3 +109,55 @@ def test_what_goes_to_the_hub_has_it_too(monkeypatch, adapter):
     model.push_to_hub("someone/something")
     assert hub.sent["README.md"].startswith(b"A card from the hub.\n\n<!-- attn-plugins")
     assert b"pip install attn-plugins" in hub.sent["README.md"]
+
+
+class Nobody(Hub):
+    """Has no card yet."""
+
+    def load(self, *args, **kwargs):
+        raise EntryNotFoundError("no README.md")
+
+
+def test_a_first_push_is_found_by_its_tags(monkeypatch):
+    """Those of the card that transformers makes where there is none."""
+    model, hub = ap.swap_attention(tiny.build("llama"), "local"), Nobody()
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda *args, **kwargs: hub)
+    monkeypatch.setattr("transformers.utils.hub.ModelCard.load", hub.load)
+    model.push_to_hub("someone/something", tags=["mine"])
+    card = hub.sent["README.md"].decode()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front == {"library_name": "transformers", "tags": ["mine", "attn-plugins", "attention-local"]}
+    assert card.count("pip install attn-plugins") == 1
+    dense = ap.restore_attention(model)
+    dense.push_to_hub("someone/something")
+    assert b"attn" not in hub.sent["README.md"]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_what_trainer_pushes_has_it_too(tmp_path, monkeypatch, adapter):
+    """It writes a card of its own over what saving has written, and pushes that."""
+    model, hub = ap.swap_attention(tiny.build("llama"), "local"), Hub()
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    sent = []
+    hub.upload_folder = lambda folder_path, **named: sent.append((Path(folder_path) / "README.md").read_text())
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda *args, **kwargs: hub)
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    Trainer(model, arguments).push_to_hub()
+    (card,) = sent
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == ("peft" if adapter else "transformers")
+    assert {"attn-plugins", "attention-local"} <= set(front["tags"])
+    assert "### Training hyperparameters" in card
+    assert card.count("pip install attn-plugins") == 1
+
+
+def test_a_model_of_the_hub_is_named_as_the_base(tmp_path):
+    model = ap.swap_attention(tiny.build("llama"), "local")
+    for name, base in {"someone/something": "someone/something", str(tmp_path): None, "": None}.items():
+        model.config.name_or_path = name
+        model.name_or_path = name
+        out = tmp_path / f"out{len(name)}"
+        model.save_pretrained(out)
+        front = yaml.safe_load((out / "README.md").read_text().split("---")[1])
+        assert front.get("base_model") == base

@@ -165,3 +165,22 @@ def test_a_process_without_the_package_fails_loudly(tmp_path, name):
     assert 'attn_implementation="attn_plugins"` is not supported' in done.stderr
     done = programs.run("-c", "import attn_plugins; " + code)
     assert done.returncode == 0, done.stderr
+
+
+ASKED = """
+from transformers import LlamaForCausalLM, pipeline
+try:
+    pipeline("text-generation", {folder!r})
+except ValueError as error:
+    print(error)
+print(LlamaForCausalLM.from_pretrained({folder!r}, attn_implementation="sdpa").config._attn_implementation)
+"""
+
+
+def test_without_the_package_a_pipeline_fails_too_and_another_name_is_a_choice(tmp_path):
+    ap.swap_attention(tiny.build("llama"), "linear").save_pretrained(tmp_path)
+    done = programs.run("-c", ASKED.format(folder=str(tmp_path)))
+    assert done.returncode == 0, done.stderr
+    assert 'attn_implementation="attn_plugins"` is not supported' in done.stdout
+    assert done.stdout.endswith("\nsdpa\n")
+    assert "UNEXPECTED" in done.stderr
