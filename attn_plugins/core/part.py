@@ -4,6 +4,7 @@ Every process runs the same operations, whether it has a neighbour to hear from 
 same order, in the backward too.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -99,6 +100,8 @@ class Part:
         self.length = mask.kv_length // exchange.number
         self.start = exchange.index * self.length
         self.stop = self.start + self.length
+        self.memo: dict[Hashable, Any] = {}
+        """What follows from it for all layers of a call. Nothing in it holds the part, which would outlive the call."""
 
     def own(self, table_BN: torch.Tensor | None) -> torch.Tensor | None:
         """This part of a table of whole rows."""

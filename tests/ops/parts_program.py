@@ -14,10 +14,12 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
-from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.attention import Attention
+from attn_plugins.core.heads import HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.part import Exchange, Part
-from attn_plugins.core.registry import get_attention
+from attn_plugins.core.registry import get_attention, register_attention
+from attn_plugins.ops.reference import expand_heads
 
 LIMIT = datetime.timedelta(seconds=60)
 LENGTH, HEADS, GROUPS, SIZE, HIDDEN = 48, 4, 2, 6, 10
@@ -60,6 +62,7 @@ CAUSAL = {
     "gated_linear": [{"chunk_size": 4}],
     "delta": [{"chunk_size": 4, "initial_beta": 0.6}, {"chunk_size": 8, "gate_input": "hidden"}],
     "gated_delta": [{"chunk_size": 4, "initial_beta": 0.6, "initial_memory": 9.0}],
+    "with_the_one_before": [{}],
 }
 BIDIRECTIONAL = {
     "local": [{"window_size": 5, "look_forward": 9, "num_sink_tokens": 2}, {"window_size": 20, "num_sink_tokens": 0}],
@@ -68,6 +71,28 @@ BIDIRECTIONAL = {
     "softmax": [{}],
     "linear": [{"feature_map": "hedgehog"}],
 }
+
+
+class WithTheOneBefore(Attention):
+    """A third party's: each value and the one before it in the row."""
+
+    cost, paper = "O(N D)", "none"
+    causal = segments = in_parts = True
+
+    def reference(self, *tokens, **options):
+        return self.attend(*tokens, **options), None
+
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, **options):
+        return self._joined(q_BHQD, v_BGKV, torch.zeros_like(v_BGKV[:, :, :1]))
+
+    attend_batched = attend
+
+    def attend_part(self, q_BHTD, k_BGTD, v_BGTV, *, part, **options):
+        return self._joined(q_BHTD, v_BGTV, part.exchange.shifted(v_BGTV[:, :, -1:], 1))
+
+    def _joined(self, q, v, before):
+        v = expand_heads(v + torch.cat([before, v[:, :, :-1]], dim=2), q.shape[1])
+        return v * q
 
 
 def cases():
@@ -115,7 +140,7 @@ def compare(exchange, name, options, rows, causal, backend="auto"):
     of_given = {"hidden": whole[3]} if given else {}
     out = attention(*whole[:3], mask=mask_of(rows, causal), scale=0.4, **of_given)[0] * (direction != 0)
     weights = list(attention.parameters())
-    expected = torch.autograd.grad((out * direction).sum(), [*whole, *weights])
+    expected = torch.autograd.grad((out * direction).sum(), [*whole, *weights], materialize_grads=True)
 
     own = slice(part.start, part.stop)
     parts = [x[:, :, own].clone().requires_grad_() for x in tokens]
@@ -123,7 +148,8 @@ def compare(exchange, name, options, rows, causal, backend="auto"):
     before = exchange.bytes_sent
     out_part = attention(*parts, mask=part.mask, part=part, scale=0.4, **of_given)[0] * (direction[:, own] != 0)
     sent = exchange.bytes_sent - before
-    found = torch.autograd.grad((out_part * direction[:, own]).sum(), [*parts, *of_given.values(), *weights])
+    wanted = [*parts, *of_given.values(), *weights]
+    found = torch.autograd.grad((out_part * direction[:, own]).sum(), wanted, materialize_grads=True)
     errors = [(out_part - out[:, own]).detach().abs().max()]
     for n, (got, want) in enumerate(zip(found, expected, strict=True)):
         if n < len(whole):
@@ -136,6 +162,7 @@ def compare(exchange, name, options, rows, causal, backend="auto"):
 
 def process(rank, number, backend, folder):
     torch.set_num_threads(1)
+    register_attention("with_the_one_before")(WithTheOneBefore)
     store = f"file://{folder}/store-{number}-{backend}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=number, timeout=LIMIT)
     exchange = Exchange(dist.group.WORLD)

@@ -1,13 +1,20 @@
 """Attention of rows that processes have parts of equals that of one process, in outputs and all gradients."""
 
+import gc
 import json
+import weakref
+from types import SimpleNamespace
 
 import parts_program
 import programs
 import pytest
 from pages import read
 
+from attn_plugins.core.part import Part
+from attn_plugins.ops.parts.halo import Reach
+from attn_plugins.ops.parts.pattern import in_part
 from attn_plugins.ops.parts.states import rounds
+from attn_plugins.ops.softmax.patterns.band import Band
 
 CASES = [parts_program.title(*case) for case in parts_program.cases()]
 REFUSED = {
@@ -91,3 +98,21 @@ def test_a_ring_sends_what_grows_with_the_row():
     assert SENT["local causal whole window_size=5 num_sink_tokens=0"] == SENT["softmax causal whole "] // 9
     assert rounds(4) == ROUNDS
     assert [rounds(number) for number in (1, 2, 3, 5, 9, 1024)] == [0, 1, 2, 3, 4, 11]
+
+
+def test_nothing_of_a_part_outlives_its_call():
+    """Tables of whole rows would wait for the garbage collector, on a device that has no room for them."""
+
+    def used():
+        part = Part(parts_program.mask_of("packed", causal=True), SimpleNamespace(index=0, number=1))
+        rules, reach = [(slice(0, 4), Band(5, 0, num_first=2))], Reach(0, 0, 2)
+        around, ((_, rule),) = in_part(rules, part, reach)
+        assert len(around.cached(rule, lambda: tuple(rule.tiles(around)))) == 1
+        assert in_part(rules, part, reach)[0] is around
+        return weakref.ref(part.mask)
+
+    gc.disable()
+    try:
+        assert used()() is None
+    finally:
+        gc.enable()

@@ -24,13 +24,15 @@ class InPart:
     """
 
     rule: Rule
-    part: Part
+    whole: AttentionMask
+    start: int
+    length: int
     reach: Reach
     position_BK: torch.Tensor
     merged: ClassVar[bool] = False
 
     def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
-        whole, query = self.part.mask, q_index + self.part.start
+        whole, query = self.whole, q_index + self.start
         position = mask.look_up(self.position_BK, k_index)
         seen = (position >= 0) & whole.visible(query, key := position.clamp(min=0))
         query = query.clamp(max=whole.q_length - 1)
@@ -39,24 +41,24 @@ class InPart:
 
     def tiles(self, mask: AttentionMask) -> Iterator[Tile]:
         before, after, first, _ = self.reach
-        missing = max(0, before - self.part.start)
-        end = first + before + min(self.part.length + after, self.part.mask.kv_length - self.part.start)
-        for low in range(0, self.part.length, ROWS):
-            high = min(low + ROWS, self.part.length)
+        missing = max(0, before - self.start)
+        end = first + before + min(self.length + after, self.whole.kv_length - self.start)
+        for low in range(0, self.length, ROWS):
+            high = min(low + ROWS, self.length)
             keys = slice(first + max(low, missing), min(first + before + high + after, end))
             extra = None
             if first:
-                queries = range(self.part.start + low, self.part.start + high)
-                extra = self._places(first_keys(self.part.mask, queries, first))
+                queries = range(self.start + low, self.start + high)
+                extra = self._places(first_keys(self.whole, queries, first))
             yield make_tile(mask, self.sees, slice(low, high), (keys,), extra)
 
     def tables(self, mask: AttentionMask) -> Sequence[Tables]:
         before, after, first, _ = self.reach
-        rows = min(rows_for(before + after), self.part.length)
-        begin = torch.arange(0, self.part.length, rows, device=mask.device).view(1, -1, 1)
+        rows = min(rows_for(before + after), self.length)
+        begin = torch.arange(0, self.length, rows, device=mask.device).view(1, -1, 1)
         queries, keys = begin + counted(rows, mask.device), first + begin + counted(before + rows + after, mask.device)
         if first:
-            extra = self._places(first_columns(self.part.mask, queries + self.part.start, first))
+            extra = self._places(first_columns(self.whole, queries + self.start, first))
             inside = (extra >= keys[..., :1]) & (extra <= keys[..., -1:])
             extra = extra.masked_fill(inside, -1).expand(-1, keys.shape[1], -1)
             keys = torch.cat([extra, keys.expand(len(extra), -1, -1)], dim=2)
@@ -65,12 +67,12 @@ class InPart:
     def _places(self, position: torch.Tensor) -> torch.Tensor:
         """Where first keys are that have these positions in the row, (B or 1, ...), -1 for none."""
         before, after, first, _ = self.reach
-        oldest = self.part.start - before
-        start_B = self.part.mask.starts_BK()[:, max(self.part.start - 1, 0)]
+        oldest = self.start - before
+        start_B = self.whole.starts_BK()[:, max(self.start - 1, 0)]
         of_text_before = position - start_B.view(-1, *[1] * (position.ndim - 1))
         brought = torch.where((of_text_before >= 0) & (of_text_before < first), of_text_before, -1)
         place = torch.where(position >= oldest, first + position - oldest, brought)
-        return place.masked_fill((position < 0) | (position >= self.part.stop + after), -1)
+        return place.masked_fill((position < 0) | (position >= self.start + self.length + after), -1)
 
 
 def in_part(
@@ -82,6 +84,11 @@ def in_part(
         position_BK = positions(part, reach)
         sizes = (part.mask.batch_size, part.length, position_BK.shape[1])
         mask = AttentionMask(*sizes, causal=False, cross=True, device=part.mask.device)
-        return mask, [(heads, InPart(rule, part, reach, position_BK)) for heads, rule in rules]
+        return mask, [
+            (heads, InPart(rule, part.mask, part.start, part.length, reach, position_BK)) for heads, rule in rules
+        ]
 
-    return part.mask.cached(("part", tuple((heads.start, heads.stop, rule) for heads, rule in rules), reach), build)
+    key = (tuple((heads.start, heads.stop, rule) for heads, rule in rules), reach)
+    if key not in part.memo:
+        part.memo[key] = build()
+    return part.memo[key]
