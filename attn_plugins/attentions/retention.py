@@ -74,7 +74,7 @@ class RetentionAttention(RecurrentAttention):
         return [self.score_weight, self.average_weight]
 
 
-def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, *, scale, first_head):
+def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, *, scale, first_head=0):
     q, k = with_average(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, scale=scale)
     heads = q.shape[1]
     rate = torch.arange(heads, dtype=q.dtype, device=q.device).add(5 + first_head).neg().exp2()
