@@ -90,29 +90,29 @@ class LinearWindowAttention(Attention):
         reset_weights(self.config.feature_map, weights(self))
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        prepared, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
+        prepared, options = self.prepare(q_BHQD, k_BGKD, mask, scale)
         return window.dense_linear_window(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
 
     def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, batched=False):
-        prepared, options = self._prepare(q_BHQD, k_BGKD, mask, scale)
+        prepared, options = self.prepare(q_BHQD, k_BGKD, mask, scale)
         options |= {"chunk_size": self.config.chunk_size, "batched": batched}
         return window.linear_window_attention(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
 
-    attend_batched = functools.partialmethod(attend, batched=True)
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, **options):
+        return self.attend(q_BHQD, k_BGKD, v_BGKV, **options, batched=True)
 
-    def attend_part(self, q_BHTD, k_BGTD, v_BGTV, *, part, mask, scale, dropout):
-        prepare, size = functools.partial(self._prepare, mask=mask, scale=scale), self.config.chunk_size
-        return window_in_part.attend_part(q_BHTD, k_BGTD, v_BGTV, part, prepare, size, self.prefers_batched(q_BHTD))
+    def attend_part(self, *tokens, **options):
+        return window_in_part.attend_part(self, *tokens, **options)
 
     def new_state(self, fixed_length=None):
         return Sums(fixed_length, window_size=self.config.window_size, num_first=self.config.num_sink_tokens)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
-        tokens, prepare = (q_BHQD, k_BGKD, v_BGKV), functools.partial(self._prepare, mask=mask, scale=scale)
+        tokens, prepare = (q_BHQD, k_BGKD, v_BGKV), functools.partial(self.prepare, mask=mask, scale=scale)
         sizes = {"chunk_size": self.config.chunk_size, "batched": self.prefers_batched(q_BHQD)}
         return window.linear_window_attention_from(*tokens, mask, state, prepare, **sizes)
 
-    def _prepare(self, q_BHQD, k_BGKD, mask, scale):
+    def prepare(self, q_BHQD, k_BGKD, mask, scale):
         if self.branch not in ("both", *self.branches):
             raise ValueError(f"branch={self.branch!r}; allowed: 'both', {', '.join(map(repr, self.branches))}")
         made = prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights(self), scale=scale, eps=self.config.eps)

@@ -4,6 +4,9 @@ The window's keys come as those of any window do; they are also those that leave
 before is carried along the parts as one sum.
 """
 
+import functools
+from typing import Any
+
 import torch
 
 from attn_plugins.core.mask import AttentionMask
@@ -19,20 +22,27 @@ from attn_plugins.ops.softmax.patterns.band import Band, in_row
 
 
 def attend_part(
+    attention: Any,
     q_BHTD: torch.Tensor,
     k_BGTD: torch.Tensor,
     v_BGTV: torch.Tensor,
+    *,
     part: Part,
-    prepare: Prepare,
-    chunk_size: int,
-    batched: bool,
+    mask: AttentionMask,
+    scale: float,
+    dropout: float,
 ) -> torch.Tensor:
     """As :func:`attn_plugins.ops.linear.window.linear_window_attention`, causal: out_BHTV in the dtype of v.
+
+    Args:
+        attention: whose method it is; it has ``prepare`` and a ``chunk_size``.
 
     Raises:
         ValueError: queries see what follows them.
     """
-    if not part.mask.causal:
+    prepare: Prepare = functools.partial(attention.prepare, mask=mask, scale=scale)
+    chunk_size, batched = attention.config.chunk_size, attention.prefers_batched(q_BHTD)
+    if not mask.causal:
         raise ValueError("attention 'linear_window' serves rows in parts where it is causal; allowed else: 'local'")
     _, options = prepare(q_BHTD, k_BGTD)
     window_size, num_sink_tokens, branch = options["window_size"], options["num_sink_tokens"], options["branch"]
@@ -60,8 +70,8 @@ def attend_part(
             own, _ = absorb(empty, None, *tokens, prepared.options["feature_map"], seen_BK)
             state = of_text_before(part, carried(part, own))
         sizes = (part.mask.batch_size, part.length, reach.before + part.length)
-        mask = AttentionMask(*sizes, causal=True, segments_BK=text_BK, device=part.mask.device)
-        far = window.far_sums(prepared, v_BGKV, mask, enters_BK, window_size, chunk_size, state, batched)
+        held = AttentionMask(*sizes, causal=True, segments_BK=text_BK, device=mask.device)
+        far = window.far_sums(prepared, v_BGKV, held, enters_BK, window_size, chunk_size, state, batched)
     return window.joined(near, far, options["log_factor_H"], prepared.options["eps"]).to(v_BGTV.dtype)
 
 
