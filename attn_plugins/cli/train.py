@@ -106,7 +106,9 @@ def finetune(
 def _plan(parsed: Any, gpu: str | None, processes: int, sharding: str) -> None:
     from attn_plugins.benchmark.plan import Machines, make_plan, told
 
-    print(told(make_plan(parsed, Machines(gpu=gpu, processes=processes, sharding=sharding))))
+    found = make_plan(parsed, Machines(gpu=gpu, processes=processes, sharding=sharding))
+    if os.environ.get("RANK", "0") == "0":
+        print(told(found))
 
 
 def _dry_run(parsed: Any, resume: bool) -> None:

@@ -160,7 +160,7 @@ def test_adapters_in_mixed_precision(llama, text, tmp_path):
 def test_steps_and_rows_are_those_of_the_run(bert, labelled, tmp_path):
     """Of rows that are padded to the batch, the longest are counted."""
     training = {"max_steps": -1, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
-    changes = {"task": "classification", "max_length": 9, "attention": "local", "evaluation": {}}
+    changes = {"task": "classification", "max_length": 9, "attention": "linear", "evaluation": {}, "tune": "new"}
     config = settings(bert, labelled, tmp_path / "out", training=training, **changes)
     found = make_plan(config, Machines())
     run = prepare_finetune(config, quiet=True)
@@ -170,6 +170,15 @@ def test_steps_and_rows_are_those_of_the_run(bert, labelled, tmp_path):
     for rows, processes, steps in [(64, 1, 48), (65, 1, 51), (65, 4, 15), (1, 4, 3)]:
         assert steps_of_run(trainer.args, rows, processes) == steps
     assert found.parameters == parameter_counts(trainer.model)
+
+
+def test_an_adapter_trains_on_as_it_is(llama, text, tmp_path):
+    config = settings(llama, text, tmp_path / "adapter", attention="linear", tune="lora", training={"max_steps": 1})
+    prepare_finetune(dataclasses.replace(config, recall=False), quiet=True).run(None)
+    again = settings(tmp_path / "adapter", text, tmp_path / "out", attention="as-saved", tune="lora")
+    found = make_plan(again, Machines())
+    assert found.attention == {"linear": 2}
+    assert found.parameters == parameter_counts(prepare_finetune(again, quiet=True).trainer.model)
 
 
 def test_neither_weights_nor_rows_are_read_and_nothing_is_written(llama, tmp_path):
