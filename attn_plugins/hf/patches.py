@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 from transformers import Cache, PreTrainedConfig, PreTrainedModel, masking_utils, modeling_utils
 from transformers.distributed import mixin
+from transformers.loss import loss_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
@@ -30,8 +31,7 @@ from attn_plugins.hf.checkpoints.offload import dispatch
 from attn_plugins.hf.masks.mask_function import lazy_mask
 from attn_plugins.hf.masks.structure import COMPOSERS
 from attn_plugins.hf.names import IMPLEMENTATION, SLOT
-from attn_plugins.hf.parallel import tensor_parallel
-from attn_plugins.hf.parallel.context import prepare_accelerator, prepare_inputs
+from attn_plugins.hf.parallel import context, tensor_parallel
 from attn_plugins.hf.parallel.sharding import load_full_state_dict
 from attn_plugins.hf.swap import attach_assigned
 
@@ -113,6 +113,13 @@ def install() -> None:
             if getattr(module, "__dict__", {}).get(name) is original:
                 setattr(module, name, getattr(masking_utils, name))
 
+    # Where processes have parts of rows, a model whose forward is called as such (AdaLoRA) meets nothing else of ours.
+    own = loss_utils.ForCausalLMLoss
+    _wrap(loss_utils, "ForCausalLMLoss", context.causal_loss)
+    for name, held in loss_utils.LOSS_MAPPING.items():
+        if held is own:
+            loss_utils.LOSS_MAPPING[name] = loss_utils.ForCausalLMLoss
+
     # Importing PEFT takes most of a second, and few programs need it.
     once_imported("peft", _install_peft)
 
@@ -141,13 +148,14 @@ def _install_accelerate() -> None:
 def _install_accelerator() -> None:
     from accelerate import accelerator
 
-    _wrap(accelerator.Accelerator, "_prepare_cp", prepare_accelerator)
+    _wrap(accelerator.Accelerator, "_prepare_cp", context.prepare_accelerator)
 
 
 def _install_trainer() -> None:
     from transformers import trainer
 
-    _wrap(trainer.Trainer, "_prepare_context_parallel_inputs", prepare_inputs)
+    _wrap(trainer.Trainer, "_prepare_context_parallel_inputs", context.prepare_inputs)
+    _wrap(trainer.Trainer, "prediction_step", context.predict)
 
     # For the hub Trainer, and those that are built on it, write a README.md of their own; after that comes only this.
     _wrap(trainer.Trainer, "_finish_current_push", _finish_current_push)

@@ -93,6 +93,14 @@ def test_bytes_are_those_of_the_formulas(four, case):
     assert f"| {SENT[case]:,} |" in read("docs/scale.md")
 
 
+def test_bytes_of_first_tokens_that_see_all(four):
+    """Beside a halo on both sides: what they are, and what they find in each part."""
+    lines = four[4, "auto"]["longformer bidirectional whole window_size=4 num_global_tokens=3"]
+    number = 2 * 8 * 4 * 3  # bytes of one value for each of them, head and row
+    sums = number * 2 * (6 + 6 + 1) * 3 // 4 + number * 3
+    assert max(line["sent"] for line in lines) == HALO * (3 + 3 + 3 * ROUNDS) + sums
+
+
 def test_a_ring_sends_what_grows_with_the_row():
     assert SENT["softmax causal whole "] == HALO * (parts_program.LENGTH - parts_program.LENGTH // 4)
     assert SENT["local causal whole window_size=5 num_sink_tokens=0"] == SENT["softmax causal whole "] // 9

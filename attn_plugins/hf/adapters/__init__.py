@@ -113,12 +113,14 @@ def own_class(cls: type[nn.Module]) -> type[nn.Module]:
 def slotted(forward: Callable) -> Callable:
     """Decorates an adapter's forward, which then runs where the module has a slot.
 
-    Where it has none, the family's own forward does, with the mask of the implementation that served it before.
+    Where it has none, the family's own forward does, with the mask of the implementation that served it before; but
+    not with a part of the rows, which it would take for all of them.
     """
 
     @functools.wraps(forward)
     def chosen(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if hasattr(self, SLOT):
+        in_part = any(isinstance(x, LazyMask) and x.rows is not None for x in (*args, *kwargs.values()))
+        if hasattr(self, SLOT) or in_part:
             return forward(self, *args, **kwargs)
 
         def native(given: Any) -> Any:

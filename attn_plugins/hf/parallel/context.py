@@ -8,6 +8,7 @@ given it, and goes with the masks that it makes.
 import contextlib
 import functools
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -67,17 +68,19 @@ def context_parallel(
             )
     exchange, balanced = Exchange(mesh.get_group()), torchs._cp_options.enable_load_balance
     torchs._cp_options.enable_load_balance = False
+    none = torch.empty(mesh.size(), device=mesh.device_type)  # torch's own takes no call without buffers
     cut: dict[str, Any] = {
-        "buffers": buffers,
-        "buffer_seq_dims": buffer_seq_dims,
+        "buffers": buffers or [none],
+        "buffer_seq_dims": buffer_seq_dims or [0],
         "no_restore_buffers": no_restore_buffers,
     }
     _entered.append(exchange)
     try:
-        with torchs.context_parallel(mesh, **cut) if buffers else contextlib.nullcontext():
+        with torchs.context_parallel(mesh, **cut):
             yield exchange
     finally:
         _entered.remove(exchange)
+        _running[:] = [held for held in _running if held[1].exchange is not exchange]  # what Ctrl-C left behind
         torchs._cp_options.enable_load_balance = balanced
 
 
@@ -101,6 +104,9 @@ class WholeRows:
         positions_BN, real_BN = torch.cat(exchange.gathered(told), dim=2)
         self.padding_BN = None if bool(real_BN.all()) else real_BN.bool()
         begins_BN = packing.fallen(positions_BN, self.padding_BN)
+        self.jumps = bool(((positions_BN.diff(dim=1) != 1) & ~begins_BN[:, 1:]).any())
+        """Whether positions go on within a text with another than the next."""
+        self.stop = int(positions_BN.max()) + 1
         self.texts_BN = begins_BN.long().cumsum(dim=1) if bool(begins_BN.any()) else None
         self._parts: dict[tuple[bool, torch.device], Part] = {}
 
@@ -142,6 +148,8 @@ def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     text = given.get("inputs_embeds", given.get("input_ids"))
     if text is None:
         raise _refusal("tokens are expected as input_ids or inputs_embeds")
+    if given.get("output_router_logits", getattr(model.config, "output_router_logits", False)):
+        raise _refusal("output_router_logits=True adds a loss of which experts all tokens took; allowed: False")
     for name in ("past_key_values", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "labels"):
         if name in given and not (name == "labels" and ("shift_labels" in given or not _is_causal(model))):
             raise _refusal(_INSTEAD.get(name, f"{name} tells of a part of the rows; tell of texts by position_ids"))
@@ -155,8 +163,22 @@ def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     if real is not None and (not isinstance(real, torch.Tensor) or real.shape != shape):
         got = f"a tensor {tuple(real.shape)}" if isinstance(real, torch.Tensor) else type(real).__name__
         raise _refusal(f"attention_mask may be the padding of shape {tuple(shape)}, cut as the tokens are, got {got}")
-    real = torch.ones(shape, dtype=torch.bool, device=text.device) if real is None else real.bool()
-    _running.append((model, WholeRows(exchange, positions, real, kwargs)))
+    for name, x in given.items():
+        if name not in _CHECKED and isinstance(x, torch.Tensor) and x.ndim and x.shape[:2] != shape:
+            raise _refusal(f"{name} {tuple(x.shape)} has no value for each token {tuple(shape)} of the part")
+    told = torch.ones(shape, dtype=torch.bool, device=text.device) if real is None else real.bool()
+    rows = WholeRows(exchange, positions, told, kwargs)
+    if real is None and rows.jumps:
+        raise _refusal(
+            "position_ids leave out or repeat some within a row, which may begin a text; where it does not, give "
+            "attention_mask, of ones"
+        )
+    if rows.stop > (longest := _longest(model)):
+        raise _refusal(
+            f"position_ids up to {rows.stop - 1} change the rotary frequencies of {type(model).__name__} in all of the "
+            f"row, and a part does not see that; allowed: rows of {longest} tokens; {ALONE}"
+        )
+    _running.append((model, rows))
     return {**kwargs, "use_cache": False} if "use_cache" in names else kwargs
 
 
@@ -178,6 +200,7 @@ def end(model: nn.Module, output: Any) -> None:
             )
 
 
+_CHECKED = ("position_ids", "attention_mask", "num_items_in_batch")
 _INSTEAD = {
     "past_key_values": "a cache would hold the keys of a part; call the model without past_key_values",
     "labels": "labels are moved by one within a part, whose last token has its label in the next; give shift_labels, "
@@ -189,6 +212,21 @@ def _mixes(module: nn.Module) -> bool:
     """Whether tokens meet their neighbours in a module that is no attention."""
     kernel = getattr(module, "kernel_size", 1) if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) else 1
     return isinstance(module, nn.RNNBase) or kernel not in (1, (1,), (1, 1), (1, 1, 1))
+
+
+def _longest(model: nn.Module) -> float:
+    """How long rows may be for rotary angles to follow from a token's position alone (LongRoPE, dynamic ones)."""
+    found = [math.inf]
+    module: Any
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        for layer, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+            if kind == "longrope":
+                told = module.config.rope_parameters
+                found.append((told if layer is None else told[layer])["original_max_position_embeddings"])
+            elif isinstance(kind, str) and "dynamic" in kind:
+                found.append(module.original_max_seq_len)
+    return min(found)
 
 
 def _refusal(why: str) -> ValueError:
@@ -207,6 +245,8 @@ def _refuse_model(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False) or config.get_text_config() is not config:
         raise _refusal(f"{type(model).__name__} has sequences of more than one kind; {ALONE}")
+    if getattr(config, "token_dropout", False):
+        raise _refusal(f"token_dropout of {type(model).__name__} counts the masked tokens of a row; allowed: False")
     mixing = {"linear_attention"} & set(getattr(config, "layer_types", None) or ())
     mixing |= {type(module).__name__ for module in model.modules() if _mixes(module)}
     if mixing:
@@ -227,6 +267,19 @@ def _refuse_attention(path: str, slot: Any) -> None:
         )
     if slot.backend not in ("auto", "torch", "batched"):
         raise _refusal(f"backend={slot.backend!r} of {path} is not served there; allowed: 'auto', 'torch', 'batched'")
+
+
+def causal_loss(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around transformers' loss of next tokens, which a model's forward reaches past :func:`begin` if called as such.
+
+    Raises:
+        ValueError: it would move labels of a part.
+    """
+    if entered() is None:
+        return original(*args, **kwargs)
+    if inspect.signature(original).bind(*args, **kwargs).arguments.get("shift_labels") is None:
+        raise _refusal(_INSTEAD["labels"])
+    return original(*args, **kwargs)
 
 
 def prepare_accelerator(original: Any, accelerator: Any, *prepared: Any) -> Any:
@@ -254,6 +307,20 @@ def prepare_inputs(original: Any, trainer: Any, model: Any, inputs: Any) -> Any:
         if trainer.compute_metrics is not None and not model.training:
             raise _refusal("compute_metrics would get logits of parts; evaluate without it, or in one process")
     return original(trainer, None if _has_slots(model) else model, inputs)
+
+
+def predict(
+    original: Any, trainer: Any, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kw: Any
+) -> Any:
+    """Around Trainer's step of an evaluation.
+
+    Raises:
+        ValueError: it would put logits of parts below each other, as if they were of other rows.
+    """
+    config = getattr(trainer.accelerator, "parallelism_config", None)
+    if config is not None and config.cp_enabled and _has_slots(model) and not prediction_loss_only:
+        raise _refusal("predict() and compute_metrics would get logits of parts; evaluate without them")
+    return original(trainer, model, inputs, prediction_loss_only, *args, **kw)
 
 
 def _has_slots(model: nn.Module) -> bool:

@@ -31,6 +31,31 @@ MODELS = {
         tf.GPT2Config,
         {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_pdrop": 0.0},
     ),
+    "falcon": (
+        tf.FalconForCausalLM,
+        tf.FalconConfig,
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "longrope": (
+        tf.LlamaForCausalLM,
+        tf.LlamaConfig,
+        {
+            **SIZES,
+            "rope_parameters": {
+                **{"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 24},
+                **{"short_factor": [1.0] * 4, "long_factor": [3.0] * 4},
+            },
+        },
+    ),
+    "dynamic rope": (
+        tf.LlamaForCausalLM,
+        tf.LlamaConfig,
+        {
+            **{**SIZES, "max_position_embeddings": 24},
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        },
+    ),
+    "esm": (tf.EsmForTokenClassification, tf.EsmConfig, {**SIZES, "mask_token_id": 1, "token_dropout": True}),
     "bert": (tf.BertForTokenClassification, tf.BertConfig, SIZES),
     "pooled bert": (tf.BertForSequenceClassification, tf.BertConfig, SIZES),
     "mistral": (tf.MistralForCausalLM, tf.MistralConfig, {**SIZES, "num_key_value_heads": 2, "sliding_window": 6}),
@@ -57,6 +82,8 @@ EQUAL = {
     "gates of hidden states": ("llama", [{"type": "gated_delta", "gate_input": "hidden"}], "packed"),
     "softmax and a window": ("llama", [{**LOCAL, "layers": "0"}, {"type": "softmax", "layers": "1"}], "packed"),
     "a layer of the model's own": ("llama", [{**LOCAL, "layers": "1"}], "left padded"),
+    "a layer that computes attention by its own code": ("falcon", [{**LOCAL, "layers": "0"}], "packed"),
+    "LongRoPE's short rows": ("longrope", [LOCAL], "packed"),
     "recurrences of two kinds": (
         "llama",
         [{"type": "gated_linear", "layers": "0"}, {"type": "retention", "layers": "1"}],
@@ -100,7 +127,7 @@ def rows(kind):
 def equal(mesh, title, name, rules, kind):
     """What differs from one process, what would without an exchange, and what was sent in the forward."""
     ids, positions, real, labels = rows(kind)
-    causal = name in ("llama", "gpt2")
+    causal = name in ("llama", "gpt2", "falcon", "longrope")
     moved = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
     number = (moved if causal else labels).ne(-100).sum()
     model = build(name, rules)
@@ -200,8 +227,50 @@ REFUSED = {
         lambda batch, model: {**plain(batch, model), "return_dict": False},
     ),
     "an encoder and a decoder": ("t5", [{"type": "softmax"}], plain),
+    "rotary angles of long rows": ("longrope", [LOCAL], plain),
+    "rotary angles of the longest row": ("dynamic rope", [LOCAL], plain),
+    "positions that leave some out": (
+        "llama",
+        [LOCAL],
+        lambda batch, model: {**plain(batch, model), "position_ids": 2 * batch["position_ids"]},
+    ),
+    "a span in whole rows": (
+        "llama",
+        [LOCAL],
+        lambda batch, model: {**plain(batch, model), "start_positions": torch.tensor([3, 20])},
+    ),
+    "a loss of experts": (
+        "llama",
+        [LOCAL],
+        lambda batch, model: {**plain(batch, model), "output_router_logits": True},
+    ),
+    "masked tokens that are counted": ("esm", [LOCAL], plain),
+    "labels of a forward that is called as such": ("llama", [LOCAL], lambda batch, model: model.forward(**batch)),
 }
 """By title: (model, rules, what the model is called with)."""
+
+
+def interrupted(mesh):
+    """Whether a model answers as before once it was interrupted in the context, as Ctrl-C in a notebook does."""
+
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    ids, positions, _, _ = rows("whole")
+    model, buffers = build("llama", [LOCAL]), [ids, positions]
+    whole, hook = model(ids, position_ids=positions).logits, model.model.layers[1].register_forward_pre_hook(stop)
+    try:
+        with ap.context_parallel(mesh, buffers=buffers, buffer_seq_dims=[1, 1]):
+            model(ids, position_ids=positions)
+    except KeyboardInterrupt:
+        hook.remove()
+        return {"answers": torch.equal(model(ids, position_ids=positions).logits, whole)}
+
+
+def without_buffers(mesh):
+    """Whether torch's own attention is on where a user has cut the tensors, for models that are not swapped."""
+    with ap.context_parallel(mesh):
+        return {"served": torch.nn.functional.scaled_dot_product_attention.__module__.startswith("torch.distributed")}
 
 
 def process(rank, number, folder):
@@ -216,6 +285,8 @@ def process(rank, number, folder):
             print(json.dumps({"title": title, **refused(mesh, *case)}), file=out, flush=True)
         found = refused(mesh, "llama", [LOCAL], plain, enter=torchs_own)
         print(json.dumps({"title": "torch's own", **found}), file=out, flush=True)
+        for title, found in (("interrupted", interrupted(mesh)), ("without buffers", without_buffers(mesh))):
+            print(json.dumps({"title": title, **found}), file=out, flush=True)
         try:
             with ap.context_parallel(mesh, buffers=[torch.zeros(2, LENGTH + 1)], buffer_seq_dims=[1]):
                 pass

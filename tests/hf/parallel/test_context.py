@@ -49,6 +49,13 @@ MESSAGES = {
     "a convolution beside attention": "Conv1d of Lfm2ForCausalLM mixes tokens too; give each process whole rows",
     "a tuple of a head that pools": "output 0 (2, 2) of BertForSequenceClassification is not one for each token",
     "an encoder and a decoder": "T5ForConditionalGeneration has sequences of more than one kind; give each process ",
+    "rotary angles of long rows": "change the rotary frequencies of LlamaForCausalLM in all of the row, .*24 tokens",
+    "rotary angles of the longest row": "position_ids up to 31 change .*; allowed: rows of 24 tokens",
+    "positions that leave some out": "position_ids leave out or repeat some within a row, .* give attention_mask, ",
+    "a span in whole rows": "start_positions (2,) has no value for each token (2, .*) of the part",
+    "a loss of experts": "output_router_logits=True adds a loss of which experts all tokens took; allowed: False",
+    "masked tokens that are counted": "token_dropout of EsmForTokenClassification counts the masked tokens of a row",
+    "labels of a forward that is called as such": "labels are moved by one within a part, .*; give shift_labels",
     "torch's own": "torch's context_parallel gives each process a part of the text, .* or enter attn_plugins.context_p",
     "rows that cannot be cut": "rows of 33 tokens cannot be cut into .* equal parts; pad them, on the right, with 0",
 }
@@ -64,6 +71,12 @@ def test_what_cannot_be_served_is_refused_on_every_process(found, title, number)
         for piece in MESSAGES[title].split(".*"):
             assert piece in line["refused"]
         assert line.get("answers", True)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_what_a_context_leaves_behind_and_serves_without_buffers(found, number):
+    assert found[number, "interrupted"] == [{"title": "interrupted", "answers": True}] * number
+    assert found[number, "without buffers"] == [{"title": "without buffers", "served": True}] * number
 
 
 def test_every_refusal_is_tested():

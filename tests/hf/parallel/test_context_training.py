@@ -44,6 +44,8 @@ def test_trainer_is_refused_what_it_would_do_with_parts_as_with_whole_rows():
         )
         with pytest.raises(ValueError, match=message):
             Trainer._prepare_context_parallel_inputs(trainer, model.eval(), {})
+    with pytest.raises(ValueError, match=r"predict\(\) and compute_metrics would get logits of parts"):
+        Trainer.prediction_step(trainer, model, {}, False)
 
 
 @pytest.fixture
