@@ -114,11 +114,12 @@ def install() -> None:
                 setattr(module, name, getattr(masking_utils, name))
 
     # Where processes have parts of rows, a model whose forward is called as such (AdaLoRA) meets nothing else of ours.
-    own = loss_utils.ForCausalLMLoss
-    _wrap(loss_utils, "ForCausalLMLoss", context.causal_loss)
-    for name, held in loss_utils.LOSS_MAPPING.items():
-        if held is own:
-            loss_utils.LOSS_MAPPING[name] = loss_utils.ForCausalLMLoss
+    for name, around in context.LOSSES.items():
+        own = getattr(loss_utils, name)
+        _wrap(loss_utils, name, around)
+        for task, held in loss_utils.LOSS_MAPPING.items():
+            if held is own:
+                loss_utils.LOSS_MAPPING[task] = getattr(loss_utils, name)
 
     # Importing PEFT takes most of a second, and few programs need it.
     once_imported("peft", _install_peft)

@@ -282,6 +282,25 @@ def causal_loss(original: Any, *args: Any, **kwargs: Any) -> Any:
     return original(*args, **kwargs)
 
 
+def loss_of_rows(original: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same around losses of a row's class and of spans in it.
+
+    Raises:
+        ValueError: a part is not a row.
+    """
+    if entered() is not None:
+        raise _refusal(f"{original.__name__} is a loss of whole rows; {ALONE.split(',')[0]}")
+    return original(*args, **kwargs)
+
+
+LOSSES = {
+    "ForCausalLMLoss": causal_loss,
+    "ForSequenceClassificationLoss": loss_of_rows,
+    "ForQuestionAnsweringLoss": loss_of_rows,
+}
+"""Losses of transformers.loss.loss_utils, and what goes around them."""
+
+
 def prepare_accelerator(original: Any, accelerator: Any, *prepared: Any) -> Any:
     """In place of accelerate's function, whose hooks take masks away, which swapped modules need, and whose context is
     torch's own: once a model with swapped modules is prepared, the context is :func:`context_parallel`.

@@ -5,6 +5,7 @@ import socket
 import pytest
 import tiny
 import torch
+import transformers as tf
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -56,6 +57,23 @@ def test_another_function_in_place_of_ours_is_refused(monkeypatch):
     ap.restore_attention(model)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "attn_plugins", sdpa)
     model(**given)
+
+
+def test_losses_of_whole_rows_are_refused_where_a_forward_is_called_as_such(one_process):
+    """AdaLoRA calls it so, past the hooks of the model with the head."""
+    ids, positions, config = torch.arange(3, 11).expand(2, -1), torch.arange(8).unsqueeze(0), tiny.build("llama").config
+    for cls, labels in (
+        (tf.LlamaForSequenceClassification, {"labels": torch.tensor([0, 1])}),
+        (
+            tf.LlamaForQuestionAnswering,
+            {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])},
+        ),
+    ):
+        model = ap.swap_attention(cls(config), "local")
+        given = {"input_ids": ids, "position_ids": positions, **labels}
+        assert model.forward(**given).loss > 0
+        with ap.context_parallel(one_process), pytest.raises(ValueError, match="is a loss of whole rows; give each"):
+            model.forward(**given)
 
 
 def part(rank, address, failures):
