@@ -17,6 +17,7 @@ from attn_plugins.benchmark.store import Results
 
 FIGURES: Mapping[str, Figures] = {
     "perplexity": {"perplexity": "perplexity"},
+    "accuracy": {"accuracy": "accuracy"},
     "translation": {"sacrebleu": "BLEU", "chrf": "chrF", "loss": "loss"},
     "summarization": {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "loss": "loss"},
     "image-classification": {"accuracy": "accuracy"},
