@@ -73,7 +73,10 @@ class Server(Serve):
 
     def run(self) -> None:
         """Answer requests, in this thread, until a signal or ``server.should_exit``; those begun are ended first."""
-        self.server.run()
+        try:
+            self.server.run()
+        finally:
+            self._generation_state.shutdown()  # else a thread of continuous batching goes on, and so does the process
 
 
 def _load(load: Any, attention: Any, paged: bool, room: int, *args: Any, **kwargs: Any) -> PreTrainedModel:

@@ -275,6 +275,7 @@ def test_options_out_of_range():
 
 def test_progress_bars_of_chunks_are_not_shown_and_those_of_others_are(source):
     train, _ = opened(source, max_eval_rows=3)
+    datasets.enable_progress_bars()  # a comparison, in another test of this process, has them off from then on
     seen = []
     train.some(lambda part: seen.append(datasets.are_progress_bars_disabled()) or texts(part), 100, seed=0)
     assert set(seen) == {True}

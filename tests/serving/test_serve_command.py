@@ -29,6 +29,8 @@ def serve(*arguments, status=0, columns=200):
 def started(monkeypatch):
     """The servers that would have listened."""
     servers = []
+    # uvicorn's closes the handlers that there are, absl's its stream, which is pytest's while another is sys.stderr
+    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
     monkeypatch.setattr(Server, "run", lambda server: servers.append(server))
     return servers
 

@@ -1,6 +1,7 @@
 """`attn-plugins serve`: what a client of OpenAI's library gets over HTTP, and what the server holds meanwhile."""
 
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -146,10 +147,11 @@ def test_caches_are_not_held_where_there_is_no_room_for_them(tmp_path):
 
 
 def test_pages_are_served_to_models_with_their_own_attention(tmp_path):
-    folder, messages = save_model(tmp_path), [user("the cat is good .")]
+    folder, messages, before = save_model(tmp_path), [user("the cat is good .")], set(threading.enumerate())
     with serving(folder, continuous_batching=True) as (server, client):
         assert say(server, client, messages) == expected(folder, messages)
         assert "generate" not in vars(server.loaded()[0])
+    assert [thread for thread in set(threading.enumerate()) - before if not thread.daemon] == []
 
 
 @pytest.mark.real
