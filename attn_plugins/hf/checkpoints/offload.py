@@ -28,7 +28,8 @@ def dispatch(
     """
     held = {name: weight for name, weight in model.state_dict().items() if SLOT in name.split(".")}
     if not buffers:
-        held = {name: weight for name, weight in held.items() if name in dict(model.named_parameters())}
+        weights = dict(model.named_parameters())
+        held = {name: weight for name, weight in held.items() if name in weights}
     if index is not None:
         new = {name: x for name, x in held.items() if name not in index and get_device(places, name) == "disk"}
         if new and folder is None:

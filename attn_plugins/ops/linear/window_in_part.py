@@ -35,7 +35,7 @@ def attend_part(
     """As :func:`attn_plugins.ops.linear.window.linear_window_attention`, causal: out_BHTV in the dtype of v.
 
     Args:
-        attention: whose method it is; it has ``prepare`` and a ``chunk_size``.
+        attention: whose method it is; it has ``prepare`` and the sizes in its ``config``.
 
     Raises:
         ValueError: queries see what follows them.
@@ -44,12 +44,11 @@ def attend_part(
     chunk_size, batched = attention.config.chunk_size, attention.prefers_batched(q_BHTD)
     if not mask.causal:
         raise ValueError("attention 'linear_window' serves rows in parts where it is causal; allowed else: 'local'")
-    _, options = prepare(q_BHTD, k_BGTD)
-    window_size, num_sink_tokens, branch = options["window_size"], options["num_sink_tokens"], options["branch"]
+    window_size, num_sink_tokens = attention.config.window_size, attention.config.num_sink_tokens
     reach = within_row(Reach(window_size, 0, num_sink_tokens), part)
     k_BGKD, v_BGKV = with_halo(k_BGTD, v_BGTV, part, reach)
-    prepared, _ = prepare(q_BHTD, k_BGKD[:, :, reach.first :])
-    near = far = None
+    prepared, options = prepare(q_BHTD, k_BGKD[:, :, reach.first :])
+    near, far, branch = None, None, options["branch"]
     if branch != "linear":
         heads = slice(0, q_BHTD.shape[1])
         around, rules = in_part([(heads, Band(window_size, 0, num_first=num_sink_tokens))], part, reach)
