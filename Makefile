@@ -108,10 +108,10 @@ bench-decode: setup ## time of a token and size of the cache, 1k to 128k tokens:
 gpu-check: ## contract, time, memory and training steps by every backend on a CUDA GPU: 8 minutes; PYTHON=python3 has torch
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 		"error: torch " + torch.__version__ + " finds no CUDA GPU; gpu-check needs one")'
-	HF_HUB_OFFLINE=1 PYTHONPATH=. $(PYTHON) -m attn_plugins.benchmark.gpu_check $(GPU_CHECK)
+	HF_HUB_OFFLINE=1 PYTHONPATH=. $(PYTHON) -m attn_plugins.benchmark.checks.gpu_check $(GPU_CHECK)
 
 docs: setup ## write docs/attentions.md from the docstrings, and the tables of attentions in other pages
-	$(BIN)/python -m attn_plugins.benchmark.attention_page .
+	$(BIN)/python -m attn_plugins.benchmark.pages.attention_page .
 
 architectures: setup ## the flag on every model type: docs/architectures.md and .json; goes on where it was
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/architectures/matrix.py --workers $(WORKERS)

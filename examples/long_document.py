@@ -14,7 +14,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from attn_plugins.benchmark.store import Results, hash_of
+from attn_plugins.benchmark.results.store import Results, hash_of
 from attn_plugins.config.versions import versions
 from attn_plugins.config.yaml import parse_yaml
 from attn_plugins.tasks import get_task, run_task

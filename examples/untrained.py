@@ -28,9 +28,9 @@ from torch import nn
 from torch.nn.functional import cosine_similarity, normalize
 
 from attn_plugins import describe_attention, swap_attention
-from attn_plugins.benchmark.store import Results, hash_of
-from attn_plugins.benchmark.tables import Table, brief_number
-from attn_plugins.benchmark.timing import Workload, compared, interleaved, parts
+from attn_plugins.benchmark.cost.timing import Workload, compared, interleaved, parts
+from attn_plugins.benchmark.results.store import Results, hash_of
+from attn_plugins.benchmark.results.tables import Table, brief_number
 from attn_plugins.config.extras import need
 from attn_plugins.config.versions import versions
 from attn_plugins.config.yaml import parse_yaml

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import attn_plugins as ap
 from attn_plugins import cli
-from attn_plugins.benchmark.store import Results
+from attn_plugins.benchmark.results.store import Results
 from attn_plugins.cli import look
 from attn_plugins.config import extras
 from attn_plugins.core.capabilities import CAPABILITIES

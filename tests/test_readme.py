@@ -9,8 +9,8 @@ from pages import ROOT, read
 from test_packaging import pins
 from test_pages import PROJECT
 
-from attn_plugins.benchmark import attention_page as docs
-from attn_plugins.benchmark.transfer_tables import CHOICES, RECALLED
+from attn_plugins.benchmark.pages import attention_page as docs
+from attn_plugins.benchmark.pages.transfer_tables import CHOICES, RECALLED
 from attn_plugins.core import registry
 
 README = read("README.md")

@@ -30,7 +30,7 @@ LETTERS = {
 def list_(as_json: Annotated[bool, typer.Option("--json", help="Print JSON, everything included.")] = False) -> None:
     """List the attentions: name, what each supports, its cost and its paper, family by family."""
     if as_json:
-        from attn_plugins.benchmark.described_attention import facts
+        from attn_plugins.benchmark.pages.described_attention import facts
         from attn_plugins.core.registry import get_attention, list_attentions
 
         print(json.dumps([facts(get_attention(name)) for name in list_attentions()], indent=2))
@@ -73,7 +73,7 @@ def describe(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Describe an attention, or which attention serves each module of a model (with --attn: would serve)."""
-    from attn_plugins.benchmark.described_attention import print_attention, print_standings
+    from attn_plugins.benchmark.pages.described_attention import print_attention, print_standings
     from attn_plugins.core.registry import get_attention, list_attentions
 
     if what in list_attentions() and attn is None:
@@ -112,7 +112,7 @@ def check(
     What passed, and how fast it was, is remembered for this device, driver and versions in $ATTN_PLUGINS_CACHE, else
     ~/.cache/attn-plugins. Exit status 1 if a backend failed.
     """
-    from attn_plugins.benchmark.check import check as run_check
+    from attn_plugins.benchmark.checks.check import check as run_check
     from attn_plugins.core.registry import get_attention
 
     with one_line_errors():

@@ -25,12 +25,13 @@ def compare(
     Exit status 1 if a cell failed.
     """
     with one_line_errors():
-        from attn_plugins.benchmark.compare import CompareConfig, prepare_compare, run_compare
+        from attn_plugins.benchmark.compare.config import CompareConfig
+        from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
 
         parsed = build(CompareConfig, settings(config, {"output_dir": output_dir}, assignments))
         results = prepare_compare(parsed)
         running = results.lock()
-    from attn_plugins.benchmark.compare_report import write_report
+    from attn_plugins.benchmark.compare.report import write_report
 
     with running:
         with stoppable(parsed.output_dir, again=(), kept=f"cells that have ended are in {results.path}"):
@@ -87,14 +88,14 @@ def bench(
         return
     with one_line_errors():
         if decode:
-            from attn_plugins.benchmark.decode import DecodeConfig, prepare_decode
+            from attn_plugins.benchmark.cost.decode import DecodeConfig, prepare_decode
 
             if attn:
                 tree["attentions"] = {"dense": None, **tree["attentions"]}
             generation = build(DecodeConfig, tree)
             results = prepare_decode(generation)
         else:
-            from attn_plugins.benchmark.kernels import BenchConfig, prepare_bench
+            from attn_plugins.benchmark.cost.kernels import BenchConfig, prepare_bench
 
             alone = build(BenchConfig, tree)
             results = prepare_bench(alone)
@@ -102,15 +103,15 @@ def bench(
         running = results.lock()
     with running:
         if decode:
-            from attn_plugins.benchmark.decode import run_decode
-            from attn_plugins.benchmark.decode_report import DecodeResults, write_decode_report
+            from attn_plugins.benchmark.cost.decode import run_decode
+            from attn_plugins.benchmark.cost.decode_report import DecodeResults, write_decode_report
 
             run_decode(generation, results, fresh=fresh)
             found = DecodeResults(generation, results)
             tables, files = write_decode_report(found, results.path.parent)
         else:
-            from attn_plugins.benchmark.kernels import run_bench
-            from attn_plugins.benchmark.kernels_report import KernelResults, write_bench_report
+            from attn_plugins.benchmark.cost.kernels import run_bench
+            from attn_plugins.benchmark.cost.kernels_report import KernelResults, write_bench_report
 
             run_bench(alone, results, fresh=fresh)
             found = KernelResults(alone, results)
@@ -125,13 +126,13 @@ def _on_paper(tree: dict[str, Any], roofline: str | None) -> None:
     """Launches, or what published rates of a GPU allow: nothing is timed."""
     with one_line_errors():
         if roofline is None:
-            from attn_plugins.benchmark.launches import LaunchesConfig, run_launches, write_launches
+            from attn_plugins.benchmark.cost.launches import LaunchesConfig, run_launches, write_launches
 
             counted = build(LaunchesConfig, tree)
             check_folder(counted.output_dir)
         else:
-            from attn_plugins.benchmark.roofline import DEVICES, RooflineConfig, costs, heads_of
-            from attn_plugins.benchmark.roofline_report import write_roofline
+            from attn_plugins.benchmark.cost.roofline import DEVICES, RooflineConfig, costs, heads_of
+            from attn_plugins.benchmark.cost.roofline_report import write_roofline
 
             tree["devices"] = list(DEVICES) if roofline == "all" else roofline.split(",")
             paper = build(RooflineConfig, tree)

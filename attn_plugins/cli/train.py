@@ -104,7 +104,7 @@ def finetune(
 
 
 def _plan(parsed: Any, gpu: str | None, processes: int, sharding: str) -> None:
-    from attn_plugins.benchmark.plan import Machines, make_plan, told
+    from attn_plugins.benchmark.cost.plan import Machines, make_plan, told
 
     found = make_plan(parsed, Machines(gpu=gpu, processes=processes, sharding=sharding))
     if os.environ.get("RANK", "0") == "0":

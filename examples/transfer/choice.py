@@ -24,7 +24,7 @@ import transformers as tf
 from torch.nn.functional import cross_entropy
 
 import attn_plugins as ap
-from attn_plugins.benchmark.store import Results, hash_of
+from attn_plugins.benchmark.results.store import Results, hash_of
 from attn_plugins.config.versions import versions
 from attn_plugins.data.recall import recall_rows
 from attn_plugins.training.models import resolve

@@ -19,8 +19,8 @@ import transformers as tf
 from torch.nn.functional import cosine_similarity
 
 import attn_plugins as ap
-from attn_plugins.benchmark.starts_table import at_start
-from attn_plugins.benchmark.store import Results, hash_of
+from attn_plugins.benchmark.pages.starts_table import at_start
+from attn_plugins.benchmark.results.store import Results, hash_of
 from attn_plugins.config.extras import need
 from attn_plugins.config.versions import versions
 from attn_plugins.config.yaml import parse_yaml

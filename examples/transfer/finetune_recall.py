@@ -21,7 +21,7 @@ import torch
 import transformers as tf
 
 import attn_plugins as ap
-from attn_plugins.benchmark.store import Results, hash_of
+from attn_plugins.benchmark.results.store import Results, hash_of
 from attn_plugins.config.versions import versions
 from attn_plugins.core.options import build
 from attn_plugins.data.sources import DataConfig, load_data

@@ -18,7 +18,7 @@ from typing import Any
 import transformers as tf
 
 import attn_plugins as ap
-from attn_plugins.benchmark.store import Results, hash_of
+from attn_plugins.benchmark.results.store import Results, hash_of
 from attn_plugins.config.versions import versions
 from attn_plugins.data.sources import DataConfig, load_data
 from attn_plugins.tasks import get_task, run_task

@@ -21,8 +21,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import attn_plugins as ap
-from attn_plugins.benchmark.store import Results, hash_of
-from attn_plugins.benchmark.timing import Workload, parts
+from attn_plugins.benchmark.cost.timing import Workload, parts
+from attn_plugins.benchmark.results.store import Results, hash_of
 from attn_plugins.config.versions import versions
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.hf.names import slot_of

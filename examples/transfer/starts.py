@@ -22,8 +22,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import attn_plugins as ap
-from attn_plugins.benchmark.starts_table import at_start
-from attn_plugins.benchmark.store import Results, hash_of
+from attn_plugins.benchmark.pages.starts_table import at_start
+from attn_plugins.benchmark.results.store import Results, hash_of
 from attn_plugins.config.versions import versions
 from attn_plugins.config.yaml import parse_yaml
 from attn_plugins.core.attention import Attention

@@ -5,7 +5,7 @@ import torch
 from cases import SCALE, Case, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.native_sparse import NativeSparseAttention
-from attn_plugins.benchmark.timing import Workload, peak_bytes
+from attn_plugins.benchmark.cost.timing import Workload, peak_bytes
 from attn_plugins.ops.blocks import native_sparse as ops
 from attn_plugins.ops.reference import dense_attention
 

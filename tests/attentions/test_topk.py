@@ -5,7 +5,7 @@ import torch
 from cases import SCALE, Case, assert_forms_agree, assert_same, inputs, left_padding
 
 from attn_plugins.attentions.topk import TopkAttention
-from attn_plugins.benchmark.timing import Workload, peak_bytes
+from attn_plugins.benchmark.cost.timing import Workload, peak_bytes
 from attn_plugins.ops.softmax import tile_engine
 from attn_plugins.ops.softmax import topk as ops
 

@@ -15,8 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from attn_plugins.backends import flex
 from attn_plugins.backends.flex_masks import flex_mask
-from attn_plugins.benchmark.launches import MOST_OF_A_MASK, SYNCS_OF_A_MASK
-from attn_plugins.benchmark.operations import counted
+from attn_plugins.benchmark.cost.launches import MOST_OF_A_MASK, SYNCS_OF_A_MASK
+from attn_plugins.benchmark.cost.operations import counted
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.ops.softmax.attention import FollowsRules

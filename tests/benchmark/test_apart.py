@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from attn_plugins.benchmark.apart import each_apart
+from attn_plugins.benchmark.checks.apart import each_apart
 
 
 def work(item):

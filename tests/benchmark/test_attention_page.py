@@ -8,9 +8,9 @@ from typing import Literal
 import pytest
 
 from attn_plugins import list_attentions
-from attn_plugins.benchmark import attention_page
-from attn_plugins.benchmark.attention_tables import with_tables
-from attn_plugins.benchmark.store import Results
+from attn_plugins.benchmark.pages import attention_page
+from attn_plugins.benchmark.pages.attention_tables import with_tables
+from attn_plugins.benchmark.results.store import Results
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.options import Option, describe_options
 from attn_plugins.core.registry import get_attention

@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from attn_plugins import HeadShape
-from attn_plugins.benchmark import attention_page
+from attn_plugins.benchmark.pages import attention_page
 from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.hf.caches.state_layer import StateLayer
 

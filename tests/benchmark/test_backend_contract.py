@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from attn_plugins.benchmark import backend_contract
-from attn_plugins.benchmark.backend_contract import contract, heads_of, time_of
+from attn_plugins.benchmark.checks import backend_contract
+from attn_plugins.benchmark.checks.backend_contract import contract, heads_of, time_of
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.registry import get_attention
 

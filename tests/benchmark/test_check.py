@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from attn_plugins import cli
-from attn_plugins.benchmark import check as checks
+from attn_plugins.benchmark.checks import check as checks
 from attn_plugins.core import checked
 from attn_plugins.core.backend import list_backends
 from attn_plugins.core.registry import list_attentions

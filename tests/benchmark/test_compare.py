@@ -11,10 +11,12 @@ import pytest
 import torch
 import yaml
 
-from attn_plugins.benchmark import compare
-from attn_plugins.benchmark.compare import CompareConfig, cells, prepare_compare, run_compare
-from attn_plugins.benchmark.compare_report import CompareResults, write_report
-from attn_plugins.benchmark.store import Results
+from attn_plugins.benchmark.compare import run as compare
+from attn_plugins.benchmark.compare.cells import cells
+from attn_plugins.benchmark.compare.config import CompareConfig
+from attn_plugins.benchmark.compare.report import CompareResults, write_report
+from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
+from attn_plugins.benchmark.results.store import Results
 from attn_plugins.core.options import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import WORDS, write_rows
 
-from attn_plugins.benchmark.compare import CompareConfig, cells, prepare_compare, run_compare
-from attn_plugins.benchmark.compare_report import CompareResults, write_report
+from attn_plugins.benchmark.compare.cells import cells
+from attn_plugins.benchmark.compare.config import CompareConfig
+from attn_plugins.benchmark.compare.report import CompareResults, write_report
+from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
 from attn_plugins.core.options import build
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from attn_plugins.benchmark import compare_models
-from attn_plugins.benchmark.compare import CompareConfig, cells, prepare_compare, run_compare
-from attn_plugins.benchmark.compare_report import write_report
+from attn_plugins.benchmark.compare import models as compare_models
+from attn_plugins.benchmark.compare.cells import cells
+from attn_plugins.benchmark.compare.config import CompareConfig
+from attn_plugins.benchmark.compare.report import write_report
+from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
 from attn_plugins.core.options import build
 from attn_plugins.training.config import EvaluateConfig
 from attn_plugins.training.evaluate import prepare_evaluation

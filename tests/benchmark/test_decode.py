@@ -7,8 +7,8 @@ import torch
 from typer.testing import CliRunner
 
 from attn_plugins import cli
-from attn_plugins.benchmark import decode, timing
-from attn_plugins.benchmark.decode import (
+from attn_plugins.benchmark.cost import decode, timing
+from attn_plugins.benchmark.cost.decode import (
     DecodeConfig,
     build_model,
     decode_cells,
@@ -16,7 +16,7 @@ from attn_plugins.benchmark.decode import (
     prepare_decode,
     run_decode,
 )
-from attn_plugins.benchmark.decode_report import DecodeResults, decode_tables, write_decode_report
+from attn_plugins.benchmark.cost.decode_report import DecodeResults, decode_tables, write_decode_report
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention

@@ -8,17 +8,17 @@ import pytest
 import torch
 import typer
 
-from attn_plugins.benchmark import gpu_check, gpu_training
-from attn_plugins.benchmark.backend_contract import heads_of
-from attn_plugins.benchmark.gpu_check import Log, Target, contract_record, kernel_records, run_part, targets
-from attn_plugins.benchmark.gpu_report import (
+from attn_plugins.benchmark.checks import gpu_check, gpu_training
+from attn_plugins.benchmark.checks.backend_contract import heads_of
+from attn_plugins.benchmark.checks.gpu_check import Log, Target, contract_record, kernel_records, run_part, targets
+from attn_plugins.benchmark.checks.gpu_report import (
     checked_results,
     contract_table,
     kernel_table,
     training_table,
     write_report,
 )
-from attn_plugins.benchmark.gpu_training import ModelShape, Step, training_record, training_steps
+from attn_plugins.benchmark.checks.gpu_training import ModelShape, Step, training_record, training_steps
 from attn_plugins.core.backend import list_backends
 from attn_plugins.core.registry import get_attention, list_attentions
 

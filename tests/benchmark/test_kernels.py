@@ -8,9 +8,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from typer.testing import CliRunner
 
 from attn_plugins import cli
-from attn_plugins.benchmark import kernels, peers
-from attn_plugins.benchmark.kernels import BenchConfig, cells, contenders, prepare_bench, run_bench
-from attn_plugins.benchmark.kernels_report import (
+from attn_plugins.benchmark.cost import kernels, peers
+from attn_plugins.benchmark.cost.kernels import BenchConfig, cells, contenders, prepare_bench, run_bench
+from attn_plugins.benchmark.cost.kernels_report import (
     KernelResults,
     bench_tables,
     pays_from,

@@ -7,8 +7,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from typer.testing import CliRunner
 
 from attn_plugins import cli
-from attn_plugins.benchmark import launches
-from attn_plugins.benchmark.launches import LaunchesConfig, LayerCounts, count_layer, run_launches, served
+from attn_plugins.benchmark.cost import launches
+from attn_plugins.benchmark.cost.launches import LaunchesConfig, LayerCounts, count_layer, run_launches, served
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention, list_attentions

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from attn_plugins.benchmark.operations import counted
+from attn_plugins.benchmark.cost.operations import counted
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention

@@ -14,11 +14,11 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from attn_plugins import cli
-from attn_plugins.benchmark import blank_step
-from attn_plugins.benchmark.blank_step import optimizer_bytes
-from attn_plugins.benchmark.operations import counted
-from attn_plugins.benchmark.plan import Machines, make_plan, steps_of_run, told
-from attn_plugins.benchmark.roofline import DEVICES
+from attn_plugins.benchmark.cost import blank_step
+from attn_plugins.benchmark.cost.blank_step import optimizer_bytes
+from attn_plugins.benchmark.cost.operations import counted
+from attn_plugins.benchmark.cost.plan import Machines, make_plan, steps_of_run, told
+from attn_plugins.benchmark.cost.roofline import DEVICES
 from attn_plugins.core.options import build
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.finetune import parameter_counts, prepare_finetune

@@ -8,11 +8,11 @@ from transformers import LlamaConfig, ViTConfig
 from typer.testing import CliRunner
 
 from attn_plugins import cli
-from attn_plugins.benchmark import roofline
-from attn_plugins.benchmark.backend_contract import heads_of as shape_of
-from attn_plugins.benchmark.launches import LaunchCall
-from attn_plugins.benchmark.operations import Launch, Operations
-from attn_plugins.benchmark.roofline import (
+from attn_plugins.benchmark.checks.backend_contract import heads_of as shape_of
+from attn_plugins.benchmark.cost import roofline
+from attn_plugins.benchmark.cost.launches import LaunchCall
+from attn_plugins.benchmark.cost.operations import Launch, Operations
+from attn_plugins.benchmark.cost.roofline import (
     DEVICES,
     LAUNCH,
     Cost,

@@ -1,7 +1,7 @@
 """Tables of where attentions start: what is measured, and what a table says of it."""
 
-from attn_plugins.benchmark.starts_table import at_start, starts
-from attn_plugins.benchmark.store import Results
+from attn_plugins.benchmark.pages.starts_table import at_start, starts
+from attn_plugins.benchmark.results.store import Results
 
 
 def record(key, attention, **more):

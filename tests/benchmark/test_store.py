@@ -9,10 +9,10 @@ from pathlib import Path
 import programs
 import pytest
 
-from attn_plugins.benchmark import store
-from attn_plugins.benchmark.kernels import BenchConfig, cells, prepare_bench, run_bench
-from attn_plugins.benchmark.kernels_report import KernelResults, write_bench_report
-from attn_plugins.benchmark.store import Results
+from attn_plugins.benchmark.cost.kernels import BenchConfig, cells, prepare_bench, run_bench
+from attn_plugins.benchmark.cost.kernels_report import KernelResults, write_bench_report
+from attn_plugins.benchmark.results import store
+from attn_plugins.benchmark.results.store import Results
 from attn_plugins.config import versions as version_file
 from attn_plugins.config.versions import commit, spelled, versions
 from attn_plugins.core.options import build
@@ -41,7 +41,7 @@ def test_opening_only_reads(tmp_path, tail):
 WRITER = """
 import io, sys, time
 from pathlib import Path
-from attn_plugins.benchmark.store import Results
+from attn_plugins.benchmark.results.store import Results
 
 
 class Halves(io.FileIO):  # writes in two parts, as a disk may
@@ -179,7 +179,7 @@ SMALL = {"lengths": [16], "passes": ["forward"], "rounds": 1, "peers": False, "a
 def test_what_other_versions_measured_is_measured_again_and_said(tmp_path, monkeypatch, name):
     config = build(BenchConfig, {**SMALL, "output_dir": str(tmp_path)})
     monkeypatch.setattr(store, "versions", lambda: {**versions(), "commit": "abc", name: "another"})
-    monkeypatch.setattr("attn_plugins.benchmark.cells.versions", store.versions)
+    monkeypatch.setattr("attn_plugins.benchmark.results.cells.versions", store.versions)
     run_bench(config, prepare_bench(config), say=lambda line: None)
     monkeypatch.undo()
     monkeypatch.setattr(store, "versions", lambda: {**versions(), "commit": "abc"})
@@ -187,7 +187,7 @@ def test_what_other_versions_measured_is_measured_again_and_said(tmp_path, monke
     (report, *_) = write_bench_report(KernelResults(config, results), tmp_path)[1]
     assert f"- Measured with {spelled(results.records[next(iter(results.records))]['versions'])}" in report.read_text()
     assert "- Stale: 1 of 1 cells were not measured with attn_plugins " in report.read_text()
-    monkeypatch.setattr("attn_plugins.benchmark.cells.versions", store.versions)
+    monkeypatch.setattr("attn_plugins.benchmark.results.cells.versions", store.versions)
     run_bench(config, results, say=said.append)
     assert said[0].startswith(f"1 of 1 cells in {results.path} are stale and are measured again: they are of ")
     assert "another" in said[0].partition("; now it is")[0]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from attn_plugins.benchmark.task_tables import task_table, with_tasks
+from attn_plugins.benchmark.pages.task_tables import task_table, with_tasks
 
 VERSIONS = {"attn_plugins": "0.1.0", "commit": "abc", "torch": "2.13.0"}
 

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import attn_plugins as ap
-from attn_plugins.benchmark import timing
-from attn_plugins.benchmark.timing import Workload
+from attn_plugins.benchmark.cost import timing
+from attn_plugins.benchmark.cost.timing import Workload
 
 CPU = torch.device("cpu")
 HYBRID = [{"type": "local", "window_size": 4, "layers": 0}]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from attn_plugins.benchmark.transfer_tables import choices, lengths, stages, taught, trained, with_measured
+from attn_plugins.benchmark.pages.transfer_tables import choices, lengths, stages, taught, trained, with_measured
 
 VERSIONS = {"attn_plugins": "0.1.0", "commit": "abc", "torch": "2.13.0"}
 

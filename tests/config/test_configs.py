@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from attn_plugins.benchmark.attention_page import OWN
-from attn_plugins.benchmark.compare import CompareConfig, cells
-from attn_plugins.benchmark.decode import DecodeConfig
-from attn_plugins.benchmark.kernels import BenchConfig, contenders
-from attn_plugins.benchmark.task_tables import FIGURES
+from attn_plugins.benchmark.compare.cells import cells
+from attn_plugins.benchmark.compare.config import CompareConfig
+from attn_plugins.benchmark.cost.decode import DecodeConfig
+from attn_plugins.benchmark.cost.kernels import BenchConfig, contenders
+from attn_plugins.benchmark.pages.attention_page import OWN
+from attn_plugins.benchmark.pages.task_tables import FIGURES
 from attn_plugins.config.yaml import read_yaml
 from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention, list_attentions

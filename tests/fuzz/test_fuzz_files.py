@@ -12,7 +12,7 @@ from rounds import a_round, junk_in_files, one_clear_line
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import attn_plugins as ap
-from attn_plugins.benchmark import store as results
+from attn_plugins.benchmark.results import store as results
 from attn_plugins.config import yaml as settings
 from attn_plugins.data.sources import DataConfig, load_data
 

@@ -153,8 +153,8 @@ def launched(attentions):
 
 def counts(attentions):
     """A row for each attention, length and kind of rows: what a further layer with the same mask asks of a device."""
-    from attn_plugins.benchmark.operations import counted
-    from attn_plugins.benchmark.timing import Workload, peak_bytes
+    from attn_plugins.benchmark.cost.operations import counted
+    from attn_plugins.benchmark.cost.timing import Workload, peak_bytes
 
     rows = []
     for name, packed, length in itertools.product(attentions, (False, True), (4096, 16384)):

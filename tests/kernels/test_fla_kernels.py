@@ -11,7 +11,7 @@ from cases import assert_forms_agree, inputs, left_padding
 from test_fla import DEFAULTS, SERVED
 
 from attn_plugins.backends import fla
-from attn_plugins.benchmark.backend_contract import TOLERANCE
+from attn_plugins.benchmark.checks.backend_contract import TOLERANCE
 
 pytestmark = [pytest.mark.kernels, pytest.mark.usefixtures("on_cpu")]
 

@@ -26,7 +26,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from attn_plugins.benchmark.plan import Machines, make_plan
+from attn_plugins.benchmark.cost.plan import Machines, make_plan
 from attn_plugins.core.options import build
 from attn_plugins.tasks import trained_task, trained_tasks
 from attn_plugins.training.config import EvaluateConfig, FinetuneConfig

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.benchmark.kernels import BenchConfig, Contender, KernelCell, cells, contenders
-from attn_plugins.benchmark.store import Results
-from attn_plugins.benchmark.tables import Table, brief_number, duration, frame
+from attn_plugins.benchmark.cost.kernels import BenchConfig, Contender, KernelCell, cells, contenders
+from attn_plugins.benchmark.results.store import Results
+from attn_plugins.benchmark.results.tables import Table, brief_number, duration, frame
 from attn_plugins.config.extras import need
 
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}

@@ -1,7 +1,7 @@
 """What a fine-tune asks of memory and time, before it starts: no weights are read, and no step is run.
 
-Counted is a step on tensors without values (:mod:`attn_plugins.benchmark.blank_step`). What several processes hold, and
-how long a GPU takes at least, is arithmetic on these counts.
+Counted is a step on tensors without values (:mod:`attn_plugins.benchmark.cost.blank_step`). What several processes
+hold, and how long a GPU takes at least, is arithmetic on these counts.
 """
 
 import math
@@ -14,9 +14,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import Trainer
 
-from attn_plugins.benchmark.blank_step import StepCounts, count_step, optimizer_bytes, without_values
-from attn_plugins.benchmark.cells import described
-from attn_plugins.benchmark.roofline import DEVICES, LAUNCH, batched, takes
+from attn_plugins.benchmark.cost.blank_step import StepCounts, count_step, optimizer_bytes, without_values
+from attn_plugins.benchmark.cost.roofline import DEVICES, LAUNCH, batched, takes
+from attn_plugins.benchmark.results.cells import described
 from attn_plugins.core.options import did_you_mean
 from attn_plugins.data.sources import load_data
 from attn_plugins.data.stream import Stream
@@ -39,7 +39,7 @@ class Machines:
     """What a fine-tune would run on."""
 
     gpu: str | None = None
-    """A key of :data:`attn_plugins.benchmark.roofline.DEVICES`, in any case; None estimates no time."""
+    """A key of :data:`attn_plugins.benchmark.cost.roofline.DEVICES`, in any case; None estimates no time."""
     processes: int = 1
     """How many train, each on a device of its own."""
     sharding: str = "ddp"

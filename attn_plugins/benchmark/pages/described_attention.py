@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from attn_plugins.benchmark.check import LENGTHS, standings, taken
+from attn_plugins.benchmark.checks.check import LENGTHS, standings, taken
 from attn_plugins.core.capabilities import capabilities
 from attn_plugins.core.options import describe_options
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.benchmark.tables import Table, brief_number, duration, frame
+from attn_plugins.benchmark.results.tables import Table, brief_number, duration, frame
 
 RANKED_AT = 16384
 """Tokens at which backends of an attention are ranked, or the most that were measured below it."""

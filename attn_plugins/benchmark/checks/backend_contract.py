@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from attn_plugins.benchmark import timing
-from attn_plugins.benchmark.cells import described
-from attn_plugins.benchmark.launches import served
-from attn_plugins.benchmark.timing import Run, Workload
+from attn_plugins.benchmark.cost import timing
+from attn_plugins.benchmark.cost.launches import served
+from attn_plugins.benchmark.cost.timing import Run, Workload
+from attn_plugins.benchmark.results.cells import described
 from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rules import parse_rules

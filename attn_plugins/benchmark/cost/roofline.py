@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attn_plugins.benchmark.cells import described
-from attn_plugins.benchmark.launches import LaunchCall, quadratic, served, served_without_values
-from attn_plugins.benchmark.operations import Launch, Operations
+from attn_plugins.benchmark.cost.launches import LaunchCall, quadratic, served, served_without_values
+from attn_plugins.benchmark.cost.operations import Launch, Operations
+from attn_plugins.benchmark.results.cells import described
 from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.core.backend import get_backend, list_backends
 from attn_plugins.core.mask import AttentionMask

@@ -1,16 +1,16 @@
 """Tables of what transfer and chosen heads do to a pretrained model, in pages that are otherwise written by hand.
 
 The scripts in examples/transfer measure, and append to the files in docs/benchmarks/transfer. Each table stands between
-two comments, as those of :mod:`attn_plugins.benchmark.attention_tables`.
+two comments, as those of :mod:`attn_plugins.benchmark.pages.attention_tables`.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from attn_plugins.benchmark.attention_tables import between_comments
-from attn_plugins.benchmark.seed_tables import Record, by, made, number, spread, table
-from attn_plugins.benchmark.store import Results
+from attn_plugins.benchmark.pages.attention_tables import between_comments
+from attn_plugins.benchmark.pages.seed_tables import Record, by, made, number, spread, table
+from attn_plugins.benchmark.results.store import Results
 
 CHOICES = {
     "dense": "all: the model's own attention",

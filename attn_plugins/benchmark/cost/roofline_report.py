@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from attn_plugins.benchmark.roofline import DEVICES, LAUNCH, Amounts, Cost, RooflineConfig, flash, takes
-from attn_plugins.benchmark.tables import Table, brief_number, duration
+from attn_plugins.benchmark.cost.roofline import DEVICES, LAUNCH, Amounts, Cost, RooflineConfig, flash, takes
+from attn_plugins.benchmark.results.tables import Table, brief_number, duration
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.versions import versions
 from attn_plugins.core.attention import HeadShape

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.benchmark.store import Results
-from attn_plugins.benchmark.tables import brief_number
+from attn_plugins.benchmark.results.store import Results
+from attn_plugins.benchmark.results.tables import brief_number
 from attn_plugins.config.versions import spelled_own
 from attn_plugins.core.registry import get_attention, list_attentions
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attn_plugins.benchmark.store import hash_of
+from attn_plugins.benchmark.results.store import hash_of
 from attn_plugins.choice.run import ChooseConfig, choose
 from attn_plugins.config.versions import versions
 from attn_plugins.core.attention import HeadShape
@@ -23,7 +23,8 @@ from attn_plugins.transfer.config import TransferConfig
 from attn_plugins.transfer.run import prepare_transfer
 
 if TYPE_CHECKING:
-    from attn_plugins.benchmark.compare import CompareCell, CompareConfig
+    from attn_plugins.benchmark.compare.cells import CompareCell
+    from attn_plugins.benchmark.compare.config import CompareConfig
 
 CHOOSE = "choose"
 """Key of an attention that is rules to be chosen: its value is settings of a choice."""

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from attn_plugins.benchmark.apart import each_apart
-from attn_plugins.benchmark.backend_contract import contract, heads_of, time_of
-from attn_plugins.benchmark.cells import described
-from attn_plugins.benchmark.launches import served
+from attn_plugins.benchmark.checks.apart import each_apart
+from attn_plugins.benchmark.checks.backend_contract import contract, heads_of, time_of
+from attn_plugins.benchmark.cost.launches import served
+from attn_plugins.benchmark.results.cells import described
 from attn_plugins.core import checked
 from attn_plugins.core.backend import get_backend, list_backends
 from attn_plugins.core.mask import AttentionMask

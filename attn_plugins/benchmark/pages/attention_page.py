@@ -1,7 +1,7 @@
 """docs/attentions.md, written from the classes in the registry and what a benchmark has measured of them.
 
-python -m attn_plugins.benchmark.attention_page FOLDER writes the page and the tables of attentions in others, of the
-project in that folder; figures are those of docs/benchmarks/cpu/results.jsonl.
+python -m attn_plugins.benchmark.pages.attention_page FOLDER writes the page and the tables of attentions in others,
+of the project in that folder; figures are those of docs/benchmarks/cpu/results.jsonl.
 """
 
 import inspect
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from attn_plugins.benchmark.attention_tables import with_tables
-from attn_plugins.benchmark.kernels_report import says_pays_from
-from attn_plugins.benchmark.starts_table import starts
-from attn_plugins.benchmark.store import Results
-from attn_plugins.benchmark.tables import brief_number
-from attn_plugins.benchmark.task_tables import with_tasks
-from attn_plugins.benchmark.transfer_tables import with_measured
+from attn_plugins.benchmark.cost.kernels_report import says_pays_from
+from attn_plugins.benchmark.pages.attention_tables import with_tables
+from attn_plugins.benchmark.pages.starts_table import starts
+from attn_plugins.benchmark.pages.task_tables import with_tasks
+from attn_plugins.benchmark.pages.transfer_tables import with_measured
+from attn_plugins.benchmark.results.store import Results
+from attn_plugins.benchmark.results.tables import brief_number
 from attn_plugins.config.versions import spelled_own
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.capabilities import CAPABILITIES, capabilities
@@ -174,6 +174,6 @@ def _section(attention: type[Attention], figures: list[Timed]) -> list[str]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m attn_plugins.benchmark.attention_page FOLDER")
+        sys.exit("usage: python -m attn_plugins.benchmark.pages.attention_page FOLDER")
     for target, text in pages(Path(sys.argv[1])).items():
         target.write_text(text, encoding="utf8")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from attn_plugins.benchmark.tables import frame
+from attn_plugins.benchmark.results.tables import frame
 from attn_plugins.tasks import Task, get_task
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from attn_plugins.benchmark.cells import described
-from attn_plugins.benchmark.timing import seconds_of
+from attn_plugins.benchmark.cost.timing import seconds_of
+from attn_plugins.benchmark.results.cells import described
 from attn_plugins.core.backend import list_backends
 from attn_plugins.hf.swap import swap_attention
 

@@ -1,9 +1,9 @@
 """What a machine with a GPU can say of every attention and backend in minutes: make gpu-check.
 
-``python -m attn_plugins.benchmark.gpu_check --help``. Nothing is installed or fetched. Three parts, each with its share
-of the time: the contract of every backend, time and peak memory by length, and whole training steps of a model of
-SmolLM2's sizes. Each figure is on disk as soon as it is there, so a run that is killed keeps what it has, and what the
-time did not suffice for is named.
+``python -m attn_plugins.benchmark.checks.gpu_check --help``. Nothing is installed or fetched. Three parts, each with
+its share of the time: the contract of every backend, time and peak memory by length, and whole training steps of a
+model of SmolLM2's sizes. Each figure is on disk as soon as it is there, so a run that is killed keeps what it has, and
+what the time did not suffice for is named.
 """
 
 import json
@@ -21,11 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from attn_plugins.benchmark.apart import each_apart
-from attn_plugins.benchmark.backend_contract import LARGE, contract, time_and_bytes, time_of
-from attn_plugins.benchmark.cells import described
-from attn_plugins.benchmark.gpu_report import write_report
-from attn_plugins.benchmark.gpu_training import training_record, training_steps
+from attn_plugins.benchmark.checks.apart import each_apart
+from attn_plugins.benchmark.checks.backend_contract import LARGE, contract, time_and_bytes, time_of
+from attn_plugins.benchmark.checks.gpu_report import write_report
+from attn_plugins.benchmark.checks.gpu_training import training_record, training_steps
+from attn_plugins.benchmark.results.cells import described
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.versions import versions
 from attn_plugins.core.attention import HeadShape

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from attn_plugins.benchmark import timing
-from attn_plugins.benchmark.cells import described, run_cells
-from attn_plugins.benchmark.peers import PEERS, Attend
-from attn_plugins.benchmark.store import Results, hash_of
-from attn_plugins.benchmark.timing import Pass, Workload
+from attn_plugins.benchmark.cost import timing
+from attn_plugins.benchmark.cost.peers import PEERS, Attend
+from attn_plugins.benchmark.cost.timing import Pass, Workload
+from attn_plugins.benchmark.results.cells import described, run_cells
+from attn_plugins.benchmark.results.store import Results, hash_of
 from attn_plugins.config.output import check_folder
 from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.core.mask import AttentionMask

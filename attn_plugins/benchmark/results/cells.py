@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from typing import Any, Protocol, TypeVar
 
-from attn_plugins.benchmark.store import Results
+from attn_plugins.benchmark.results.store import Results
 from attn_plugins.config.versions import versions
 
 

@@ -2,7 +2,7 @@
 
 ``attn-plugins compare --config configs/compare/tasks/NAME.yaml`` measures; its results.jsonl is kept as
 docs/benchmarks/tasks/NAME.jsonl, and each table stands between two comments, as those of
-:mod:`attn_plugins.benchmark.attention_tables`.
+:mod:`attn_plugins.benchmark.pages.attention_tables`.
 """
 
 import functools
@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.benchmark.attention_tables import between_comments
-from attn_plugins.benchmark.compare_report import STAGES
-from attn_plugins.benchmark.seed_tables import Figures, Record, by, made, table
-from attn_plugins.benchmark.store import Results
+from attn_plugins.benchmark.compare.report import STAGES
+from attn_plugins.benchmark.pages.attention_tables import between_comments
+from attn_plugins.benchmark.pages.seed_tables import Figures, Record, by, made, table
+from attn_plugins.benchmark.results.store import Results
 
 FIGURES: Mapping[str, Figures] = {
     "perplexity": {"perplexity": "perplexity"},

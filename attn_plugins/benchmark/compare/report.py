@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from attn_plugins.benchmark.compare import CompareCell, CompareConfig, cells, file_stem
-from attn_plugins.benchmark.recall_report import Line, draw_recall, other_columns, other_value, recalled
-from attn_plugins.benchmark.store import Results
-from attn_plugins.benchmark.tables import Table, brief_number, duration, frame
+from attn_plugins.benchmark.compare.cells import CompareCell, cells
+from attn_plugins.benchmark.compare.config import CompareConfig, file_stem
+from attn_plugins.benchmark.compare.recall_plot import Line, draw_recall, other_columns, other_value, recalled
+from attn_plugins.benchmark.results.store import Results
+from attn_plugins.benchmark.results.tables import Table, brief_number, duration, frame
 from attn_plugins.config.extras import need
 from attn_plugins.training.evaluate import without_recall
 

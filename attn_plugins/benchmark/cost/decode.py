@@ -14,11 +14,11 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from attn_plugins.benchmark import timing
-from attn_plugins.benchmark.cells import described, run_cells
-from attn_plugins.benchmark.kernels import DTYPES, check_place
-from attn_plugins.benchmark.store import Results, hash_of
-from attn_plugins.benchmark.timing import Workload
+from attn_plugins.benchmark.cost import timing
+from attn_plugins.benchmark.cost.kernels import DTYPES, check_place
+from attn_plugins.benchmark.cost.timing import Workload
+from attn_plugins.benchmark.results.cells import described, run_cells
+from attn_plugins.benchmark.results.store import Results, hash_of
 from attn_plugins.config.output import check_folder
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask

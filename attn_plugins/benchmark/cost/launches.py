@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from attn_plugins.benchmark.cells import described
-from attn_plugins.benchmark.operations import Operations, counted
-from attn_plugins.benchmark.tables import Table
+from attn_plugins.benchmark.cost.operations import Operations, counted
+from attn_plugins.benchmark.results.cells import described
+from attn_plugins.benchmark.results.tables import Table
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.versions import spelled, versions
 from attn_plugins.core.attention import Attention, HeadShape

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
-from attn_plugins.benchmark.operations import Operations, counted
+from attn_plugins.benchmark.cost.operations import Operations, counted
 from attn_plugins.config.extras import need
 from attn_plugins.core.attention import Attention
 from attn_plugins.hf.swap import unwrap

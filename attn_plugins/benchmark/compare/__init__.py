@@ -1,0 +1,1 @@
+"""Models with attentions, measured beside each other: settings, cells, models, report."""

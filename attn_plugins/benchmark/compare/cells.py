@@ -1,0 +1,84 @@
+"""The cells of a comparison: model x attention x measurement x seed, and what the result of each depends on."""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from attn_plugins.benchmark.compare.config import CompareConfig
+from attn_plugins.benchmark.compare.models import (
+    learns,
+)
+from attn_plugins.benchmark.results.store import hash_of
+
+FORMAT = 1
+"""Part of every cell's key: raise it when a measurement changes its meaning, so that old results are not reused."""
+
+Measure = Literal["evaluate", "transfer", "finetune", "speed", "memory"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCell:
+    """One figure, or one set of them, that is measured at a time."""
+
+    model: str
+    attention: str
+    """Labels, for people."""
+    measure: Measure
+    seed: int
+    settings: dict[str, Any]
+    """All that the result depends on: sources, rules, options. The labels are not in it."""
+
+    @property
+    def key(self) -> str:
+        """Hash of all that the result depends on."""
+        whole = {"format": FORMAT, "measure": self.measure, "seed": self.seed, **self.settings}
+        return hash_of(whole)
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("model", "attention", "measure", "seed")}
+
+    def __str__(self) -> str:
+        place = [str(self.settings[name]) for name in ("scope", "length") if name in self.settings]
+        return " · ".join([self.model, self.attention, self.measure, *place, f"seed {self.seed}"])
+
+
+def cells(config: CompareConfig) -> list[CompareCell]:
+    """All cells of a comparison, attention by attention; what trains comes last, since it takes longest."""
+    found: list[CompareCell] = []
+    for label, source in config.models.items():
+        for attention in config.attentions:
+            found += _cells_of(config, label, source, attention)
+    return sorted(found, key=lambda cell: {"transfer": 1, "finetune": 2}.get(cell.measure, 0))
+
+
+def taught(config: CompareConfig) -> list[str]:
+    """Labels of the attentions that the transfer is for."""
+    found = [label for label, value in config.attentions.items() if learns(value)]
+    return found if config.transfer_of is None else config.transfer_of
+
+
+def _cells_of(config: CompareConfig, model: str, source: str, attention: str) -> Iterator[CompareCell]:
+    base = {"model": source, "rules": config.attentions[attention], "dtype": config.dtype}
+    data = None if config.data is None else dataclasses.asdict(config.data)
+    names = {"model": model, "attention": attention}
+    for seed in config.seeds:
+        quality = {**base, "data": data, "evaluation": config.evaluation}
+        if config.untrained and config.data is not None:
+            yield CompareCell(**names, measure="evaluate", seed=seed, settings={**quality})
+        if config.transfer is not None and attention in taught(config):
+            quality["transfer"] = config.transfer
+            yield CompareCell(**names, measure="transfer", seed=seed, settings={**quality})
+        if config.finetune is not None:
+            yield CompareCell(**names, measure="finetune", seed=seed, settings={**quality, "finetune": config.finetune})
+    for measure, passes in (("speed", config.speed), ("memory", config.memory)):
+        if passes is None:
+            continue
+        options = {name: getattr(passes, name) for name in ("batch_size", "rounds") if hasattr(passes, name)}
+        if measure == "speed":
+            options["baseline"] = config.attentions[config.baseline]
+        for scope, lengths in passes.lengths.items():
+            for length in lengths:
+                where = {"scope": scope, "length": length, "passes": passes.passes_of(scope)}
+                yield CompareCell(**names, measure=measure, seed=config.seeds[0], settings={**base, **options, **where})  # type: ignore[arg-type]

@@ -1,0 +1,200 @@
+"""Models x attentions x measurements: each cell runs once, is written down as it ends, and is not run again."""
+
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attn_plugins.benchmark.compare.cells import CompareCell, cells
+from attn_plugins.benchmark.compare.config import CompareConfig, file_stem, finetune_config
+from attn_plugins.benchmark.compare.models import (
+    CompareModels,
+)
+from attn_plugins.benchmark.cost import timing
+from attn_plugins.benchmark.cost.timing import Scope
+from attn_plugins.benchmark.results.cells import described, run_cells
+from attn_plugins.benchmark.results.store import Results
+from attn_plugins.config.extras import need
+from attn_plugins.config.output import check_folder
+from attn_plugins.data.sources import load_data
+from attn_plugins.tasks import Task
+from attn_plugins.training.evaluate import attention_summary, place, prepare_measurements, run_measurements
+from attn_plugins.training.finetune import prepare_finetune
+from attn_plugins.training.models import AS_SAVED, Loaded, in_slot, load, skeleton
+from attn_plugins.training.resume import finished, same_versions
+
+
+def prepare_compare(config: CompareConfig) -> Results:
+    """What an earlier run of the same comparison has left, once it is clear that this one can start.
+
+    Raises:
+        ValueError: a model is not there, results.jsonl is not one, a package is missing, or several processes run.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "compare measures time, so it runs in one process; accelerate launch is for finetune and evaluate"
+        )
+    need("matplotlib", "compare")
+    need("peft", "train")
+    results = Results(check_folder(config.output_dir) / "results.jsonl")
+    for source in config.models.values():
+        skeleton(source)
+    return results
+
+
+def run_compare(
+    config: CompareConfig, results: Results, *, fresh: bool = False, say: Callable[[str], None] = print
+) -> None:
+    """Run all cells that have no result of these versions yet, and add theirs to ``results``.
+
+    A cell that fails is recorded with its error, and the others go on.
+
+    Args:
+        fresh: run all cells, whatever has been written before.
+        say: gets a line of progress at a time.
+
+    Raises:
+        ValueError: another run is measuring into the same file.
+    """
+    models = CompareModels(config, fresh, folder_name)
+
+    def measure(group: list[CompareCell]) -> Iterator[tuple[CompareCell, dict[str, Any]]]:
+        (cell,) = group
+        started = time.perf_counter()
+        outcome: dict[str, Any]
+        try:
+            outcome = {"status": "ok", "result": _MEASURES[cell.measure](config, cell, models)}
+        except Exception as error:  # what one attention cannot do must not end the others
+            outcome = {"status": "error", "error": described(error), "traceback": traceback.format_exc()}
+            models.drop()
+        yield cell, {**outcome, "seconds": round(time.perf_counter() - started, 2)}
+
+    _quiet_loading()
+    run_cells([[cell] for cell in cells(config)], results, measure, _note, fresh=fresh, say=say, announce=True)
+
+
+def _quiet_loading() -> None:
+    """No bars or reports for loading weights and cutting text, which every cell repeats; what takes long has a bar."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    need("datasets", "train").disable_progress_bars()
+
+
+def _evaluate(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
+    found = _evaluated(config, cell, models.get(cell, cell.attention, cell.seed))
+    return found | ({"rules": models.rules(cell)} if isinstance(cell.settings["rules"], dict) else {})
+
+
+def _evaluated(config: CompareConfig, cell: CompareCell, loaded: Loaded) -> dict[str, Any]:
+    assert config.data is not None
+    task = config.task
+    untrained = [name for name in loaded.fresh if not in_slot(name)]
+    if untrained:
+        raise ValueError(
+            f"the model holds no weights for {', '.join(untrained[:3])}, so {task.name} would say nothing of it"
+        )
+    _, held_out = load_data(config.data, task.columns)
+    found = run_measurements(
+        prepare_measurements(config.tasks, held_out, loaded), loaded.model, progress=cell.attention
+    )
+    figures = found.pop(task.name)
+    summary = attention_summary(loaded.model)
+    return {**_headline(task, figures), "figures": figures, "others": found, "attention": summary}
+
+
+def _transfer(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
+    folder, metrics = models.transferred(cell)
+    loaded = place(load(folder, kind=config.task.model, dtype=config.dtype, seed=cell.seed))
+    kept = {name: metrics[name] for name in ("train", "errors")}
+    return {**_evaluated(config, cell, loaded), **kept, "folder": folder}
+
+
+def folder_name(cell: CompareCell, key: str) -> str:
+    """Of what is made for a cell."""
+    return f"{file_stem(cell.model)}-{file_stem(cell.attention)}-seed{cell.seed}-{key[:6]}"
+
+
+def _finetune(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
+    models.drop()
+    folder = Path(config.output_dir).expanduser() / "finetuned" / folder_name(cell, cell.key)
+    if folder.exists() and (models.fresh or not same_versions(folder)):
+        shutil.rmtree(folder)  # its checkpoints are of a run that does not count any more
+    source, rules = cell.settings["model"], models.rules(cell)
+    if "transfer" in cell.settings:
+        (source, _), rules = models.transferred(cell), AS_SAVED
+    settings = finetune_config(config, source, rules, cell.seed, str(folder))
+    metrics = finished(settings)
+    if metrics is None:
+        metrics = prepare_finetune(settings, resume=True).run(progress=cell.attention)
+    figures = metrics["evaluation"]["after"]
+    others = {name: found["after"] for name, found in metrics["evaluation"]["others"].items()}
+    kept = {name: metrics[name] for name in ("attention", "parameters", "train")}
+    return {**_headline(config.task, figures), "figures": figures, "others": others, **kept, "folder": str(folder)}
+
+
+def _speed(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
+    base = models.get(cell, config.baseline, config.seeds[0])
+    own, input_ids, device = _model_and_tokens(cell, models)
+    scope: Scope = cell.settings["scope"]
+    found = {}
+    for which in cell.settings["passes"]:
+        contenders = {
+            "baseline": timing.parts(base.model, input_ids, scope, which),
+            "own": timing.parts(own.model, input_ids, scope, which),
+        }
+        seconds = timing.interleaved(contenders, cell.settings["rounds"], device)
+        found[which] = timing.compared(seconds["own"], seconds["baseline"])
+    return {"passes": found}
+
+
+def _memory(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
+    own, input_ids, device = _model_and_tokens(cell, models)
+    found = {}
+    for which in cell.settings["passes"]:
+        found[which] = {
+            "bytes": timing.peak_bytes(timing.parts(own.model, input_ids, cell.settings["scope"], which), device)
+        }
+    return {"passes": found}
+
+
+def _model_and_tokens(cell: CompareCell, models: CompareModels) -> tuple[Loaded, torch.Tensor, torch.device]:
+    """The cell's model, random tokens for it, and where it is."""
+    own = models.get(cell, cell.attention, cell.seed)
+    text: Any = own.model.config.get_text_config()  # type: ignore[operator, union-attr]
+    length, limit = cell.settings["length"], getattr(text, "max_position_embeddings", None)
+    if limit is not None and length > limit:
+        raise ValueError(f"length {length}; allowed: at most {limit}, the model's max_position_embeddings")
+    generator = torch.Generator().manual_seed(cell.seed)
+    input_ids = torch.randint(text.vocab_size, (cell.settings["batch_size"], length), generator=generator)
+    device = next(own.model.parameters()).device
+    return own, input_ids.to(device), device
+
+
+_MEASURES: dict[str, Callable[[CompareConfig, CompareCell, CompareModels], dict[str, Any]]] = {
+    "evaluate": _evaluate,
+    "transfer": _transfer,
+    "finetune": _finetune,
+    "speed": _speed,
+    "memory": _memory,
+}
+
+
+def _headline(task: Task, figures: dict[str, Any]) -> dict[str, Any]:
+    return {"metric": task.metric, "better": task.better, "value": figures[task.metric]}
+
+
+def _note(cell: CompareCell, result: dict[str, Any]) -> str:
+    if cell.measure == "speed":
+        return ", ".join(
+            f"{which} {found['times_as_fast']:.2f}x the baseline" for which, found in result["passes"].items()
+        )
+    if cell.measure == "memory":
+        return ", ".join(f"{which} {found['bytes'] / 2**20:.1f} MiB" for which, found in result["passes"].items())
+    return f"{result['metric']} {result['value']:.4g}"

@@ -1,0 +1,1 @@
+"""What an attention costs: time, memory, launches, and what is known of them on paper."""

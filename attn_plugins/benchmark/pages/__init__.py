@@ -1,0 +1,1 @@
+"""Pages and tables of the documentation, written from the registry and from results."""
