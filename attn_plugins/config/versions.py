@@ -1,5 +1,6 @@
 """Versions that a result depends on: of this package, its plug-ins, torch, transformers, and the device."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -29,6 +30,27 @@ def versions() -> dict[str, str]:
         "device": device_name(),
         "threads": str(torch.get_num_threads()),
     }
+
+
+def hardware() -> dict[str, Any]:
+    """What this machine is made of. No result goes stale by it: what counts of it stands in ``versions``."""
+    found: dict[str, Any] = {"cpu": _cpu_name(), "cores": os.cpu_count()}
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # not on Windows
+        found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.accelerator.is_available():
+        found |= {"accelerator": device_name(), "accelerators": torch.accelerator.device_count()}
+    if torch.cuda.is_available():
+        found["accelerator_bytes"] = torch.cuda.get_device_properties(0).total_memory
+    return found
+
+
+@functools.cache
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def spelled(made: dict[str, Any]) -> str:

@@ -10,12 +10,14 @@ import programs
 import pytest
 import torch
 import yaml
+from test_schema import undescribed
 
 from attn_plugins.benchmark.compare import run as compare
 from attn_plugins.benchmark.compare.cells import cells
 from attn_plugins.benchmark.compare.config import CompareConfig
-from attn_plugins.benchmark.compare.report import CompareResults, write_report
+from attn_plugins.benchmark.compare.report import STAGES, CompareResults, write_report
 from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
+from attn_plugins.benchmark.results.schema import FIELDS
 from attn_plugins.benchmark.results.store import Results
 from attn_plugins.core.options import build
 
@@ -81,6 +83,10 @@ def test_a_whole_comparison(llama, text, tmp_path):
     }
     assert all(line["versions"]["torch"] == torch.__version__ for line in written)
     assert [line["measure"] for line in written].index("finetune") > 12, "what takes longest comes last"
+    assert undescribed(written) == set()
+    assert {name: field for name, field in FIELDS.items() if name in written[0]}.keys() == written[0].keys()
+    assert {tuple(line["hashes"]) for line in written if line["measure"] in STAGES} == {("model", "train", "held_out")}
+    assert {tuple(line["hashes"]) for line in written if line["measure"] not in STAGES} == {("model",)}
 
     tables, files = write_report(config, results)
     names = ["report.md", "tiny_quality_vs_time.png", "tiny_memory_vs_length.png", "tiny_speed_vs_length.png"]
@@ -103,6 +109,9 @@ def test_a_whole_comparison(llama, text, tmp_path):
     assert len(set(values)) == 2, "seeds differ"
     mean, spread = torch.tensor(values).double().mean(), torch.tensor(values).double().std()
     assert quality["local", "fine-tuned"]["perplexity"] == f"{mean:.2f} ± {spread:.3f}"
+    assert quality["dense", "fine-tuned"]["against dense"] == ""
+    assert quality["local", "untrained, the bar"]["against dense"].endswith(" (the same with each of 2 seeds)")
+    assert " noise, p " in quality["local", "fine-tuned"]["against dense"]
     assert quality["local", "untrained, the bar"]["times the bar's"] == "1.00"
     assert (
         quality["learned", "untrained"]["new parameters"] == "384"

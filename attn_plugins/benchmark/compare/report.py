@@ -1,7 +1,6 @@
 """What a comparison found: tables for the terminal and report.md, and plots. Everything comes from results.jsonl."""
 
 import dataclasses
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from attn_plugins.benchmark.compare.cells import CompareCell, cells
 from attn_plugins.benchmark.compare.config import CompareConfig, file_stem
 from attn_plugins.benchmark.compare.recall_plot import Line, draw_recall, other_columns, other_value, recalled
+from attn_plugins.benchmark.results.statistics import LEVEL, difference, spelled, summary
 from attn_plugins.benchmark.results.store import Results
 from attn_plugins.benchmark.results.tables import Table, brief_number, duration, frame
 from attn_plugins.config.extras import need
@@ -46,6 +46,14 @@ class CompareResults:
     def values(self, model: str, attention: str, measure: str) -> list[float]:
         """The task's figure for each seed that succeeded."""
         return [record["result"]["value"] for record in _ok(self.of(model, attention, measure))]
+
+    def against_baseline(self, model: str, attention: str, measure: str) -> str:
+        """How far the task's figure is from the baseline's at the same stage, seed by seed, and whether by noise."""
+        own, base = (
+            {record["seed"]: record["result"]["value"] for record in _ok(self.of(model, label, measure))}
+            for label in (attention, self.config.baseline)
+        )
+        return str(difference(own, base)) if own and base and attention != self.config.baseline else ""
 
     def pass_value(
         self, model: str, attention: str, measure: str, place: tuple[str, int, str], name: str
@@ -116,6 +124,11 @@ def _quality(found: CompareResults) -> Table:
     seeds = len(config.seeds)
     better = "lower" if task.better == "lower" else "higher"
     note = f"{task.metric}: {better} is better" + (f"; mean ± standard deviation of {seeds} seeds" if seeds > 1 else "")
+    if seeds > 1:
+        note += (
+            f". Against {config.baseline}: difference ± standard error, seed by seed; noise by a paired t test, "
+            f"two-sided, beyond it where p is less than {LEVEL}"
+        )
     if config.bar is not None:
         note += f". The bar to beat is {config.bar}, untrained: it costs no training at all"
     for other in config.tasks[1:]:
@@ -132,13 +145,15 @@ def _quality(found: CompareResults) -> Table:
     header += places
     others = other_columns(config.tasks[1:])
     header += list(others)
+    against = f"against {config.baseline}"
+    header += [against] if seeds > 1 else []
     header += ["times the bar's"] if config.bar is not None else []
     branches = any(
         _branches(_ok([record])) for record in found.record.values() if "figures" in record.get("result", {})
     )
     header += ["branches alone"] if branches else []
     header += ["new parameters", "training seconds"]
-    aside = (*places[1:-1], "new parameters", "training seconds")
+    aside = (*places[1:-1], against, "new parameters", "training seconds")
     table = Table("Quality", note + ".", _with_model(config, header), aside=aside)
     for model in config.models:
         bar = found.values(model, config.bar, "evaluate") if config.bar is not None else []
@@ -149,19 +164,19 @@ def _quality(found: CompareResults) -> Table:
                 records = found.of(model, attention, measure)
                 ok = _ok(records)
                 shown = stage + (", the bar" if (attention, measure) == (config.bar, "evaluate") else "")
-                row = [attention, shown, _spread([r["result"]["value"] for r in ok]) if ok else _why(records)]
+                row = [attention, shown, spelled([r["result"]["value"] for r in ok]) if ok else _why(records)]
                 for number in range(len(parts)):
-                    row.append(_spread([_parts_of(r["result"]["figures"])[number][task.metric] for r in ok]))
-                row += [_spread([other_value(r["result"], *place) for r in ok]) for place in others.values()]
+                    row.append(spelled([_parts_of(r["result"]["figures"])[number][task.metric] for r in ok]))
+                row += [spelled([other_value(r["result"], *place) for r in ok]) for place in others.values()]
+                if seeds > 1:
+                    row.append(found.against_baseline(model, attention, measure))
                 if config.bar is not None:
-                    mean = (
-                        [statistics.mean(r["result"]["value"] for r in ok) / statistics.mean(bar)] if ok and bar else []
-                    )
-                    row.append(_spread(mean))
+                    mean = [summary([r["result"]["value"] for r in ok]).mean / summary(bar).mean] if ok and bar else []
+                    row.append(spelled(mean))
                 if branches:
                     row.append(_branches(ok))
                 row.append(f"{ok[0]['result']['attention']['new_params']:,}" if ok else "")
-                row.append(_spread([r["result"]["train"]["seconds"] for r in ok if "train" in r["result"]]))
+                row.append(spelled([r["result"]["train"]["seconds"] for r in ok if "train" in r["result"]]))
                 table.rows.append([model, *row] if len(config.models) > 1 else row)
     return table
 
@@ -169,7 +184,7 @@ def _quality(found: CompareResults) -> Table:
 def _branches(records: list[dict[str, Any]]) -> str:
     """The task's figure with each branch of an attention alone, mean over seeds."""
     parts = [record["result"]["figures"].get("branches", {}) for record in records]
-    return ", ".join(f"{branch} {_spread([part[branch] for part in parts])}" for branch in (parts[0] if parts else ()))
+    return ", ".join(f"{branch} {spelled([part[branch] for part in parts])}" for branch in (parts[0] if parts else ()))
 
 
 def _parts(found: CompareResults) -> list[dict[str, Any]]:
@@ -260,7 +275,7 @@ def _quality_plot(found: CompareResults, model: str) -> Any:
     figure, axes = frame(1)
     for number, attention, measure, cost, values in points:
         face = {"finetune": f"C{number}", "transfer": (f"C{number}", 0.4)}.get(measure, "none")
-        mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+        mean, spread = summary(values).mean, summary(values).deviation
         label = (
             attention
             if not any(p[1] == attention and p[2] == "evaluate" for p in points) or measure == "evaluate"
@@ -270,9 +285,9 @@ def _quality_plot(found: CompareResults, model: str) -> Any:
             cost, mean, yerr=spread, color=f"C{number}", marker="o", markersize=8, mfc=face, ls="none", label=label
         )
     for number, attention in enumerate(config.attentions):  # an arrow's worth: from untrained to fine-tuned
-        ends = [(p[3], statistics.mean(p[4])) for p in points if p[1] == attention]
+        ends = [(p[3], summary(p[4]).mean) for p in points if p[1] == attention]
         axes[0].plot(*zip(*ends, strict=True), color=f"C{number}", lw=1, alpha=0.5) if len(ends) > 1 else None
-    means = [statistics.mean(p[4]) for p in points]
+    means = [summary(p[4]).mean for p in points]
     if task.better == "lower" and max(means) > 5 * min(means):
         axes[0].set_yscale("log")
     scope, length, which = place
@@ -386,16 +401,6 @@ def _ok(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _why(records: list[dict[str, Any]]) -> str:
     return "error" if records else "not run"
-
-
-def _spread(values: list[float]) -> str:
-    """Mean, and where there are several, the standard deviation."""
-    if not values:
-        return ""
-    mean = statistics.mean(values)
-    return (
-        brief_number(mean) if len(values) == 1 else f"{brief_number(mean)} ± {brief_number(statistics.stdev(values))}"
-    )
 
 
 def _with_model(config: CompareConfig, header: list[str]) -> list[str]:

@@ -18,6 +18,7 @@ from attn_plugins.benchmark.compare.models import (
 from attn_plugins.benchmark.cost import timing
 from attn_plugins.benchmark.cost.timing import Scope
 from attn_plugins.benchmark.results.cells import described, run_cells
+from attn_plugins.benchmark.results.hashes import hashes_of
 from attn_plugins.benchmark.results.store import Results
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
@@ -75,7 +76,12 @@ def run_compare(
         yield cell, {**outcome, "seconds": round(time.perf_counter() - started, 2)}
 
     _quiet_loading()
-    run_cells([[cell] for cell in cells(config)], results, measure, _note, fresh=fresh, say=say, announce=True)
+    groups, columns = [[cell] for cell in cells(config)], config.task.columns
+
+    def hashed(cell: CompareCell) -> dict[str, str]:
+        return hashes_of(cell.settings["model"], cell.settings.get("data"), columns)
+
+    run_cells(groups, results, measure, _note, fresh=fresh, say=say, announce=True, hashed=hashed)
 
 
 def _quiet_loading() -> None:

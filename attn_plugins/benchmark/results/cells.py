@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any, Protocol, TypeVar
 
 from attn_plugins.benchmark.results.store import Results
-from attn_plugins.config.versions import versions
+from attn_plugins.config.versions import hardware, versions
 
 
 class Cell(Protocol):
@@ -33,6 +33,7 @@ def run_cells(
     fresh: bool,
     say: Callable[[str], None],
     announce: bool = False,
+    hashed: Callable[[C], dict[str, str]] | None = None,
 ) -> None:
     """Measure the cells that have no result of these versions yet, and append each outcome as it is there.
 
@@ -43,6 +44,7 @@ def run_cells(
         fresh: measure all cells, whatever has been written before.
         say: gets a line of progress at a time.
         announce: name a cell before it is measured, where that takes minutes.
+        hashed: cell -> hashes of what stands behind the names in its settings.
 
     Raises:
         ValueError: another run is measuring into the same file.
@@ -64,7 +66,8 @@ def run_cells(
                 else:
                     finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
                     record = {"key": cell.key, **cell.labels, **outcome, "finished": finished}
-                    results.add({**record, "settings": cell.settings, "versions": versions()})
+                    record |= {"settings": cell.settings, "versions": versions(), "hardware": hardware()}
+                    results.add(record if hashed is None else {**record, "hashes": hashed(cell)})
                     text = note(cell, outcome["result"]) if outcome["status"] == "ok" else outcome["error"]
                     text += f" ({outcome['seconds']:.0f} s)" if "seconds" in outcome else ""
                 say(f"      {text}" if announce else f"{numbered[cell.key]}: {text}")

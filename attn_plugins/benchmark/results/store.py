@@ -7,13 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from attn_plugins.benchmark.results.schema import SCHEMA, SHAPE
 from attn_plugins.config.extras import need
 from attn_plugins.config.versions import spelled, versions
 
 CHECK = "check"
-
-SHAPE = {"key": str, "status": str, "result": dict, "error": str, "settings": dict, "versions": dict}
-"""Fields of a record that others rely on, with their types; the first two are in every record."""
 
 
 def hash_of(tree: dict[str, Any]) -> str:
@@ -48,6 +46,7 @@ class Results:
             record = _record(line)
             if record is None:
                 raise ValueError(f"{self.path}, line {number} is not a result; repair it, or move the file away")
+            self._refuse_newer(record)
             if record.get(CHECK, _check(record)) != _check(record):
                 raise ValueError(
                     f"{self.path}, line {number} has been changed since it was written; take it out, or move the file "
@@ -56,7 +55,15 @@ class Results:
             self.records[record["key"]] = record
         last = _record(rest)  # whole but for its newline, as an editor may leave it
         if last is not None:
+            self._refuse_newer(last)
             self.records[last["key"]] = last
+
+    def _refuse_newer(self, record: dict[str, Any]) -> None:
+        if record.get("schema", 0) > SCHEMA:
+            raise ValueError(
+                f"{self.path} holds a record of schema {record['schema']}; allowed: up to {SCHEMA}, which this version "
+                "of attn_plugins knows"
+            )
 
     def lock(self) -> Any:
         """A lock on the file for the length of a run, to be used in a ``with``; what it holds by now is read again.
@@ -82,7 +89,8 @@ class Results:
         return lock
 
     def add(self, record: dict[str, Any]) -> None:
-        """Append a record. Other processes may do the same at the same time: each waits until the other's is there."""
+        """Append a record of this version's schema. Other processes may too: each waits until the other's is there."""
+        record = {"schema": SCHEMA, **record}
         record = json.loads(json.dumps(record))  # as it will be read: its check is of names that are text
         self.records[record["key"]] = record
         line = json.dumps({**record, CHECK: _check(record)}, ensure_ascii=False).encode()
