@@ -62,7 +62,9 @@ def test_the_sdist_holds_what_it_takes_to_test_it(built):
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     here = {path.relative_to(ROOT).as_posix() for path in (ROOT / "attn_plugins").rglob("*.py")}
     there = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert there == here | {"attn_plugins/py.typed", "attn_plugins/backends/checked.json"}
+    configs = {f"attn_plugins/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert "attn_plugins/configs/suites/quick.yaml" in configs
+    assert there == here | configs | {"attn_plugins/py.typed", "attn_plugins/backends/checked.json"}
 
 
 def test_the_wheel_needs_few_packages_and_brings_the_command(wheel):

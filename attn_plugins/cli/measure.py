@@ -1,6 +1,8 @@
 """Verbs that measure attentions beside each other: compare, bench."""
 
+import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,39 +11,81 @@ from attn_plugins.cli.app import ConfigFile, OutputDir, Settings, app, one_line_
 from attn_plugins.cli.stop import stoppable
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
-from attn_plugins.config.yaml import parse_yaml
+from attn_plugins.config.yaml import override, parse_yaml
 from attn_plugins.core.options import build
 
 
 @app.command()
 def compare(
     config: ConfigFile = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", help="Several comparisons in one: a name such as quick, or a YAML file of a suite."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option("--model", "-m", help="Instead of the file's models: a folder, a name, or label=one. Repeatable."),
+    ] = None,
+    attn: Annotated[
+        list[str] | None,
+        typer.Option("--attn", "-a", help="Instead of the file's attentions: a name or YAML. Repeatable."),
+    ] = None,
     output_dir: OutputDir = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run cells again that have a result already.")] = False,
     assignments: Settings = None,
 ) -> None:
     """Compare attentions: quality untrained and fine-tuned, speed, memory. A stopped run goes on where it was.
 
-    Exit status 1 if a cell failed.
+    With --suite: several such comparisons with one report. Exit status 1 if a cell failed.
     """
+    from attn_plugins.benchmark.suites.config import Suite, attention_flags, labelled
+
     with one_line_errors():
-        from attn_plugins.benchmark.compare.config import CompareConfig
         from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
 
-        parsed = build(CompareConfig, settings(config, {"output_dir": output_dir}, assignments))
-        results = prepare_compare(parsed)
+        models = labelled(model) if model else None
+        attentions = attention_flags(attn) if attn else None
+        asked = _asked(config, suite, models, attentions, output_dir, assignments)
+        parts = asked.parts if isinstance(asked, Suite) else asked
+        results = prepare_compare(*(own for _, own in parts) if isinstance(parts, list) else (parts,))
         running = results.lock()
     from attn_plugins.benchmark.compare.report import write_report
+    from attn_plugins.benchmark.suites.report import write_suite_report
 
     with running:
-        with stoppable(parsed.output_dir, again=(), kept=f"cells that have ended are in {results.path}"):
-            run_compare(parsed, results, fresh=fresh)
-        tables, files = write_report(parsed, results)
+        with stoppable(asked.output_dir, again=(), kept=f"cells that have ended are in {results.path}"):
+            run_compare(parts, results, fresh=fresh)
+        tables, files = write_suite_report(asked, results) if isinstance(asked, Suite) else write_report(asked, results)
     show(tables, [results.path, *files])
-    failed = [cell for cell in tables if cell.title == "Errors"]
+    failed = [table for table in tables if "error" in table.header]
     if failed:
         print("error: some cells failed; see the table of errors", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _asked(
+    config: Path | None,
+    suite: str | None,
+    models: dict[str, str] | None,
+    attentions: dict[str, Any] | None,
+    output_dir: str | None,
+    assignments: list[str] | None,
+) -> Any:
+    """The suite, or the comparison alone, that the flags of `compare` ask for."""
+    from attn_plugins.benchmark.compare.config import CompareConfig
+    from attn_plugins.benchmark.suites.config import read_suite, suite_tree, with_attentions
+
+    if suite is not None:
+        if config is not None:
+            raise ValueError("--suite and --config are both given; allowed: one of them")
+        given = [] if output_dir is None else [f"output_dir={json.dumps(output_dir)}"]
+        return read_suite(override(suite_tree(suite), [*given, *(assignments or [])]), models, attentions)
+    tree = settings(config, {"output_dir": output_dir}, None)
+    if models is not None:
+        tree["models"] = models
+    if attentions is not None:
+        tree = with_attentions(tree, attentions)
+    return build(CompareConfig, override(tree, assignments or []))
 
 
 @app.command()

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from attn_plugins.config.shipped import found
+
 T = TypeVar("T")
 
 
@@ -102,10 +104,12 @@ def _count(node: yaml.Node, counted: dict[yaml.Node, tuple[int, int] | None], de
 def read_yaml_file(path: str | Path, what: str = "") -> Any:
     """The value that a YAML file says; ``what`` stands before its name in messages.
 
+    A path that begins with ``configs/`` and leads nowhere is that of a file of the package.
+
     Raises:
         ValueError: the file cannot be read, or is not YAML; the message is one line and names the file.
     """
-    path = Path(path).expanduser()
+    path = found(path)
     try:
         with path.open(encoding="utf-8") as file:
             return parse_yaml(file.read(MOST_CHARACTERS + 1))

@@ -11,6 +11,7 @@ from attn_plugins.benchmark.cost.decode import DecodeConfig
 from attn_plugins.benchmark.cost.kernels import BenchConfig, contenders
 from attn_plugins.benchmark.pages.attention_page import OWN
 from attn_plugins.benchmark.pages.task_tables import FIGURES
+from attn_plugins.benchmark.suites import config as suites
 from attn_plugins.config.yaml import read_yaml
 from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention, list_attentions
@@ -30,7 +31,7 @@ def files(folder):
 
 
 def test_every_file_is_of_a_kind_that_a_test_here_loads():
-    kinds = {"attention", "train", "transfer", "compare", "tasks", "accelerate", "bench"}
+    kinds = {"attention", "train", "transfer", "compare", "tasks", "accelerate", "bench", "suites"}
     stray = [
         path
         for path in CONFIGS.rglob("*")
@@ -76,6 +77,18 @@ def test_compare_tasks(path, monkeypatch):
     assert config.output_dir == f"runs/tasks/{path.stem}"
     assert config.task.name in FIGURES
     assert config.task.metric in FIGURES[config.task.name], "the table has the figure that stands for the task"
+
+
+@files("suites")
+def test_suites(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(suites, "unfit", lambda *model: None)  # no model is here
+    asked = suites.read_suite(suites.suite_tree(path.stem))
+    assert asked.output_dir == f"runs/suites/{path.stem}"
+    assert asked.description
+    names = [part for part, _ in asked.parts]
+    assert names == list(read_yaml(path)["parts"])
+    assert all(cells(config, part) for part, config in asked.parts)
 
 
 @pytest.mark.of_the_registry

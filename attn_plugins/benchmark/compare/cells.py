@@ -28,6 +28,8 @@ class CompareCell:
     seed: int
     settings: dict[str, Any]
     """All that the result depends on: sources, rules, options. The labels are not in it."""
+    part: str | None = None
+    """Label of the comparison in a suite; None where it stands alone."""
 
     @property
     def key(self) -> str:
@@ -37,19 +39,25 @@ class CompareCell:
 
     @property
     def labels(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("model", "attention", "measure", "seed")}
+        part = {} if self.part is None else {"part": self.part}
+        return part | {name: getattr(self, name) for name in ("model", "attention", "measure", "seed")}
 
     def __str__(self) -> str:
         place = [str(self.settings[name]) for name in ("scope", "length") if name in self.settings]
-        return " · ".join([self.model, self.attention, self.measure, *place, f"seed {self.seed}"])
+        part = [] if self.part is None else [self.part]
+        return " · ".join([*part, self.model, self.attention, self.measure, *place, f"seed {self.seed}"])
 
 
-def cells(config: CompareConfig) -> list[CompareCell]:
-    """All cells of a comparison, attention by attention; what trains comes last, since it takes longest."""
+def cells(config: CompareConfig, part: str | None = None) -> list[CompareCell]:
+    """All cells of a comparison, attention by attention; what trains comes last, since it takes longest.
+
+    Args:
+        part: its name in a suite.
+    """
     found: list[CompareCell] = []
     for label, source in config.models.items():
         for attention in config.attentions:
-            found += _cells_of(config, label, source, attention)
+            found += (dataclasses.replace(cell, part=part) for cell in _cells_of(config, label, source, attention))
     return sorted(found, key=lambda cell: {"transfer": 1, "finetune": 2}.get(cell.measure, 0))
 
 

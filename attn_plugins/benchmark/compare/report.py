@@ -89,7 +89,7 @@ def write_report(config: CompareConfig, results: Results) -> tuple[list[Table], 
     out.mkdir(parents=True, exist_ok=True)
     shown = tables(found)
     plots = draw(found, out)
-    lines = ["# Comparison", "", *_facts(found), ""]
+    lines = ["# Comparison", "", *facts(found), ""]
     for table in shown:
         lines += [table.markdown(), ""]
     lines += [f"![{plot.stem.replace('_', ' ')}]({plot.name})\n" for plot in plots]
@@ -238,12 +238,16 @@ def _pass_cell(found: CompareResults, measure: str, model: str, attention: str, 
     return brief_number(own / 2**20) + (f" ({own / base:.2f})" if base else "")
 
 
-def draw(found: CompareResults, out: Path) -> list[Path]:
-    """The plots that what was measured allows, a PNG each: quality against time, memory and speed against length."""
+def draw(found: CompareResults, out: Path, part: str | None = None) -> list[Path]:
+    """The plots that what was measured allows, a PNG each: quality against time, memory and speed against length.
+
+    Args:
+        part: of a suite, which files are named after.
+    """
     need("matplotlib", "compare")
     drawn = []
     for model in found.config.models:
-        stem = file_stem(model)
+        stem = file_stem(model) if part is None else f"{file_stem(part)}_{file_stem(model)}"
         for name, figure in (
             ("quality_vs_time", _quality_plot(found, model)),
             ("memory_vs_length", _length_plot(found, model, "memory")),
@@ -355,7 +359,8 @@ def _longest(config: CompareConfig) -> tuple[str, int, str] | None:
     return scope, max(config.speed.lengths[scope]), which
 
 
-def _facts(found: CompareResults) -> list[str]:
+def facts(found: CompareResults) -> list[str]:
+    """What was compared with which settings, by what, as lines of Markdown."""
     config = found.config
     lines = [f"- Model {label}: {source}" for label, source in config.models.items()]
     for label, rules in config.attentions.items():

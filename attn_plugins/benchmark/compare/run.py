@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,7 @@ import torch
 
 from attn_plugins.benchmark.compare.cells import CompareCell, cells
 from attn_plugins.benchmark.compare.config import CompareConfig, file_stem, finetune_config
-from attn_plugins.benchmark.compare.models import (
-    CompareModels,
-)
+from attn_plugins.benchmark.compare.models import CompareModels
 from attn_plugins.benchmark.cost import timing
 from attn_plugins.benchmark.cost.timing import Scope
 from attn_plugins.benchmark.results.cells import described, run_cells
@@ -30,8 +28,11 @@ from attn_plugins.training.models import AS_SAVED, Loaded, in_slot, load, skelet
 from attn_plugins.training.resume import finished, same_versions
 
 
-def prepare_compare(config: CompareConfig) -> Results:
+def prepare_compare(*configs: CompareConfig) -> Results:
     """What an earlier run of the same comparison has left, once it is clear that this one can start.
+
+    Args:
+        configs: the comparison, or the parts of a suite, which have one output_dir.
 
     Raises:
         ValueError: a model is not there, results.jsonl is not one, a package is missing, or several processes run.
@@ -42,30 +43,47 @@ def prepare_compare(config: CompareConfig) -> Results:
         )
     need("matplotlib", "compare")
     need("peft", "train")
-    results = Results(check_folder(config.output_dir) / "results.jsonl")
-    for source in config.models.values():
+    results = Results(check_folder(configs[0].output_dir) / "results.jsonl")
+    for source in dict.fromkeys(source for config in configs for source in config.models.values()):
         skeleton(source)
     return results
 
 
 def run_compare(
-    config: CompareConfig, results: Results, *, fresh: bool = False, say: Callable[[str], None] = print
+    config: CompareConfig | Sequence[tuple[str, CompareConfig]],
+    results: Results,
+    *,
+    fresh: bool = False,
+    say: Callable[[str], None] = print,
 ) -> None:
     """Run all cells that have no result of these versions yet, and add theirs to ``results``.
 
     A cell that fails is recorded with its error, and the others go on.
 
     Args:
+        config: a comparison, or those of a suite with the names of the parts that they are. A cell of several parts is
+            run once, as one of the first.
         fresh: run all cells, whatever has been written before.
         say: gets a line of progress at a time.
 
     Raises:
         ValueError: another run is measuring into the same file.
     """
-    models = CompareModels(config, fresh, folder_name)
+    parts: list[tuple[str | None, CompareConfig]] = [(None, config)] if isinstance(config, CompareConfig) else [*config]
+    todo: dict[str, CompareCell] = {}
+    held: dict[str, tuple[CompareConfig, CompareModels]] = {}
+    for part, own in parts:
+        of_part = own, CompareModels(own, fresh, folder_name)
+        for cell in cells(own, part):
+            todo.setdefault(cell.key, cell)
+            held.setdefault(cell.key, of_part)
 
     def measure(group: list[CompareCell]) -> Iterator[tuple[CompareCell, dict[str, Any]]]:
         (cell,) = group
+        config, models = held[cell.key]
+        for _, other in held.values():
+            if other is not models and other.loaded:
+                other.drop()
         started = time.perf_counter()
         outcome: dict[str, Any]
         try:
@@ -76,11 +94,12 @@ def run_compare(
         yield cell, {**outcome, "seconds": round(time.perf_counter() - started, 2)}
 
     _quiet_loading()
-    groups, columns = [[cell] for cell in cells(config)], config.task.columns
 
     def hashed(cell: CompareCell) -> dict[str, str]:
+        columns = held[cell.key][0].task.columns
         return hashes_of(cell.settings["model"], cell.settings.get("data"), columns)
 
+    groups = [[cell] for cell in todo.values()]
     run_cells(groups, results, measure, _note, fresh=fresh, say=say, announce=True, hashed=hashed)
 
 

@@ -20,9 +20,10 @@ class Table:
     detail: str = ""
     """What stands in brackets in the cells; a terminal shows the cells without it."""
 
-    def markdown(self) -> str:
+    def markdown(self, level: int = 2) -> str:
+        """The table under a heading of this level."""
         lines = [
-            f"## {self.title}",
+            f"{'#' * level} {self.title}",
             "",
             f"{self.note} {self.detail}".strip(),
             "",

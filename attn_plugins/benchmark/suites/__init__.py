@@ -1,0 +1,1 @@
+"""Several comparisons as one: settings, which models which part is for, one report."""

@@ -1,0 +1,149 @@
+"""A suite: several comparisons of one folder, from YAML and the command line."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from attn_plugins.benchmark.compare.config import CompareConfig
+from attn_plugins.benchmark.suites.kinds import FOR, unfit
+from attn_plugins.config.shipped import named
+from attn_plugins.config.yaml import parse_yaml, read_yaml, read_yaml_file
+from attn_plugins.core.options import build, check_keys, did_you_mean
+
+CONTENDERS = ("attentions", "baseline", "bar")
+"""Settings that go together: who brings attentions of its own brings the labels of these too."""
+OF_A_SUITE = ("description", "models", "shared", "parts", "output_dir")
+OF_A_PART = ("file", "for")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Comparisons that are run and reported together."""
+
+    name: str
+    description: str
+    output_dir: str
+    parts: list[tuple[str, CompareConfig]] = field(default_factory=list)
+    """Name of each part and its comparison; a name comes again where models differ in what they are compared with."""
+    left_out: list[tuple[str, str, str]] = field(default_factory=list)
+    """(part, label of a model, why it is left out)."""
+
+
+def suite_tree(name: str) -> dict[str, Any]:
+    """Settings of a suite that comes with the package, or of a YAML file of one, for :func:`read_suite`.
+
+    Every part is a mapping, so that ``--set parts.NAME.key=value`` has a place.
+
+    Raises:
+        ValueError: there is no such suite, or the file is not one.
+    """
+    path = named("suites", name, "suite")
+    tree = read_yaml(path)
+    check_keys(tree, OF_A_SUITE, str(path))
+    parts = tree.get("parts")
+    if not isinstance(parts, dict) or not parts:
+        raise ValueError(f"{path}: parts={parts!r}; allowed: a mapping of names to comparisons, at least one")
+    spelled = {part: {"file": value} if isinstance(value, str) else value for part, value in parts.items()}
+    return {"output_dir": f"runs/suites/{path.stem}", **tree, "name": path.stem, "parts": spelled}
+
+
+def read_suite(
+    tree: Mapping[str, Any], models: Mapping[str, str] | None = None, attentions: Mapping[str, Any] | None = None
+) -> Suite:
+    """The suite that settings say, with the models that each part is for.
+
+    Args:
+        tree: as :func:`suite_tree` gives it; parts that are null are left out.
+        models: label -> source, in place of those that the settings name.
+        attentions: label -> rules, in place of those that the settings name.
+
+    Raises:
+        ValueError: a setting is wrong, or no part is for any of the models.
+    """
+    shared = _mapping(tree.get("shared") or {}, "shared")
+    found = Suite(name=tree["name"], description=tree.get("description", ""), output_dir=tree["output_dir"])
+    for part, own in tree["parts"].items():
+        if own is None:
+            continue
+        where = f"parts.{part}"
+        settings = _part(_mapping(own, where), shared, where)
+        asked = settings.pop("for", None)
+        if asked is not None and asked not in FOR:
+            raise ValueError(f"{where}.for={asked!r}{did_you_mean(asked, FOR)}; allowed: {', '.join(FOR)}")
+        settings["output_dir"] = found.output_dir
+        if attentions is not None:
+            settings = with_attentions(settings, attentions)
+        settings["models"] = models or settings.get("models") or tree.get("models") or {}
+        if not settings["models"]:
+            raise ValueError(f"{where} names no models; give them: --model NAME, or --model LABEL=NAME")
+        config = _built(settings, where)
+        reasons = {label: unfit(source, config.task.model, asked) for label, source in config.models.items()}
+        found.left_out.extend((part, label, why) for label, why in reasons.items() if why is not None)
+        fitting = {label: source for label, source in config.models.items() if reasons[label] is None}
+        if fitting:
+            found.parts.append((part, _built({**settings, "models": fitting}, where)))
+    if not found.parts:
+        told = "; ".join(f"{part}: {label} {why}" for part, label, why in found.left_out)
+        raise ValueError(f"suite {found.name!r} has no part for these models ({told or 'it has none at all'})")
+    return found
+
+
+def _part(own: dict[str, Any], shared: dict[str, Any], where: str) -> dict[str, Any]:
+    """Settings of a part: its own, over those of the file that it names, over those that all parts share."""
+    from_file: dict[str, Any] = {}
+    if "file" in own:
+        read = read_yaml_file(own["file"], f"{where} ")
+        from_file = _mapping(read, f"{where}.file={own['file']!r}")
+    inner = {**from_file, **own}
+    if "attentions" in inner:
+        shared = {key: value for key, value in shared.items() if key not in CONTENDERS}
+    settings = {**shared, **inner}
+    settings.pop("file", None)
+    settings.pop("output_dir", None)
+    return settings
+
+
+def _built(settings: dict[str, Any], where: str) -> CompareConfig:
+    check_keys(settings, [*(one.name for one in fields(CompareConfig)), *OF_A_PART], where)
+    return build(CompareConfig, settings, where)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {value!r}; allowed: a mapping of settings of a comparison")
+    return dict(value)
+
+
+def with_attentions(settings: Mapping[str, Any], attentions: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a comparison with other attentions, and no word of those that are not among them."""
+    baseline = settings.get("baseline", "dense")
+    attentions = attentions if baseline in attentions else {baseline: None, **attentions}
+    kept = {key: value for key, value in settings.items() if key not in ("bar", "transfer_of")}
+    if settings.get("bar") in attentions:
+        kept["bar"] = settings["bar"]
+    return {**kept, "attentions": dict(attentions)}
+
+
+def labelled(models: list[str]) -> dict[str, str]:
+    """Label -> source, of what ``--model`` gives: ``label=source``, or a source whose last name is the label.
+
+    Raises:
+        ValueError: a label comes twice.
+    """
+    found: dict[str, str] = {}
+    for text in models:
+        label, equals, source = text.partition("=")
+        if not equals:
+            label, source = Path(text).name or text, text
+        if not label or not source:
+            raise ValueError(f"--model {text!r}; allowed: a folder, a name, or label=these")
+        if label in found:
+            raise ValueError(f"--model {text!r}: {label!r} is the label of {found[label]!r}; write LABEL={source}")
+        found[label] = source
+    return found
+
+
+def attention_flags(given: list[str]) -> dict[str, Any]:
+    """Label -> rules, of what ``--attn`` gives: a name, YAML, or a YAML file, which is its own label."""
+    return {text: text if text.endswith((".yaml", ".yml")) else parse_yaml(text) for text in given}

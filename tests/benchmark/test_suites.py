@@ -1,0 +1,227 @@
+"""A suite: its parts are comparisons like any, in one file of results, each for the models that it is for."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from attn_plugins.benchmark.compare.cells import cells
+from attn_plugins.benchmark.compare.config import CompareConfig
+from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
+from attn_plugins.benchmark.suites.config import labelled, read_suite, suite_tree
+from attn_plugins.benchmark.suites.report import write_suite_report
+from attn_plugins.cli import app
+from attn_plugins.config.shipped import CONFIGS, shipped_names
+from attn_plugins.config.yaml import override, read_yaml
+from attn_plugins.core.options import build
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LOCAL = {"type": "local", "window_size": 4, "num_sink_tokens": 1}
+
+
+def settings(text, **changes):
+    parts = {
+        "words": {"for": "decoder", "evaluation": {"length": 16, "max_tokens": 64}},
+        "again": {"evaluation": {"length": 16, "max_tokens": 64}, "seeds": [0, 1]},
+        "masked": {"for": "encoder", "evaluation": {"task": "masked-lm", "max_length": 16}},
+        "cost": {"untrained": False, "speed": {"lengths": {"attention": [16]}, "passes": ["forward"], "rounds": 1}},
+    }
+    shared = {"attentions": {"dense": None, "local": LOCAL}, "bar": "local", "data": {"source": text}}
+    return {"description": "Two words.", "shared": shared, "parts": parts, **changes}
+
+
+def suite(tmp_path, tree, *assignments, **options):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
+    found = override(suite_tree(str(path)), [f"output_dir={tmp_path / 'out'}", *assignments])
+    return read_suite(found, **options)
+
+
+def run(asked, **options):
+    results, said = prepare_compare(*(config for _, config in asked.parts)), []
+    run_compare(asked.parts, results, say=said.append, **options)
+    return results, said
+
+
+def lines(results):
+    return [json.loads(line) for line in results.path.read_text().splitlines()]
+
+
+def test_a_whole_suite(llama, text, tmp_path):
+    asked = suite(tmp_path, settings(text), models={"tiny": llama})
+    assert [part for part, _ in asked.parts] == ["words", "again", "cost"]
+    results, _ = run(asked)
+    written = lines(results)
+    assert {line["status"] for line in written} == {"ok"}
+    found = [(line["part"], line["attention"], line["measure"], line["seed"]) for line in written]
+    assert found == [
+        *[("words", "dense", "evaluate", 0), ("words", "local", "evaluate", 0)],
+        *[("again", "dense", "evaluate", 1), ("again", "local", "evaluate", 1)],  # seed 0 is a cell of words
+        *[("cost", "dense", "speed", 0), ("cost", "local", "speed", 0)],
+    ]
+    alone = build(CompareConfig, {**dict_of(asked.parts[0][1]), "models": {"other": llama}})
+    assert {cell.key for cell in cells(alone)} <= {line["key"] for line in written}, "keys are those of a comparison"
+
+    tables, files = write_suite_report(asked, results)
+    assert [table.title for table in tables] == [
+        *["Summary", "Left out", "words: Quality", "again: Quality", "cost: Speed, attention layer"]
+    ]
+    summary, left = tables[:2]
+    assert summary.header == ["attention", "words, perplexity", "again, perplexity", "cost, times as fast"]
+    assert [row[0] for row in summary.rows] == ["dense", "local"]
+    assert summary.rows[1][1] == f"{written[1]['result']['value']:.2f}"
+    ratio = written[5]["result"]["passes"]["forward"]["times_as_fast"]
+    assert summary.rows[1][3] == f"{ratio:.2f}x"
+    assert left.rows == [["masked", "tiny", "it is of type llama, of which transformers has no masked-lm model"]]
+    report = files[0].read_text()
+    for said in ("# Suite mine", "Two words.", "## words", "### Quality", "## cost", "- Model tiny: "):
+        assert said in report
+    assert [file.name for file in files] == ["report.md", "cost_tiny_speed_vs_length.png"]
+
+    results, said = run(asked)
+    assert len(lines(results)) == len(written), "a second run runs nothing"
+    assert said[0].startswith("6 of 6 cells are in")
+
+
+def dict_of(config):
+    return {"attentions": config.attentions, "evaluation": config.evaluation, "output_dir": "o"} | {
+        "data": {"source": config.data.source}
+    }
+
+
+def test_a_killed_suite_goes_on_where_it_was(llama, text, tmp_path):
+    asked = suite(tmp_path, settings(text), models={"tiny": llama})
+    results = prepare_compare(*(config for _, config in asked.parts))
+    with pytest.raises(KeyboardInterrupt):
+        run_compare(asked.parts, results, say=lambda line: line.startswith("[4/6]") and raise_(KeyboardInterrupt))
+    before = [line["key"] for line in lines(results)]
+    assert len(before) == 3
+    results, said = run(asked)
+    assert said[0].startswith("3 of 6 cells are in")
+    keys = [line["key"] for line in lines(results)]
+    assert keys[:3] == before
+    assert len(set(keys)) == len(keys) == 6
+
+
+def raise_(error):
+    raise error
+
+
+def test_the_command_line_chooses_models_attentions_and_settings(llama, text, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(settings(text)))
+    given = ["compare", "--suite", str(path), "-m", f"a={llama}", "-a", "{type: local, window_size: 3}"]
+    given += [
+        "-s",
+        "parts.again=null",
+        "-s",
+        "parts.cost=null",
+        "-s",
+        "parts.words.seeds=[3]",
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    ran = CliRunner().invoke(app, given)
+    assert ran.exit_code == 0, ran.output
+    written = [json.loads(line) for line in (tmp_path / "o" / "results.jsonl").read_text().splitlines()]
+    assert [(line["model"], line["attention"], line["seed"]) for line in written] == [
+        *[("a", "dense", 3), ("a", "{type: local, window_size: 3}", 3)]
+    ]
+    assert "Summary" in ran.output
+    assert "report.md" in ran.output
+
+
+def test_a_comparison_takes_models_and_attentions_from_the_command_line_too(llama, text, tmp_path):
+    tree = {"models": {"m": "none"}, "attentions": {"dense": None, "local": LOCAL}, "bar": "local"}
+    tree |= {"data": {"source": text}, "evaluation": {"length": 16, "max_tokens": 64}}
+    path = tmp_path / "one.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    given = ["compare", "-c", str(path), "-m", llama, "-a", "block_local", "-o", str(tmp_path / "o")]
+    ran = CliRunner().invoke(app, given)
+    assert ran.exit_code == 0, ran.output
+    written = [json.loads(line) for line in (tmp_path / "o" / "results.jsonl").read_text().splitlines()]
+    assert [line["attention"] for line in written] == ["dense", "block_local"]
+    assert "part" not in written[0]
+
+
+def test_a_part_may_be_a_file_and_says_what_it_wants_otherwise(text, llama, tmp_path):
+    own = {"models": {"own": llama}, "attentions": {"dense": None, "one": "local"}, "bar": "one", "seeds": [5]}
+    own |= {"data": {"source": text}, "evaluation": {"length": 8}, "output_dir": "elsewhere"}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump(own))
+    parts = {"plain": str(tmp_path / "one.yaml"), "other": {"file": str(tmp_path / "one.yaml"), "seeds": [6]}}
+    asked = suite(tmp_path, settings(text, parts=parts))
+    (_, plain), (_, other) = asked.parts
+    assert (plain.seeds, other.seeds) == ([5], [6])
+    assert list(plain.attentions) == ["dense", "one"]
+    assert plain.bar == other.bar == "one"
+    assert plain.output_dir == other.output_dir == str(tmp_path / "out")
+    assert plain.models == {"own": llama}
+
+
+def test_parts_are_for_models_of_their_kind(llama, bert, text, tmp_path):
+    asked = suite(tmp_path, settings(text), models={"bert": bert, "llama": llama})
+    assert {part: list(config.models) for part, config in asked.parts} == {
+        "words": ["llama"],
+        "again": ["bert", "llama"],  # which says nothing of a kind: transformers has decoders of BERT's type
+        "masked": ["bert"],
+        "cost": ["bert", "llama"],
+    }
+    assert asked.left_out == [
+        ("words", "bert", "is no decoder: its attention is that of encoder"),
+        ("masked", "llama", "is of type llama, of which transformers has no masked-lm model"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parts": {}}, r"parts=\{\}; allowed: a mapping of names to comparisons, at least one"),
+        ({"part": 1}, r"unknown key 'part' in .*mine.yaml \(did you mean parts\?\)"),
+        ({"parts": {"a": 1}}, r"parts.a is 1; allowed: a mapping of settings of a comparison"),
+        ({"shared": [1]}, r"shared is \[1\]; allowed: a mapping of settings"),
+        (
+            {"parts": {"a": {"for": "decoders"}}},
+            r"parts.a.for='decoders' \(did you mean decoder\?\); allowed: ",
+        ),
+        ({"parts": {"a": {"seeds_": 1}}}, r"unknown key 'seeds_' in parts.a \(did you mean seeds\?\)"),
+        ({"parts": {"a": {"bar": "b"}}}, r"parts.a: bar='b' is none of the attentions; allowed: dense, local"),
+        ({"parts": {"a": {"file": "no.yaml"}}}, r"cannot read parts.a no.yaml: No such file"),
+        ({"parts": {"a": None}}, r"suite 'mine' has no part for these models \(it has none at all\)"),
+        (
+            {"parts": {"a": {"for": "encoder"}}},
+            r"suite 'mine' has no part for these models \(a: tiny is no encoder: its attention is that of decoder\)",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_suite(llama, text, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        suite(tmp_path, settings(text, **changes), models={"tiny": llama})
+
+
+def test_a_suite_without_models_asks_for_them(text, tmp_path):
+    with pytest.raises(ValueError, match=r"parts.words names no models; give them: --model NAME, or --model LABEL=N"):
+        suite(tmp_path, settings(text))
+
+
+def test_suites_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "quick" in shipped_names("suites")
+    assert suite_tree("quick")["output_dir"] == "runs/suites/quick"
+    assert read_yaml("configs/compare/demo.yaml") == read_yaml(CONFIGS / "compare" / "demo.yaml")
+    (tmp_path / "configs" / "compare").mkdir(parents=True)
+    (tmp_path / "configs" / "compare" / "demo.yaml").write_text("mine: 1")
+    assert read_yaml("configs/compare/demo.yaml") == {"mine": 1}, "what is there counts"
+    with pytest.raises(ValueError, match=r"suite='quik' \(did you mean quick\?\); allowed: .*quick.*, or a YAML file"):
+        suite_tree("quik")
+    with pytest.raises(ValueError, match=r"cannot read configs/compare/no.yaml: No such file"):
+        read_yaml("configs/compare/no.yaml")
+
+
+def test_labels_of_models():
+    assert labelled(["a=b/c", "x/y", "/tmp/folder/"]) == {"a": "b/c", "y": "x/y", "folder": "/tmp/folder/"}
+    with pytest.raises(ValueError, match=r"--model 'z/y': 'y' is the label of 'x/y'; write LABEL=z/y"):
+        labelled(["x/y", "z/y"])
+    with pytest.raises(ValueError, match=r"--model '=y'; allowed: a folder, a name, or label=these"):
+        labelled(["=y"])
