@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from attn_plugins.hf.caches.cache_layers import cache_bytes
     from attn_plugins.hf.parallel.context import context_parallel
     from attn_plugins.hf.swap import describe_attention, restore_attention, swap_attention
+    from attn_plugins.inspection.inspect import inspect_attention
     from attn_plugins.training.distillation import distillation_loss
     from attn_plugins.transfer.attention_transfer import transfer_attention
 
@@ -39,6 +40,7 @@ __all__ = [
     "distillation_loss",
     "export_native",
     "get_attention",
+    "inspect_attention",
     "list_attentions",
     "list_backends",
     "register_attention",
@@ -61,6 +63,7 @@ _HOMES = {
     "distillation_loss": "attn_plugins.training.distillation",
     "export_native": "attn_plugins.export.native",
     "get_attention": "attn_plugins.core.registry",
+    "inspect_attention": "attn_plugins.inspection.inspect",
     "list_attentions": "attn_plugins.core.registry",
     "list_backends": "attn_plugins.core.backend",
     "register_attention": "attn_plugins.core.registry",

@@ -21,6 +21,8 @@ ASKED = {
     "test_extras_that_are_declared_equal_the_reference": "{extra} = False",
     "test_masks_beyond_plain_equal_the_reference": "any_mask = False",
     "test_cross_attention_equals_the_reference": "cross = False",
+    "test_rows_of_weights_give_the_output": "linear_in_values = False",
+    "test_rows_of_weights_give_the_output_of_cross_attention": "linear_in_values = False",
     "test_a_trace_of_texts_without_padding_serves_padding": "symbolic_length = False",
     "test_one_graph_without_a_break_serves_every_decode_step": "unwritten_keys = False",
 }

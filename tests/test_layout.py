@@ -25,16 +25,17 @@ ROOMS = {
     "training": {"config", "core", "data", "hf", "tasks", "training"},
     "choice": {"choice", "config", "core", "data", "hf", "tasks", "training"},
     "transfer": {"choice", "config", "core", "data", "hf", "tasks", "training", "transfer"},
+    "inspection": {"core", "hf", "inspection", "ops", "transfer"},
     "export": {"config", "core", "export", "hf", "ops", "training"},
     "serving": {"config", "core", "hf", "serving", "training"},
     "benchmark": {"benchmark", "choice", "config", "core", "data", "hf", "tasks", "training", "transfer"},
     "launcher": set(),
     "cli": {
         *{"benchmark", "choice", "cli", "config", "core", "data", "export", "hf", "launcher", "tasks", "training"},
-        *{"serving", "transfer"},
+        *{"inspection", "serving", "transfer"},
     },
     "__main__": {"cli"},
-    "__init__": {"choice", "config", "core", "export", "hf", "training", "transfer"},
+    "__init__": {"choice", "config", "core", "export", "hf", "inspection", "training", "transfer"},
 }
 """What the files of a room, or a file at the root, may import of the package."""
 

@@ -64,7 +64,7 @@ class DifferentialAttention(Attention):
             raise ValueError("attention 'differential' has weights of a head's size and needs the sizes, got None")
         self.lambda_q1, self.lambda_k1 = (nn.Parameter(torch.empty(heads.head_dim)) for _ in range(2))
         self.lambda_q2, self.lambda_k2 = (nn.Parameter(torch.empty(heads.head_dim)) for _ in range(2))
-        self.lambda_init = 0.0
+        self.lambda_init, self.linear_in_values = 0.0, config.form != "paper"
         if config.form == "paper":
             self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * (heads.layer or 0))
             self.norm_weight = nn.Parameter(torch.empty(2 * heads.value_dim))

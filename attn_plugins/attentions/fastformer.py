@@ -40,7 +40,7 @@ class FastformerAttention(Attention):
     causal = bidirectional = segments = True
     head_weights = ("*",)
     symbolic_length = True
-    convex = False
+    convex = linear_in_values = False
     examples = ({"chunk_size": 4},)
 
     @dataclass(frozen=True, kw_only=True)

@@ -108,6 +108,10 @@ class Attention(nn.Module):
     """The output is ``weights @ v`` for the effective weights, which are not negative and sum to 1.
 
     Less than 1 with learned sinks, and where a query finds nothing that it is similar to."""
+    linear_in_values: bool = True
+    """With its options the output is ``weights @ v``, weights of either sign, gates made of values held as they are."""
+    gated_by_values: bool = False
+    """Whether, with its options, weights depend on values: its forms may get ``gates_of_BGKV``, in place of v there."""
     heads_multiple_of: ClassVar[int] = 1
     """The number of query heads has to be a multiple of this, where heads work in pairs or larger sets."""
     heads_alike: ClassVar[bool] = True
@@ -196,6 +200,7 @@ class Attention(nn.Module):
         hidden: torch.Tensor | None = None,
         state: State | None = None,
         part: Part | None = None,
+        gates_of: torch.Tensor | None = None,
         need_weights: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend.
@@ -216,6 +221,7 @@ class Attention(nn.Module):
                 ``mask`` is that of all tokens. It takes these in.
             part: which part of longer rows these queries, keys and values are, where :attr:`in_parts`; ``mask`` is then
                 that of the whole rows.
+            gates_of: (B, G, K, V) values that gates are made of, not ``v``, where :attr:`gated_by_values`.
             need_weights: also return the effective weights, through the dense form.
 
         Returns:
@@ -247,6 +253,8 @@ class Attention(nn.Module):
             options["rotary"] = rotary
         if self.wants_grid:
             options["grid_size"] = grid_size
+        if gates_of is not None and self.gated_by_values:
+            options["gates_of_BGKV"] = gates_of
         hidden_B1QE = self._hidden(q_BHQD, k_BGKD, hidden, state) if self.wants_hidden else None
         device = q_BHQD.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
@@ -327,6 +335,8 @@ class Attention(nn.Module):
             ValueError: a backend was asked for that cannot serve the call.
         """
         chosen = self.chosen(q_BHQD, k_BGKD, v_BGKV)
+        if "gates_of_BGKV" in options:  # libraries make gates of v itself
+            return "batched" if self.prefers_batched(q_BHQD) else "torch"
         if chosen == "auto":
             return fastest(self, q_BHQD, k_BGKD, v_BGKV, **options) or "batched"
         return chosen if chosen in FORMS else forced(chosen, self, q_BHQD, k_BGKD, v_BGKV, **options)

@@ -133,7 +133,8 @@ def attention_forward(
         if observer.see is not None:
             weigh = functools.partial(own, need_weights=True, dropout=0.0)
             observer.see(Observed.of(module, (query, key, value), served, weigh, **arguments))
-        return served
+        if observer.bypasses:
+            return served
     attended = slot(query, key, value, **arguments, dropout=dropout, state=state, need_weights=need_weights, **beside)
     if state is not None and before is not None and state.seen != before + key.shape[2]:
         raise ValueError(

@@ -4,6 +4,7 @@ What trains new weights on the model's own outputs, or scores what a swap change
 """
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -99,6 +100,25 @@ class Observed:
         with torch.set_grad_enabled(grad):
             return slot(*given, mask=self.mask, scale=self.scale, need_weights=need_weights, **options)
 
+    def in_dtype(self, dtype: torch.dtype) -> "Observed":
+        """The same call with its floating tensors in ``dtype``."""
+        tensors = {name: getattr(self, name) for name in ("query_BHQD", "key_BGKD", "value_BGKV", "own_BQHV")}
+        changed = {name: _in_dtype(x, dtype) for name, x in tensors.items()}
+        return dataclasses.replace(self, **changed, options={k: _in_dtype(x, dtype) for k, x in self.options.items()})
+
+    def attend_to(self, value_BGKV: torch.Tensor) -> torch.Tensor:
+        """What the slot makes of other values by the weights of this call: out_BQHV, with a gradient to them.
+
+        It computes in the dtype of the values, its weights too. Linear in the values, but where the slot's attention
+        says that it is not (``linear_in_values``).
+        """
+        slot: Any = self.module._modules[SLOT]
+        held = {**dict(slot.named_parameters()), **dict(slot.named_buffers())}
+        held = {name: _in_dtype(x, value_BGKV.dtype) for name, x in held.items()}
+        options = {"mask": self.mask, "scale": self.scale, "gates_of": self.value_BGKV, **self.options}
+        with torch.enable_grad(), torch.autocast(value_BGKV.device.type, enabled=False):
+            return torch.func.functional_call(slot, held, (self.query_BHQD, self.key_BGKD, value_BGKV), options)[0]
+
     def own_weights(self) -> torch.Tensor:
         """Weights of the model's own attention, (B, H, Q, K), through its dense form.
 
@@ -112,6 +132,10 @@ class Observed:
         return weights
 
 
+def _in_dtype(x: Any, dtype: torch.dtype) -> Any:
+    return x.detach().to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
 See = Callable[[Observed], None]
 
 
@@ -121,6 +145,8 @@ class Observer:
 
     modules: frozenset[nn.Module]
     see: See | None
+    bypasses: bool
+    """Whether the model goes on with its own attention, else with what slots return."""
 
 
 class _Observers:
@@ -153,10 +179,26 @@ def own_attention(model: nn.Module, see: See | None = None) -> Iterator[None]:
     Raises:
         ValueError: in a call, where a cache holds the state of a slot's attention.
     """
+    with _held(model, see, bypasses=True):
+        yield
+
+
+@contextlib.contextmanager
+def swapped_attention(model: nn.Module, see: See) -> Iterator[None]:
+    """The same, while the model goes on with what its slots return: calls are those of the swapped model.
+
+    ``own_BQHV`` is what its own attention makes of the queries, keys and values that reach a module there.
+    """
+    with _held(model, see, bypasses=False):
+        yield
+
+
+@contextlib.contextmanager
+def _held(model: nn.Module, see: See | None, *, bypasses: bool) -> Iterator[None]:
     observers = _thread.observers
     before = observers.held
     modules = frozenset(module for module in model.modules() if slot_of(module) is not None)
-    observers.held = (*before, Observer(modules, see))
+    observers.held = (*before, Observer(modules, see, bypasses))
     try:
         yield
     finally:
@@ -164,7 +206,7 @@ def own_attention(model: nn.Module, see: See | None = None) -> Iterator[None]:
 
 
 def observer_of(module: nn.Module) -> Observer | None:
-    """Who sees the calls of a module at present, None where its slot serves it."""
+    """Who sees the calls of a module at present, None where nobody does."""
     held = _thread.observers.held
     return next((one for one in reversed(held) if module in one.modules), None) if held else None
 

@@ -138,6 +138,14 @@ class SplitAttention(Attention):
         return all(part.unwritten_keys for part in self.parts)
 
     @property
+    def linear_in_values(self) -> bool:  # type: ignore[override]
+        return all(part.linear_in_values for part in self.parts)
+
+    @property
+    def gated_by_values(self) -> bool:  # type: ignore[override]
+        return any(part.gated_by_values for part in self.parts)
+
+    @property
     def wants_rotary(self) -> bool:  # type: ignore[override]
         return any(part.wants_rotary for part in self.parts)
 
@@ -172,6 +180,7 @@ class SplitAttention(Attention):
         position_bias: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
         state: State | None = None,
+        gates_of: torch.Tensor | None = None,
         need_weights: bool = False,
         own: OwnCall | None = None,
         **options: Any,
@@ -219,6 +228,7 @@ class SplitAttention(Attention):
                     position_bias=_of_heads(taken, position_bias, num_heads),
                     sinks=None if sinks is None else taken.of_queries(sinks, 0),
                     state=kept,
+                    gates_of=None if gates_of is None else taken.of_keys(gates_of, 1),
                     need_weights=need_weights,
                     **options,
                 )

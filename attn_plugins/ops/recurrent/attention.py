@@ -24,7 +24,9 @@ class RecurrentAttention(Attention, abc.ABC):
 
     def __init__(self, config, heads=None, **options):
         super().__init__(config, heads, **options)
-        self.wants_hidden = self.wants_hidden_of_keys = getattr(config, "gate_input", "value") == "hidden"
+        gate_input = getattr(config, "gate_input", None)
+        self.wants_hidden = self.wants_hidden_of_keys = gate_input == "hidden"
+        self.gated_by_values = gate_input == "value"
 
     def gate_size(self, heads: HeadShape) -> int:
         """Size of what gates are made of; a ValueError where it is not known."""
@@ -46,16 +48,18 @@ class RecurrentAttention(Attention, abc.ABC):
     def weights(self) -> list[torch.Tensor]:
         """The weights that :meth:`prepare` takes, in its order."""
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, hidden_BQE=None):
-        new = _of_keys(k_BGKD, v_BGKV, hidden_BQE)
+    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, hidden_BQE=None, gates_of_BGKV=None):
+        new = _of_keys(k_BGKD, v_BGKV, hidden_BQE, gates_of_BGKV)
         return dense_recurrent_attention(q_BHQD, new, mask, self.prepare(scale), self.weights())
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, hidden_BQE=None):
-        recurrence, new = (self.prepare(scale), self.weights()), _of_keys(k_BGKD, v_BGKV, hidden_BQE)
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, hidden_BQE=None, gates_of_BGKV=None):
+        new = _of_keys(k_BGKD, v_BGKV, hidden_BQE, gates_of_BGKV)
+        recurrence = self.prepare(scale), self.weights()
         return recurrent_attention(q_BHQD, new, mask, *recurrence, chunk_size=self.config.chunk_size)
 
-    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, hidden_BQE=None):
-        recurrence, new = (self.prepare(scale), self.weights()), _of_keys(k_BGKD, v_BGKV, hidden_BQE)
+    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, hidden_BQE=None, gates_of_BGKV=None):
+        new = _of_keys(k_BGKD, v_BGKV, hidden_BQE, gates_of_BGKV)
+        recurrence = self.prepare(scale), self.weights()
         return recurrent_attention_batched(q_BHQD, new, mask, *recurrence, chunk_size=self.config.chunk_size)
 
     def attend_part(self, q_BHTD, k_BGTD, v_BGTV, *, part, mask, scale, dropout, hidden_BQE=None):
@@ -74,6 +78,11 @@ class RecurrentAttention(Attention, abc.ABC):
         return recurrent_attention_from(q_BHQD, new, mask, state, *recurrence, **options)
 
 
-def _of_keys(k_BGKD, v_BGKV, hidden_BKE):
-    """What a recurrence takes of its tokens beside queries: keys, values, and hidden states as of one head."""
-    return (k_BGKD, v_BGKV) if hidden_BKE is None else (k_BGKD, v_BGKV, hidden_BKE.unsqueeze(1))
+def _of_keys(k_BGKD, v_BGKV, hidden_BKE, gates_of_BGKV=None):
+    """What a recurrence takes of its tokens beside queries: keys, values, and what gates are made of if not of these.
+
+    That is hidden states, as of one head, or other values.
+    """
+    if hidden_BKE is not None:
+        return k_BGKD, v_BGKV, hidden_BKE.unsqueeze(1)
+    return (k_BGKD, v_BGKV) if gates_of_BGKV is None else (k_BGKD, v_BGKV, gates_of_BGKV)
