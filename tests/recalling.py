@@ -26,8 +26,8 @@ def tiny(**changes):
     """A random decoder for this tokenizer, far from uniform."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config = LlamaConfig(vocab_size=len(spelling()), initializer_range=0.5, **sizes, **heads, **changes)
-    return LlamaForCausalLM(config).eval()
+    config = {"vocab_size": len(spelling()), "initializer_range": 0.5, **sizes, **heads, **changes}
+    return LlamaForCausalLM(LlamaConfig(**config)).eval()
 
 
 class Copier(nn.Module):

@@ -85,8 +85,8 @@ def recall_rows(
     if passage <= COPIED:
         raise ValueError(f"passage={passage}; allowed: more than the {COPIED} tokens that are given of it")
     chance = random.Random(f"{seed} {length} {' '.join(sorted(parts))}")
-    text = _Text(documents, tokenizer)
-    begin = _begin(tokenizer)
+    text = Stretches(documents, tokenizer)
+    begin = first_token(tokenizer)
     rows = []
     for _ in range(count):
         taken = text.cut(chance, passage, []) if "copy" in parts else range(0)
@@ -110,11 +110,11 @@ def recall_rows(
     return rows
 
 
-class _Text:
+class Stretches:
     """Documents laid end to end, and stretches of them."""
 
     def __init__(self, documents: Sequence[Sequence[int]], tokenizer: Any):
-        between = _encode(tokenizer, "\n\n")
+        between = encode(tokenizer, "\n\n")
         self.ids: list[int] = []
         self.whole: list[range] = []
         for document in documents:
@@ -154,24 +154,24 @@ def _without(whole: range, apart: list[range]) -> Iterator[range]:
 
 def _passkey(chance: random.Random, tokenizer: Any, passage: list[int]) -> _Part:
     key = str(chance.randrange(10**6, 10**7))
-    told = _encode(tokenizer, f"The pass key is {key}. Remember it. {key} is the pass key.\n\n")
-    asked, answer = _question(tokenizer, "\n\nWhat is the pass key? The pass key is ", key)
+    told = encode(tokenizer, f"The pass key is {key}. Remember it. {key} is the pass key.\n\n")
+    asked, answer = question_tokens(tokenizer, "\n\nWhat is the pass key? The pass key is ", key)
     return _Part(told=told, asked=asked, answers=[answer])
 
 
 def _copy(chance: random.Random, tokenizer: Any, passage: list[int]) -> _Part:
-    between = _encode(tokenizer, "\n\n")
+    between = encode(tokenizer, "\n\n")
     answer = (len(between) + COPIED, len(between) + len(passage))
     return _Part(told=[*passage, *between], asked=[*between, *passage], answers=[answer])
 
 
 def _names(chance: random.Random, tokenizer: Any, passage: list[int]) -> _Part:
     lines = [f"{letter}: {word}" for letter, word in zip("ABCDEF", chance.sample(WORDS, 6), strict=True)]
-    told = _encode(tokenizer, "\n".join(lines) + "\n\n")
-    asked = _encode(tokenizer, f"\n\n{lines[0]}")
+    told = encode(tokenizer, "\n".join(lines) + "\n\n")
+    asked = encode(tokenizer, f"\n\n{lines[0]}")
     answers = []
     for line in lines[1:]:  # the first one tells the form
-        more, (start, stop) = _question(tokenizer, f"\n{line[:3]}", line[3:])
+        more, (start, stop) = question_tokens(tokenizer, f"\n{line[:3]}", line[3:])
         answers.append((len(asked) + start, len(asked) + stop))
         asked += more
     return _Part(told=told, asked=asked, answers=answers)
@@ -182,8 +182,8 @@ def _codes(chance: random.Random, tokenizer: Any, passage: list[int]) -> _Part:
     codes = [str(number) for number in chance.sample(range(100, 1000), 8)]
     lines = [f"The code of {word} is {code}.\n" for word, code in zip(words, codes, strict=True)]
     number = chance.randrange(8)
-    asked, answer = _question(tokenizer, f"\n\nThe code of {words[number]} is ", codes[number])
-    return _Part(told=_encode(tokenizer, "".join(lines) + "\n"), asked=asked, answers=[answer])
+    asked, answer = question_tokens(tokenizer, f"\n\nThe code of {words[number]} is ", codes[number])
+    return _Part(told=encode(tokenizer, "".join(lines) + "\n"), asked=asked, answers=[answer])
 
 
 PARTS: dict[str, Callable[[random.Random, Any, list[int]], _Part]] = {
@@ -195,19 +195,25 @@ PARTS: dict[str, Callable[[random.Random, Any, list[int]], _Part]] = {
 """In the order in which a row tells them."""
 
 
-def _question(tokenizer: Any, question: str, answer: str) -> tuple[list[int], tuple[int, int]]:
-    """Tokens of both together, as the tokenizer joins them, and which of them are the answer's."""
-    both, alone = _encode(tokenizer, question + answer), _encode(tokenizer, question)
+def question_tokens(tokenizer: Any, question: str, answer: str) -> tuple[list[int], tuple[int, int]]:
+    """Tokens of both together, as the tokenizer joins them, and which of them, [start, stop), are the answer's.
+
+    Raises:
+        ValueError: the tokenizer does not know the letters of the answer.
+    """
+    both, alone = encode(tokenizer, question + answer), encode(tokenizer, question)
     start = next((n for n, (one, other) in enumerate(zip(both, alone, strict=False)) if one != other), len(alone))
     if start >= len(both) or tokenizer.unk_token_id in both[start:]:
         raise ValueError(f"the tokenizer does not know the letters of {answer!r}, so that it cannot be asked for")
     return both, (start, len(both))
 
 
-def _begin(tokenizer: Any) -> list[int]:
+def first_token(tokenizer: Any) -> list[int]:
+    """The token that a tokenizer begins texts with, where there is one."""
     first = tokenizer("a")["input_ids"][:1]
     return first if first == [tokenizer.bos_token_id] else []
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a text without special tokens around it."""
     return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -38,9 +38,24 @@ def python_docs() -> "dict[str, Dataset]":
     }
 
 
+def position_limit(model: Any) -> int | None:
+    """Tokens of the longest row that a model has positions for, None for no limit.
+
+    That is its config's ``max_position_embeddings``, and where the config scales rotary positions, as for YaRN, the
+    length that it scales them to.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None) or {}
+    if limit is None or "rope_type" not in rotary:
+        return limit  # where layers differ in their positions, the config's own word counts
+    pretrained = rotary.get("original_max_position_embeddings") or limit
+    return max(limit, int(pretrained * (rotary.get("factor") or 1)))
+
+
 def check_length(length: int, option: str, tokenizer: Any, model: Any) -> None:
     """Raise a ValueError where rows of so many tokens are more than the model or its tokenizer takes."""
-    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None), tokenizer.model_max_length]
+    limits = [position_limit(model), tokenizer.model_max_length]
     limit = min(limit for limit in limits if limit is not None)
     if length > limit:
         raise ValueError(f"{option}={length}; allowed: at most {limit}, what the model takes")

@@ -2,25 +2,49 @@
 
 import abc
 import inspect
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from attn_plugins.data.recall import recall_rows
+from attn_plugins.data.recall import RecallRow, recall_rows
+from attn_plugins.data.text import position_limit
 from attn_plugins.tasks import Task, TaskConfig
 
 SURPLUS = 4
 """Times the tokens of the rows that are read of the text, at most."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RecallConfig(TaskConfig):
+    distances: list[int] = field(default_factory=lambda: [256, 1024])
+    """Tokens from what is told to what is asked: the length of a row."""
+    rows: int = 8
+    """Rows at each distance."""
+    passage: int = 64
+    """Tokens of a passage that is to be copied, the first 8 of which are given."""
+    by: Literal["forward", "generate"] = "forward"
+    """forward: one pass over the row, each token of an answer given those before it. generate: token by token
+    through the cache, each given those that the model has chosen itself, ``loss`` too: ``exact`` says most."""
+    seed: int = 0
+    """Of the rows."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        apart = len(set(self.distances)) == len(self.distances) > 0
+        self.require(apart and min(self.distances) >= 1, "distances", "at least one, from 1, each once")
+        self.require(self.rows >= 1, "rows", "at least 1")
+
+
 class RecallTask(Task):
     """Whether a model still finds what stood so many tokens ago: the share of the answers' tokens that it names right.
 
-    Rows are made of the held-out text (:func:`attn_plugins.data.recall.recall_rows`). ``exact`` is the share of rows
+    Rows are made of the held-out text (:func:`attn_plugins.data.recall.recall_rows`, unless ``maker`` says otherwise).
+    ``exact`` is the share of rows
     with the whole answer right, ``loss`` the mean negative log-likelihood of an answer's token; ``by_distance`` has
     them for each distance. A subclass says in ``parts`` what a row asks for; where it asks for several things,
     ``by_part`` has the figures of each, and the task's own are their means.
@@ -28,51 +52,44 @@ class RecallTask(Task):
 
     metric, better, model, recalls = "accuracy", "higher", "causal-lm", True
 
-    @dataclass(frozen=True, kw_only=True)
-    class Config(TaskConfig):
-        distances: list[int] = field(default_factory=lambda: [256, 1024])
-        """Tokens from what is told to what is asked: the length of a row."""
-        rows: int = 8
-        """Rows at each distance."""
-        passage: int = 64
-        """Tokens of a passage that is to be copied, the first 8 of which are given."""
-        by: Literal["forward", "generate"] = "forward"
-        """forward: one pass over the row, each token of an answer given those before it. generate: token by token
-        through the cache, each given those that the model has chosen itself, ``loss`` too: ``exact`` says most."""
-        seed: int = 0
-        """Of the rows."""
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            apart = len(set(self.distances)) == len(self.distances) > 0
-            self.require(apart and min(self.distances) >= 1, "distances", "at least one, from 1, each once")
-            self.require(self.rows >= 1, "rows", "at least 1")
+    Config: ClassVar[type[TaskConfig]] = RecallConfig
 
     @abc.abstractmethod
     def parts(self) -> tuple[str, ...]:
-        """What a row asks for, keys of ``data.recall.PARTS``."""
+        """What rows ask for: of ``recall_rows`` keys of its ``PARTS``."""
+
+    def maker(self, data: Any, tokenizer: Any) -> Callable[[int], list[RecallRow]]:
+        """What makes rows of a number of tokens, all of exactly so many; ValueError where they cannot be made."""
+        documents = [ids for _, ids in self.texts(data["text"], tokenizer)]
+        return lambda length: recall_rows(
+            documents,
+            tokenizer,
+            length=length,
+            count=self.config.rows,
+            seed=self.config.seed,
+            parts=self.parts(),
+            passage=self.config.passage,
+        )
+
+    def texts(self, texts: Iterable[str], tokenizer: Any) -> list[tuple[str, list[int]]]:
+        """As many texts as the rows need, each with its tokens."""
+        found: list[tuple[str, list[int]]] = []
+        tokens, enough = 0, SURPLUS * self.config.rows * max(self.config.distances)
+        for text in texts:
+            if tokens > enough:
+                break
+            found.append((text, tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]))
+            tokens += len(found[-1][1])
+        return found
 
     def prepare(self, data, tokenizer, model):
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(self.config.distances)
+        longest, limit = max(self.config.distances), position_limit(model)
         if limit is not None and longest > limit:
             raise ValueError(f"distances={longest}; allowed: at most {limit}, the model's max_position_embeddings")
-        documents: list[list[int]] = []
-        for text in data["text"]:
-            if sum(map(len, documents)) > SURPLUS * self.config.rows * longest:
-                break
-            documents.append(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        make = self.maker(data, tokenizer)
         batches = []
         for number, distance in enumerate(self.config.distances):
-            rows = recall_rows(
-                documents,
-                tokenizer,
-                length=distance,
-                count=self.config.rows,
-                seed=self.config.seed,
-                parts=self.parts(),
-                passage=self.config.passage,
-            )
+            rows = make(distance)
             asked_RN = torch.zeros(len(rows), distance, dtype=torch.long)
             for row, asked_N in zip(rows, asked_RN, strict=True):
                 for part, name in enumerate(self.parts(), 1):
@@ -98,7 +115,7 @@ class RecallTask(Task):
             sums["right"].append(right_BK[its_BK].double().sum())
             sums["loss"].append(losses.double().sum())
             sums["tokens"].append(its_BK.double().sum())
-            sums["exact"].append((right_BK | ~its_BK).all(1).double().sum())
+            sums["exact"].append(((right_BK | ~its_BK).all(1) & its_BK.any(1)).double().sum())
             sums["rows"].append(its_BK.any(1).double().sum())
         place_D = torch.arange(len(self.config.distances), device=ids_BN.device) == batch["distance"]
         return {name: torch.outer(torch.stack(values), place_D.double()) for name, values in sums.items()}
@@ -128,7 +145,7 @@ class RecallTask(Task):
 
 
 def _mean(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Figures of a task from those of its parts, which are of the same rows."""
+    """Figures of a task from those of its parts, each of which has as many rows."""
     means = {name: sum(one[name] for one in parts) / len(parts) for name in ("accuracy", "exact", "loss")}
     return {name: means.get(name, value) for name, value in parts[0].items()}
 

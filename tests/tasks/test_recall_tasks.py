@@ -11,12 +11,13 @@ from recalling import Copier, spelling, tiny
 
 import attn_plugins as ap
 from attn_plugins.tasks import get_task, list_tasks, run_task
+from attn_plugins.tasks.recall_task import RecallConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CHANCE = random.Random(0)
 DATA = Dataset.from_dict({"text": [" ".join(CHANCE.choices(WORDS, k=300)) for _ in range(6)]})
-TASKS = [name for name in list_tasks() if get_task(name).recalls]
+TASKS = [name for name in list_tasks() if get_task(name).Config is RecallConfig]
 LENGTHS = {"distances": [110, 260], "rows": 2, "passage": 30}
 
 
@@ -27,6 +28,7 @@ def measured(name, model, **options):
 
 def test_these_are_the_tasks_of_recall():
     assert TASKS == ["codes", "copy", "names", "passkey", "recall"]
+    assert all(get_task(name).recalls for name in TASKS)
 
 
 @pytest.mark.parametrize("name", TASKS)
