@@ -128,14 +128,14 @@ def test_a_state_has_taken_in_all_tokens_in_their_places(tmp_path):
 def test_ratios_are_to_the_dense_model_and_to_the_own_time_at_the_first_context(tmp_path, monkeypatch):
     costs = {(False, 32): 3.0, (False, 64): 12.0, (True, 32): 6.0, (True, 64): 8.0}  # (swapped, context) -> seconds
 
-    def timed_decode(model, cache, config):
+    def timed_decode(model, cache, tokens, batch_size):
         def timed():
             pass
 
         timed.cost = costs[model.config.attn_plugin is not None, cache.get_seq_length()]
         return timed
 
-    monkeypatch.setattr(decode, "_decode", timed_decode)
+    monkeypatch.setattr(decode, "decoding", timed_decode)
     monkeypatch.setattr(timing, "seconds_of", lambda run, device: order.append(run.cost) or run.cost)
     order = []
     config = config_of(tmp_path, attentions={"dense": None, "local": LOCAL})
@@ -158,7 +158,7 @@ def test_a_round_is_so_many_tokens_and_they_lengthen_the_context(tmp_path):
     config = config_of(tmp_path, tokens=3)
     model = build_model(config, config.attentions["half"])
     cache = filled_cache(model, 32, 1, 20)
-    decode._decode(model, cache, config)()
+    decode.decoding(model, cache, config.tokens, config.batch_size)()
     assert [layer.get_seq_length() for layer in cache.layers] == [35, 35]
 
 

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from attn_plugins.benchmark.compare.config import CompareConfig
-from attn_plugins.benchmark.compare.models import (
-    learns,
-)
+from attn_plugins.benchmark.compare.models import learns
 from attn_plugins.benchmark.results.store import hash_of
 
 FORMAT = 1
 """Part of every cell's key: raise it when a measurement changes its meaning, so that old results are not reused."""
 
-Measure = Literal["evaluate", "transfer", "finetune", "speed", "memory"]
+Measure = Literal["evaluate", "transfer", "finetune", "speed", "memory", "cost"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +41,7 @@ class CompareCell:
         return part | {name: getattr(self, name) for name in ("model", "attention", "measure", "seed")}
 
     def __str__(self) -> str:
-        place = [str(self.settings[name]) for name in ("scope", "length") if name in self.settings]
+        place = [str(self.settings[name]) for name in ("what", "scope", "length") if name in self.settings]
         part = [] if self.part is None else [self.part]
         return " · ".join([*part, self.model, self.attention, self.measure, *place, f"seed {self.seed}"])
 
@@ -90,3 +88,9 @@ def _cells_of(config: CompareConfig, model: str, source: str, attention: str) ->
             for length in lengths:
                 where = {"scope": scope, "length": length, "passes": passes.passes_of(scope)}
                 yield CompareCell(**names, measure=measure, seed=config.seeds[0], settings={**base, **options, **where})  # type: ignore[arg-type]
+    if config.cost is not None:
+        for what in config.cost.what:
+            options = config.cost.settings(what, config.attentions[config.baseline], config.task.model)
+            for length in config.cost.lengths:
+                settings = {**base, **options, "length": length}
+                yield CompareCell(**names, measure="cost", seed=config.seeds[0], settings=settings)

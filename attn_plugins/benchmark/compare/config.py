@@ -6,6 +6,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from attn_plugins.benchmark.compare.cost import CostConfig
 from attn_plugins.benchmark.compare.models import (
     NOT_IN_TRANSFER,
     learns,
@@ -101,8 +102,10 @@ class CompareConfig:
     """Null to leave speed out."""
     memory: PassConfig | None = None
     """Null to leave peak memory out."""
+    cost: CostConfig | None = None
+    """Null to leave out what whole models cost: cache, a token, a step of training, the attention on paper."""
     seeds: list[int] = field(default_factory=lambda: [0])
-    """Evaluation and fine-tune run once for each; speed and memory with the first."""
+    """Evaluation and fine-tune run once for each; speed, memory and cost with the first."""
     dtype: Dtype = "float32"
     """What weights are loaded in."""
 
@@ -118,8 +121,9 @@ class CompareConfig:
         for stage in ("transfer", "finetune"):
             if getattr(self, stage) is not None and self.data is None:
                 raise ValueError(f"{stage} needs data")
-        if self.data is None and self.speed is None and self.memory is None:
-            raise ValueError("nothing is measured; allowed: any of data (with untrained or finetune), speed, memory")
+        if self.data is None and self.speed is None and self.memory is None and self.cost is None:
+            allowed = "any of data (with untrained or finetune), speed, memory, cost"
+            raise ValueError(f"nothing is measured; allowed: {allowed}")
         stems = [file_stem(label) for label in self.models]
         if len(set(stems)) < len(stems):
             raise ValueError(

@@ -86,10 +86,16 @@ def transfer_config(config: "CompareConfig", source: str, rules: Any, seed: int,
 class CompareModels:
     """The models in memory, the baseline and the one that was asked for last, and what was made for them on disk."""
 
-    def __init__(self, config: "CompareConfig", fresh: bool, name: Callable[["CompareCell", str], str]):
+    def __init__(
+        self,
+        config: "CompareConfig",
+        fresh: bool,
+        name: Callable[["CompareCell", str], str],
+        made: set[Path] | None = None,
+    ):
         self.config, self.fresh, self.name = config, fresh, name
         self.loaded: dict[tuple[str, str, int], Loaded] = {}
-        self.made: set[Path] = set()
+        self.made: set[Path] = set() if made is None else made
         """Folders of this run, which ``fresh`` lets be."""
 
     def get(self, cell: "CompareCell", attention: str, seed: int) -> Loaded:

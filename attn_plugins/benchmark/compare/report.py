@@ -7,6 +7,7 @@ from typing import Any
 
 from attn_plugins.benchmark.compare.cells import CompareCell, cells
 from attn_plugins.benchmark.compare.config import CompareConfig, file_stem
+from attn_plugins.benchmark.compare.cost_table import cache_cell, cost_tables
 from attn_plugins.benchmark.compare.recall_plot import Line, draw_recall, other_columns, other_value, recalled
 from attn_plugins.benchmark.results.statistics import LEVEL, difference, spelled, summary
 from attn_plugins.benchmark.results.store import Results
@@ -107,6 +108,7 @@ def tables(found: CompareResults) -> list[Table]:
         passes = getattr(config, measure)
         for scope in passes.lengths if passes else ():
             shown.append(_pass_table(found, measure, title, scope))
+    shown += cost_tables(found)
     if found.errors:
         table = Table("Errors", "These cells failed; the next run tries them again.", ["cells", "error"])
         by_error: dict[tuple[str, str, str], list[CompareCell]] = {}
@@ -145,6 +147,10 @@ def _quality(found: CompareResults) -> Table:
     header += places
     others = other_columns(config.tasks[1:])
     header += list(others)
+    cached = max(config.cost.lengths) if config.cost is not None and "cache" in config.cost.what else None
+    if cached is not None:
+        header.append(f"cache MiB at {cached}")
+        note += f". Cache: MiB of a row of {cached} tokens, measured, and its share of {config.baseline}'s"
     against = f"against {config.baseline}"
     header += [against] if seeds > 1 else []
     header += ["times the bar's"] if config.bar is not None else []
@@ -168,6 +174,8 @@ def _quality(found: CompareResults) -> Table:
                 for number in range(len(parts)):
                     row.append(spelled([_parts_of(r["result"]["figures"])[number][task.metric] for r in ok]))
                 row += [spelled([other_value(r["result"], *place) for r in ok]) for place in others.values()]
+                if cached is not None:
+                    row.append(cache_cell(found, model, attention, cached))
                 if seeds > 1:
                     row.append(found.against_baseline(model, attention, measure))
                 if config.bar is not None:

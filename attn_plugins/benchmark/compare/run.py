@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from attn_plugins.benchmark.compare import cost
 from attn_plugins.benchmark.compare.cells import CompareCell, cells
 from attn_plugins.benchmark.compare.config import CompareConfig, file_stem, finetune_config
+from attn_plugins.benchmark.compare.cost_table import cost_note
 from attn_plugins.benchmark.compare.models import CompareModels
 from attn_plugins.benchmark.cost import timing
 from attn_plugins.benchmark.cost.timing import Scope
@@ -71,9 +73,10 @@ def run_compare(
     """
     parts: list[tuple[str | None, CompareConfig]] = [(None, config)] if isinstance(config, CompareConfig) else [*config]
     todo: dict[str, CompareCell] = {}
+    made: set[Path] = set()
     held: dict[str, tuple[CompareConfig, CompareModels]] = {}
     for part, own in parts:
-        of_part = own, CompareModels(own, fresh, folder_name)
+        of_part = own, CompareModels(own, fresh, folder_name, made)
         for cell in cells(own, part):
             todo.setdefault(cell.key, cell)
             held.setdefault(cell.key, of_part)
@@ -189,6 +192,23 @@ def _memory(config: CompareConfig, cell: CompareCell, models: CompareModels) -> 
     return {"passes": found}
 
 
+def _cost(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
+    what, length = cell.settings["what"], cell.settings["length"]
+    base = models.get(cell, config.baseline, config.seeds[0]) if "baseline" in cell.settings else None
+    own, input_ids, device = _model_and_tokens(cell, models)
+    if what == "cache":
+        return {"bytes": cost.bytes_of_cache(own.model, length)}
+    if what == "paper":
+        return cost.on_paper(own.model, length, cell.settings["gpu"], cell.settings["batch_size"])
+    assert base is not None
+    if what == "decode":
+        return cost.decode(own.model, base.model, length, cell.settings, device)
+    try:
+        return cost.step(own.model, base.model, input_ids, cell.settings)
+    finally:
+        models.drop()  # gradients that are not finite would reach weights at a learning rate of 0 too
+
+
 def _model_and_tokens(cell: CompareCell, models: CompareModels) -> tuple[Loaded, torch.Tensor, torch.device]:
     """The cell's model, random tokens for it, and where it is."""
     own = models.get(cell, cell.attention, cell.seed)
@@ -208,6 +228,7 @@ _MEASURES: dict[str, Callable[[CompareConfig, CompareCell, CompareModels], dict[
     "finetune": _finetune,
     "speed": _speed,
     "memory": _memory,
+    "cost": _cost,
 }
 
 
@@ -222,4 +243,6 @@ def _note(cell: CompareCell, result: dict[str, Any]) -> str:
         )
     if cell.measure == "memory":
         return ", ".join(f"{which} {found['bytes'] / 2**20:.1f} MiB" for which, found in result["passes"].items())
+    if cell.measure == "cost":
+        return cost_note(result)
     return f"{result['metric']} {result['value']:.4g}"

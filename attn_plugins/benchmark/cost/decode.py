@@ -220,7 +220,7 @@ def _measure(config: DecodeConfig, group: list[DecodeCell]) -> Iterator[tuple[De
             for context in contexts:
                 cache = filled_cache(model, context, config.batch_size, config.chunk)
                 bytes_of[context, label] = cache_bytes(cache)
-                runs[context, label] = [Workload(run=_decode(model, cache, config), count=1)]
+                runs[context, label] = [Workload(run=decoding(model, cache, config.tokens, config.batch_size), count=1)]
                 runs[context, label][0].run()
             ready |= runs
         except Exception as error:  # what one attention cannot do must not end the others' measurement
@@ -344,10 +344,12 @@ def _random_like(tensors: list[torch.Tensor], tokens: int, generator: torch.Gene
     ]
 
 
-def _decode(model: Any, cache: DynamicCache, config: DecodeConfig) -> Callable[[], None]:
+def decoding(model: Any, cache: DynamicCache, tokens: int, batch_size: int) -> Callable[[], None]:
+    """A run that generates so many tokens more, each of which the cache keeps."""
+
     def run() -> None:
-        for _ in range(config.tokens):
-            _step(model, cache, config.batch_size)
+        for _ in range(tokens):
+            _step(model, cache, batch_size)
 
     return run
 

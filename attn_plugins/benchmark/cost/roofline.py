@@ -212,6 +212,18 @@ def count_batched(rule: Rule, heads: HeadShape, length: int, batch_size: int = 1
         torch.set_default_dtype(before)
 
 
+def least_seconds(rule: Rule, heads: HeadShape, length: int, batch_size: int, device: str) -> tuple[int, float]:
+    """(launches of a layer's batched form, least seconds of that or of a backend's kernels), forward and backward."""
+    operations = count_batched(rule, heads, length, batch_size)
+    found = [batched(operations, [device])]
+    module = rule.attention(rule.config, heads, backend="batched")
+    for _ in serving(rule, heads):
+        multiplied = pairs(module, heads, length)
+        flops = operations.flops if multiplied is None else multiplied * heads.head_dim * FUSED * batch_size
+        found.append(fused(heads, length, batch_size, [device], flops))
+    return len(operations.launches), min(takes(amounts, device) for amounts in found)
+
+
 def pairs(attention: Attention, heads: HeadShape, length: int) -> float | None:
     """Pairs of all heads in the blocks of 128 by 128 that hold a visible one; None where there is no pattern of them.
 

@@ -137,15 +137,15 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _model_run(model: Any, input_ids: torch.Tensor, which: Pass) -> Run:
-    no_cache = _no_cache(model)
+    without = no_cache(model)
 
     def forward() -> None:
         with torch.no_grad():
-            model(input_ids=input_ids, **no_cache)
+            model(input_ids=input_ids, **without)
 
     def forward_backward() -> None:
         embedded = model.get_input_embeddings()(input_ids).detach().requires_grad_()
-        model(inputs_embeds=embedded, **no_cache).logits.sum().backward()
+        model(inputs_embeds=embedded, **without).logits.sum().backward()
         model.zero_grad(set_to_none=True)
 
     return forward if which == "forward" else forward_backward
@@ -191,7 +191,7 @@ def attention_calls(model: nn.Module, input_ids: torch.Tensor) -> list[ModuleCal
     hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in firsts]
     try:
         with torch.no_grad():
-            model(input_ids=input_ids, **_no_cache(model))
+            model(input_ids=input_ids, **no_cache(model))
     except _EnoughError:
         pass
     finally:
@@ -218,7 +218,8 @@ def _module_run(call: ModuleCall, which: Pass) -> Run:
     return forward if which == "forward" else forward_backward
 
 
-def _no_cache(model: Any) -> dict[str, bool]:
+def no_cache(model: Any) -> dict[str, bool]:
+    """What keeps a model's call from filling a cache."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 

@@ -74,6 +74,20 @@ RESULTS: dict[str, dict[str, str]] = {
     "finetune": {**_QUALITY, **_TRAINED, "parameters": "total, trained, and of the attention"},
     "speed": {"passes": "pass -> times_as_fast as the baseline, lowest and highest of the rounds, seconds of a pass"},
     "memory": {"passes": "pass -> bytes that it allocates at its peak"},
+    "cost": {
+        "bytes": "cache: of a row after so many tokens",
+        "seconds": "decode, step: of a token, of a step; median",
+        "baseline_seconds": "decode, step: the baseline's, in the same rounds",
+        "times_as_fast": "decode, step: as the baseline in the same round; median, with lowest and highest",
+        "lowest": "decode, step: of the rounds",
+        "highest": "decode, step: of the rounds",
+        "joules": "decode, step: of a token, of a step, where the device tells",
+        "baseline_joules": "decode, step: the baseline's",
+        "peak_bytes": "step: that it allocates at its peak, with gradients, without weights and states",
+        "launches": "paper: of the attention layers of a step, in their batched form",
+        "least_seconds": "paper: that these layers take on the GPU by its published rates",
+        "gpu": "paper: which",
+    },
 }
 """Measure of ``compare`` -> field of ``result`` -> its meaning."""
 
