@@ -222,7 +222,7 @@ def run_task(
 
 
 def rows_of(figures: dict[str, Any], metric: str) -> dict[str, float]:
-    """What a task found as rows of a table, label -> number: ranges of positions, distances, branches, parts too.
+    """What a task found as rows of a table, label -> number: positions, distances, lengths, branches, parts too.
 
     Args:
         metric: the task's.
@@ -242,8 +242,11 @@ def rows_of(figures: dict[str, Any], metric: str) -> dict[str, float]:
 
 
 def place_of(part: dict[str, Any]) -> str:
-    """Where the figures of a part of a text hold: at which distance, or at which positions."""
-    return f"distance {part['distance']}" if "distance" in part else f"positions {part['from']} to {part['to']}"
+    """Where the figures of a part of a text hold: at which distance or length, or at which positions."""
+    for name in ("distance", "length"):
+        if name in part:
+            return f"{name} {part[name]}"
+    return f"positions {part['from']} to {part['to']}"
 
 
 def figure(value: float) -> str:

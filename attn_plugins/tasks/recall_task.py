@@ -1,7 +1,6 @@
 """What the tasks of recall share: their rows, how they are scored in one pass or generated, figures by distance."""
 
 import abc
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -14,6 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from attn_plugins.data.recall import RecallRow, recall_rows
 from attn_plugins.data.text import position_limit
 from attn_plugins.tasks import Task, TaskConfig
+from attn_plugins.tasks.logits import last_logits
 
 SURPLUS = 4
 """Times the tokens of the rows that are read of the text, at most."""
@@ -158,9 +158,7 @@ def predicted(
     Returns:
         (chosen_BK, logits_BKV) of the K = N - first positions.
     """
-    kept = ids_BN.shape[1] - first + 1
-    few = {"logits_to_keep": kept} if _keeps_logits(model) else {}
-    logits_BKV = model(input_ids=ids_BN, use_cache=False, **few).logits[:, -kept:-1]
+    logits_BKV = last_logits(model, ids_BN, ids_BN.shape[1] - first)
     return logits_BKV.argmax(-1), logits_BKV
 
 
@@ -196,11 +194,3 @@ class _AsInTheRow(LogitsProcessor):
         at = input_ids.shape[1]
         given_BV = torch.full_like(scores, -torch.inf).scatter(1, self.ids_BN[:, at, None], 0.0)
         return torch.where(self.free_BN[:, at, None], scores, given_BV)
-
-
-def _keeps_logits(model: Any) -> bool:
-    """Whether a model, whatever is around it, can be asked for its last logits alone."""
-    while hasattr(model, "module"):
-        model = model.module
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -79,6 +79,15 @@ def test_perplexity_alone_is_said_to_show_no_recall_where_an_attention_was_swapp
     assert "recalls" not in table.note
 
 
+def test_lengths_of_perplexity_are_columns(llama, long_text, tmp_path):
+    lengths = {"task": "perplexity", "lengths": [16, 48], "scored": 8, "max_tokens": 96}
+    _, found, table, _ = compared(llama, long_text, tmp_path / "out", lengths, attentions={"dense": None})
+    assert table.header[:5] == ["attention", "stage", "perplexity", "at 16", "at 48"]
+    (record,) = found.of("tiny", "dense", "evaluate")
+    assert [part["length"] for part in record["result"]["figures"]["by_length"]] == [16, 48]
+    assert table.rows[0][2] == table.rows[0][4] != table.rows[0][3]
+
+
 def test_the_key_of_a_cell_has_the_other_tasks_in_it(long_text):
     def keys(evaluation):
         tree = {

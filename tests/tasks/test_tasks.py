@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from attn_plugins import tasks
 from attn_plugins.data.text import token_blocks
-from attn_plugins.tasks import TASKS, Task, get_task, list_tasks, register_task, run_task
+from attn_plugins.tasks import TASKS, Task, get_task, list_tasks, register_task, rows_of, run_task
 from attn_plugins.tasks.kinds import KINDS
 
 ROWS = Dataset.from_dict({"text": ["red green blue one two three cat dog good bad fine poor the a is ."] * 5})
@@ -79,9 +79,43 @@ def test_perplexity_reads_only_as_much_as_it_is_told(llama):
         measured(model, cls(cls.Config(length=500)), ROWS, maker)
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_perplexity_by_length_is_of_the_same_tokens_with_more_of_the_block_before_them(llama, kept, monkeypatch):
+    model, maker = AutoModelForCausalLM.from_pretrained(llama), tokenizer()
+    ids = torch.tensor(token_blocks(ROWS, maker, 20)["input_ids"][:])
+    wanted = {}
+    for length in (8, 20, 13):
+        with torch.no_grad():
+            scores = model(input_ids=ids[:, -length:]).logits.log_softmax(-1)
+        wanted[length] = -scores[:, -6:-1].gather(2, ids[:, -5:, None]).double().mean().item()
+    if not kept:
+        whole = type(model).forward
+        monkeypatch.setattr(type(model), "forward", lambda self, input_ids, use_cache: whole(self, input_ids))
+    cls = get_task("perplexity")
+    task = cls(cls.Config(lengths=[8, 20, 13], scored=5, batch_size=3))
+    found = measured(model, task, ROWS, maker)
+    assert [part["length"] for part in found["by_length"]] == [8, 20, 13]
+    for part in found["by_length"]:
+        assert part["loss"] == pytest.approx(wanted[part["length"]], rel=1e-5)
+        assert part["perplexity"] == pytest.approx(math.exp(part["loss"]))
+    assert (found["loss"], found["length"], found["tokens"]) == (found["by_length"][1]["loss"], 20, 4 * 5)
+    assert len({round(loss, 6) for loss in wanted.values()}) == 3
+    assert rows_of(found, "perplexity")["perplexity at length 13"] == found["by_length"][2]["perplexity"]
+    with pytest.raises(ValueError, match="lengths=129; allowed: at most 128, the model's max_position_embeddings"):
+        measured(model, cls(cls.Config(lengths=[8, 129], scored=5)), ROWS, maker)
+
+
 @pytest.mark.parametrize(
     ("task", "options", "message"),
     [
+        ("perplexity", {"lengths": []}, r"lengths=\[\]; allowed: at least one, from 2, each once, or null"),
+        ("perplexity", {"lengths": [1024, 1024]}, "each once"),
+        ("perplexity", {"lengths": [600, 512]}, "scored=512; allowed: 1 to the shortest of lengths - 1"),
+        (
+            "perplexity",
+            {"lengths": [2048], "max_tokens": 2000},
+            "max_tokens=2000; allowed: at least one block, length=2",
+        ),
         ("perplexity", {"length": 1}, "length=1; allowed: at least 2"),
         ("perplexity", {"length": 8, "max_tokens": 7}, "max_tokens=7; allowed: at least one block, length=8, or null"),
         ("perplexity", {"length": 8, "buckets": 8}, "buckets=8; allowed: 1 to length - 1"),

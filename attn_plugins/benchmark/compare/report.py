@@ -203,12 +203,13 @@ def _parts(found: CompareResults) -> list[dict[str, Any]]:
 
 
 def _parts_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a task found in parts of a text: by position, or by distance."""
-    return figures.get("by_position", figures.get("by_distance", []))
+    """What a task found in parts of a text: by position, by distance, or by length."""
+    return next((figures[name] for name in ("by_position", "by_distance", "by_length") if name in figures), [])
 
 
 def _place(part: dict[str, Any]) -> str:
-    return f"at {part['distance']}" if "distance" in part else f"at {part['from']}-{part['to']}"
+    where = part.get("distance", part.get("length"))
+    return f"at {part['from']}-{part['to']}" if where is None else f"at {where}"
 
 
 def _pass_table(found: CompareResults, measure: str, title: str, scope: str) -> Table:
