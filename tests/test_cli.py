@@ -36,6 +36,7 @@ VERBS = [
     "finetune",
     "list",
     "recipe",
+    "results",
     "run",
     "search",
     "serve",

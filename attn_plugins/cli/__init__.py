@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from attn_plugins.cli import run, look, choose, transfer, train, search, recipe, export, serve, measure  # isort: skip
+from attn_plugins.cli import results  # isort: skip
 from attn_plugins.cli.app import app
 
 # Nothing here brings torch or transformers: `list` and --help must be quick. Each verb imports what it needs.
@@ -19,6 +20,7 @@ __all__ = [
     "main",
     "measure",
     "recipe",
+    "results",
     "run",
     "search",
     "serve",

@@ -72,14 +72,15 @@ def attention_flag(attn: str) -> Any:
 
 
 def show(tables: list[Any], files: list[Path]) -> None:
-    """Print the tables, and what was written."""
+    """Print the tables, and what was written, if anything was."""
     from rich.console import Console
 
     console = Console()
     for table in tables:
         console.print(table.rich())
         console.print()
-    print("files:", *[f"  {path}" for path in files], sep="\n")
+    if files:
+        print("files:", *[f"  {path}" for path in files], sep="\n")
 
 
 def spread_out() -> None:

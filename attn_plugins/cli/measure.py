@@ -32,6 +32,20 @@ def compare(
     ] = None,
     output_dir: OutputDir = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run cells again that have a result already.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--cells", metavar="LABEL=PATTERN", help="Run these alone: attention=local*, seed=0. Repeatable."),
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", metavar="K/N", help="Run the K-th of N shares: docs/results.md.")
+    ] = None,
+    no_retry: Annotated[bool, typer.Option("--no-retry", help="Leave cells that failed; else they run again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the cells, and about how long they take; run nothing.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Make the report of what has been measured; run nothing.")
+    ] = False,
     assignments: Settings = None,
 ) -> None:
     """Compare attentions: quality untrained and fine-tuned, speed, memory. A stopped run goes on where it was.
@@ -41,20 +55,26 @@ def compare(
     from attn_plugins.benchmark.suites.config import Suite, attention_flags, labelled
 
     with one_line_errors():
-        from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
+        from attn_plugins.benchmark.compare.run import all_cells, prepare_compare, run_compare
+        from attn_plugins.benchmark.results.chosen import chosen, planned
 
         models = labelled(model) if model else None
         attentions = attention_flags(attn) if attn else None
         asked = _asked(config, suite, models, attentions, output_dir, assignments)
         parts = asked.parts if isinstance(asked, Suite) else asked
         results = prepare_compare(*(own for _, own in parts) if isinstance(parts, list) else (parts,))
+        here = chosen(all_cells(parts), only or (), shard)
+        if dry_run:
+            show([planned(here, results, fresh=fresh, retry=not no_retry)], [])
+            return
         running = results.lock()
     from attn_plugins.benchmark.compare.report import write_report
     from attn_plugins.benchmark.suites.report import write_suite_report
 
     with running:
         with stoppable(asked.output_dir, again=(), kept=f"cells that have ended are in {results.path}"):
-            run_compare(parts, results, fresh=fresh)
+            keys = [] if report else [cell.key for cell in here]
+            run_compare(parts, results, fresh=fresh, only=keys, retry=not no_retry)
         tables, files = write_suite_report(asked, results) if isinstance(asked, Suite) else write_report(asked, results)
     show(tables, [results.path, *files])
     failed = [table for table in tables if "error" in table.header]

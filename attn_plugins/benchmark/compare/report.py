@@ -110,7 +110,9 @@ def tables(found: CompareResults) -> list[Table]:
             shown.append(_pass_table(found, measure, title, scope))
     shown += cost_tables(found)
     if found.errors:
-        table = Table("Errors", "These cells failed; the next run tries them again.", ["cells", "error"])
+        table = Table(
+            "Errors", "These cells failed; the next run tries them again (--no-retry leaves them).", ["cells", "error"]
+        )
         by_error: dict[tuple[str, str, str], list[CompareCell]] = {}
         for cell, error in found.errors:
             by_error.setdefault((cell.model, cell.attention, error), []).append(cell)

@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def run_compare(
     results: Results,
     *,
     fresh: bool = False,
+    only: Collection[str] | None = None,
+    retry: bool = True,
     say: Callable[[str], None] = print,
 ) -> None:
     """Run all cells that have no result of these versions yet, and add theirs to ``results``.
@@ -66,16 +68,17 @@ def run_compare(
         config: a comparison, or those of a suite with the names of the parts that they are. A cell of several parts is
             run once, as one of the first.
         fresh: run all cells, whatever has been written before.
+        only: keys of the cells that are run here; None for all.
+        retry: run cells again that failed with these versions.
         say: gets a line of progress at a time.
 
     Raises:
         ValueError: another run is measuring into the same file.
     """
-    parts: list[tuple[str | None, CompareConfig]] = [(None, config)] if isinstance(config, CompareConfig) else [*config]
     todo: dict[str, CompareCell] = {}
     made: set[Path] = set()
     held: dict[str, tuple[CompareConfig, CompareModels]] = {}
-    for part, own in parts:
+    for part, own in _parts(config):
         of_part = own, CompareModels(own, fresh, folder_name, made)
         for cell in cells(own, part):
             todo.setdefault(cell.key, cell)
@@ -103,7 +106,18 @@ def run_compare(
         return hashes_of(cell.settings["model"], cell.settings.get("data"), columns)
 
     groups = [[cell] for cell in todo.values()]
-    run_cells(groups, results, measure, _note, fresh=fresh, say=say, announce=True, hashed=hashed)
+    run_cells(
+        groups, results, measure, _note, fresh=fresh, say=say, announce=True, only=only, retry=retry, hashed=hashed
+    )
+
+
+def all_cells(config: CompareConfig | Sequence[tuple[str, CompareConfig]]) -> list[CompareCell]:
+    """Every cell of a comparison, or of a suite's parts, which may share some."""
+    return [cell for part, own in _parts(config) for cell in cells(own, part)]
+
+
+def _parts(config: CompareConfig | Sequence[tuple[str, CompareConfig]]) -> Sequence[tuple[str | None, CompareConfig]]:
+    return [(None, config)] if isinstance(config, CompareConfig) else config
 
 
 def _quiet_loading() -> None:

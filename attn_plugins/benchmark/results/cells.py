@@ -4,7 +4,7 @@ A cell is what is measured at a time. It has ``settings``, all that its result d
 ``labels``, which people read and no key depends on. Cells of a group share rounds of timing.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import datetime, timezone
 from typing import Any, Protocol, TypeVar
 
@@ -33,6 +33,8 @@ def run_cells(
     fresh: bool,
     say: Callable[[str], None],
     announce: bool = False,
+    only: Collection[str] | None = None,
+    retry: bool = True,
     hashed: Callable[[C], dict[str, str]] | None = None,
 ) -> None:
     """Measure the cells that have no result of these versions yet, and append each outcome as it is there.
@@ -44,19 +46,22 @@ def run_cells(
         fresh: measure all cells, whatever has been written before.
         say: gets a line of progress at a time.
         announce: name a cell before it is measured, where that takes minutes.
+        only: keys of the cells that are run here; None for all.
+        retry: run cells again that failed with these versions.
         hashed: cell -> hashes of what stands behind the names in its settings.
 
     Raises:
         ValueError: another run is measuring into the same file.
     """
-    groups = list(groups)
+    groups = [[cell for cell in group if only is None or cell.key in only] for group in groups]
     cells = [cell for group in groups for cell in group]
     numbered = {cell.key: f"[{number}/{len(cells)}] {cell}" for number, cell in enumerate(cells, 1)}
     with results.lock():
-        for line in [] if fresh else results.resume_summary(cell.key for cell in cells):
+        for line in [] if fresh else results.resume_summary([cell.key for cell in cells], retry=retry):
             say(line)
         for group in groups:
             todo = [cell for cell in group if fresh or not results.done(cell.key)]
+            todo = [cell for cell in todo if fresh or retry or not results.failed(cell.key)]
             if announce:
                 for cell in todo:
                     say(numbered[cell.key])

@@ -58,6 +58,11 @@ FIELDS = {
 }
 """Every field, in the order of a line."""
 
+LABELS = ("part", "model", "attention", "measure", "label")
+"""Fields that say for people which cell it is, beside the seed."""
+PLACE = ("what", "scope", "length", "which", "context")
+"""Settings that tell cells of the same labels apart."""
+
 _QUALITY = {
     "metric": "name of the figure that stands for the others",
     "better": "lower or higher",

@@ -106,6 +106,20 @@ class Results:
             file.flush()
             os.fsync(file.fileno())
 
+    def rewrite(self, records: Iterable[dict[str, Any]]) -> None:
+        """Put these records in the place of all that the file holds, whole or not at all.
+
+        Raises:
+            ValueError: a run is measuring into the file, or nothing can be written there.
+        """
+        kept = {record["key"]: record for record in records}
+        lines = (json.dumps({**record, CHECK: _check(record)}, ensure_ascii=False) for record in kept.values())
+        with self.lock():
+            partial = self._beside("partial")
+            partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            partial.replace(self.path)
+        self.records = kept
+
     def _beside(self, what: str) -> Path:
         return self.path.with_name(f"{self.path.name}.{what}")
 
@@ -118,6 +132,11 @@ class Results:
         """Whether a cell has a result that counts. One that failed, or is of other versions, is to be run again."""
         return self.current(key) is not None
 
+    def failed(self, key: str) -> bool:
+        """Whether a cell failed with the versions that are at work now."""
+        record = self.records.get(key, {})
+        return record.get("status") == "error" and record.get("versions") == versions()
+
     def stale(self, keys: Iterable[str]) -> list[str]:
         """Of the cells ``keys``, those that have a result of other versions."""
         return [
@@ -126,13 +145,17 @@ class Results:
             if key in self.records and self.records[key]["status"] == "ok" and self.current(key) is None
         ]
 
-    def resume_summary(self, keys: Iterable[str]) -> list[str]:
-        """What a run has to say before it starts: how many of its cells are there, and how many are stale."""
+    def resume_summary(self, keys: Iterable[str], *, retry: bool = True) -> list[str]:
+        """What a run has to say before it starts: how many of its cells are there, how many failed, or are stale."""
         keys = list(keys)
         done, stale = sum(map(self.done, keys)), self.stale(keys)
         lines = []
         if done:
             lines.append(f"{done} of {len(keys)} cells are in {self.path} already (--fresh measures them again)")
+        failed = sum(map(self.failed, keys))
+        if failed:
+            again = "they are run again (--no-retry leaves them)" if retry else "they are left so (--no-retry)"
+            lines.append(f"{failed} of {len(keys)} cells in {self.path} failed; {again}")
         if stale:
             made = "; ".join(dict.fromkeys(spelled(self.records[key].get("versions", {})) for key in stale))
             lines.append(
@@ -141,12 +164,15 @@ class Results:
             )
         return lines
 
+    def measured_with(self, keys: Iterable[str]) -> list[str]:
+        """A line for each set of versions that the results of these cells were measured with."""
+        made = sorted({spelled(self.records[key].get("versions", {})) for key in keys if key in self.records})
+        return [f"- Measured with {one}" for one in made]
+
     def provenance(self, keys: Iterable[str]) -> list[str]:
         """Lines for a report: what the results of its cells were measured with, and which are not of these versions."""
         keys = [key for key in keys if key in self.records]
-        made = sorted({spelled(self.records[key].get("versions", {})) for key in keys})
-        lines = [f"- Measured with {one}" for one in made]
-        stale = self.stale(keys)
+        lines, stale = self.measured_with(keys), self.stale(keys)
         if stale:
             lines.append(
                 f"- Stale: {len(stale)} of {len(keys)} cells were not measured with {spelled(versions())}, which wrote "
