@@ -28,7 +28,7 @@ ROOMS = {
     "inspection": {"core", "hf", "inspection", "ops", "transfer"},
     "export": {"config", "core", "export", "hf", "ops", "training"},
     "serving": {"config", "core", "hf", "serving", "training"},
-    "benchmark": {"benchmark", "choice", "config", "core", "data", "hf", "tasks", "training", "transfer"},
+    "benchmark": {"benchmark", "choice", "config", "core", "data", "export", "hf", "tasks", "training", "transfer"},
     "launcher": set(),
     "cli": {
         *{"benchmark", "choice", "cli", "config", "core", "data", "export", "hf", "launcher", "tasks", "training"},

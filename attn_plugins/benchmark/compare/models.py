@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attn_plugins.benchmark.contenders import CONTENDER, contender_in, spelled_contender
 from attn_plugins.benchmark.results.store import hash_of
 from attn_plugins.choice.run import ChooseConfig, choose
 from attn_plugins.config.versions import versions
@@ -41,6 +42,8 @@ def spelled_out(value: Any, data: DataConfig | None) -> Any:
     Raises:
         ValueError: they are wrong as far as that shows without a model.
     """
+    if isinstance(value, dict) and CONTENDER in value:
+        return spelled_contender(value)
     if not isinstance(value, dict) or CHOOSE not in value:
         read = read_attention(value)
         return read if read in (None, AS_SAVED) else [rule.to_dict() for rule in parse_rules(read)]
@@ -63,11 +66,16 @@ def refuse_keys(settings: dict[str, Any], wrong: tuple[str, ...], where: str) ->
         raise ValueError(f"{where}.{taken[0]} is set for the whole comparison; take it out of {where}")
 
 
+def chosen(rules: Any) -> bool:
+    """Whether what ``spelled_out`` gave is rules that are yet to be chosen."""
+    return isinstance(rules, dict) and CHOOSE in rules
+
+
 def learns(rules: Any) -> bool:
     """Whether what ``spelled_out`` gave brings weights that a transfer could teach."""
-    if isinstance(rules, dict):
+    if chosen(rules):
         return learns(rules[CHOOSE]["attention"])
-    if rules in (None, AS_SAVED):
+    if rules in (None, AS_SAVED) or isinstance(rules, dict):
         return False
     with torch.device("meta"):
         slots = [rule.attention(rule.config, HEADS) for rule in parse_rules(rules)]
@@ -108,9 +116,15 @@ class CompareModels:
                     del self.loaded[other]
             gc.collect()
             rules = self.rules(dataclasses.replace(cell, attention=attention, seed=seed))
-            kind, dtype = self.config.task.model, self.config.dtype
-            self.loaded[key] = place(load(source, attention=rules, kind=kind, dtype=dtype, seed=seed))
+            self.loaded[key] = self._load(source, rules, seed)
         return self.loaded[key]
+
+    def _load(self, source: str, rules: Any, seed: int) -> Loaded:
+        contender = contender_in(rules)
+        swapped = None if contender else rules
+        kind, dtype = self.config.task.model, self.config.dtype
+        loaded = place(load(source, attention=swapped, kind=kind, dtype=dtype, seed=seed))
+        return dataclasses.replace(loaded, model=contender.ready(loaded.model)) if contender else loaded
 
     def drop(self) -> None:
         self.loaded.clear()
@@ -121,7 +135,7 @@ class CompareModels:
     def rules(self, cell: "CompareCell") -> Any:
         """Rules of the cell's attention, chosen where its settings say so: once, and found again by a later run."""
         rules = self.config.attentions[cell.attention]
-        if not isinstance(rules, dict):
+        if not chosen(rules):
             return rules
         source, dtype = cell.settings["model"], self.config.dtype
         settings = {name: value for name, value in rules[CHOOSE].items() if name != "data"}
@@ -144,6 +158,17 @@ class CompareModels:
         if metrics is None:
             _, metrics = prepare_transfer(settings, resume=True).run()
         return str(folder), metrics
+
+    def written(self, cell: "CompareCell") -> str:
+        """Folder of what the cell's contender makes of its model, as a checkpoint that a fine-tune starts from."""
+        self.drop()
+        settings = {name: cell.settings[name] for name in ("model", "rules", "dtype")}
+        folder = self._folder("contenders", cell, hash_of({"seed": cell.seed, **settings, "versions": versions()}))
+        if not (folder / "config.json").exists():
+            made: Any = self._load(settings["model"], settings["rules"], cell.seed)
+            made.processing.save_pretrained(folder)
+            made.model.save_pretrained(folder)
+        return str(folder)
 
     def _folder(self, what: str, cell: "CompareCell", key: str) -> Path:
         """Where something of the cell's model is kept; empty where all is to be made anew and this was not yet."""

@@ -8,7 +8,9 @@ from typing import Any
 from attn_plugins.benchmark.compare.cells import CompareCell, cells
 from attn_plugins.benchmark.compare.config import CompareConfig, file_stem
 from attn_plugins.benchmark.compare.cost_table import cache_cell, cost_tables
+from attn_plugins.benchmark.compare.models import chosen
 from attn_plugins.benchmark.compare.recall_plot import Line, draw_recall, other_columns, other_value, recalled
+from attn_plugins.benchmark.contenders import LEFT_OUT
 from attn_plugins.benchmark.results.statistics import LEVEL, difference, spelled, summary
 from attn_plugins.benchmark.results.store import Results
 from attn_plugins.benchmark.results.tables import Table, brief_number, duration, frame
@@ -67,8 +69,16 @@ class CompareResults:
     @property
     def errors(self) -> list[tuple[CompareCell, str]]:
         """The cells that failed, with their messages."""
+        return self._without("error")
+
+    @property
+    def left_out(self) -> list[tuple[CompareCell, str]]:
+        """The cells that a contender leaves out, with its reasons."""
+        return self._without(LEFT_OUT)
+
+    def _without(self, status: str) -> list[tuple[CompareCell, str]]:
         found = [(cell, self.record[cell.key]) for cell in self.cells if cell.key in self.record]
-        return [(cell, record["error"]) for cell, record in found if record["status"] == "error"]
+        return [(cell, record["error"]) for cell, record in found if record["status"] == status]
 
     @property
     def unfinished(self) -> int:
@@ -109,18 +119,26 @@ def tables(found: CompareResults) -> list[Table]:
         for scope in passes.lengths if passes else ():
             shown.append(_pass_table(found, measure, title, scope))
     shown += cost_tables(found)
-    if found.errors:
-        table = Table(
-            "Errors", "These cells failed; the next run tries them again (--no-retry leaves them).", ["cells", "error"]
-        )
-        by_error: dict[tuple[str, str, str], list[CompareCell]] = {}
-        for cell, error in found.errors:
-            by_error.setdefault((cell.model, cell.attention, error), []).append(cell)
-        for (_, _, error), failed in by_error.items():
-            others = f" and {len(failed) - 1} more of {failed[0].attention}" if len(failed) > 1 else ""
-            table.rows.append([f"{failed[0]}{others}", error])
-        shown.append(table)
+    again = "These cells failed; the next run tries them again (--no-retry leaves them)."
+    why = "What a contender cannot do here, or would only seem to do; the next run asks again."
+    for title, note, column, without in (
+        ("Left out", why, "reason", found.left_out),
+        ("Errors", again, "error", found.errors),
+    ):
+        if without:
+            shown.append(_reasons(Table(title, note, ["cells", column]), without))
     return shown
+
+
+def _reasons(table: Table, without: list[tuple[CompareCell, str]]) -> Table:
+    """A row for the cells of a model and an attention that have no result for the same reason."""
+    by_reason: dict[tuple[str, str, str], list[CompareCell]] = {}
+    for cell, reason in without:
+        by_reason.setdefault((cell.model, cell.attention, reason), []).append(cell)
+    for (_, _, reason), its in by_reason.items():
+        others = f" and {len(its) - 1} more of {its[0].attention}" if len(its) > 1 else ""
+        table.rows.append([f"{its[0]}{others}", reason])
+    return table
 
 
 def _quality(found: CompareResults) -> Table:
@@ -376,9 +394,9 @@ def facts(found: CompareResults) -> list[str]:
     lines = [f"- Model {label}: {source}" for label, source in config.models.items()]
     for label, rules in config.attentions.items():
         lines.append(f"- Attention {label}: {_rules(rules)}")
-        for model in config.models if isinstance(rules, dict) else ():
-            chosen = [record["result"]["rules"] for record in _ok(found.of(model, label, "evaluate"))]
-            lines += [f"- Chosen for {label} of {model}: {_rules(one)}" for one in chosen]
+        for model in config.models if chosen(rules) else ():
+            took = [record["result"]["rules"] for record in _ok(found.of(model, label, "evaluate"))]
+            lines += [f"- Chosen for {label} of {model}: {_rules(one)}" for one in took]
     if config.data is not None:
         set_fields = {k: v for k, v in dataclasses.asdict(config.data).items() if v is not None}
         lines.append(f"- Data: {_inline(set_fields)}")
@@ -397,6 +415,8 @@ def facts(found: CompareResults) -> list[str]:
 def _rules(rules: Any) -> str:
     if rules is None or isinstance(rules, str):
         return "the model's own" if rules is None else rules
+    if isinstance(rules, dict) and not chosen(rules):
+        return _inline(rules)
     if isinstance(rules, dict):
         ((name, settings),) = rules.items()
         return (
@@ -416,7 +436,7 @@ def _ok(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _why(records: list[dict[str, Any]]) -> str:
-    return "error" if records else "not run"
+    return records[0]["status"] if records else "not run"
 
 
 def _with_model(config: CompareConfig, header: list[str]) -> list[str]:

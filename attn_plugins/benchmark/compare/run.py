@@ -14,7 +14,8 @@ from attn_plugins.benchmark.compare import cost
 from attn_plugins.benchmark.compare.cells import CompareCell, cells
 from attn_plugins.benchmark.compare.config import CompareConfig, file_stem, finetune_config
 from attn_plugins.benchmark.compare.cost_table import cost_note
-from attn_plugins.benchmark.compare.models import CompareModels
+from attn_plugins.benchmark.compare.models import CompareModels, chosen
+from attn_plugins.benchmark.contenders import LEFT_OUT, LeftOutError, contender_in
 from attn_plugins.benchmark.cost import timing
 from attn_plugins.benchmark.cost.timing import Scope
 from attn_plugins.benchmark.results.cells import described, run_cells
@@ -62,7 +63,8 @@ def run_compare(
 ) -> None:
     """Run all cells that have no result of these versions yet, and add theirs to ``results``.
 
-    A cell that fails is recorded with its error, and the others go on.
+    A cell that fails is recorded with its error, and the others go on; so is, with the reason, one that a contender
+    leaves out.
 
     Args:
         config: a comparison, or those of a suite with the names of the parts that they are. A cell of several parts is
@@ -93,7 +95,13 @@ def run_compare(
         started = time.perf_counter()
         outcome: dict[str, Any]
         try:
+            contender = contender_in(cell.settings["rules"])
+            if contender is not None:
+                contender.refuse(cell.settings.get("what", cell.measure))
             outcome = {"status": "ok", "result": _MEASURES[cell.measure](config, cell, models)}
+        except LeftOutError as reason:
+            outcome = {"status": LEFT_OUT, "error": str(reason)}
+            models.drop()
         except Exception as error:  # what one attention cannot do must not end the others
             outcome = {"status": "error", "error": described(error), "traceback": traceback.format_exc()}
             models.drop()
@@ -131,7 +139,7 @@ def _quiet_loading() -> None:
 
 def _evaluate(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
     found = _evaluated(config, cell, models.get(cell, cell.attention, cell.seed))
-    return found | ({"rules": models.rules(cell)} if isinstance(cell.settings["rules"], dict) else {})
+    return found | ({"rules": models.rules(cell)} if chosen(cell.settings["rules"]) else {})
 
 
 def _evaluated(config: CompareConfig, cell: CompareCell, loaded: Loaded) -> dict[str, Any]:
@@ -171,6 +179,8 @@ def _finetune(config: CompareConfig, cell: CompareCell, models: CompareModels) -
     source, rules = cell.settings["model"], models.rules(cell)
     if "transfer" in cell.settings:
         (source, _), rules = models.transferred(cell), AS_SAVED
+    elif contender_in(rules) is not None:
+        source, rules = models.written(cell), AS_SAVED
     settings = finetune_config(config, source, rules, cell.seed, str(folder))
     metrics = finished(settings)
     if metrics is None:

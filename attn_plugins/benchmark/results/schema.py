@@ -28,9 +28,9 @@ FIELDS = {
     "part": Field(kind=str, meaning="name of the comparison in a suite"),
     "label": Field(kind=str, meaning="of `bench`: label of the attention"),
     "family": Field(kind=str, meaning="of `bench`: family of the attention"),
-    "status": Field(kind=str, relied_on=True, meaning="ok, or error"),
+    "status": Field(kind=str, relied_on=True, meaning="ok, error, or left out: what a contender cannot do"),
     "result": Field(kind=dict, relied_on=True, meaning="where it is ok: the figures, see the second table"),
-    "error": Field(kind=str, relied_on=True, meaning="where it failed: why, in one line"),
+    "error": Field(kind=str, relied_on=True, meaning="where it failed or was left out: why, in one line"),
     "traceback": Field(kind=str, meaning="where it failed: where in the code"),
     "seconds": Field(kind=float, meaning="the cell took, with loading"),
     "finished": Field(
