@@ -30,6 +30,10 @@ def compare(
         list[str] | None,
         typer.Option("--attn", "-a", help="Instead of the file's attentions: a name or YAML. Repeatable."),
     ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option("--preset", help="Attentions of the same bytes: equal_budget, or a YAML file of a preset."),
+    ] = None,
     output_dir: OutputDir = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Run cells again that have a result already.")] = False,
     only: Annotated[
@@ -60,7 +64,7 @@ def compare(
 
         models = labelled(model) if model else None
         attentions = attention_flags(attn) if attn else None
-        asked = _asked(config, suite, models, attentions, output_dir, assignments)
+        asked = _asked(config, suite, models, attentions, preset, output_dir, assignments)
         parts = asked.parts if isinstance(asked, Suite) else asked
         results = prepare_compare(*(own for _, own in parts) if isinstance(parts, list) else (parts,))
         here = chosen(all_cells(parts), only or (), shard)
@@ -88,6 +92,7 @@ def _asked(
     suite: str | None,
     models: dict[str, str] | None,
     attentions: dict[str, Any] | None,
+    preset: str | None,
     output_dir: str | None,
     assignments: list[str] | None,
 ) -> Any:
@@ -99,10 +104,15 @@ def _asked(
         if config is not None:
             raise ValueError("--suite and --config are both given; allowed: one of them")
         given = [] if output_dir is None else [f"output_dir={json.dumps(output_dir)}"]
-        return read_suite(override(suite_tree(suite), [*given, *(assignments or [])]), models, attentions)
+        return read_suite(override(suite_tree(suite), [*given, *(assignments or [])]), models, attentions, preset)
     tree = settings(config, {"output_dir": output_dir}, None)
     if models is not None:
         tree["models"] = models
+    if preset is not None:  # whose rows are another model's for another model
+        name = "comparison" if config is None else config.stem
+        tree = override(tree, assignments or [])
+        whole = {"name": name, "parts": {name: tree}, "output_dir": tree.get("output_dir") or f"runs/{name}"}
+        return read_suite(whole, models, attentions, preset)
     if attentions is not None:
         tree = with_attentions(tree, attentions)
     return build(CompareConfig, override(tree, assignments or []))

@@ -4,12 +4,15 @@ import json
 
 import pytest
 import yaml
+from transformers import T5Config
 from typer.testing import CliRunner
 
+from attn_plugins.benchmark.compare import run as compare
 from attn_plugins.benchmark.compare.cells import cells
 from attn_plugins.benchmark.compare.config import CompareConfig
 from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
 from attn_plugins.benchmark.suites.config import labelled, read_suite, suite_tree
+from attn_plugins.benchmark.suites.kinds import unfit
 from attn_plugins.benchmark.suites.report import write_suite_report
 from attn_plugins.cli import app
 from attn_plugins.config.shipped import CONFIGS, shipped_names
@@ -169,9 +172,33 @@ def test_parts_are_for_models_of_their_kind(llama, bert, text, tmp_path):
         "cost": ["bert", "llama"],
     }
     assert asked.left_out == [
-        ("words", "bert", "is no decoder: its attention is that of encoder"),
-        ("masked", "llama", "is of type llama, of which transformers has no masked-lm model"),
+        ("words", "bert", "it is no decoder: its attention is that of encoder"),
+        ("masked", "llama", "it is of type llama, of which transformers has no masked-lm model"),
     ]
+
+
+def test_a_model_with_more_roles_is_of_another_kind(tmp_path):
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+    T5Config(**sizes, architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)
+    assert unfit(str(tmp_path), "text-to-text", None) is None
+    assert unfit(str(tmp_path), "text-to-text", "encoder-decoder") is None
+    why = unfit(str(tmp_path), "text-to-text", "decoder")
+    assert why == "it is no decoder: its attention is that of cross, decoder, encoder"
+
+
+def test_models_of_a_part_that_is_over_are_let_go(llama, text, tmp_path, monkeypatch):
+    seen = []
+
+    def measure(config, cell, models):
+        assert not any(other.loaded for other in seen if other is not models)
+        seen.append(models)
+        models.loaded["a model", "", 0] = None
+        return {"metric": "perplexity", "better": "lower", "value": 1.0, "figures": {}, "attention": {"new_params": 0}}
+
+    monkeypatch.setitem(compare._MEASURES, "evaluate", measure)
+    results, _ = run(suite(tmp_path, settings(text), "parts.cost=null", models={"tiny": llama}))
+    assert {line["status"] for line in lines(results)} == {"ok"}
+    assert len({id(models) for models in seen}) == 2
 
 
 @pytest.mark.parametrize(
@@ -191,7 +218,7 @@ def test_parts_are_for_models_of_their_kind(llama, bert, text, tmp_path):
         ({"parts": {"a": None}}, r"suite 'mine' has no part for these models \(it has none at all\)"),
         (
             {"parts": {"a": {"for": "encoder"}}},
-            r"suite 'mine' has no part for these models \(a: tiny is no encoder: its attention is that of decoder\)",
+            r"suite 'mine' has no part for these models \(a, tiny: it is no encoder: its attention is that of dec",
         ),
     ],
 )

@@ -1,9 +1,11 @@
 """Every file under configs/ is what it says: loaded and validated as the command would."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from attn_plugins.benchmark.compare.cells import cells
 from attn_plugins.benchmark.compare.config import CompareConfig
@@ -12,16 +14,20 @@ from attn_plugins.benchmark.cost.kernels import BenchConfig, contenders
 from attn_plugins.benchmark.pages.attention_page import OWN
 from attn_plugins.benchmark.pages.task_tables import FIGURES
 from attn_plugins.benchmark.suites import config as suites
+from attn_plugins.benchmark.suites import presets
 from attn_plugins.config.yaml import read_yaml
+from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.core.rules import parse_rules
+from attn_plugins.data.sources import DataConfig
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.models import DEMO, read_attention
 from attn_plugins.transfer.recipe import RecipeConfig
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
+SIZES = LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
 
 
 def files(folder):
@@ -31,7 +37,7 @@ def files(folder):
 
 
 def test_every_file_is_of_a_kind_that_a_test_here_loads():
-    kinds = {"attention", "train", "transfer", "compare", "tasks", "accelerate", "bench", "suites"}
+    kinds = {"attention", "train", "transfer", "compare", "tasks", "accelerate", "bench", "suites", "presets"}
     stray = [
         path
         for path in CONFIGS.rglob("*")
@@ -83,12 +89,39 @@ def test_compare_tasks(path, monkeypatch):
 def test_suites(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(suites, "unfit", lambda *model: None)  # no model is here
+    monkeypatch.setattr(presets, "config_of", lambda source: SIZES)
     asked = suites.read_suite(suites.suite_tree(path.stem))
     assert asked.output_dir == f"runs/suites/{path.stem}"
     assert asked.description
     names = [part for part, _ in asked.parts]
     assert names == list(read_yaml(path)["parts"])
     assert all(cells(config, part) for part, config in asked.parts)
+
+
+@files("presets")
+def test_presets(path, monkeypatch):
+    monkeypatch.setattr(presets, "config_of", lambda source: SIZES)
+    preset = presets.read_preset(path.stem)
+    assert preset.description
+    rows = presets.rows_for(preset, "model", "float32", DataConfig(source="text"))
+    assert len(rows.attentions) == len(preset.once) + len(preset.budgets) * len(preset.each)
+    assert rows.left_out == {}
+    assert rows.baseline in rows.attentions
+
+
+@pytest.mark.of_the_registry
+def test_every_attention_whose_cache_is_bounded_has_a_row_at_equal_budget():
+    preset = presets.read_preset("equal_budget")
+    served = set(re.findall(r"'type': '(\w+)'", str([preset.once, preset.each]))) | {
+        *filter(None, map(str, preset.once.values()))
+    }
+    heads = HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, hidden_size=32, layer=0)
+    for name in list_attentions():
+        attention = get_attention(name)
+        if not attention.causal or not attention.__module__.startswith(OWN):
+            continue
+        state = attention(attention.Config(), heads).new_state()
+        assert state is None or state.grows or name in served | {"longformer"}, name  # whose causal pattern is local's
 
 
 @pytest.mark.of_the_registry

@@ -31,7 +31,7 @@ def cache_cell(found: "CompareResults", model: str, attention: str, length: int)
     own = figures(found, model, attention, "cache", length)
     base = figures(found, model, found.config.baseline, "cache", length)
     if own is None:
-        return ""
+        return _missing(found, model, attention, "cache", length)
     return brief_number(own["bytes"] / 2**20) + (f" ({own['bytes'] / base['bytes']:.3f})" if base else "")
 
 

@@ -7,14 +7,15 @@ from typing import Any
 
 from attn_plugins.benchmark.compare.config import CompareConfig
 from attn_plugins.benchmark.suites.kinds import FOR, unfit
+from attn_plugins.benchmark.suites.presets import read_preset, rows_for
 from attn_plugins.config.shipped import named
 from attn_plugins.config.yaml import parse_yaml, read_yaml, read_yaml_file
 from attn_plugins.core.options import build, check_keys, did_you_mean
 
-CONTENDERS = ("attentions", "baseline", "bar")
+CONTENDERS = ("attentions", "preset", "baseline", "bar")
 """Settings that go together: who brings attentions of its own brings the labels of these too."""
 OF_A_SUITE = ("description", "models", "shared", "parts", "output_dir")
-OF_A_PART = ("file", "for")
+OF_A_PART = ("file", "for", "preset")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class Suite:
     parts: list[tuple[str, CompareConfig]] = field(default_factory=list)
     """Name of each part and its comparison; a name comes again where models differ in what they are compared with."""
     left_out: list[tuple[str, str, str]] = field(default_factory=list)
-    """(part, label of a model, why it is left out)."""
+    """(part, label of a model, why it or one of its rows is left out)."""
 
 
 def suite_tree(name: str) -> dict[str, Any]:
@@ -49,14 +50,18 @@ def suite_tree(name: str) -> dict[str, Any]:
 
 
 def read_suite(
-    tree: Mapping[str, Any], models: Mapping[str, str] | None = None, attentions: Mapping[str, Any] | None = None
+    tree: Mapping[str, Any],
+    models: Mapping[str, str] | None = None,
+    attentions: Mapping[str, Any] | None = None,
+    preset: str | None = None,
 ) -> Suite:
     """The suite that settings say, with the models that each part is for.
 
     Args:
         tree: as :func:`suite_tree` gives it; parts that are null are left out.
         models: label -> source, in place of those that the settings name.
-        attentions: label -> rules, in place of those that the settings name.
+        attentions: label -> rules, in place of those that the settings name, or beside those of ``preset``.
+        preset: name of one, in place of the attentions that the settings name.
 
     Raises:
         ValueError: a setting is wrong, or no part is for any of the models.
@@ -72,19 +77,30 @@ def read_suite(
         if asked is not None and asked not in FOR:
             raise ValueError(f"{where}.for={asked!r}{did_you_mean(asked, FOR)}; allowed: {', '.join(FOR)}")
         settings["output_dir"] = found.output_dir
-        if attentions is not None:
+        if preset is not None:
+            settings["preset"] = preset
+        elif attentions is not None:
             settings = with_attentions(settings, attentions)
+        asked_preset = settings.pop("preset", None)
         settings["models"] = models or settings.get("models") or tree.get("models") or {}
         if not settings["models"]:
             raise ValueError(f"{where} names no models; give them: --model NAME, or --model LABEL=NAME")
-        config = _built(settings, where)
+        config = _built(with_attentions(settings, {}), where)
         reasons = {label: unfit(source, config.task.model, asked) for label, source in config.models.items()}
         found.left_out.extend((part, label, why) for label, why in reasons.items() if why is not None)
         fitting = {label: source for label, source in config.models.items() if reasons[label] is None}
-        if fitting:
-            found.parts.append((part, _built({**settings, "models": fitting}, where)))
+        if asked_preset is None:
+            found.parts.extend([(part, _built({**settings, "models": fitting}, where))] if fitting else [])
+            continue
+        chosen = read_preset(asked_preset)
+        for label, source in fitting.items():
+            rows = rows_for(chosen, source, config.dtype, config.data)
+            found.left_out.extend((part, label, f"{row}: {why}") for row, why in rows.left_out.items())
+            own = {**settings, "models": {label: source}, **rows.settings}
+            own["attentions"] = {**own["attentions"], **((attentions or {}) if preset is not None else {})}
+            found.parts.append((part, _built(own, where)))
     if not found.parts:
-        told = "; ".join(f"{part}: {label} {why}" for part, label, why in found.left_out)
+        told = "; ".join(f"{part}, {label}: {why}" for part, label, why in found.left_out)
         raise ValueError(f"suite {found.name!r} has no part for these models ({told or 'it has none at all'})")
     return found
 
@@ -96,7 +112,7 @@ def _part(own: dict[str, Any], shared: dict[str, Any], where: str) -> dict[str, 
         read = read_yaml_file(own["file"], f"{where} ")
         from_file = _mapping(read, f"{where}.file={own['file']!r}")
     inner = {**from_file, **own}
-    if "attentions" in inner:
+    if "attentions" in inner or "preset" in inner:
         shared = {key: value for key, value in shared.items() if key not in CONTENDERS}
     settings = {**shared, **inner}
     settings.pop("file", None)
@@ -119,7 +135,7 @@ def with_attentions(settings: Mapping[str, Any], attentions: Mapping[str, Any]) 
     """Settings of a comparison with other attentions, and no word of those that are not among them."""
     baseline = settings.get("baseline", "dense")
     attentions = attentions if baseline in attentions else {baseline: None, **attentions}
-    kept = {key: value for key, value in settings.items() if key not in ("bar", "transfer_of")}
+    kept = {key: value for key, value in settings.items() if key not in ("preset", "bar", "transfer_of")}
     if settings.get("bar") in attentions:
         kept["bar"] = settings["bar"]
     return {**kept, "attentions": dict(attentions)}

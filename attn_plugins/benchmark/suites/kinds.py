@@ -16,6 +16,20 @@ FOR = {
 """What a part may say that it is for -> roles of the attention in such a model."""
 
 
+def config_of(source: Any) -> Any:
+    """The config of a model, as transformers reads it.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    folder = resolve(source)
+    adapter = read_adapter(folder)
+    try:
+        return AutoConfig.from_pretrained(folder if adapter is None else resolve(adapter["base"]))
+    except OSError as error:
+        raise ValueError(f"model {source!r} could not be loaded: {str(error).splitlines()[0]}") from error
+
+
 def unfit(source: Any, kind: str, asked: str | None) -> str | None:
     """Why a model is none that a part is for, or None where it is one.
 
@@ -30,17 +44,12 @@ def unfit(source: Any, kind: str, asked: str | None) -> str | None:
     if KINDS[kind].library == "transformers":
         import transformers
 
-        folder = resolve(source)
-        adapter = read_adapter(folder)
-        try:
-            config = AutoConfig.from_pretrained(folder if adapter is None else resolve(adapter["base"]))
-        except OSError as error:
-            raise ValueError(f"model {source!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        config = config_of(source)
         autos = [getattr(transformers, name) for name in KINDS[kind].auto]
         if not hasattr(config, "auto_map") and not any(type(config) in auto._model_mapping for auto in autos):
-            return f"is of type {config.model_type}, of which transformers has no {kind} model"
+            return f"it is of type {config.model_type}, of which transformers has no {kind} model"
     if asked is not None:
         roles: set[str] = {target.role for target in discovery.targets(skeleton(source))}  # type: ignore[arg-type]
         if roles != FOR[asked]:
-            return f"is no {asked}: its attention is that of {', '.join(sorted(roles)) or 'no role'}"
+            return f"it is no {asked}: its attention is that of {', '.join(sorted(roles)) or 'no role'}"
     return None

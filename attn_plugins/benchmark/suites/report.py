@@ -25,8 +25,9 @@ def write_suite_report(suite: Suite, results: Results) -> tuple[list[Table], lis
     shown = [summary]
     lines = [f"# Suite {suite.name}", "", suite.description.strip(), "", summary.markdown(), ""]
     if suite.left_out:
-        left = Table("Left out", "Parts that are not for a model.", ["part", "model", "why"])
-        left.rows = [[part, label, f"it {why}"] for part, label, why in suite.left_out]
+        note = "Parts that are not for a model, and rows of a preset that its sizes do not allow."
+        left = Table("Left out", note, ["part", "model", "why"])
+        left.rows = [list(row) for row in suite.left_out]
         shown.append(left)
         lines += [left.markdown(), ""]
     plots: list[Path] = []
