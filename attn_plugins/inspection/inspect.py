@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -154,18 +154,17 @@ def inspect_attention(
             found.append(_weighed(one, target, inputs, heads, queries, **sizes))
 
     watch = swapped_attention if through == "swapped" else own_attention
-    slots = {path: slot for path in chosen if (slot := slot_of(inner.get_submodule(path))) is not None}
-    with _evaluating(inner), watch(inner, see):
-        run_body(inner, slots, inputs)
+    with evaluating(inner), watch(inner, see):
+        run_body(inner, slots_at(inner, chosen), inputs)
     if not found:
         raise ValueError(f"none of the chosen modules was called by these inputs: {', '.join(chosen)}")
     return Inspection(found)
 
 
 def chosen_modules(
-    model: nn.Module, layers: Numbers = "all", roles: Sequence[str] = (), modules: str = "*"
+    model: nn.Module, layers: Numbers, roles: Sequence[str], modules: str = "*", *, swapped: bool = True
 ) -> dict[str, Target]:
-    """The modules with a slot that are asked for, by path.
+    """The modules that are asked for, by path: those with a slot, unless ``swapped`` is False.
 
     Raises:
         ValueError: none is, or a layer is out of range everywhere.
@@ -193,14 +192,22 @@ def chosen_modules(
         and target.role in roles
         and fnmatchcase(target.path, modules)
     }
-    swapped = {path: target for path, target in found.items() if slot_of(inner.get_submodule(path)) is not None}
     if not swapped:
+        return found
+    slots = slots_at(inner, found)
+    if not slots:
         those = f"layers={layers!r}, roles={list(roles)!r}, modules={modules!r}: {', '.join(found) or 'none'}"
         raise ValueError(
             f"no module of {type(inner).__name__} has a slot among those asked for ({those}); put an attention there, "
             "'softmax' for the model's own: swap_attention(model, 'softmax')"
         )
-    return swapped
+    return {path: found[path] for path in slots}
+
+
+def slots_at(model: nn.Module, paths: Iterable[str]) -> dict[str, Attention]:
+    """The attentions in the slots of the modules at these paths, by path; none of a module without one."""
+    found = {path: slot_of(model.get_submodule(path)) for path in paths}
+    return {path: slot for path, slot in found.items() if slot is not None}
 
 
 def weighing_of(one: Observed) -> Weighing:
@@ -236,8 +243,8 @@ def _weighed(
 ) -> LayerWeights:
     one, slot = at_least_float32(observed), observed.slot
     num_heads, length = one.query_BHQD.shape[1:3]
-    chosen_heads = _numbers(heads, num_heads, "heads", target.path)
-    chosen_queries = _positions(queries, length, target.path)
+    chosen_heads = numbers_in(heads, num_heads, "heads", target.path)
+    chosen_queries = positions_in(queries, length, target.path)
     weighing = weighing_of(one)
     out_BQHV = weighing.out_BQHV.detach()
     if slot.linear_in_values:
@@ -327,7 +334,8 @@ def _served_by(slot: Attention, num_heads: int) -> list[str]:
     return names
 
 
-def _numbers(value: Numbers, count: int, key: str, path: str) -> list[int]:
+def numbers_in(value: Numbers, count: int, key: str, path: str) -> list[int]:
+    """The heads of a module that are asked for; a ValueError where it has no such ones."""
     found: set[int] = set()
     for item in [value] if isinstance(value, (int, str)) else value:
         numbers = numbers_of(item, count)
@@ -337,7 +345,8 @@ def _numbers(value: Numbers, count: int, key: str, path: str) -> list[int]:
     return sorted(found)
 
 
-def _positions(queries: int | Sequence[int] | None, length: int, path: str) -> list[int]:
+def positions_in(queries: int | Sequence[int] | None, length: int, path: str) -> list[int]:
+    """The queries of a module that are asked for, from 0; a ValueError where it has no such ones."""
     if queries is None:
         return sorted(
             {round(x) for x in torch.linspace(0, length - 1, min(QUERIES, length), dtype=torch.float64).tolist()}
@@ -349,7 +358,7 @@ def _positions(queries: int | Sequence[int] | None, length: int, path: str) -> l
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model without dropout and without checkpoints of activations, for a while."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -29,6 +29,12 @@ class Weighing:
             leaf = value_BGKV.detach().clone().requires_grad_()
             return cls(attend(leaf), leaf)
 
+    def pulled(self, cotangent_BQHV: torch.Tensor) -> torch.Tensor:
+        """``sum_q w[q, k] cotangent[q]`` over queries and the heads that share a key/value head, (B, G, K, V)."""
+        cotangent_BQHV = cotangent_BQHV.to(self.out_BQHV.dtype)
+        (gradient,) = torch.autograd.grad(self.out_BQHV, self.value_BGKV, cotangent_BQHV, retain_graph=True)
+        return gradient
+
     def mixed(self, mix_BQHR: torch.Tensor) -> torch.Tensor:
         """Sums of rows over queries and the heads that share a key/value head, (B, G, R, K).
 
@@ -37,9 +43,8 @@ class Weighing:
         """
         sums, size = [], self.value_BGKV.shape[3]
         for some_BQHR in mix_BQHR.split(size, dim=3):
-            cotangent = torch.nn.functional.pad(some_BQHR, (0, size - some_BQHR.shape[3])).to(self.out_BQHV.dtype)
-            (gradient,) = torch.autograd.grad(self.out_BQHV, self.value_BGKV, cotangent, retain_graph=True)
-            sums.append(gradient[..., : some_BQHR.shape[3]].transpose(2, 3))
+            cotangent_BQHV = torch.nn.functional.pad(some_BQHR, (0, size - some_BQHR.shape[3]))
+            sums.append(self.pulled(cotangent_BQHV)[..., : some_BQHR.shape[3]].transpose(2, 3))
         return torch.cat(sums, dim=2)
 
     def rows(self, queries: Sequence[int], heads: Sequence[int]) -> torch.Tensor:
