@@ -34,6 +34,7 @@ VERBS = [
     "evaluate",
     "export",
     "finetune",
+    "inspect",
     "list",
     "recipe",
     "results",

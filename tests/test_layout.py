@@ -25,7 +25,7 @@ ROOMS = {
     "training": {"config", "core", "data", "hf", "tasks", "training"},
     "choice": {"choice", "config", "core", "data", "hf", "tasks", "training"},
     "transfer": {"choice", "config", "core", "data", "hf", "tasks", "training", "transfer"},
-    "inspection": {"core", "hf", "inspection", "ops", "transfer"},
+    "inspection": {"config", "core", "data", "hf", "inspection", "ops", "training", "transfer"},
     "export": {"config", "core", "export", "hf", "ops", "training"},
     "serving": {"config", "core", "hf", "serving", "training"},
     "benchmark": {"benchmark", "choice", "config", "core", "data", "export", "hf", "tasks", "training", "transfer"},

@@ -64,6 +64,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     there = {name for name in wheel.namelist() if ".dist-info/" not in name}
     configs = {f"attn_plugins/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert "attn_plugins/configs/suites/quick.yaml" in configs
+    here |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "attn_plugins").rglob("templates/*")}
     assert there == here | configs | {"attn_plugins/py.typed", "attn_plugins/backends/checked.json"}
 
 

@@ -77,6 +77,12 @@ def test_the_attention_of_the_guide_is_one(model_folder, clean_registry):
     torch.testing.assert_close(before, after)  # causal
 
 
+def test_the_guide_to_inspection_runs(model_folder):
+    names = python("docs/inspect.md", model_folder)
+    assert [layer.path for layer in names["found"].layers] == [f"model.layers.{n}.self_attn" for n in (0, 2)]
+    assert names["rolled"].weights_BqK.shape == names["rolled"].own_BqK.shape == (1, 1, 8)
+
+
 def test_the_guide_to_transfer_runs(model_folder):
     names = python("docs/transfer.md", model_folder)
     assert names["report"].after < names["report"].before
@@ -101,7 +107,7 @@ SKETCHES = {"docs/design.md"}
 
 def test_every_block_is_tested():
     run = {"README.md", "docs/python.md", "docs/own_attention.md", "docs/generation.md", "docs/transfer.md"}
-    run |= {"docs/scale.md"}
+    run |= {"docs/scale.md", "docs/inspect.md"}
     for page in PAGES:
         for block in blocks(page):
             assert block.language in ("python", "sh", "toml"), f"{page}: nothing tests {block.language!r}\n{block.text}"

@@ -8,6 +8,7 @@ import warnings
 
 from attn_plugins.cli import run, look, choose, transfer, train, search, recipe, export, serve, measure  # isort: skip
 from attn_plugins.cli import results  # isort: skip
+from attn_plugins.cli import inspect  # isort: skip
 from attn_plugins.cli.app import app
 
 # Nothing here brings torch or transformers: `list` and --help must be quick. Each verb imports what it needs.
@@ -16,6 +17,7 @@ __all__ = [
     "app",
     "choose",
     "export",
+    "inspect",
     "look",
     "main",
     "measure",

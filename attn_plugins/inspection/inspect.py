@@ -192,11 +192,14 @@ def chosen_modules(
         and target.role in roles
         and fnmatchcase(target.path, modules)
     }
+    if not found:
+        has = ", ".join(sorted({target.role for target in targets}))
+        raise ValueError(f"no module is in layers={layers!r}, roles={list(roles)!r}, modules={modules!r}; roles: {has}")
     if not swapped:
         return found
     slots = slots_at(inner, found)
     if not slots:
-        those = f"layers={layers!r}, roles={list(roles)!r}, modules={modules!r}: {', '.join(found) or 'none'}"
+        those = f"layers={layers!r}, roles={list(roles)!r}, modules={modules!r}: {', '.join(found)}"
         raise ValueError(
             f"no module of {type(inner).__name__} has a slot among those asked for ({those}); put an attention there, "
             "'softmax' for the model's own: swap_attention(model, 'softmax')"

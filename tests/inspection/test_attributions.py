@@ -111,5 +111,5 @@ def test_wrong_targets_and_roles_are_refused():
         attention_rollout(model, given, role="cross")
     with pytest.raises(ValueError, match=r"BaseModelOutputWithPast has no logits; give target as a function"):
         gradient_times_weights(ap.swap_attention(tiny.build("llama"), "local").model, given)
-    with pytest.raises(ValueError, match=r"has a slot among those asked for"):
+    with pytest.raises(ValueError, match=r"no module is in layers=.*; roles: decoder"):
         attention_rollout(model, given, role="encoder")

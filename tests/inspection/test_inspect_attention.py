@@ -204,7 +204,7 @@ def test_all_of_it_is_json():
         ({"layers": 7}, r"layers=7 has 7, and the model has layers 0 to 2"),
         ({"layers": "no"}, r"layers='no'; allowed: \"all\", 3"),
         ({"layers": 1}, r"no module of LlamaForCausalLM has a slot among those asked for .*model.layers.1.self_attn"),
-        ({"roles": ["cross"]}, r"has a slot among those asked for \(.*: none\); put an attention there"),
+        ({"roles": ["cross"]}, r"no module is in layers='all', roles=\['cross'\], modules='\*'; roles: decoder"),
         ({"heads": 4}, r"heads=4 has 4, and model.layers.0.self_attn has 4 heads; allowed"),
         ({"queries": [13]}, r"queries=\[13\], and model.layers.0.self_attn has 13 queries; allowed: -13 to 12"),
         ({"through": "both"}, r"through='both'; allowed: 'swapped', 'own'"),
