@@ -27,7 +27,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-peers test-oldest test-kernels test-architectures fuzz architectures demo bench bench-decode gpu-check docs try dist site clean
+.PHONY: help setup fix check test test-slow test-real test-peers test-browser test-oldest test-kernels test-architectures fuzz architectures demo bench bench-decode gpu-check docs try dist site clean
 .DELETE_ON_ERROR:
 
 help:
@@ -69,6 +69,10 @@ test-real: setup ## tests on real weights; fetches the demo's model
 test-peers: setup ## numbers beside published implementations; installs them into the environment
 	$(PIP_INSTALL) --quiet -e ".[dev,peers]"
 	$(PYTEST) -m peers
+
+test-browser: setup ## report.html in headless Chromium, which the machine has to have; installs playwright
+	$(PIP_INSTALL) --quiet -e ".[dev,browser]"
+	$(PYTEST) -m browser -n 0
 
 test-architectures: setup ## the flag on every model type of transformers: minutes
 	$(PYTEST) -m architectures

@@ -200,7 +200,7 @@ def test_compare_ends_by_naming_its_files_and_tells_failure_by_its_status(llama,
     ran = call("compare", "-c", tmp_path / "c.yaml")
     assert "[1/2] tiny · dense · evaluate · seed 0" in ran.stdout
     files = ran.stdout.split("files:\n")[1].split()
-    assert [Path(file).name for file in files] == ["results.jsonl", "report.md"]
+    assert [Path(file).name for file in files] == ["results.jsonl", "report.md", "report.html"]
     assert all(Path(file).exists() for file in files)
     bad = call("compare", "-c", tmp_path / "c.yaml", "-s", "attentions.bad={type: local, layers: 7}", status=1)
     assert "layers=7 is out of range" in bad.stdout

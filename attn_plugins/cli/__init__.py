@@ -7,7 +7,7 @@ import sys
 import warnings
 
 from attn_plugins.cli import run, look, choose, transfer, train, search, recipe, export, serve, measure  # isort: skip
-from attn_plugins.cli import results  # isort: skip
+from attn_plugins.cli import results, report  # isort: skip
 from attn_plugins.cli import inspect  # isort: skip
 from attn_plugins.cli.app import app
 
@@ -22,6 +22,7 @@ __all__ = [
     "main",
     "measure",
     "recipe",
+    "report",
     "results",
     "run",
     "search",

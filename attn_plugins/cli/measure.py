@@ -73,14 +73,19 @@ def compare(
             return
         running = results.lock()
     from attn_plugins.benchmark.compare.report import write_report
+    from attn_plugins.benchmark.html.page import write_run_page
+    from attn_plugins.benchmark.html.runs import write_plan
     from attn_plugins.benchmark.suites.report import write_suite_report
 
+    named = [*parts] if isinstance(parts, list) else [(None, parts)]
     with running:
+        write_plan(results.path.parent, named)
         with stoppable(asked.output_dir, again=(), kept=f"cells that have ended are in {results.path}"):
             keys = [] if report else [cell.key for cell in here]
             run_compare(parts, results, fresh=fresh, only=keys, retry=not no_retry)
         tables, files = write_suite_report(asked, results) if isinstance(asked, Suite) else write_report(asked, results)
-    show(tables, [results.path, *files])
+        page = write_run_page(named, results)
+    show(tables, [results.path, *files, page])
     failed = [table for table in tables if "error" in table.header]
     if failed:
         print("error: some cells failed; see the table of errors", file=sys.stderr)

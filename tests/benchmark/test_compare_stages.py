@@ -110,6 +110,7 @@ def test_the_transfer_is_for_those_that_are_named(text):
 
 CHOOSE = {"choose": {"attention": LOCAL, "budget": 0.5, "level": "layers"}}
 CHOSEN = [{"type": "softmax", "layers": [1]}, LOCAL]
+SCORES = [{"role": "decoder", "layer": n, "score": n / 4, "kept": n == 1} for n in range(2)]
 
 
 @pytest.fixture
@@ -121,6 +122,8 @@ def choice(monkeypatch):
         asked.append(settings)
         Path(settings.output_dir).mkdir(parents=True)
         (Path(settings.output_dir) / "rules.yaml").write_text(yaml.safe_dump(CHOSEN, sort_keys=False))
+        told = [{"path": f"layers.{n}", "stack": "layers", **score} for n, score in enumerate(SCORES)]
+        (Path(settings.output_dir) / "scores.json").write_text(json.dumps({"scores": told}))
 
     monkeypatch.setattr(compare_models, "choose", choose)
     return asked
@@ -141,6 +144,7 @@ def test_rules_are_chosen_when_the_cell_runs_and_once(llama, text, tmp_path, cho
     tuned = json.loads((Path(found["chosen", "finetune"]["result"]["folder"]) / "metrics.json").read_text())
     assert tuned["attention"]["modules"] == modules["chosen"]
     assert found["chosen", "evaluate"]["result"]["rules"] == CHOSEN
+    assert found["chosen", "evaluate"]["result"]["scores"] == SCORES
     _, files = write_report(given, results)
     report = files[0].read_text()
     assert "- Attention chosen: choose attention type local" in report

@@ -13,6 +13,7 @@ from attn_plugins.benchmark.contenders import CONTENDER, contender_in, spelled_c
 from attn_plugins.benchmark.results.store import hash_of
 from attn_plugins.choice.run import ChooseConfig, choose
 from attn_plugins.config.versions import versions
+from attn_plugins.config.yaml import read_json
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.options import build
 from attn_plugins.core.rules import parse_rules
@@ -135,8 +136,17 @@ class CompareModels:
     def rules(self, cell: "CompareCell") -> Any:
         """Rules of the cell's attention, chosen where its settings say so: once, and found again by a later run."""
         rules = self.config.attentions[cell.attention]
-        if not chosen(rules):
-            return rules
+        return read_attention(str(self._chosen(cell) / "rules.yaml")) if chosen(rules) else rules
+
+    def scores(self, cell: "CompareCell") -> list[dict[str, Any]]:
+        """What the choice of the cell's rules was made by: role, layer, kv_head (of heads), score and kept of each."""
+        path = self._chosen(cell) / "scores.json"
+        told = read_json(path)["scores"] if path.exists() else []
+        return [{name: its for name, its in one.items() if name not in ("path", "stack")} for one in told]
+
+    def _chosen(self, cell: "CompareCell") -> Path:
+        """Folder of the choice of a cell's rules."""
+        rules = self.config.attentions[cell.attention]
         source, dtype = cell.settings["model"], self.config.dtype
         settings = {name: value for name, value in rules[CHOOSE].items() if name != "data"}
         made_of = {"model": source, "dtype": dtype, "seed": cell.seed, **rules, "versions": versions()}
@@ -144,7 +154,7 @@ class CompareModels:
         if not (folder / "rules.yaml").exists():
             fixed = {"model": source, "dtype": dtype, "seed": cell.seed, "output_dir": str(folder)}
             choose(build(ChooseConfig, {**settings, **fixed, "data": rules[CHOOSE]["data"]}), lambda line: None)
-        return read_attention(str(folder / "rules.yaml"))
+        return folder
 
     def transferred(self, cell: "CompareCell") -> tuple[str, dict[str, Any]]:
         """Folder of the cell's model after the transfer, and what its metrics.json holds."""

@@ -45,6 +45,8 @@ def prepare_compare(*configs: CompareConfig) -> Results:
             "compare measures time, so it runs in one process; accelerate launch is for finetune and evaluate"
         )
     need("matplotlib", "compare")
+    need("plotly", "compare")
+    need("jinja2", "compare")
     need("peft", "train")
     results = Results(check_folder(configs[0].output_dir) / "results.jsonl")
     for source in dict.fromkeys(source for config in configs for source in config.models.values()):
@@ -139,7 +141,9 @@ def _quiet_loading() -> None:
 
 def _evaluate(config: CompareConfig, cell: CompareCell, models: CompareModels) -> dict[str, Any]:
     found = _evaluated(config, cell, models.get(cell, cell.attention, cell.seed))
-    return found | ({"rules": models.rules(cell)} if chosen(cell.settings["rules"]) else {})
+    if chosen(cell.settings["rules"]):
+        found |= {"rules": models.rules(cell), "scores": models.scores(cell)}
+    return found
 
 
 def _evaluated(config: CompareConfig, cell: CompareCell, loaded: Loaded) -> dict[str, Any]:

@@ -74,7 +74,11 @@ _QUALITY = {
 _TRAINED = {"train": "loss, steps, rows, seconds and more of the training", "folder": "where the trained model lies"}
 
 RESULTS: dict[str, dict[str, str]] = {
-    "evaluate": {**_QUALITY, "rules": "where heads were chosen: the rules that came of it"},
+    "evaluate": {
+        **_QUALITY,
+        "rules": "where heads were chosen: the rules that came of it",
+        "scores": "beside them what they were chosen by: role, layer, kv_head, score and kept of each",
+    },
     "transfer": {**_QUALITY, **_TRAINED, "errors": "of each layer, before and after"},
     "finetune": {**_QUALITY, **_TRAINED, "parameters": "total, trained, and of the attention"},
     "speed": {"passes": "pass -> times_as_fast as the baseline, lowest and highest of the rounds, seconds of a pass"},
