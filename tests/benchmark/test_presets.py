@@ -119,6 +119,8 @@ def test_the_command_line_chooses_heads_at_a_budget_and_shows_bytes_beside_quali
     share = found["heads, 24", "cost"]["result"]["bytes"] / found["dense", "cost"]["result"]["bytes"]
     report = (tmp_path / "out" / "report.md").read_text()
     assert "cache MiB at 96" in report
+    (row,) = [line for line in report.splitlines() if line.startswith("| heads, 24 |")][:1]
+    assert row.endswith(f"| {share:.3f} |"), "the summary"
     assert f"({share:.3f})" in report
 
 

@@ -72,7 +72,9 @@ def test_a_whole_suite(llama, text, tmp_path):
         *["Summary", "Left out", "words: Quality", "again: Quality", "cost: Speed, attention layer"]
     ]
     summary, left = tables[:2]
-    assert summary.header == ["attention", "words, perplexity", "again, perplexity", "cost, times as fast"]
+    assert summary.header == ["attention", "words", "again", "cost"]
+    assert "words: perplexity of perplexity, lower is better; " in summary.note
+    assert "cost: times as fast as dense, attention layer, forward, 16 tokens" in summary.note
     assert [row[0] for row in summary.rows] == ["dense", "local"]
     assert summary.rows[1][1] == f"{written[1]['result']['value']:.2f}"
     ratio = written[5]["result"]["passes"]["forward"]["times_as_fast"]
