@@ -210,7 +210,7 @@ def test_compare_ends_by_naming_its_files_and_tells_failure_by_its_status(llama,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["finetune"], "model is missing; needed: model, data, output_dir"),
+        (["finetune"], "model is missing; needed: model, output_dir"),
         (["finetune", "-c", "nothing.yaml"], "cannot read nothing.yaml: No such file"),
         (
             ["finetune", "-m", "x", "-d", "y", "-o", "z", "-s", "trainig.max_steps=2"],

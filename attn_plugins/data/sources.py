@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text", ".md": "text"}
 """Suffix of a local file -> loader of ``datasets``."""
 
+MADE = "made-by-the-task"
+"""Source of the rows of a task that makes them itself."""
+
 HELD_OUT = 1000
 """Rows that are held out of a stream where ``max_eval_rows`` does not say."""
 
@@ -101,12 +104,27 @@ class DataConfig:
             raise ValueError(f"source={self.source!r}; allowed: {PYTHON_DOCS!r}, a data set on the hub, or local files")
 
 
+def no_data() -> DataConfig:
+    """What settings say that name no data, as is right for a task that makes its rows itself."""
+    return DataConfig(source=MADE)
+
+
+def check_named(config: DataConfig, columns: Sequence[str], task: str) -> None:
+    """Raise a ValueError where no data is named for a task that reads columns, or some for one that reads none."""
+    if columns and config.source == MADE:
+        raise ValueError(
+            f"data is missing; task={task!r} reads rows with {', '.join(ROLES[one].option for one in columns)}"
+        )
+    if not columns and config != no_data():
+        raise ValueError(f"task={task!r} makes its rows itself; leave data out, and see the task's own options")
+
+
 def load_data(config: DataConfig, columns: Sequence[str] = ("text",)) -> "tuple[Dataset | Stream, Dataset]":
     """The training and the held-out rows.
 
     Args:
         columns: roles that rows have to have, as tasks name them; with a "text" comes a "text_pair" where the settings
-            name a column for it.
+            name a column for it. None at all: of a task that makes its rows, for which both are empty.
 
     Returns:
         (train, held-out), with these columns alone. Of a stream nothing to train on is read yet.
@@ -114,6 +132,9 @@ def load_data(config: DataConfig, columns: Sequence[str] = ("text",)) -> "tuple[
     Raises:
         ValueError: the source, a split or a column does not exist, or holds something else; the message says what.
     """
+    if not columns:
+        empty = need("datasets", "train").Dataset.from_dict({})
+        return empty, empty
     splits = _splits(config, any(ROLES[role].files for role in columns))
     if config.train_split not in splits:
         raise ValueError(

@@ -242,8 +242,8 @@ def rows_of(figures: dict[str, Any], metric: str) -> dict[str, float]:
 
 
 def place_of(part: dict[str, Any]) -> str:
-    """Where the figures of a part of a text hold: at which distance or length, or at which positions."""
-    for name in ("distance", "length"):
+    """Where the figures of a part of a text, or of rows, hold: at which distance, length, pairs, or positions."""
+    for name in ("distance", "length", "pairs"):
         if name in part:
             return f"{name} {part[name]}"
     return f"positions {part['from']} to {part['to']}"

@@ -9,8 +9,8 @@ class ModelKind:
 
     auto: tuple[str, ...]
     """Auto classes, the first of which that knows a model's config loads it."""
-    processing: str = "AutoTokenizer"
-    """Auto class of what turns texts, pictures or sound into inputs."""
+    processing: str | None = "AutoTokenizer"
+    """Auto class of what turns texts, pictures or sound into inputs; None where tasks make tokens themselves."""
     classes: bool = False
     """Whether its head has classes, whose names the config tells."""
     pads: bool = True
@@ -21,6 +21,8 @@ class ModelKind:
 
 KINDS = {
     "causal-lm": ModelKind(auto=("AutoModelForCausalLM",), pads=False),
+    "causal-tokens": ModelKind(auto=("AutoModelForCausalLM",), processing=None, pads=False),
+    "token-classes": ModelKind(auto=("AutoModelForSequenceClassification",), processing=None, classes=True, pads=False),
     "classification": ModelKind(auto=("AutoModelForSequenceClassification",), classes=True),
     "masked-lm": ModelKind(auto=("AutoModelForMaskedLM",)),
     "token-classification": ModelKind(auto=("AutoModelForTokenClassification",), classes=True),

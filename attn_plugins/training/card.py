@@ -9,6 +9,7 @@ from attn_plugins.data.sources import spelled_source
 from attn_plugins.hf.checkpoints.card import END, START, rules_block, served, tags
 from attn_plugins.tasks import figure, get_task, rows_of, trained_task
 from attn_plugins.tasks.kinds import KINDS
+from attn_plugins.training.new_models import is_new, told_model
 
 
 def model_card(metrics: dict[str, Any]) -> str:
@@ -17,8 +18,9 @@ def model_card(metrics: dict[str, Any]) -> str:
     names = [kind for kind in kinds if not kind.startswith("own (")]
     lora = metrics["tune"] == "lora"
     library = _library(metrics)
+    new = is_new(metrics["base_model"])
     front = {
-        "base_model": metrics["base_model"],
+        **({} if new else {"base_model": metrics["base_model"]}),
         "library_name": "peft" if lora and library == "transformers" else library.replace("_", "-"),
         "pipeline_tag": trained_task(metrics["task"]).pipeline_tag,
         "tags": [*tags(kinds), *(["lora"] if lora else [])],
@@ -29,9 +31,9 @@ def model_card(metrics: dict[str, Any]) -> str:
         yaml.safe_dump(front, sort_keys=False).strip(),
         "---",
         "",
-        f"# {metrics['model']} with {' + '.join(names) or 'its own'} attention",
+        f"# {told_model(metrics['model'])} with {' + '.join(names) or 'its own'} attention",
         "",
-        f"{_DONE[metrics['loss']]} with attn-plugins: {_TUNED[metrics['tune']]}.",
+        f"{_FROM_SCRATCH if new else _DONE[metrics['loss']]} with attn-plugins: {_TUNED[metrics['tune']]}.",
         "",
         *([START] if metrics["rules"] else []),
         "## Attention",
@@ -51,8 +53,8 @@ def model_card(metrics: dict[str, Any]) -> str:
         *_before(metrics["history"]),
         "## Training",
         "",
-        f"- Base model: {metrics['base_model']}{_quantized(metrics)}",
-        f"- Data: {spelled_source(metrics['data']['source'])}, {_columns(metrics)}",
+        f"- {'Model' if new else 'Base model'}: {told_model(metrics['base_model'])}{_quantized(metrics)}",
+        f"- Data: {', '.join([spelled_source(metrics['data']['source']), *_columns(metrics)])}",
         f"- {train['steps']} steps, {train['rows']:,} rows (a row is a {train['row']}), {train['seconds']:,} s, "
         f"{train['processes']} {'process' if train['processes'] == 1 else 'processes'}, mean loss {train['loss']:.4f}",
         f"- Parameters: {parameters['trained']:,} trained of {parameters['total']:,}",
@@ -75,6 +77,9 @@ _DONE = {
     "kl": "Distilled from itself with its own attention (KL divergence of its logits)",
     "hidden": "Distilled from itself with its own attention (squared error of its last hidden states)",
 }
+
+
+_FROM_SCRATCH = "Trained from scratch"
 
 
 _TUNED = {
@@ -173,6 +178,6 @@ def _library(metrics: dict[str, Any]) -> str:
     return KINDS[trained_task(metrics["task"]).model].library
 
 
-def _columns(metrics: dict[str, Any]) -> str:
+def _columns(metrics: dict[str, Any]) -> list[str]:
     names = [repr(metrics["data"][ROLES[role].option]) for role in trained_task(metrics["task"]).columns]
-    return f"{'column' if len(names) == 1 else 'columns'} {', '.join(names)}"
+    return [f"{'column' if len(names) == 1 else 'columns'} {', '.join(names)}"] if names else []

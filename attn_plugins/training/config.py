@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from attn_plugins.config.extras import need
 from attn_plugins.core.options import build, check_keys, convert
-from attn_plugins.data.sources import DataConfig
+from attn_plugins.data.sources import DataConfig, check_named, no_data
 from attn_plugins.tasks import Task, TrainableTask, get_task, trained_task
 from attn_plugins.tasks.kinds import KINDS
 from attn_plugins.training.models import AS_SAVED, Dtype, read_attention
+from attn_plugins.training.new_models import is_new, spelled_model
 from attn_plugins.training.quantization import quantized_by
 from attn_plugins.training.streaming import check_steps_known
 
@@ -50,12 +51,13 @@ class EarlyStopping:
 class FinetuneConfig:
     """One fine-tune: which model with which attention on which data, what of it trains, and how."""
 
-    model: str
-    """A folder, a name on the hub, or smollm2-135m-demo."""
-    data: DataConfig
-    """Training and held-out text."""
+    model: Any
+    """A folder, a name on the hub, or smollm2-135m-demo; or a model without weights: a config of transformers with its
+    ``model_type``, as a mapping or a YAML file."""
     output_dir: str
     """Where checkpoints, the result, metrics.json and the model card go."""
+    data: DataConfig = field(default_factory=no_data)
+    """Training and held-out text; left out for a task that makes its rows itself."""
     attention: Any = AS_SAVED
     """A name, a rule, a list of rules, a YAML file of these, null for the model's own, or as-saved."""
     task: str = "causal-lm"
@@ -100,6 +102,7 @@ class FinetuneConfig:
     """Of new weights, of the order of the data, and of dropout."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", spelled_model(self.model))
         object.__setattr__(self, "attention", read_attention(self.attention))
         object.__setattr__(self, "output_dir", str(Path(self.output_dir).expanduser()))
         if self.block_size < 2:
@@ -110,6 +113,9 @@ class FinetuneConfig:
             raise ValueError(f"lora options {sorted(self.lora)} go with tune='lora', not with tune={self.tune!r}")
         self._check_loss()
         trained = self.trained()
+        check_named(self.data, trained.columns, self.task)
+        if is_new(self.model) and self.tune != "full":
+            raise ValueError(f"tune={self.tune!r} keeps weights, and the model has none; allowed here: tune='full'")
         self.measured(trained)
         if self.loss != "task" and not trained.distils:
             raise ValueError(f"loss={self.loss!r} is not for task={self.task!r}; allowed: loss='task'")
@@ -181,8 +187,8 @@ class EvaluateConfig:
 
     model: str
     """A folder (a PEFT adapter's too), a name on the hub, or smollm2-135m-demo."""
-    data: DataConfig
-    """The held-out part is measured."""
+    data: DataConfig = field(default_factory=no_data)
+    """The held-out part is measured; left out for a task that makes its rows itself."""
     attention: Any = AS_SAVED
     """A name, a rule, a list of rules, a YAML file of these, null for the model's own, or as-saved."""
     evaluation: dict[str, Any] | list[dict[str, Any]] = field(default_factory=dict)
@@ -196,7 +202,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attention", read_attention(self.attention))
-        evaluation_tasks(self.evaluation)
+        task = evaluation_tasks(self.evaluation)[0]
+        check_named(self.data, task.columns, task.name)
 
 
 def evaluation_tasks(

@@ -35,6 +35,7 @@ from attn_plugins.training.history import stages_of
 from attn_plugins.training.lora import with_lora
 from attn_plugins.training.loss_scale import scale_loss_once
 from attn_plugins.training.models import Loaded, in_slot, load, resolve
+from attn_plugins.training.new_models import is_new
 from attn_plugins.training.processes import check_kept, start_processes
 from attn_plugins.training.quantization import quantization_of
 from attn_plugins.training.recall import prepare_recall, report
@@ -123,7 +124,7 @@ class Finetune:
             "stage": "finetune" if config.loss == "task" else "distill",
             "model": config.model,
             "base_model": base_of(trainer.model, self.loaded),
-            "history": stages_of(resolve(config.model)),
+            "history": [] if is_new(config.model) else stages_of(resolve(config.model)),
             "attention": attention_summary(trainer.model),
             "rules": getattr(_base(trainer.model).config, "attn_plugin", None),
             "task": config.task,

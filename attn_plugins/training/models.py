@@ -14,10 +14,12 @@ from torch import nn
 
 from attn_plugins.config.extras import need
 from attn_plugins.config.yaml import read_json, read_yaml_file
+from attn_plugins.core.options import shown
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.hf.names import SLOT
 from attn_plugins.hf.parallel.sharding import take_off_meta
 from attn_plugins.tasks.kinds import KINDS
+from attn_plugins.training.new_models import is_new, made_tokenizer, new_model
 from attn_plugins.training.quantization import quantized
 
 DEMO = "smollm2-135m-demo"
@@ -78,8 +80,12 @@ def resolve(source: str) -> str:
     """The folder or hub name behind a name.
 
     Raises:
-        ValueError: it names a folder that is not there, or the built-in model cannot be had.
+        ValueError: it names a folder that is not there, the built-in model cannot be had, or the model has no weights.
     """
+    if is_new(source):
+        raise ValueError(
+            f"model {shown(source)} is a config without weights; allowed here: a folder, a name on the hub"
+        )
     if source == DEMO:
         from attn_plugins.data.demo_model import demo_model
 
@@ -111,6 +117,8 @@ def load(
 ) -> Loaded:
     """Load a model, or the base model of a PEFT adapter and the adapter on top, with its tokenizer or processor.
 
+    One without weights (:mod:`attn_plugins.training.new_models`) has all of them drawn from the seed.
+
     Args:
         attention: rules, ``None`` for the model's own attention, or "as-saved".
         kind: a key of :data:`attn_plugins.tasks.kinds.KINDS`, or "any" for what the checkpoint was saved from.
@@ -123,6 +131,9 @@ def load(
     Raises:
         ValueError: there is no such model, or the attention does not fit it.
     """
+    if is_new(source):
+        transformers.set_seed(seed)
+        return _new(source, attention, kind, labels, dtype)
     folder = resolve(source)
     adapter = read_adapter(folder)
     base, attention = (
@@ -156,6 +167,44 @@ def load(
         with linear_of_both_kinds():
             model, fresh = peft.PeftModel.from_pretrained(model, folder, is_trainable=trainable), []
     return Loaded(model=model, processing=made_by, source=base, auto=cls.__name__, fresh=fresh)
+
+
+def _new(source: str, attention: Any, kind: str, labels: list[str] | None, dtype: Dtype) -> Loaded:
+    """A model without weights, at its initial values.
+
+    Raises:
+        ValueError: transformers makes no such model, it lacks a tokenizer, or the attention does not fit it.
+    """
+    new = new_model(source)
+    processing = made_tokenizer(new, lambda name: read_processing("causal-lm", resolve(name), resolve(name)))
+    wanted = KINDS[kind] if kind in KINDS else KINDS["causal-tokens"]
+    if wanted.processing == "AutoTokenizer" and processing is None:
+        raise ValueError(
+            f"model {shown(source)} names no tokenizer, and a {kind} model needs one; allowed: tokenizer: bytes, a "
+            "folder, or a name on the hub"
+        )
+    if wanted.processing not in (None, "AutoTokenizer") or wanted.library != "transformers":
+        raise ValueError(f"model {shown(source)} has no weights, and a {kind} model needs more than a config")
+    config = new.config
+    cls = transformers.AutoModel if kind == ANY else _class_for(kind, config, source)
+    _name_classes(config, kind, labels)
+    if attention != AS_SAVED:
+        config.attn_plugin = read_attention(attention)
+    try:
+        model = cls.from_config(config, **({} if dtype == "auto" else {"dtype": getattr(torch, dtype)}))
+    except ValueError:
+        raise
+    except Exception as error:  # each family finds what does not go together in its own way
+        raise ValueError(f"transformers makes no model of {shown(source)}: {' '.join(str(error).split())}") from error
+    if wanted.pads:
+        _pad(model, processing)
+    fresh = sorted(name for name, _ in model.named_parameters())
+    return Loaded(model=model, processing=processing, source=source, auto=cls.__name__, fresh=fresh)
+
+
+def _name_classes(config: Any, kind: str, labels: list[str] | None) -> None:
+    if labels is not None and kind in KINDS and KINDS[kind].classes:
+        config.id2label, config.label2id = dict(enumerate(labels)), {name: at for at, name in enumerate(labels)}
 
 
 @contextlib.contextmanager
@@ -222,6 +271,11 @@ def _class_of(kind: str, base: str) -> Any:
     config = transformers.AutoConfig.from_pretrained(base)
     if kind == ANY:
         return getattr(transformers, (config.architectures or [""])[0], transformers.AutoModel)
+    return _class_for(kind, config, base)
+
+
+def _class_for(kind: str, config: Any, base: str) -> Any:
+    """The class of transformers that makes a model of a kind from a config; ValueError where there is none."""
     autos = [getattr(transformers, name) for name in KINDS[kind].auto]
     known = [auto for auto in autos if type(config) in auto._model_mapping]
     if not known and not hasattr(config, "auto_map"):
@@ -230,8 +284,10 @@ def _class_of(kind: str, base: str) -> Any:
 
 
 def read_processing(kind: str, folder: str, base: str) -> Any:
-    """What makes inputs for a model: as the folder of an adapter has it, else its base model's."""
+    """What makes inputs for a model: as the folder of an adapter has it, else its base model's. Of tokens, None."""
     auto = KINDS[kind].processing if kind in KINDS else "AutoTokenizer"
+    if auto is None:
+        return None
     holds = any((Path(folder) / name).exists() for name in PROCESSING_FILES)
     if auto == "AutoImageProcessor":  # which transformers 5.17 has at its top with torchvision alone
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -272,6 +328,9 @@ def load_blank(
     Raises:
         ValueError: there is no such model, or the attention does not fit it.
     """
+    if is_new(source):
+        with torch.device("meta"):
+            return _new(source, attention, kind, labels, dtype)
     folder = resolve(source)
     adapter = read_adapter(folder)
     base = folder if adapter is None else resolve(adapter["base"])
@@ -280,8 +339,7 @@ def load_blank(
         cls = _class_of(kind, base)
         config = transformers.AutoConfig.from_pretrained(base)
     saved, classes = list(config.architectures or []), config.num_labels
-    if names is not None and KINDS[kind].classes:
-        config.id2label, config.label2id = dict(enumerate(names)), {name: at for at, name in enumerate(names)}
+    _name_classes(config, kind, names)
     attention = attention if adapter is None else _of_adapter(attention, adapter)
     if attention != AS_SAVED:
         config.attn_plugin = read_attention(attention)
@@ -307,6 +365,9 @@ def skeleton(source: str, attention: Any = AS_SAVED) -> nn.Module:
     Raises:
         ValueError: there is no such model, or the attention does not fit it.
     """
+    if is_new(source):
+        with torch.device("meta"):
+            return _new(source, attention, ANY, None, "auto").model
     folder = resolve(source)
     adapter = read_adapter(folder)
     with one_line(source):

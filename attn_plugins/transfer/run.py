@@ -143,7 +143,7 @@ def prepare_transfer(config: TransferConfig, *, resume: bool = False) -> Transfe
     """
     need("accelerate", "train")
     need("matplotlib", "compare")
-    if check_folder(config.output_dir).resolve() == Path(config.model).expanduser().resolve():
+    if check_folder(config.output_dir).resolve() == Path(resolve(config.model)).resolve():
         raise ValueError(f"output_dir={config.output_dir!r} is the model's own folder; allowed: another")
     checkpoint = check_resume(config, resume=resume)
     start_processes()

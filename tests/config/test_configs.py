@@ -21,8 +21,11 @@ from attn_plugins.core.options import build
 from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.data.sources import DataConfig
+from attn_plugins.tasks import get_task
+from attn_plugins.tasks.answers_task import AnswersTask
 from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.models import DEMO, read_attention
+from attn_plugins.training.new_models import new_model
 from attn_plugins.transfer.recipe import RecipeConfig
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +40,18 @@ def files(folder):
 
 
 def test_every_file_is_of_a_kind_that_a_test_here_loads():
-    kinds = {"attention", "train", "transfer", "compare", "tasks", "accelerate", "bench", "suites", "presets"}
+    kinds = {
+        "attention",
+        "train",
+        "transfer",
+        "compare",
+        "tasks",
+        "accelerate",
+        "bench",
+        "suites",
+        "presets",
+        "scratch",
+    }
     stray = [
         path
         for path in CONFIGS.rglob("*")
@@ -83,6 +97,23 @@ def test_compare_tasks(path, monkeypatch):
     assert config.output_dir == f"runs/tasks/{path.stem}"
     assert config.task.name in FIGURES
     assert config.task.metric in FIGURES[config.task.name], "the table has the figure that stands for the task"
+
+
+@pytest.mark.of_the_registry
+@files("compare/scratch")
+def test_compare_scratch(path):
+    config = build(CompareConfig, read_yaml(path))
+    assert config.output_dir == f"runs/scratch/{path.stem}"
+    assert len(config.seeds) == 3
+    (model,) = map(new_model, config.models.values())
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (64, 2)
+    assert config.attentions[config.baseline] is None
+    served = {rule["type"] for rules in config.attentions.values() if rules is not None for rule in rules}
+    causal = issubclass(get_task(config.task.name), AnswersTask)
+    able = {name for name in list_attentions() if getattr(get_attention(name), "causal" if causal else "bidirectional")}
+    own = {name for name in able if get_attention(name).__module__.startswith(OWN)}
+    assert served <= own
+    assert not causal or served == own, "recall is asked of every attention that can be causal"
 
 
 @files("suites")

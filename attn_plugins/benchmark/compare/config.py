@@ -17,10 +17,11 @@ from attn_plugins.benchmark.compare.models import (
 from attn_plugins.benchmark.cost.timing import Pass
 from attn_plugins.config.yaml import read_yaml_file
 from attn_plugins.core.options import build
-from attn_plugins.data.sources import DataConfig
-from attn_plugins.tasks import Task
+from attn_plugins.data.sources import DataConfig, no_data
+from attn_plugins.tasks import Task, get_task, trained_task
 from attn_plugins.training.config import FinetuneConfig, evaluation_tasks
 from attn_plugins.training.models import AS_SAVED, Dtype
+from attn_plugins.training.new_models import is_new, spelled_model
 
 NOT_IN_FINETUNE = ("model", "attention", "data", "evaluation", "output_dir", "seed", "dtype")
 NOT_OF_A_FILE = ("evaluate_before", "recall")
@@ -73,8 +74,8 @@ class SpeedConfig(PassConfig):
 class CompareConfig:
     """Which models with which attentions, and what is measured of them."""
 
-    models: dict[str, str]
-    """Label -> a folder, a name on the hub, or "smollm2-135m-demo"."""
+    models: dict[str, Any]
+    """Label -> a folder, a name on the hub, or "smollm2-135m-demo"; or one without weights, as a fine-tune names it."""
     attentions: dict[str, Any]
     """Label -> rules, a YAML file of rules, or null for the model's own attention; ``{choose: settings}``, as for
     ``attn-plugins choose``, for rules that are chosen on the training text when the cell runs."""
@@ -112,6 +113,8 @@ class CompareConfig:
     def __post_init__(self) -> None:
         if isinstance(self.finetune, str):
             self._read_finetune(self.finetune)
+        if self.data is None and self._makes_rows():
+            object.__setattr__(self, "data", no_data())
         for what in ("models", "attentions", "seeds"):
             if not getattr(self, what):
                 raise ValueError(f"{what} is empty; at least one is needed")
@@ -124,6 +127,17 @@ class CompareConfig:
         if self.data is None and self.speed is None and self.memory is None and self.cost is None:
             allowed = "any of data (with untrained or finetune), speed, memory, cost"
             raise ValueError(f"nothing is measured; allowed: {allowed}")
+        models = {}
+        for label, value in self.models.items():
+            try:
+                models[label] = spelled_model(value)
+            except ValueError as error:
+                raise ValueError(f"models.{label}: {error}") from None
+            if is_new(models[label]) and self.untrained and self.data is not None:
+                raise ValueError(
+                    f"models.{label} has no weights, and says nothing untrained; allowed: untrained: false"
+                )
+        object.__setattr__(self, "models", models)
         stems = [file_stem(label) for label in self.models]
         if len(set(stems)) < len(stems):
             raise ValueError(
@@ -149,6 +163,13 @@ class CompareConfig:
             assert isinstance(self.finetune, dict)
             refuse_keys(self.finetune, NOT_IN_FINETUNE, "finetune")
         self.tasks  # noqa: B018, shows what is wrong in them
+
+    def _makes_rows(self) -> bool:
+        """Whether the task that is trained for, or else measured, makes its rows itself."""
+        if isinstance(self.finetune, dict):
+            return "task" in self.finetune and not trained_task(self.finetune["task"]).columns
+        named = self.evaluation[0] if isinstance(self.evaluation, list) and self.evaluation else self.evaluation
+        return isinstance(named, dict) and "task" in named and not get_task(named["task"]).columns
 
     def _read_finetune(self, path: str) -> None:
         given = read_yaml_file(path, "finetune ")

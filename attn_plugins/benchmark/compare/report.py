@@ -16,6 +16,7 @@ from attn_plugins.benchmark.results.store import Results
 from attn_plugins.benchmark.results.tables import Table, brief_number, duration, frame
 from attn_plugins.config.extras import need
 from attn_plugins.training.evaluate import without_recall
+from attn_plugins.training.new_models import told_model
 
 STAGES = {"evaluate": "untrained", "transfer": "transferred", "finetune": "fine-tuned"}
 PASSES = {"forward": "forward", "forward_backward": "forward + backward"}
@@ -223,13 +224,17 @@ def _parts(found: CompareResults) -> list[dict[str, Any]]:
 
 
 def _parts_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a task found in parts of a text: by position, by distance, or by length."""
-    return next((figures[name] for name in ("by_position", "by_distance", "by_length") if name in figures), [])
+    """What a task found in parts of a text, or of its rows: by position, distance, length, number of pairs."""
+    names = ("by_pairs", "by_position", "by_distance", "by_length")
+    return next((figures[name] for name in names if name in figures), [])
 
 
 def _place(part: dict[str, Any]) -> str:
-    where = part.get("distance", part.get("length"))
-    return f"at {part['from']}-{part['to']}" if where is None else f"at {where}"
+    if "from" in part:
+        return f"at {part['from']}-{part['to']}"
+    if "pairs" in part:
+        return f"{part['pairs']} pairs"
+    return f"at {part.get('distance', part.get('length'))}"
 
 
 def _pass_table(found: CompareResults, measure: str, title: str, scope: str) -> Table:
@@ -391,7 +396,7 @@ def _longest(config: CompareConfig) -> tuple[str, int, str] | None:
 def facts(found: CompareResults) -> list[str]:
     """What was compared with which settings, by what, as lines of Markdown."""
     config = found.config
-    lines = [f"- Model {label}: {source}" for label, source in config.models.items()]
+    lines = [f"- Model {label}: {told_model(source)}" for label, source in config.models.items()]
     for label, rules in config.attentions.items():
         lines.append(f"- Attention {label}: {_rules(rules)}")
         for model in config.models if chosen(rules) else ():

@@ -28,6 +28,7 @@ from attn_plugins.training.config import FinetuneConfig
 from attn_plugins.training.evaluate import attention_summary
 from attn_plugins.training.finetune import choose_parameters, parameter_counts
 from attn_plugins.training.models import Loaded, load_blank, read_processing, resolve
+from attn_plugins.training.new_models import is_new
 from attn_plugins.training.streaming import classes
 
 KEPT_FREE = 0.1
@@ -128,7 +129,9 @@ def make_plan(config: FinetuneConfig, machines: Machines) -> Plan:
     if batch is None or arguments.max_steps <= 0:
         train, _ = load_data(config.data, trained.columns)
         labels = classes(trained, train)
-        processing = read_processing(trained.model, resolve(config.model), loaded.source)
+        processing = loaded.processing
+        if not is_new(config.model):
+            processing = read_processing(trained.model, resolve(config.model), loaded.source)
         asked = _blank(config, trained, labels).model  # which size of pictures fits is tried with it
         with FakeTensorMode(allow_non_fake_inputs=True):
             without_values(asked)

@@ -27,10 +27,10 @@ def hashes_of(model: Any, data: dict[str, Any] | None, columns: Sequence[str]) -
     Args:
         model: a folder, a name on the hub, the built-in model; anything else, such as a config, has no hash.
         data: a ``DataConfig`` as a mapping.
-        columns: roles of the columns that are used.
+        columns: roles of the columns that are used; none of rows that a task makes itself.
     """
     found = {"model": model_hash(model) if isinstance(model, str) else None}
-    if data is not None:
+    if data is not None and columns:
         found |= _data_hashes(json.dumps(data, sort_keys=True), tuple(columns))
     return {name: value for name, value in found.items() if value is not None}
 

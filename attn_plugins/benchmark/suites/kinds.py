@@ -7,6 +7,7 @@ from transformers import AutoConfig
 from attn_plugins.hf.discovery import modules as discovery
 from attn_plugins.tasks.kinds import KINDS
 from attn_plugins.training.models import read_adapter, resolve, skeleton
+from attn_plugins.training.new_models import is_new, new_model
 
 FOR = {
     "decoder": {"decoder"},
@@ -22,6 +23,8 @@ def config_of(source: Any) -> Any:
     Raises:
         ValueError: there is no such model.
     """
+    if is_new(source):
+        return new_model(source).config
     folder = resolve(source)
     adapter = read_adapter(folder)
     try:

@@ -1,0 +1,1 @@
+"""Rows of tokens that tasks make themselves, from a seed alone."""
