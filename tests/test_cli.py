@@ -186,6 +186,7 @@ def test_a_yaml_file_of_rules_is_an_attention(llama, text, tmp_path):
         call("evaluate", "-m", llama, "-d", text, "-a", tmp_path / "rules.yaml", "--json", *SHORT).stdout
     )
     assert printed["attention"]["modules"] == {"local": 1, "own (sdpa)": 1}
+    assert printed["attention"]["map"] == {"decoder": [["local"], ["own (sdpa)"]]}
 
 
 def test_compare_ends_by_naming_its_files_and_tells_failure_by_its_status(llama, text, tmp_path):

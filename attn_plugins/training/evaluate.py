@@ -13,7 +13,7 @@ from attn_plugins.config.output import check_file
 from attn_plugins.data.columns import ROLES
 from attn_plugins.data.sources import load_data
 from attn_plugins.hf.checkpoints.card import kinds_of
-from attn_plugins.hf.swap import describe_attention
+from attn_plugins.hf.swap import AttentionRows, describe_attention
 from attn_plugins.tasks import Task, get_task, run_task
 from attn_plugins.training.config import EvaluateConfig, evaluation_tasks
 from attn_plugins.training.models import Loaded, in_slot, load
@@ -111,8 +111,25 @@ def run_measurements(
 
 
 def attention_summary(model: nn.Module) -> dict[str, Any]:
-    """What serves how many of the model's attention modules, as JSON holds it."""
-    return {"modules": kinds_of(model), "new_params": sum(row.new_params for row in describe_attention(model))}
+    """What serves how many of the model's attention modules, as JSON holds it.
+
+    Where they are not all alike, ``map`` holds role -> for each module what serves it, or each of its key/value heads.
+    """
+    rows = describe_attention(model)
+    modules = kinds_of(model)
+    found = {"modules": modules, "new_params": sum(row.new_params for row in rows)}
+    return found | ({"map": _map(rows)} if len(modules) > 1 else {})
+
+
+def _map(rows: AttentionRows) -> dict[str, list[list[str]]]:
+    modules: dict[tuple[str, str], dict[int, str]] = {}
+    for row in rows:
+        kind = row.plugin or f"own ({row.implementation})"
+        modules.setdefault((row.role, row.path), {}).update(dict.fromkeys(row.kv_heads or (0,), kind))
+    found: dict[str, list[list[str]]] = {}
+    for (role, _), heads in modules.items():
+        found.setdefault(role, []).append([heads[head] for head in sorted(heads)])
+    return found
 
 
 def without_recall(tasks: list[str], attention: dict[str, Any]) -> str | None:

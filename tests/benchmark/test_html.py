@@ -7,6 +7,7 @@ import shlex
 
 import compared
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from attn_plugins.benchmark.compare.cells import cells
@@ -22,6 +23,7 @@ from attn_plugins.benchmark.results.store import Results
 from attn_plugins.cli import app
 from attn_plugins.config.yaml import override
 from attn_plugins.core.options import build
+from attn_plugins.training.evaluate import attention_summary
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +101,8 @@ def test_differences_within_the_noise_are_said_to_be(group):
 
 def test_the_summary_names_the_best_within_each_budget_and_what_beats_the_bar(group):
     said = summary_of(group)
-    assert said["lead"] == "Best perplexity: dense, fine-tuned, 8.01 ± 0.064."
-    assert said["sentences"][0].startswith("Best after dense: chosen, fine-tuned, 8.41 ± 0.064")
+    best, other = "dense, fine-tuned, 8.01 ± 0.064", "chosen, fine-tuned, 8.41 ± 0.064 (~ \u22125.0 %)"
+    assert said["lead"] == f"Best perplexity: {best}; after dense {other}."
     bar = next(sentence for sentence in said["sentences"] if sentence.startswith("The bar is window, untrained"))
     assert "Better: window (fine-tuned); chosen (untrained, fine-tuned)." in bar
     assert "Not better: <b>odd</b> (untrained, fine-tuned)." in bar
@@ -246,6 +248,15 @@ def test_families_are_those_of_the_registry():
     assert family([{"type": "local"}, {"type": "linear"}]) == "local + linear"
     assert family(compared.CHOSEN) == "local"
     assert family([{"type": "of a package that is not installed"}]) == "of a package that is not installed"
+
+
+def test_a_model_of_several_attentions_tells_which_serves_which_head():
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "vocab_size": 8}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, attn_implementation="sdpa")
+    config.attn_plugin = [{"type": "softmax", "layers": 0, "kv_heads": [1]}, {"type": "local", "layers": [0, 2]}]
+    summary = attention_summary(LlamaForCausalLM(config))
+    assert summary["map"] == {"decoder": [["local", "softmax"], ["own (sdpa)"], ["local"]]}
+    assert "map" not in attention_summary(LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4)))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 from attn_plugins.benchmark.compare.report import STAGES
 from attn_plugins.benchmark.html.details import row_facts
-from attn_plugins.benchmark.html.figures import place_words
+from attn_plugins.benchmark.html.figures import place_words, sentence
 from attn_plugins.benchmark.html.groups import CACHE, MEMORY, STEP, TIME, TOKEN, Cost, Group, Row
 from attn_plugins.benchmark.html.noise import SPELLED, beside
 from attn_plugins.benchmark.results.tables import brief_number, duration
@@ -132,9 +132,9 @@ class _Board:
 
     def cells(self, one: Entry, best: bool) -> list[dict[str, Any]]:
         group, row = one.group, one.row
-        found = [_cell(row.attention, row.attention), _cell(row.stage, f"{_order(row.stage)} {row.stage}")]
+        found = [_cell(row.attention, row.attention), _cell(row.stage, f"{_order(row.stage)} {row.stage}", "name")]
         names = {"model": group.model, "part": group.part or "", "run": group.run}
-        found += [_cell(names[name], names[name]) for name, there in self.several.items() if there]
+        found += [_cell(names[name], names[name], "name") for name, there in self.several.items() if there]
         found.append(_cell(row.family, row.family, "faint"))
         if self.metrics:
             found += self._quality(group, row, best)
@@ -176,7 +176,8 @@ class _Board:
             places = list(dict.fromkeys(p for group in self.groups if (p := group.place(cost)) is not None))
             shown = "; ".join(place_words(place) for place in places[:3])
             others = " and others, by model" if len(places) > 3 else ""
-            told.append(f"{COLUMNS[cost].partition(',')[0].capitalize()}: {shown}{others}.")
+            name = {TIME: "Times as fast: ", MEMORY: "Memory: "}.get(cost, "")
+            told.append(sentence(f"{name}{shown}{others}"))
         return " ".join(told)
 
 

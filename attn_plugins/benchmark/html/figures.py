@@ -21,7 +21,7 @@ def place_words(place: Place) -> str:
     """Where a cost was measured."""
     scope, length, which = place
     whole = {
-        "cache": f"cache of {length} tokens",
+        "cache": f"cache after {length} tokens",
         "decode": f"a token after {length} others",
         "step": f"a training step of {length} tokens",
     }
@@ -83,7 +83,7 @@ def _quality_by_cost(group: Group, cost: Cost) -> dict[str, Any] | None:
             }
         )
     place = group.place(cost)
-    where = "" if place is None else _sentence(place_words(place))
+    where = "" if place is None else sentence(place_words(place))
     units = f"{cost.name}, times {group.baseline}'s" if cost.ratio else f"{cost.name}, MiB"
     names = ", then ".join(f"{found[n][0].attention} ({found[n][0].stage})" for n in best)
     axis, above = _framed([(row, [y]) for (row, _), (_, y) in zip(found, points, strict=True)], group.lower)
@@ -184,7 +184,7 @@ def _costs_by_length(group: Group) -> Iterator[dict[str, Any]]:
                 continue
             axis = _log_axis([y for trace in data for y in trace["y"]], 8)
             units = f"times as fast as {group.baseline}" if cost.ratio else f"{cost.name}, MiB"
-            what = _sentence(f"{SCOPES[scope]}, {PASSES[which]}") if which in PASSES else ""
+            what = sentence(f"{SCOPES[scope]}, {PASSES[which]}") if which in PASSES else ""
             bars_are = "Bars: slowest and fastest round." if cost.ratio else ""
             yield {
                 "section": "curves",
@@ -256,6 +256,7 @@ def _score_map(name: str, scores: list[dict[str, Any]]) -> dict[str, Any]:
 def _kind_map(name: str, layers: list[list[str]]) -> dict[str, Any]:
     heads = max(map(len, layers))
     kinds = list(dict.fromkeys(kind for layer in layers for kind in layer))
+    kinds.sort(key=lambda kind: kind == "softmax" or kind.startswith("own ("))  # what sees all tokens stands out
     z = [[kinds.index(layer[head if len(layer) > 1 else 0]) for layer in layers] for head in range(heads)]
     counts = {kind: sum(row.count(number) for row in z) for number, kind in enumerate(kinds)}
     what = "heads" if heads > 1 else "layers"
@@ -378,7 +379,8 @@ def _lengths(values: Sequence[float]) -> dict[str, Any]:
     return {"type": "log", "tickvals": sorted(values), "ticktext": [str(value) for value in sorted(values)]}
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
+    """Text with a capital and a full stop."""
     return f"{text[:1].upper()}{text[1:]}."
 
 

@@ -71,7 +71,7 @@ class Figure:
 
     def __str__(self) -> str:
         error = self.error
-        return brief_number(self.mean) + ("" if error is None else f" ± {brief_number(error)}")
+        return brief_number(self.mean) + (f" ± {brief_number(error)}" if error else "")
 
 
 @dataclass(kw_only=True)

@@ -112,7 +112,8 @@ def context(runs: list[Run]) -> dict[str, Any]:
 def _numbered(group: Group) -> list[tuple[str, int]]:
     """Attentions with the number of their colour and marker; the baseline's is -1."""
     others = [name for name in group.attentions if name != group.baseline]
-    return [(name, others.index(name) if name in others else -1) for name in group.attentions]
+    drawn = {row.attention for row in group.measured}.union(*group.costs.values())
+    return [(name, others.index(name) if name in others else -1) for name in group.attentions if name in drawn]
 
 
 def _title(groups: list[Group]) -> str:

@@ -25,8 +25,14 @@ def named(row: Row) -> str:
 
 def _lead(group: Group) -> str:
     """The best row in one sentence."""
+    others = [row for row in group.ranked if row.attention != group.baseline]
     if group.ranked:
-        return f"Best {group.metric}: {named(group.ranked[0])}, {group.ranked[0].figure}."
+        best = group.ranked[0]
+        told = f"Best {group.metric}: {named(best)}, {best.figure}"
+        if not others or others[0] is best:
+            return f"{told}."
+        gap = beside(others[0], best, group.lower)
+        return f"{told}; after {group.baseline} {named(others[0])}, {others[0].figure} ({gap})."
     for cost in (TIME, STEP, TOKEN):
         found = {name: its for name in group.attentions if name != group.baseline and (its := group.at(name, cost))}
         place = group.place(cost)
@@ -38,12 +44,7 @@ def _lead(group: Group) -> str:
 
 
 def _sentences(group: Group) -> list[str]:
-    ranked, told = group.ranked, []
-    others = [row for row in ranked if row.attention != group.baseline]
-    if others and ranked[0] is not others[0]:
-        gap = beside(others[0], ranked[0], group.lower)
-        told.append(f"Best after {group.baseline}: {named(others[0])}, {others[0].figure} ({gap}).")
-    told += [*_bar(group), *_noise(group)]
+    told = [*_bar(group), *_noise(group)]
     for status, words in (("failed", "Failed"), ("left out", "Left out"), ("not run", "Not run yet")):
         rows = [row for row in group.rows if row.status == status]
         told += [f"{words}: {_list(rows)}."] if rows else []
@@ -107,8 +108,8 @@ def _within(group: Group, cost: Cost) -> list[list[str]]:
             of = {TOKEN: ", a token", STEP: ", a training step"}.get(cost, "")
             least, takes = f"at least {limit:g} times as fast{of}", f"{1 / its:.2f}\u00d7"
         else:
-            least, takes = (f"{share:.0%} of the {cost.name}".translate(SPELLED) for share in (limit, its / base))
-            least = f"at most {least}"
+            least, takes = (f"{share:.0%}".translate(SPELLED) for share in (limit, its / base))
+            least = f"at most {least} of the {cost.name}"
         if rows and rows[-1][1] == named(best):
             rows.pop()
         rows.append([least, named(best), str(best.figure), takes, str(gap or "")])

@@ -69,7 +69,8 @@ _QUALITY = {
     "value": "the figure",
     "figures": "all figures of the first task",
     "others": "task -> its figures, of the other tasks",
-    "attention": "modules: what serves how many of them; new_params: weights that the attention brings",
+    "attention": "modules: what serves how many of them; new_params: weights that the attention brings; map: where "
+    "they are not all alike, role -> module -> what serves it or each key/value head",
 }
 _TRAINED = {"train": "loss, steps, rows, seconds and more of the training", "folder": "where the trained model lies"}
 
