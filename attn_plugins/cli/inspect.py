@@ -15,6 +15,8 @@ def inspect(
     attn: Attn = None,
     text: Annotated[str | None, typer.Option("--text", "-t", help="What it reads.")] = None,
     text_file: Annotated[str | None, typer.Option("--text-file", help="A file with what it reads.")] = None,
+    image: Annotated[str | None, typer.Option("--image", help="A file of a picture that it sees.")] = None,
+    audio: Annotated[str | None, typer.Option("--audio", help="A file of sound that it hears.")] = None,
     layer: Annotated[str | None, typer.Option("--layer", help="'0,5', '0-3', 'every:4', -1; all without it.")] = None,
     head: Annotated[str | None, typer.Option("--head", help="Query heads, in the same forms.")] = None,
     query: Annotated[
@@ -46,6 +48,8 @@ def inspect(
             "output_dir": output_dir,
             "text": text,
             "text_file": text_file,
+            "image": image,
+            "audio": audio,
             "layers": None if layer is None else numbers(layer),
             "heads": None if head is None else numbers(head),
             "queries": query or None,

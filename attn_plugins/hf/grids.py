@@ -116,6 +116,23 @@ def grid_of(module: nn.Module, query: torch.Tensor) -> Grid | None:
     return None
 
 
+def grid_of_image(model: nn.Module, pixel_values: torch.Tensor) -> Grid:
+    """Rows and columns of the patches that a model cuts images of this size into, (B, channels, height, width).
+
+    Raises:
+        ValueError: no convolution over images cuts them.
+    """
+    embedding = _embedding(model)
+    if not isinstance(embedding, nn.Conv2d):
+        raise ValueError(
+            f"cannot tell how {type(model).__name__} cuts an image into patches; allowed: models that do it by a "
+            "convolution, as ViT and DINOv2"
+        )
+    with torch.no_grad():
+        rows, columns = embedding(pixel_values).shape[2:]
+    return rows, columns
+
+
 def _window(module: nn.Module) -> Grid | None:
     """The window of the image that a module attends within, at once (Swin)."""
     for holder in (module, *module.children()):

@@ -14,7 +14,7 @@ from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.core.options import require, shown
 from attn_plugins.hf.swap import describe_attention, unwrap
-from attn_plugins.inspection import alignment, overview, page
+from attn_plugins.inspection import media, overview, page
 from attn_plugins.inspection.attributions import attention_rollout, gradient_times_weights
 from attn_plugins.inspection.inspect import LayerWeights, Through, chosen_modules, inspect_attention
 from attn_plugins.inspection.subject import Subject, of_text, positions_of, with_own_attention_in_slots
@@ -26,7 +26,17 @@ MANY = 256
 SPREAD = 64
 """Queries of longer texts where none is named."""
 
+OVERLAYS = 4
+"""Queries of an image that get a picture; the first token, [CLS] mostly, where none is named."""
+
+INPUTS = {"text": None, "text_file": None, "image": "image-to-text", "audio": "speech-to-text"}
+"""Settings that say what is read, with the kind of models whose processor reads it, None for a tokenizer."""
+
 Role = Literal["encoder", "decoder", "cross"]
+
+
+READERS = {"image": media.of_image, "audio": media.of_audio}
+"""What makes inputs of files other than texts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +52,10 @@ class InspectConfig:
     text: str | None = None
     text_file: str | None = None
     """A file of one text, in UTF-8."""
+    image: str | None = None
+    """A file of a picture."""
+    audio: str | None = None
+    """A file of sound."""
     length: int = 512
     """Tokens that a text is cut to."""
     generate: int | None = None
@@ -65,10 +79,10 @@ class InspectConfig:
     """Beside weights: attention rollout; gradient times weights for the largest logit (at the last token)."""
 
     def __post_init__(self) -> None:
-        given = [name for name in ("text", "text_file") if getattr(self, name) is not None]
+        given = [name for name in INPUTS if getattr(self, name) is not None]
         if len(given) != 1:
             got = ", ".join(given) or "none"
-            raise ValueError(f"got {got} to inspect the model on; allowed: one of text, text_file")
+            raise ValueError(f"got {got} to inspect the model on; allowed: one of {', '.join(INPUTS)}")
         for name in ("length", "window", "topk"):
             require(self, getattr(self, name) >= 1, name, "an integer from 1 on")
         require(self, (self.generate or 0) >= 0, "generate", "None or an integer from 0 on")
@@ -90,15 +104,18 @@ def run_inspect(config: InspectConfig) -> Inspected:
     """
     need("matplotlib", "compare")
     folder = check_folder(config.output_dir)
-    text = config.text if config.text_file is None else _read(config.text_file)
-    assert text is not None
+    kind, read = _read(config)
     chosen_modules(unwrap(skeleton(config.model, config.attention)), config.layers, config.roles, swapped=False)
-    loaded = load(config.model, attention=config.attention, kind=ANY)
+    loaded = load(config.model, attention=config.attention, kind=ANY, processing=INPUTS[kind])
     model = loaded.model.eval()
     own = with_own_attention_in_slots(model)
     writes = getattr(model.config, "is_encoder_decoder", False)
     generate = (64 if writes else 0) if config.generate is None else config.generate
-    subject = of_text(model, loaded.tokenizer, text, length=config.length, generate=generate)
+    medium: Any = None
+    if kind in READERS:
+        subject, medium = READERS[kind](model, loaded.processing, read, generate=generate)
+    else:
+        subject = of_text(model, loaded.tokenizer, read, length=config.length, generate=generate)
     layers = _layers(config, model, subject)
     entries = [page.entry_of(one, subject.queries_of(one.role), subject.keys_of(one.role)) for one in layers]
     beside = _attributions(config, model, subject)
@@ -123,18 +140,26 @@ def run_inspect(config: InspectConfig) -> Inspected:
     for role in dict.fromkeys(one.role for one in layers):
         some = [one for one in layers if one.role == role]
         files.append(_saved(overview.overview(some, f"{title}, {role}"), folder / f"overview_{role}.png"))
-    cross = [one for one in layers if one.role == "cross"]
-    if cross:
-        made = alignment.alignment(cross, subject.written, subject.keys_of("cross"), title)
-        files.append(_saved(made, folder / "alignment.png"))
+    drawn = media.pictures(layers, subject, medium, title, most=OVERLAYS if config.queries else 1)
+    files += [_saved(made, folder / name) for name, made in drawn.items()]
     return Inspected(layers=layers, files=files)
 
 
-def _read(path: str) -> str:
+def _read(config: InspectConfig) -> tuple[str, str]:
+    """(Which input is given, the text, or the path of a picture or sound)."""
+    kind = next(name for name in INPUTS if getattr(config, name) is not None)
+    given = getattr(config, kind)
+    if kind == "text":
+        return kind, given
+    path = Path(given).expanduser()
+    if kind in READERS:
+        if not path.is_file():
+            raise ValueError(f"{kind}={given!r} is no file")
+        return kind, str(path)
     try:
-        return Path(path).expanduser().read_text(encoding="utf8")
+        return kind, path.read_text(encoding="utf8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"text_file={path!r} cannot be read as a text in UTF-8: {error}") from None
+        raise ValueError(f"text_file={given!r} cannot be read as a text in UTF-8: {error}") from None
 
 
 def tensors_of(layers: Sequence[LayerWeights]) -> dict[str, torch.Tensor]:

@@ -76,6 +76,10 @@ def written_by(
             f"generate={generate}, and {type(model).__name__} is inspected as it writes; allowed: 1 or more"
         )
     ids = _generate(model, inputs, generate)
+    start = model.generation_config.decoder_start_token_id
+    if start is not None and int(ids[0, 0]) != start:  # Whisper gives what it wrote without what it begins with
+        first = getattr(tokenizer, "prefix_tokens", None) or [start]
+        ids = torch.cat([torch.tensor([first], device=ids.device), ids], dim=1)
     texts = labels(tokenizer, ids[0])
     return Subject(
         inputs={**inputs, "decoder_input_ids": ids[:, :-1]},
