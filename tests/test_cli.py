@@ -37,6 +37,7 @@ VERBS = [
     "inspect",
     "list",
     "recipe",
+    "report",
     "results",
     "run",
     "search",

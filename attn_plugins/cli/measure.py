@@ -1,5 +1,6 @@
 """Verbs that measure attentions beside each other: compare, bench."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from attn_plugins.cli.app import ConfigFile, OutputDir, Settings, app, one_line_errors, settings, show
+from attn_plugins.cli.app import ConfigFile, OutputDir, Settings, app, one_line_errors, settings, show, spread_out
 from attn_plugins.cli.stop import stoppable
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
@@ -54,35 +55,54 @@ def compare(
 ) -> None:
     """Compare attentions: quality untrained and fine-tuned, speed, memory. A stopped run goes on where it was.
 
-    With --suite: several such comparisons with one report. Exit status 1 if a cell failed.
+    With --suite: several such comparisons with one report. Over several processes, each runs cells of its own. Exit
+    status 1 if a cell failed.
     """
+    from attn_plugins.benchmark.results.shares import shares
     from attn_plugins.benchmark.suites.config import Suite, attention_flags, labelled
 
     with one_line_errors():
         from attn_plugins.benchmark.compare.run import all_cells, prepare_compare, run_compare
         from attn_plugins.benchmark.results.chosen import chosen, planned
 
-        models = labelled(model) if model else None
-        attentions = attention_flags(attn) if attn else None
-        asked = _asked(config, suite, models, attentions, preset, output_dir, assignments)
-        parts = asked.parts if isinstance(asked, Suite) else asked
-        results = prepare_compare(*(own for _, own in parts) if isinstance(parts, list) else (parts,))
-        here = chosen(all_cells(parts), only or (), shard)
+        spread_out()
+        processes = shares()
+        first = processes is None or processes.first
+        if processes is not None and fresh:
+            raise ValueError("--fresh takes away what other processes use; allowed: in one process")
+        if (dry_run or report) and not first:
+            return
+        with contextlib.nullcontext() if processes is None or dry_run or report else processes.start():
+            models = labelled(model) if model else None
+            attentions = attention_flags(attn) if attn else None
+            asked = _asked(config, suite, models, attentions, preset, output_dir, assignments)
+            parts = asked.parts if isinstance(asked, Suite) else asked
+            results = prepare_compare(*(own for _, own in parts) if isinstance(parts, list) else (parts,))
+            here = chosen(all_cells(parts), only or (), shard)
+            running = results.lock() if first and not dry_run else contextlib.nullcontext()
         if dry_run:
             show([planned(here, results, fresh=fresh, retry=not no_retry)], [])
             return
-        running = results.lock()
     from attn_plugins.benchmark.compare.report import write_report
     from attn_plugins.benchmark.html.page import write_run_page
     from attn_plugins.benchmark.html.runs import write_plan
+    from attn_plugins.benchmark.results.live import LiveTable
     from attn_plugins.benchmark.suites.report import write_suite_report
 
     named = [*parts] if isinstance(parts, list) else [(None, parts)]
     with running:
-        write_plan(results.path.parent, named)
+        if first:
+            write_plan(results.path.parent, named)
+        keys = [] if report else [cell.key for cell in here]
+        how: dict[str, Any] = {"fresh": fresh, "only": keys, "retry": not no_retry}
         with stoppable(asked.output_dir, again=(), kept=f"cells that have ended are in {results.path}"):
-            keys = [] if report else [cell.key for cell in here]
-            run_compare(parts, results, fresh=fresh, only=keys, retry=not no_retry)
+            if sys.stdout.isatty() and processes is None and keys:
+                with LiveTable(here, results) as table:
+                    run_compare(parts, results, **how, say=table.say, watch=table)
+            else:
+                run_compare(parts, results, **how, shares=None if report else processes)
+        if not first:
+            return
         tables, files = write_suite_report(asked, results) if isinstance(asked, Suite) else write_report(asked, results)
         page = write_run_page(named, results)
     show(tables, [results.path, *files, page])

@@ -40,6 +40,11 @@ class CompareCell:
         part = {} if self.part is None else {"part": self.part}
         return part | {name: getattr(self, name) for name in ("model", "attention", "measure", "seed")}
 
+    @property
+    def timed(self) -> bool:
+        """Whether other work beside it would change the result."""
+        return self.measure not in ("evaluate", "transfer", "finetune")
+
     def __str__(self) -> str:
         place = [str(self.settings[name]) for name in ("what", "scope", "length") if name in self.settings]
         part = [] if self.part is None else [self.part]

@@ -12,6 +12,7 @@ import torch
 from attn_plugins.benchmark.contenders import CONTENDER, contender_in, spelled_contender
 from attn_plugins.benchmark.results.store import hash_of
 from attn_plugins.choice.run import ChooseConfig, choose
+from attn_plugins.config.extras import need
 from attn_plugins.config.versions import versions
 from attn_plugins.config.yaml import read_json
 from attn_plugins.core.attention import HeadShape
@@ -151,9 +152,10 @@ class CompareModels:
         settings = {name: value for name, value in rules[CHOOSE].items() if name != "data"}
         made_of = {"model": source, "dtype": dtype, "seed": cell.seed, **rules, "versions": versions()}
         folder = self._folder("chosen", cell, hash_of(made_of))
-        if not (folder / "rules.yaml").exists():
-            fixed = {"model": source, "dtype": dtype, "seed": cell.seed, "output_dir": str(folder)}
-            choose(build(ChooseConfig, {**settings, **fixed, "data": rules[CHOOSE]["data"]}), lambda line: None)
+        with self._alone(folder):
+            if not (folder / "rules.yaml").exists():
+                fixed = {"model": source, "dtype": dtype, "seed": cell.seed, "output_dir": str(folder)}
+                choose(build(ChooseConfig, {**settings, **fixed, "data": rules[CHOOSE]["data"]}), lambda line: None)
         return folder
 
     def transferred(self, cell: "CompareCell") -> tuple[str, dict[str, Any]]:
@@ -161,12 +163,14 @@ class CompareModels:
         self.drop()
         shared = {name: cell.settings[name] for name in ("model", "rules", "dtype", "data", "transfer")}
         folder = self._folder("transferred", cell, hash_of({"seed": cell.seed, **shared}))
-        if folder.exists() and not same_versions(folder):
-            shutil.rmtree(folder)
-        settings = transfer_config(self.config, shared["model"], self.rules(cell), cell.seed, str(folder))
-        metrics = finished(settings)
-        if metrics is None:
-            _, metrics = prepare_transfer(settings, resume=True).run()
+        rules = self.rules(cell)
+        with self._alone(folder):
+            if folder.exists() and not same_versions(folder):
+                shutil.rmtree(folder)
+            settings = transfer_config(self.config, shared["model"], rules, cell.seed, str(folder))
+            metrics = finished(settings)
+            if metrics is None:
+                _, metrics = prepare_transfer(settings, resume=True).run()
         return str(folder), metrics
 
     def written(self, cell: "CompareCell") -> str:
@@ -174,11 +178,17 @@ class CompareModels:
         self.drop()
         settings = {name: cell.settings[name] for name in ("model", "rules", "dtype")}
         folder = self._folder("contenders", cell, hash_of({"seed": cell.seed, **settings, "versions": versions()}))
-        if not (folder / "config.json").exists():
-            made: Any = self._load(settings["model"], settings["rules"], cell.seed)
-            made.processing.save_pretrained(folder)
-            made.model.save_pretrained(folder)
+        with self._alone(folder):
+            if not (folder / "config.json").exists():
+                made: Any = self._load(settings["model"], settings["rules"], cell.seed)
+                made.processing.save_pretrained(folder)
+                made.model.save_pretrained(folder)
         return str(folder)
+
+    def _alone(self, folder: Path) -> Any:
+        """While what several cells use is made, a process that shares them with this one waits."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return need("filelock", "compare").FileLock(folder.with_name(f"{folder.name}.lock"))
 
     def _folder(self, what: str, cell: "CompareCell", key: str) -> Path:
         """Where something of the cell's model is kept; empty where all is to be made anew and this was not yet."""

@@ -1,5 +1,6 @@
 """Models x attentions x measurements: each cell runs once, is written down as it ends, and is not run again."""
 
+import operator
 import os
 import shutil
 import time
@@ -18,8 +19,9 @@ from attn_plugins.benchmark.compare.models import CompareModels, chosen
 from attn_plugins.benchmark.contenders import LEFT_OUT, LeftOutError, contender_in
 from attn_plugins.benchmark.cost import timing
 from attn_plugins.benchmark.cost.timing import Scope
-from attn_plugins.benchmark.results.cells import described, run_cells
+from attn_plugins.benchmark.results.cells import Watch, described, run_cells
 from attn_plugins.benchmark.results.hashes import hashes_of
+from attn_plugins.benchmark.results.shares import Shares
 from attn_plugins.benchmark.results.store import Results
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
@@ -42,7 +44,8 @@ def prepare_compare(*configs: CompareConfig) -> Results:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
-            "compare measures time, so it runs in one process; accelerate launch is for finetune and evaluate"
+            "compare measures time, so it runs in one process; allowed: the command line over several, each with cells "
+            "of its own"
         )
     need("matplotlib", "compare")
     need("plotly", "compare")
@@ -61,6 +64,8 @@ def run_compare(
     fresh: bool = False,
     only: Collection[str] | None = None,
     retry: bool = True,
+    shares: Shares | None = None,
+    watch: Watch | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Run all cells that have no result of these versions yet, and add theirs to ``results``.
@@ -74,6 +79,8 @@ def run_compare(
         fresh: run all cells, whatever has been written before.
         only: keys of the cells that are run here; None for all.
         retry: run cells again that failed with these versions.
+        shares: processes that share the cells out, each of which calls this.
+        watch: is told of cells instead of ``say``.
         say: gets a line of progress at a time.
 
     Raises:
@@ -116,9 +123,9 @@ def run_compare(
         return hashes_of(cell.settings["model"], cell.settings.get("data"), columns)
 
     groups = [[cell] for cell in todo.values()]
-    run_cells(
-        groups, results, measure, _note, fresh=fresh, say=say, announce=True, only=only, retry=retry, hashed=hashed
-    )
+    how: dict[str, Any] = {"fresh": fresh, "only": only, "retry": retry, "shares": shares, "watch": watch}
+    timed = operator.attrgetter("timed")
+    run_cells(groups, results, measure, _note, say=say, announce=True, timed=timed, hashed=hashed, **how)
 
 
 def all_cells(config: CompareConfig | Sequence[tuple[str, CompareConfig]]) -> list[CompareCell]:

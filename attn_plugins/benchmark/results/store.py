@@ -33,9 +33,10 @@ class Results:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
         self._running: Any = None
-        self._read()
+        self.reread()
 
-    def _read(self) -> None:
+    def reread(self) -> None:
+        """Take in what other processes have added since."""
         try:
             lines, rest = _split(self.path.read_bytes())
         except FileNotFoundError:
@@ -85,7 +86,7 @@ class Results:
             ) from None
         except OSError as error:
             raise ValueError(f"cannot write {self.path}: {error.strerror}") from None
-        self._read()
+        self.reread()
         return lock
 
     def add(self, record: dict[str, Any]) -> None:
