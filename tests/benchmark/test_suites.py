@@ -203,12 +203,53 @@ def test_models_of_a_part_that_is_over_are_let_go(llama, text, tmp_path, monkeyp
     assert len({id(models) for models in seen}) == 2
 
 
+def test_a_suite_may_be_of_others(llama, text, tmp_path):
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({**settings(text), "models": {"a": llama}}, sort_keys=False))
+    parts = {"own": {"attentions": {"dense": None}, "data": {"source": text}, "evaluation": {"length": 8}}}
+    whole = {"suites": [str(tmp_path / "one.yaml")], "parts": parts, "models": {"b": llama}}
+    asked = suite(tmp_path, whole, "parts.one: again=null", "parts.one: words.seeds=[4]")
+    assert [(part, list(config.models)) for part, config in asked.parts] == [
+        *[("one: words", ["a"]), ("one: cost", ["a"]), ("own", ["b"])]
+    ]
+    words, cost, own = (config for _, config in asked.parts)
+    assert (words.seeds, words.bar, list(words.attentions)) == ([4], "local", ["dense", "local"])
+    assert (cost.untrained, own.data.source) == (False, text)
+    assert {config.output_dir for _, config in asked.parts} == {str(tmp_path / "out")}
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({"suites": [str(tmp_path / "mine.yaml")]}))
+    with pytest.raises(ValueError, match="suites name each other in a ring: mine, one, mine"):
+        suite(tmp_path, whole)
+
+
+def test_models_from_scratch_stay_and_others_give_way(llama, text, tmp_path):
+    new = {"model_type": "llama", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1}
+    new |= {"num_attention_heads": 2, "intermediate_size": 16}
+    task = {"tune": "full", "task": "associative-recall", "options": {"length": 16, "vocab_size": 64, "pairs": [2]}}
+    scratch = {
+        "models": {"new": new},
+        "attentions": {"dense": None},
+        "untrained": False,
+        "data": None,
+        "finetune": task,
+    }
+    words = {"models": {"old": "./nowhere"}, "evaluation": {"length": 16, "max_tokens": 64}}
+    tree = settings(text, parts={"pairs": scratch, "words": words})
+    asked = suite(tmp_path, tree, models={"tiny": llama})
+    assert [(part, list(config.models)) for part, config in asked.parts] == [("pairs", ["new"]), ("words", ["tiny"])]
+    own = suite(tmp_path, tree)
+    assert [part for part, _ in own.parts] == ["pairs"]
+    assert own.left_out == [("words", "old", "no such model folder: './nowhere'")], "the others are still of use"
+    with pytest.raises(ValueError, match=r"no such model folder: './none'"):
+        suite(tmp_path, tree, models={"asked": "./none"})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"parts": {}}, r"parts=\{\}; allowed: a mapping of names to comparisons, at least one"),
         ({"part": 1}, r"unknown key 'part' in .*mine.yaml \(did you mean parts\?\)"),
         ({"parts": {"a": 1}}, r"parts.a is 1; allowed: a mapping of settings of a comparison"),
+        ({"suites": "quick"}, r"suites='quick'; allowed: a list of names or YAML files"),
+        ({"suites": ["quik"]}, r"suite='quik' \(did you mean quick\?\); allowed: "),
         ({"shared": [1]}, r"shared is \[1\]; allowed: a mapping of settings"),
         (
             {"parts": {"a": {"for": "decoders"}}},

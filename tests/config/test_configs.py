@@ -121,12 +121,22 @@ def test_suites(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(suites, "unfit", lambda *model: None)  # no model is here
     monkeypatch.setattr(presets, "config_of", lambda source: SIZES)
-    asked = suites.read_suite(suites.suite_tree(path.stem))
+    tree = suites.suite_tree(path.stem)
+    asked = suites.read_suite(tree)
     assert asked.output_dir == f"runs/suites/{path.stem}"
     assert asked.description
     names = [part for part, _ in asked.parts]
-    assert names == list(read_yaml(path)["parts"])
+    assert names == list(tree["parts"])
+    assert asked.left_out == []
     assert all(cells(config, part) for part, config in asked.parts)
+
+
+def test_the_full_suite_is_all_others():
+    others = {path.stem for path in (CONFIGS / "suites").glob("*.yaml")} - {"full"}
+    assert set(read_yaml(CONFIGS / "suites" / "full.yaml")["suites"]) == others
+    files = {part.get("file", "") for part in suites.suite_tree("full")["parts"].values()}
+    wanted = [path for folder in ("tasks", "scratch") for path in (CONFIGS / "compare" / folder).glob("*.yaml")]
+    assert {path.relative_to(ROOT).as_posix() for path in wanted} <= files
 
 
 @files("presets")

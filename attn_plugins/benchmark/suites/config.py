@@ -11,11 +11,12 @@ from attn_plugins.benchmark.suites.presets import read_preset, rows_for
 from attn_plugins.config.shipped import named
 from attn_plugins.config.yaml import parse_yaml, read_yaml, read_yaml_file
 from attn_plugins.core.options import build, check_keys, did_you_mean
+from attn_plugins.training.new_models import is_new
 
 CONTENDERS = ("attentions", "preset", "baseline", "bar")
 """Settings that go together: who brings attentions of its own brings the labels of these too."""
-OF_A_SUITE = ("description", "models", "shared", "parts", "output_dir")
-OF_A_PART = ("file", "for", "preset")
+OF_A_SUITE = ("description", "suites", "models", "shared", "parts", "output_dir")
+OF_A_PART = ("file", "for", "preset", "shared")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,18 +35,32 @@ class Suite:
 def suite_tree(name: str) -> dict[str, Any]:
     """Settings of a suite that comes with the package, or of a YAML file of one, for :func:`read_suite`.
 
-    Every part is a mapping, so that ``--set parts.NAME.key=value`` has a place.
+    Every part is a mapping, so that ``--set parts.NAME.key=value`` has a place. Parts of other suites that it names
+    come first, each named after its suite too, with what that one shares.
 
     Raises:
         ValueError: there is no such suite, or the file is not one.
     """
+    return _suite_tree(name, ())
+
+
+def _suite_tree(name: str, files: tuple[Path, ...]) -> dict[str, Any]:
     path = named("suites", name, "suite")
+    if path in files:
+        raise ValueError(f"suites name each other in a ring: {', '.join(one.stem for one in (*files, path))}")
     tree = read_yaml(path)
     check_keys(tree, OF_A_SUITE, str(path))
-    parts = tree.get("parts")
-    if not isinstance(parts, dict) or not parts:
+    parts, others = tree.get("parts", {}), tree.pop("suites", [])
+    if not isinstance(others, list) or not all(isinstance(one, str) for one in others):
+        raise ValueError(f"{path}: suites={others!r}; allowed: a list of names or YAML files")
+    if not isinstance(parts, dict) or not (parts or others):
         raise ValueError(f"{path}: parts={parts!r}; allowed: a mapping of names to comparisons, at least one")
-    spelled = {part: {"file": value} if isinstance(value, str) else value for part, value in parts.items()}
+    spelled: dict[str, Any] = {}
+    for inner in (_suite_tree(one, (*files, path)) for one in others):
+        shared = {"models": inner.get("models") or {}, **(inner.get("shared") or {})}
+        named_parts = {f"{inner['name']}: {part}": own for part, own in inner["parts"].items()}
+        spelled |= {part: own and {"shared": shared, **own} for part, own in named_parts.items()}
+    spelled |= {part: {"file": value} if isinstance(value, str) else value for part, value in parts.items()}
     return {"output_dir": f"runs/suites/{path.stem}", **tree, "name": path.stem, "parts": spelled}
 
 
@@ -73,6 +88,9 @@ def read_suite(
             continue
         where = f"parts.{part}"
         settings = _part(_mapping(own, where), shared, where)
+        given = settings.get("models") or tree.get("models") or {}
+        from_scratch = any(isinstance(source, dict) or is_new(source) for source in given.values())
+        settings["models"] = given if from_scratch else models or given
         asked = settings.pop("for", None)
         if asked is not None and asked not in FOR:
             raise ValueError(f"{where}.for={asked!r}{did_you_mean(asked, FOR)}; allowed: {', '.join(FOR)}")
@@ -82,11 +100,13 @@ def read_suite(
         elif attentions is not None:
             settings = with_attentions(settings, attentions)
         asked_preset = settings.pop("preset", None)
-        settings["models"] = models or settings.get("models") or tree.get("models") or {}
         if not settings["models"]:
             raise ValueError(f"{where} names no models; give them: --model NAME, or --model LABEL=NAME")
         config = _built(with_attentions(settings, {}), where)
-        reasons = {label: unfit(source, config.task.model, asked) for label, source in config.models.items()}
+        reasons = {
+            label: _reason(source, config.task.model, asked, asked_for=settings["models"] is models)
+            for label, source in config.models.items()
+        }
         found.left_out.extend((part, label, why) for label, why in reasons.items() if why is not None)
         fitting = {label: source for label, source in config.models.items() if reasons[label] is None}
         if asked_preset is None:
@@ -106,18 +126,24 @@ def read_suite(
 
 
 def _part(own: dict[str, Any], shared: dict[str, Any], where: str) -> dict[str, Any]:
-    """Settings of a part: its own, over those of the file that it names, over those that all parts share."""
-    from_file: dict[str, Any] = {}
+    """Settings of a part: its own, over those of the file that it names, or else over those that all parts share."""
+    under = _mapping(own["shared"], f"{where}.shared") if "shared" in own else shared
     if "file" in own:
-        read = read_yaml_file(own["file"], f"{where} ")
-        from_file = _mapping(read, f"{where}.file={own['file']!r}")
-    inner = {**from_file, **own}
-    if "attentions" in inner or "preset" in inner:
-        shared = {key: value for key, value in shared.items() if key not in CONTENDERS}
-    settings = {**shared, **inner}
-    settings.pop("file", None)
-    settings.pop("output_dir", None)
-    return settings
+        under = _mapping(read_yaml_file(own["file"], f"{where} "), f"{where}.file={own['file']!r}")
+    elif "attentions" in own or "preset" in own:
+        under = {key: value for key, value in under.items() if key not in CONTENDERS}
+    settings = {**under, **own}
+    return {key: value for key, value in settings.items() if key not in ("file", "shared", "output_dir")}
+
+
+def _reason(source: Any, kind: str, asked: str | None, *, asked_for: bool) -> str | None:
+    """Why a model is left out of a part, or None; one that is not there is an error where it was asked for."""
+    try:
+        return unfit(source, kind, asked)
+    except ValueError as error:
+        if asked_for:
+            raise
+        return str(error)
 
 
 def _built(settings: dict[str, Any], where: str) -> CompareConfig:
