@@ -2,7 +2,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from attn_plugins.data.synthetic.associative_recall import recall_pairs
+from attn_plugins.data.synthetic.recall import recall_pairs
 from attn_plugins.data.synthetic.rows import Draw, drawn, joined
 from attn_plugins.tasks import TrainableTask, register_task
 from attn_plugins.tasks.answers_task import AnswersTask, upper_bounds

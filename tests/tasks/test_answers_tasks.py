@@ -12,7 +12,11 @@ from attn_plugins.tasks import get_task, list_tasks, run_task
 from attn_plugins.tasks.answers_task import AnswersTask
 
 TASKS = [name for name in list_tasks() if issubclass(get_task(name), AnswersTask)]
-FEW = {"associative-recall": {"length": 4, "vocab_size": 4, "pairs": [1], "train_rows": 200, "rows": 50}}
+FEW = {
+    "associative-recall": {"length": 4, "vocab_size": 4, "pairs": [1]},
+    "induction": {"length": 5, "vocab_size": 3},
+    "selective-copying": {"length": 5, "vocab_size": 4, "tokens": 1},
+}
 """Options by which a task has few different rows, so that chance alone would not keep them apart."""
 
 
@@ -128,6 +132,46 @@ def test_figures_tell_how_many_pairs_and_how_far_a_model_reaches():
     assert found(others, Looking(8))["by_distance"] == [pytest.approx(part) for part in near["by_distance"]]
 
 
+def test_induction_asks_what_followed_a_token_that_stood_once():
+    made = task("induction", length=40, vocab_size=16, rows=60)
+    rows = made.made(60, True)
+    for ids, labels, distance in zip(
+        *(rows[name].tolist() for name in ("input_ids", "labels", "distance")), strict=True
+    ):
+        assert ids.count(15) == 2
+        assert ids[-2] == 15
+        place = ids.index(15)
+        assert labels == [IGNORED] * 39 + [ids[place + 1]]
+        assert ids[-1] == labels[-1]
+        bounds = (0, *made.groups()["distance"])
+        assert bounds[distance[-1]] < 38 - place <= bounds[distance[-1] + 1]
+    whole, near = (found(made, Looking(reach)) for reach in (40, 16))
+    assert (whole["accuracy"], whole["answers"]) == (1.0, 60)
+    shares = {part["distance"]: part["accuracy"] for part in near["by_distance"]}
+    assert (shares[4], shares[8], shares[16]) == (1, 1, 1)
+    assert max(shares[32], shares[64]) < 0.3, "token 0 may be right"
+
+
+def test_selective_copying_asks_for_all_but_the_noise_in_its_order():
+    made = task("selective-copying", length=30, vocab_size=12, tokens=6, rows=40)
+    rows = made.made(40, True)
+    bounds = (0, *made.groups()["distance"])
+    places = set()
+    for ids, labels, distance in zip(
+        *(rows[name].tolist() for name in ("input_ids", "labels", "distance")), strict=True
+    ):
+        told = [(place, token) for place, token in enumerate(ids[:23]) if token != 11]
+        places |= {place for place, _ in told}
+        said = [token for _, token in told]
+        assert (ids[23], ids[24:]) == (10, said)
+        assert labels == [IGNORED] * 24 + said
+        assert len(set(said)) == 6
+        for number, (place, _) in enumerate(told):
+            apart, group = 23 + number - place, distance[24 + number]
+            assert bounds[group] < apart <= bounds[group + 1]
+    assert places == set(range(23)), "anywhere"
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -136,6 +180,11 @@ def test_figures_tell_how_many_pairs_and_how_far_a_model_reaches():
         ("associative-recall", {"pairs": [20]}, "length=64; allowed: at least 80, four times the most pairs"),
         ("associative-recall", {"vocab_size": 31}, "vocab_size=31; allowed: at least 32, twice the most pairs"),
         ("associative-recall", {"power": 0.0}, "power=0.0; allowed: above 0"),
+        ("induction", {"length": 3}, "length=3; allowed: at least 4"),
+        ("induction", {"vocab_size": 2}, "vocab_size=2; allowed: at least 3"),
+        ("selective-copying", {"tokens": 0}, "tokens=0; allowed: at least 1"),
+        ("selective-copying", {"tokens": 32}, "length=64; allowed: at least 65, the tokens, a separator and the copy"),
+        ("selective-copying", {"vocab_size": 9}, "vocab_size=9; allowed: at least 10, the tokens, separator and noise"),
         ("associative-recall", {"train_rows": 0}, "train_rows=0; allowed: at least 1"),
         ("associative-recall", {"rows": 0}, "rows=0; allowed: at least 1"),
         ("associative-recall", {"seed": -1}, "seed=-1; allowed: 0 to"),

@@ -158,17 +158,20 @@ def speech_recognition_by_letters(folder):
     return _speech(folder, ctc)
 
 
-def associative_recall(folder):
+def made_rows(folder, **options):
+    """A task that makes its rows, for a model without a tokenizer."""
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 32}
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=20, **sizes, num_attention_heads=2, initializer_range=0.2)
-    LlamaForCausalLM(config).save_pretrained(folder / "model")  # without a tokenizer
-    rows = {"length": 16, "vocab_size": 20, "pairs": [1, 2], "train_rows": 48, "rows": 20}
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    rows = {"length": 16, "vocab_size": 20, "train_rows": 48, "rows": 20, **options}
     return {"model": str(folder / "model"), "options": rows}
 
 
 CASES = {
-    "associative-recall": associative_recall,
+    "associative-recall": partial(made_rows, pairs=[1, 2]),
+    "induction": made_rows,
+    "selective-copying": partial(made_rows, tokens=4),
     "translation": translation,
     "summarization": summarization,
     "image-classification": image_classification,
