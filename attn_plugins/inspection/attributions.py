@@ -21,6 +21,7 @@ from attn_plugins.inspection.inspect import (
     chosen_modules,
     evaluating,
     numbers_in,
+    ordinary,
     own_weighing,
     positions_in,
     slots_at,
@@ -32,7 +33,7 @@ from attn_plugins.transfer.body import run_body
 Target = int | Callable[[Any], torch.Tensor] | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Relevance:
     """Gradient times weights of one call of a module. Tensors are on the CPU, in float32 at least."""
 
@@ -48,6 +49,7 @@ class Relevance:
     """``w_qk dy/dw_qk`` of the chosen queries."""
 
 
+@torch.inference_mode(False)
 def gradient_times_weights(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -74,7 +76,7 @@ def gradient_times_weights(
     Raises:
         ValueError: an attention's output is no sum of values (``linear_in_values``), or the output has no logits.
     """
-    inner = unwrap(model)
+    inner, inputs = unwrap(model), ordinary(inputs)
     chosen = chosen_modules(inner, layers, roles)
     _check_linear(inner, chosen)
     targets = {inner.get_submodule(path): one for path, one in chosen.items()}
@@ -128,7 +130,7 @@ def gradient_times_weights(
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Rollout:
     """Attention rollout of chosen queries through a stack of layers."""
 
@@ -139,6 +141,7 @@ class Rollout:
     """By the model's own attention on the same queries and keys."""
 
 
+@torch.inference_mode(False)
 def attention_rollout(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -163,7 +166,7 @@ def attention_rollout(
     Raises:
         ValueError: not every layer of one stack has a slot, or an output is no sum of values (``linear_in_values``).
     """
-    inner = unwrap(model)
+    inner, inputs = unwrap(model), ordinary(inputs)
     if role not in ("encoder", "decoder"):
         raise ValueError(f"role={role!r}; allowed: 'encoder', 'decoder'")
     chosen = chosen_modules(inner, "all", [role], modules)

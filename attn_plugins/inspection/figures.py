@@ -56,7 +56,7 @@ class HeadFigures:
     """Of the model's own attention on the same queries and keys."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Places:
     """Which keys are where, for the chosen queries."""
 

@@ -33,7 +33,7 @@ Through = Literal["swapped", "own"]
 Numbers = int | str | Sequence[int | str]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class LayerWeights:
     """Weights of one call of one attention module. Tensors are on the CPU, in float32 at least."""
 
@@ -89,6 +89,7 @@ class Inspection:
         return {"layers": told}
 
 
+@torch.inference_mode(False)
 def inspect_attention(
     model: nn.Module,
     inputs: Mapping[str, Any],
@@ -136,7 +137,7 @@ def inspect_attention(
     Raises:
         ValueError: nothing is swapped where it is asked for, a number is out of range, or the model does not run.
     """
-    inner = unwrap(model)
+    inner, inputs = unwrap(model), ordinary(inputs)
     if through not in ("swapped", "own"):
         raise ValueError(f"through={through!r}; allowed: 'swapped', 'own'")
     for name, number in {"window": window, "topk": topk}.items():
@@ -151,7 +152,8 @@ def inspect_attention(
     def see(one: Observed) -> None:
         target = targets.get(one.module)
         if target is not None:
-            found.append(_weighed(one, target, inputs, heads, queries, **sizes))
+            with torch.autocast(one.query_BHQD.device.type, enabled=False):
+                found.append(_weighed(one, target, inputs, heads, queries, **sizes))
 
     watch = swapped_attention if through == "swapped" else own_attention
     with evaluating(inner), watch(inner, see):
@@ -358,6 +360,11 @@ def positions_in(queries: int | Sequence[int] | None, length: int, path: str) ->
     if not wanted or not all(isinstance(q, int) and -length <= q < length for q in wanted):
         raise ValueError(f"queries={queries!r}, and {path} has {length} queries; allowed: {-length} to {length - 1}")
     return [q % length for q in wanted]
+
+
+def ordinary(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs that have gradients: copies of those made in inference mode."""
+    return {k: x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for k, x in inputs.items()}
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ class Weighing:
     @classmethod
     def of(cls, attend: Callable[[torch.Tensor], torch.Tensor], value_BGKV: torch.Tensor) -> "Weighing":
         """Run ``attend``, a function of values alone: out_BQHV, with a gradient to them."""
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(value_BGKV.device.type, enabled=False):
             leaf = value_BGKV.detach().clone().requires_grad_()
             return cls(attend(leaf), leaf)
 

@@ -131,7 +131,7 @@ def run_inspect(config: InspectConfig) -> Inspected:
     }
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "inspect.json", folder / "weights.safetensors", folder / "page.html"]
-    told = {**head, "layers": [_told(one) for one in layers]}
+    told = {**head, "layers": [_told(one, rows=bool(config.queries)) for one in layers]}
     files[0].write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf8")
     need("safetensors.torch", "train").save_file(tensors_of(layers), files[1])
     shown_of = f"{len(entries)} of {len(layers)} modules" if len(entries) < len(layers) else f"{len(layers)} modules"
@@ -256,9 +256,12 @@ def _named(config: InspectConfig) -> str:
     return attention["type"] if isinstance(attention, dict) else shown(attention)
 
 
-def _told(one: LayerWeights) -> dict[str, Any]:
+def _told(one: LayerWeights, *, rows: bool) -> dict[str, Any]:
     names = ("path", "layer", "role", "attention", "heads", "queries", "exact")
-    return {name: getattr(one, name) for name in names} | {"figures": [dataclasses.asdict(x) for x in one.figures]}
+    told = {name: getattr(one, name) for name in names} | {"figures": [dataclasses.asdict(x) for x in one.figures]}
+    if rows:  # of the one text, by head, query and key
+        told |= {"weights": one.weights_BhqK[0].tolist(), "own": one.own_BhqK[0].tolist()}
+    return told
 
 
 def _saved(figure: Any, path: Path) -> Path:

@@ -81,6 +81,16 @@ def test_sums_over_queries_are_those_of_all_pairs(kind):
     assert all(weight.grad is None for weight in model.parameters())
 
 
+def test_inference_mode_around_it_changes_nothing():
+    model, given = ap.swap_attention(tiny.build("llama"), "local"), tiny.inputs("llama")
+    with torch.inference_mode():
+        inside = {name: x.clone() for name, x in given.items()}
+        got, rolled = gradient_times_weights(model, inside), attention_rollout(model, inside, queries=5)
+    for one, other in zip(got, gradient_times_weights(model, given), strict=True):
+        assert torch.equal(one.of_keys_BhK, other.of_keys_BhK)
+    assert torch.equal(rolled.weights_BqK, attention_rollout(model, given, queries=5).weights_BqK)
+
+
 @pytest.mark.parametrize(
     ("flag", "call", "message"),
     [

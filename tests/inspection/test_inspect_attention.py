@@ -61,6 +61,10 @@ def test_rows_are_those_of_the_dense_form_and_of_the_model_itself(kind):
     for mine, theirs in zip(swapped.layers, original.layers, strict=True):
         assert (mine.heads, mine.queries) == ([1, 3], queries)
         for got, expected, layer in ((mine.weights_BhqK, want, mine), (theirs.own_BhqK, own, theirs)):
+            if not expected[layer.role]:  # T5 under "eager", before transformers 5.23
+                assert kind == "t5"
+                assert expected is own
+                continue
             expected = expected[layer.role][layer.layer][:, [1, 3]][:, :, queries]
             assert got.shape == expected.shape
             real = layer.real_Bq[:, None, :, None]
@@ -177,6 +181,24 @@ def test_half_precision_is_weighed_in_float32():
     assert layer.weights_BhqK.dtype == torch.float32
     assert all(one.unexplained < 1e-8 for one in layer.figures)
     torch.testing.assert_close(layer.weights_BhqK, layer.own_BhqK, atol=1e-5, rtol=1e-3)
+
+
+def test_modes_around_it_change_nothing():
+    model, given = ap.swap_attention(tiny.build("llama"), "gated_delta"), tiny.inputs("llama")
+    want = ap.inspect_attention(model, given, queries=[4, 12]).layers
+    with torch.inference_mode():
+        inside = {name: x.clone() for name, x in given.items()}
+        got = ap.inspect_attention(model, inside, queries=[4, 12]).layers
+    with torch.no_grad():
+        got += ap.inspect_attention(model, given, queries=[4, 12]).layers
+    for one, other in zip(got, [*want, *want], strict=True):
+        assert torch.equal(one.weights_BhqK, other.weights_BhqK)
+        assert one.figures == other.figures
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (lower,) = ap.inspect_attention(model, given, layers=0).layers
+    assert lower.own_BhqK.dtype == torch.float32
+    assert all(one.unexplained < 1e-8 for one in lower.figures)
+    torch.testing.assert_close(lower.own_BhqK.sum(-1)[:, :, -1], torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("flag", [{"type": "local", "window_size": 16}, {"type": "linear"}, {"type": "delta"}])

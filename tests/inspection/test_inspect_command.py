@@ -84,6 +84,8 @@ def test_words_and_places_choose_the_queries(decoder, tmp_path):
     )
     layers = json.loads((tmp_path / "inspect.json").read_text())["layers"]
     assert [(one["layer"], one["heads"], one["queries"]) for one in layers] == [(n, [1, 2], [3, 9, 12]) for n in (0, 2)]
+    held = load_file(tmp_path / "weights.safetensors")["model.layers.2.self_attn.own"]
+    torch.testing.assert_close(torch.tensor(layers[1]["own"]), held[0])
 
 
 def test_what_is_written_is_aligned_with_what_is_read(translator, tmp_path):
