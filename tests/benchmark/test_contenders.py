@@ -94,6 +94,12 @@ def test_a_sliding_window_that_no_config_says_is_left_out():
         ready(model, "sliding_window")
 
 
+def test_kernels_for_gpus_are_left_out_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(LeftOutError, match="fla's kernels run on a GPU, and the model is on the CPU"):
+        ready(small_llama(), "fla", op="linear_attn")
+
+
 def test_a_comparison_has_contenders_as_rows(llama, text, tmp_path):
     """What is not installed, or cannot be, is a row with its reason; fine-tunes start from what can be saved."""
     attentions = {
@@ -123,7 +129,7 @@ def test_a_comparison_has_contenders_as_rows(llama, text, tmp_path):
     assert without.pop(("window", "paper"))[1].startswith("paper is not measured of sliding_window: a config says the")
     assert without == {("away", one): ("left out", reason) for one in stages}
     assert [table.title for table in tables] == ["Quality", "Cost at 32 tokens", "Left out"]
-    assert ["tiny · away · evaluate · seed 0 and 3 more of away", reason] in tables[-1].rows
+    assert ["away", "evaluate, cache, paper, finetune", reason] in tables[-1].rows
     assert {row[2] for row in tables[0].rows if row[0] == "away"} == {"left out"}
     assert "contender sliding_window, window_size 4, full_layers" in files[0].read_text()
 
@@ -167,6 +173,7 @@ def test_cells_depend_on_options_and_version(text, monkeypatch):
         ({"contender": "sliding_window", "window_size": "4"}, "window_size='4' is of type str; allowed: int"),
         ({"contender": "sliding_window", "window_size": 1}, "window_size=1; allowed: at least 2"),
         ({"contender": "local_attention", "window_size": 1}, "window_size=1; allowed: at least 2"),
+        ({"contender": "fla", "op": "gla"}, "op='gla'; allowed: 'attn', 'linear_attn'"),
         ({"contender": "kvpress"}, "press is missing"),
         ({"contender": "kvpress", "press": "KnormPress", "compression_ratio": 1}, "allowed: 0 to less than 1"),
     ],
@@ -193,6 +200,7 @@ def test_every_contender_says_what_it_is():
 class Mean(Contender):
     """The mean of all values, to be told from softmax."""
 
+    name = "mean"
     package, distribution, install, what, limits = "torch", None, "pip install torch", "a mean", "a mean has none"
 
     def ready(self, model):
@@ -200,7 +208,7 @@ class Mean(Contender):
             counts = torch.arange(1, v_BHND.shape[2] + 1)[:, None]
             return v_BHND.cumsum(2) / counts
 
-        return contenders.through_interface(model, "mean-of-all", attend)
+        return contenders.through_interface(model, self, attend)
 
 
 @torch.no_grad()
@@ -210,7 +218,7 @@ def test_a_function_of_whole_rows_refuses_what_it_would_leave_out():
     mask = torch.ones_like(ids)
     torch.testing.assert_close(model(ids, attention_mask=mask).logits, model(ids).logits)
     mask[0, :2] = 0
-    with pytest.raises(LeftOutError, match="mean-of-all would see padding; allowed: rows of one length"):
+    with pytest.raises(LeftOutError, match="mean would see padding; allowed: rows of one length"):
         model(ids, attention_mask=mask)
     with pytest.raises(LeftOutError, match="reads whole rows: it has no form for keys from a cache"):
         model.generate(ids, max_new_tokens=2, do_sample=False)

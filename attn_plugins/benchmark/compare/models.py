@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attn_plugins.benchmark.contenders import CONTENDER, contender_in, spelled_contender
+from attn_plugins.benchmark.contenders import CONTENDER, LeftOutError, contender_in, spelled_contender
 from attn_plugins.benchmark.results.store import hash_of
 from attn_plugins.choice.run import ChooseConfig, choose
 from attn_plugins.config.extras import need
@@ -181,6 +181,8 @@ class CompareModels:
         with self._alone(folder):
             if not (folder / "config.json").exists():
                 made: Any = self._load(settings["model"], settings["rules"], cell.seed)
+                if made.processing is None:
+                    raise LeftOutError("a model without a tokenizer is no checkpoint that a fine-tune could start from")
                 made.processing.save_pretrained(folder)
                 made.model.save_pretrained(folder)
         return str(folder)

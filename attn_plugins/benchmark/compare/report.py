@@ -120,25 +120,33 @@ def tables(found: CompareResults) -> list[Table]:
         for scope in passes.lengths if passes else ():
             shown.append(_pass_table(found, measure, title, scope))
     shown += cost_tables(found)
-    again = "These cells failed; the next run tries them again (--no-retry leaves them)."
-    why = "What a contender cannot do here, or would only seem to do; the next run asks again."
-    for title, note, column, without in (
-        ("Left out", why, "reason", found.left_out),
-        ("Errors", again, "error", found.errors),
-    ):
-        if without:
-            shown.append(_reasons(Table(title, note, ["cells", column]), without))
+    if found.left_out:
+        shown.append(_left_out(found))
+    if found.errors:
+        table = Table(
+            "Errors", "These cells failed; the next run tries them again (--no-retry leaves them).", ["cells", "error"]
+        )
+        by_error: dict[tuple[str, str, str], list[CompareCell]] = {}
+        for cell, error in found.errors:
+            by_error.setdefault((cell.model, cell.attention, error), []).append(cell)
+        for (_, _, error), failed in by_error.items():
+            others = f" and {len(failed) - 1} more of {failed[0].attention}" if len(failed) > 1 else ""
+            table.rows.append([f"{failed[0]}{others}", error])
+        shown.append(table)
     return shown
 
 
-def _reasons(table: Table, without: list[tuple[CompareCell, str]]) -> Table:
-    """A row for the cells of a model and an attention that have no result for the same reason."""
-    by_reason: dict[tuple[str, str, str], list[CompareCell]] = {}
-    for cell, reason in without:
-        by_reason.setdefault((cell.model, cell.attention, reason), []).append(cell)
-    for (_, _, reason), its in by_reason.items():
-        others = f" and {len(its) - 1} more of {its[0].attention}" if len(its) > 1 else ""
-        table.rows.append([f"{its[0]}{others}", reason])
+def _left_out(found: CompareResults) -> Table:
+    """What contenders leave out of the comparison, a row for each reason."""
+    note = "What a contender cannot do here, or would only seem to do; the next run asks again."
+    table = Table("Left out", note, _with_model(found.config, ["attention", "what", "reason"]))
+    by_reason: dict[tuple[str, str, str], dict[str, None]] = {}
+    for cell, reason in found.left_out:
+        what = cell.settings.get("what", cell.measure)
+        by_reason.setdefault((cell.model, cell.attention, reason), {})[what] = None
+    for (model, attention, reason), measures in by_reason.items():
+        row = [attention, ", ".join(measures), reason]
+        table.rows.append([model, *row] if len(found.config.models) > 1 else row)
     return table
 
 

@@ -102,10 +102,6 @@ class Contender(abc.ABC):
         except (ImportError, AttributeError) as error:
             raise LeftOutError(f"{self.package} cannot be imported here: {error}") from error
 
-    def implementation(self) -> str:
-        """A name for what it brings in transformers' registries: another for other options."""
-        return f"{self.name}-{hash_of(dataclasses.asdict(self.config))}"
-
 
 def _lacks(cls: Any) -> list[str]:
     if not (isinstance(cls, type) and issubclass(cls, Contender)):
@@ -150,14 +146,11 @@ NOT_HONOURED = ("softcap", "s_aux", "sliding_window", "position_bias")
 """What a model's own attention may ask for, and a function of queries, keys and values alone leaves out."""
 
 
-def through_interface(model: Any, implementation: str, attend: Attend) -> Any:
+def through_interface(model: Any, contender: Contender, attend: Attend) -> Any:
     """Have a decoder attend by a function of whole rows, through transformers' own AttentionInterface.
 
     Keys and values of grouped heads are repeated. A call with padding, a cache, dropout, or with anything else that the
     function does not know, is refused when it comes.
-
-    Args:
-        implementation: a name that this function alone has.
 
     Raises:
         LeftOutError: the model does not attend through that interface.
@@ -178,10 +171,10 @@ def through_interface(model: Any, implementation: str, attend: Attend) -> Any:
         ignored += [] if getattr(module, "is_causal", False) else ["attention that is not causal"]
         if ignored:
             raise LeftOutError(
-                f"{implementation} knows no {', '.join(ignored)}, which {type(module).__name__} asks for"
+                f"{contender.name} knows no {', '.join(ignored)}, which {type(module).__name__} asks for"
             )
         if query.shape[2] != key.shape[2]:
-            raise LeftOutError(f"{implementation} reads whole rows: it has no form for keys from a cache")
+            raise LeftOutError(f"{contender.name} reads whole rows: it has no form for keys from a cache")
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
         scale = options.get("scaling")
@@ -190,8 +183,9 @@ def through_interface(model: Any, implementation: str, attend: Attend) -> Any:
 
     def mask(*, attention_mask: Any = None, **options: Any) -> None:
         if attention_mask is not None and not attention_mask.all():
-            raise LeftOutError(f"{implementation} would see padding; allowed: rows of one length, or one at a time")
+            raise LeftOutError(f"{contender.name} would see padding; allowed: rows of one length, or one at a time")
 
+    implementation = f"{contender.name}-{hash_of(dataclasses.asdict(contender.config))}"
     AttentionInterface.register(implementation, forward)
     AttentionMaskInterface.register(implementation, mask)
     before = model.config._attn_implementation

@@ -31,4 +31,4 @@ class LocalAttention(Contender):
             window.scale = scale
             return window(q_BHND.contiguous(), k_BHND.contiguous(), v_BHND.contiguous())
 
-        return through_interface(model, self.implementation(), attend)
+        return through_interface(model, self, attend)
