@@ -149,6 +149,11 @@ def test_only_what_a_cost_depends_on_is_in_its_key():
         assert {what for what in before if before[what] != after[what]} == changed
 
 
+def test_what_is_counted_may_run_beside_other_work():
+    timed = {cell.settings["what"] for cell in cells(config_of("m", "out")) if cell.timed}
+    assert timed == {"decode", "step"}
+
+
 class NoEnergyError(Exception):
     pass
 

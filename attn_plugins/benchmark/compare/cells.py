@@ -43,7 +43,8 @@ class CompareCell:
     @property
     def timed(self) -> bool:
         """Whether other work beside it would change the result."""
-        return self.measure not in ("evaluate", "transfer", "finetune")
+        counted = self.settings.get("what") in ("cache", "paper")
+        return self.measure not in ("evaluate", "transfer", "finetune") and not counted
 
     def __str__(self) -> str:
         place = [str(self.settings[name]) for name in ("what", "scope", "length") if name in self.settings]
