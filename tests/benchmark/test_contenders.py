@@ -22,6 +22,7 @@ from attn_plugins.benchmark.compare.config import CompareConfig
 from attn_plugins.benchmark.compare.report import write_report
 from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
 from attn_plugins.benchmark.contenders import Contender, LeftOutError, contender_in, register_contender
+from attn_plugins.core import class_registry
 from attn_plugins.core.options import build
 from attn_plugins.training.models import load
 
@@ -195,6 +196,18 @@ def test_every_contender_says_what_it_is():
         register_contender("bare")(type("Bare", (Contender,), {"ready": lambda self, model: model}))
     with pytest.raises(ValueError, match="is not a subclass of"):
         register_contender("int")(int)
+
+
+def test_an_installed_package_brings_its_own(monkeypatch):
+    class Entry:
+        def load(self):
+            return register_contender("theirs")(type("Theirs", (Away,), {"__doc__": "Of a package."}))
+
+    held = {"attn_plugins.contenders": [Entry()]}
+    monkeypatch.setattr(class_registry.metadata, "entry_points", lambda group: held.get(group, []))
+    monkeypatch.setattr(contenders.CONTENDERS, "classes", dict(contenders.CONTENDERS.classes))
+    monkeypatch.setattr(contenders.CONTENDERS, "_loaded", False)
+    assert {"theirs", "sliding_window"} <= set(contenders.list_contenders())
 
 
 class Mean(Contender):
