@@ -133,17 +133,29 @@ def evaluate(
             help=f"{', '.join(task_names())}; repeatable.",
         ),
     ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            "--harness",
+            metavar="TASKS",
+            help="Tasks of lm-evaluation-harness, with commas: names, YAML files, folders. --set harness.limit=100.",
+        ),
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", "-o", help="Also write the result there, as JSON.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     assignments: Settings = None,
 ) -> None:
-    """Measure a model, swapped or not, or a PEFT adapter, on held-out text."""
+    """Measure a model, swapped or not, or a PEFT adapter, on held-out text, or by lm-evaluation-harness."""
     asked: dict[str, Any] = {"evaluation.task": task[0]} if task and len(task) == 1 else {}
     if task and len(task) > 1:
         asked = {"evaluation": [{"task": name} for name in task]}
     flags = {"model": model, "data.source": data, "output": output, **asked}
     with one_line_errors():
         tree = settings(config, flags, assignments, attn)
+        if harness is not None:
+            asked_too = tree.get("evaluation", [])
+            own = {"task": "harness", "tasks": harness.split(","), **tree.pop("harness", {})}
+            tree["evaluation"] = [*(asked_too if isinstance(asked_too, list) else [asked_too]), own]
         from attn_plugins.tasks import get_task
         from attn_plugins.training.config import EvaluateConfig
         from attn_plugins.training.evaluate import prepare_evaluation, without_recall
