@@ -214,7 +214,7 @@ def test_figures_that_are_not_finite_do_not_break_the_page(tmp_path):
             result = {
                 **record["result"],
                 "value": float("inf"),
-                "train": {"losses": [{"step": 1, "loss": float("nan")}]},
+                "train": {"losses": [{"step": step, "loss": float("nan")} for step in (1, 2)]},
             }
             results.add({**record, "result": result})
     text = write_run_page([(None, config)], Results(results.path)).read_text(encoding="utf-8")
