@@ -15,8 +15,8 @@ NOISE = {0: -0.1, 1: 0.0, 2: 0.12}
 
 def config(folder, **changes):
     """Six attentions: one fails, one has not run, one has a name that is HTML, one is chosen by heads."""
-    attentions = {"dense": None, "window": LOCAL, "chosen": CHOSEN, "<b>odd</b>": "linear"}
-    attentions |= {"broken": {"type": "local", "layers": 7}, "late": {"type": "local", "window_size": 9}}
+    attentions = {"dense": None, "broken": {"type": "local", "layers": 7}, "window": LOCAL, "chosen": CHOSEN}
+    attentions |= {"<b>odd</b>": "linear", "late": {"type": "local", "window_size": 9}}
     tree = {
         "models": {"tiny": "somewhere/tiny"},
         "attentions": attentions,

@@ -102,7 +102,7 @@ def test_differences_within_the_noise_are_said_to_be(group):
 def test_the_summary_names_the_best_within_each_budget_and_what_beats_the_bar(group):
     said = summary_of(group)
     best, other = "dense, fine-tuned, 8.01 ± 0.064", "chosen, fine-tuned, 8.41 ± 0.064 (~ \u22125.0 %)"
-    assert said["lead"] == f"Best perplexity: {best}; after dense {other}."
+    assert said["lead"] == f"Best perplexity: {best}; the best other is {other}."
     bar = next(sentence for sentence in said["sentences"] if sentence.startswith("The bar is window, untrained"))
     assert "Better: window (fine-tuned); chosen (untrained, fine-tuned)." in bar
     assert "Not better: <b>odd</b> (untrained, fine-tuned)." in bar
@@ -241,6 +241,27 @@ def test_a_cell_of_several_parts_is_a_row_of_each(tmp_path):
     found = groups_of(read_run(str(tmp_path)), False)
     assert [one.label for one in found] == ["one · tiny", "two · tiny"]
     assert row(found[0], "window").figure == row(found[1], "window").figure
+
+
+def test_quality_and_cost_of_a_suite_are_held_against_each_other(tmp_path):
+    config, _ = compared.write_run(tmp_path)
+    none = dict.fromkeys(("speed", "memory", "cost"))
+    words = compared.config(tmp_path, **none)
+    write_plan(tmp_path, [("words", words), ("cost", compared.config(tmp_path, untrained=False, finetune=None))])
+    found = groups_of(read_run(str(tmp_path)), False)
+    assert [one.label for one in found] == ["words · tiny", "cost · tiny"]
+    titles = [[figure["title"] for figure in figures_of(one) if figure["section"] != "training"] for one in found]
+    assert "perplexity against time" in titles[0]
+    assert "speed by length" not in titles[0], "it stands where it was measured"
+    assert titles[1] == ["speed by length", "peak memory by length"]
+    assert summary_of(found[1])["lead"].startswith(
+        "Fastest: window, 4.00 times as fast as dense (attention layer, forward"
+    )
+    attentions = {"dense": None, "window": {**compared.LOCAL, "window_size": 5}}
+    other = compared.config(tmp_path, attentions=attentions, **none)
+    write_plan(tmp_path, [("words", words), ("other", other), ("cost", config)])
+    lent = groups_of(read_run(str(tmp_path)), False)[1].lent["speed"]
+    assert list(lent) == ["dense"], "another window has the label"
 
 
 def test_families_are_those_of_the_registry():

@@ -7,7 +7,7 @@ from attn_plugins.benchmark.compare.report import STAGES
 from attn_plugins.benchmark.html.details import row_facts
 from attn_plugins.benchmark.html.figures import place_words, sentence
 from attn_plugins.benchmark.html.groups import CACHE, MEMORY, STEP, TIME, TOKEN, Cost, Group, Row
-from attn_plugins.benchmark.html.noise import SPELLED, beside
+from attn_plugins.benchmark.html.noise import beside, share
 from attn_plugins.benchmark.results.tables import brief_number, duration
 
 MOST_OTHERS = 6
@@ -212,5 +212,5 @@ def _cost(group: Group, row: Row, cost: Cost) -> dict[str, Any]:
     if cost.ratio:
         rounds = f"rounds: {its['lowest']:.2f} to {its['highest']:.2f}"
         return _number(its["times_as_fast"], f"{its['times_as_fast']:.2f}\u00d7") | {"title": rounds}
-    share = f"{its['bytes'] / base['bytes']:.0%}".translate(SPELLED) if base else None
-    return _number(its["bytes"], brief_number(its["bytes"] / 2**20), share)
+    of_base = share(its["bytes"] / base["bytes"]) if base else None
+    return _number(its["bytes"], brief_number(its["bytes"] / 2**20), of_base)

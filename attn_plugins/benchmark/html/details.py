@@ -59,6 +59,13 @@ def rules_text(group: Group) -> list[tuple[str, str]]:
     return [(name, rules.get(name, "")) for name in group.attentions]
 
 
+def hardware_words(hardware: dict[str, Any]) -> str:
+    """A machine in words, bytes as GiB."""
+    sizes = {name: f"{its / 2**30:.1f} GiB" for name, its in hardware.items() if name.endswith("_bytes")}
+    told = {name: sizes.get(name, its) for name, its in hardware.items()}
+    return ", ".join(f"{name.removesuffix('_bytes').replace('_', ' ')} {its}" for name, its in told.items())
+
+
 def _cell(cell: dict[str, Any]) -> dict[str, Any]:
     settings, status = cell.get("settings", {}), cell["status"]
     what = STAGES.get(cell["measure"], settings.get("what", cell["measure"]))
@@ -75,9 +82,10 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
         facts.append(("Finished", cell["finished"].replace("T", " ").replace("+00:00", " UTC")))
     if "versions" in cell:
         facts.append(("Versions", spelled(cell["versions"])))
-    for name in ("hardware", "hashes"):
-        if cell.get(name):
-            facts.append((name.capitalize(), ", ".join(f"{key} {value}" for key, value in cell[name].items())))
+    if cell.get("hardware"):
+        facts.append(("Machine", hardware_words(cell["hardware"])))
+    if cell.get("hashes"):
+        facts.append(("Hashes", ", ".join(f"{name} {its}" for name, its in cell["hashes"].items())))
     facts.append(("Key", cell["key"]))
     if isinstance(folder := cell.get("result", {}).get("folder"), str):
         facts.append(("Folder", folder))

@@ -10,8 +10,8 @@ from attn_plugins.benchmark.compare.report import PASSES, SCOPES
 from attn_plugins.benchmark.html.groups import COSTS, Cost, Figure, Group, Place, Row, metric_of
 from attn_plugins.benchmark.results.tables import brief_number
 
-PLACES = ("distance", "length", "position", "depth", "pairs")
-"""What entries of ``by_...`` lists are told apart by; positions from and to are one, too."""
+IN_TOKENS = ("distance", "length", "position", "gap")
+"""Places whose numbers are tokens."""
 
 FAR = 3
 """Lines that lie beyond so many times the median are named below a figure, and do not set its scale."""
@@ -124,7 +124,10 @@ def _curves(group: Group) -> Iterator[dict[str, Any]]:
             "caption": above,
             "data": data,
             "layout": {
-                "xaxis": {"title": {"text": f"{by} in tokens"}, **({"type": "category"} if text else _lengths(places))},
+                "xaxis": {
+                    "title": {"text": f"{by} in tokens" if by in IN_TOKENS else by},
+                    **({"type": "category"} if text else _lengths(places)),
+                },
                 "yaxis": {"title": {"text": metric}, **({"range": [-0.03, 1.05]} if share else axis)},
             },
         }
@@ -152,7 +155,7 @@ def _series(
         place, shown = key.removeprefix("by_"), None
         points = []
         for entry in entries:
-            x = _place(entry)
+            x = _place(entry, place)
             values = {k: v for k, v in entry.items() if isinstance(v, float)}
             shown = metric if metric in values else next(iter(values), None)
             if x is not None and shown is not None:
@@ -161,10 +164,8 @@ def _series(
             yield (name, place, shown), points
 
 
-def _place(entry: dict[str, Any]) -> Any:
-    if {"from", "to"} <= set(entry):
-        return f"{entry['from']}\u2013{entry['to']}"
-    return next((entry[name] for name in PLACES if name in entry), None)
+def _place(entry: dict[str, Any], name: str) -> Any:
+    return f"{entry['from']}\u2013{entry['to']}" if {"from", "to"} <= set(entry) else entry.get(name)
 
 
 def _costs_by_length(group: Group) -> Iterator[dict[str, Any]]:

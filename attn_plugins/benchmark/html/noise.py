@@ -33,6 +33,11 @@ class Beside:
 SPELLED = str.maketrans({"-": "\u2212", "%": " %"})
 
 
+def share(part: float) -> str:
+    """A share in percent, with a digit more where it is small."""
+    return (f"{part:.1%}" if 0 < part < 0.0095 else f"{part:.0%}").translate(SPELLED)
+
+
 def beside(row: Row, other: Row, lower: bool) -> Beside | None:
     """How a row stands beside another, by a test over the seeds of both; None without finite figures.
 

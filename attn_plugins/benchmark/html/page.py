@@ -10,7 +10,7 @@ from attn_plugins.benchmark.compare.config import CompareConfig
 from attn_plugins.benchmark.compare.report import STAGES
 from attn_plugins.benchmark.contenders import LEFT_OUT
 from attn_plugins.benchmark.html.board import board, entries
-from attn_plugins.benchmark.html.details import cell_details, rules_text
+from attn_plugins.benchmark.html.details import cell_details, hardware_words, rules_text
 from attn_plugins.benchmark.html.figures import figures_of
 from attn_plugins.benchmark.html.groups import Group, groups_of
 from attn_plugins.benchmark.html.runs import PLAN, Run, read_planned, told_apart, write_plan
@@ -126,8 +126,9 @@ def _title(groups: list[Group]) -> str:
 
 
 def _facts(runs: list[Run], groups: list[Group]) -> list[str]:
-    records = [record for run in runs for record in run.records]
-    missing = sum(len(run.planned) for run in runs)
+    # a cell of several parts is one
+    records = [record for run in runs for record in {one["key"]: one for one in run.records}.values()]
+    missing = sum(len({one["key"] for one in run.planned}) for run in runs)
     states = [record["status"] for record in records]
     seeds = len({record["seed"] for record in records})
     attentions = len({name for group in groups for name in group.attentions})
@@ -157,14 +158,14 @@ def _measured(runs: list[Run]) -> list[str]:
     for run in runs:
         name = f"{run.label}: " if len(runs) > 1 else ""
         made: dict[str, int] = {}
-        for record in run.records:
+        for record in {one["key"]: one for one in run.records}.values():
             told = spelled(record["versions"]) if "versions" in record else "versions that were not recorded"
             made[told] = made.get(told, 0) + 1
         lines += [f"{name}{_counted(number, 'cell')} with {words}." for words, number in made.items()]
-        seconds = sum(record.get("seconds", 0) for record in run.records)
+        seconds = sum({one["key"]: one.get("seconds", 0) for one in run.records}.values())
         lines.append(f"{name}{seconds / 60:.1f} minutes for all cells.")
         machines = {repr(sorted(its.items())): its for record in run.records if (its := record.get("hardware"))}
-        lines += [f"{name}Machine: {', '.join(f'{k} {v}' for k, v in its.items())}." for its in machines.values()]
+        lines += [f"{name}Machine: {hardware_words(its)}." for its in machines.values()]
     return [*lines, f"This page was made by {spelled_own(versions())}."]
 
 

@@ -5,10 +5,12 @@ from typing import Any
 from attn_plugins.benchmark.compare.report import STAGES
 from attn_plugins.benchmark.html.figures import place_words
 from attn_plugins.benchmark.html.groups import CACHE, MEMORY, STEP, TIME, TOKEN, Cost, Group, Row
-from attn_plugins.benchmark.html.noise import SPELLED, beside
+from attn_plugins.benchmark.html.noise import beside, share
 
 SHARES = (0.5, 0.25, 0.1)
 """Budgets of bytes, as shares of the baseline's."""
+MOST_NAMED = 8
+"""So many attentions are named in a sentence."""
 SPEEDS = (1.5, 2.0, 3.0)
 """Budgets of time, as times as fast as the baseline."""
 
@@ -32,7 +34,7 @@ def _lead(group: Group) -> str:
         if not others or others[0] is best:
             return f"{told}."
         gap = beside(others[0], best, group.lower)
-        return f"{told}; after {group.baseline} {named(others[0])}, {others[0].figure} ({gap})."
+        return f"{told}; the best other is {named(others[0])}, {others[0].figure} ({gap})."
     for cost in (TIME, STEP, TOKEN):
         found = {name: its for name in group.attentions if name != group.baseline and (its := group.at(name, cost))}
         place = group.place(cost)
@@ -108,7 +110,7 @@ def _within(group: Group, cost: Cost) -> list[list[str]]:
             of = {TOKEN: ", a token", STEP: ", a training step"}.get(cost, "")
             least, takes = f"at least {limit:g} times as fast{of}", f"{1 / its:.2f}\u00d7"
         else:
-            least, takes = (f"{share:.0%}".translate(SPELLED) for share in (limit, its / base))
+            least, takes = map(share, (limit, its / base))
             least = f"at most {least} of the {cost.name}"
         if rows and rows[-1][1] == named(best):
             rows.pop()
@@ -121,4 +123,6 @@ def _list(rows: list[Row]) -> str:
     stages: dict[str, list[str]] = {}
     for row in rows:
         stages.setdefault(row.attention, []).append(row.stage)
-    return "; ".join(f"{attention} ({', '.join(its)})" for attention, its in stages.items())
+    told = [f"{attention} ({', '.join(its)})" for attention, its in stages.items()]
+    more = [f"{len(told) - MOST_NAMED} more"] if len(told) > MOST_NAMED else []
+    return "; ".join([*told[:MOST_NAMED], *more])
