@@ -80,9 +80,9 @@ def summary(layers: list[Any]) -> Any:
     from rich.table import Table
 
     names = ("entropy", "sinks", "outside")
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for column in ("role", "layer", "attention", *(f"{name} (own)" for name in names), "overlap", "error"):
-        table.add_column(column, no_wrap=True)
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("role", "layer", "attention", *(f"{name}\n(own)" for name in names), "overlap", "error"):
+        table.add_column(column, overflow="fold")
     for one in layers:
         means = [
             f"{_mean(x.weights for x in one.figures)(name)} ({_mean(x.own for x in one.figures)(name)})"
@@ -98,6 +98,6 @@ def _mean(sides: Any) -> Any:
 
     def of(name: str) -> str:
         values = [value for one in every if (value := getattr(one, name)) is not None]
-        return f"{sum(values) / len(values):.3g}" if values else "-"
+        return f"{sum(values) / len(values):.2g}" if values else "-"
 
     return of

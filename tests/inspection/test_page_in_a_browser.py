@@ -88,6 +88,15 @@ def test_it_shows_where_tokens_look(opened, inspected):
     assert first.split(" at ")[1].partition(":")[0] == str(int(inspected[0].own_BhqK[0, :, 1].mean(0).argmax()))
 
 
+def test_shades_may_leave_out_what_is_on_the_first_tokens(opened, inspected):
+    weights = inspected[0].own_BhqK[0, :, 2].mean(0)
+    shades = "spans => spans.map(span => Number(getComputedStyle(span).backgroundColor.split(/[,)]/)[3]))"
+    for most in (weights.max(), weights[4:].max()):
+        want = (0.85 * (weights / most).clamp(max=1)).tolist()
+        assert opened.locator("#own span").evaluate_all(shades) == pytest.approx(want, abs=0.02)
+        opened.check("#rest")
+
+
 def test_it_is_reached_by_keys_and_lists(opened, inspected):
     opened.locator("#queries .chosen").focus()
     opened.keyboard.press("ArrowLeft")
