@@ -27,7 +27,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-peers test-browser test-oldest test-kernels test-architectures fuzz architectures demo bench bench-decode gpu-check docs try dist site clean
+.PHONY: help setup fix check test test-slow test-real test-peers test-browser test-oldest test-kernels test-architectures fuzz architectures demo leaderboard bench bench-decode gpu-check docs try dist site clean
 .DELETE_ON_ERROR:
 
 help:
@@ -113,6 +113,12 @@ gpu-check: ## contract, time, memory and training steps by every backend on a CU
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
 		"error: torch " + torch.__version__ + " finds no CUDA GPU; gpu-check needs one")'
 	HF_HUB_OFFLINE=1 PYTHONPATH=. $(PYTHON) -m attn_plugins.benchmark.checks.gpu_check $(GPU_CHECK)
+
+leaderboard: setup ## hours: measure what docs/leaderboard.md shows, and write it; goes on where it was
+	$(BIN)/python -m attn_plugins.data.demo_model
+	$(BIN)/attn-plugins compare --suite leaderboard
+	$(BIN)/attn-plugins results merge docs/benchmarks/leaderboard runs/suites/leaderboard
+	$(BIN)/python -m attn_plugins.benchmark.pages.attention_page .
 
 docs: setup ## write docs/attentions.md from the docstrings, and the tables of attentions in other pages
 	$(BIN)/python -m attn_plugins.benchmark.pages.attention_page .

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from attn_plugins.benchmark.cost.kernels_report import says_pays_from
 from attn_plugins.benchmark.pages.attention_tables import with_tables
+from attn_plugins.benchmark.pages.leaderboard import with_leaderboard
 from attn_plugins.benchmark.pages.starts_table import starts
 from attn_plugins.benchmark.pages.task_tables import with_tasks
 from attn_plugins.benchmark.pages.transfer_tables import with_measured
@@ -86,6 +87,8 @@ def pages(root: Path) -> dict[Path, str]:
     written[docs / "transfer.md"] = with_measured((docs / "transfer.md").read_text(encoding="utf8"), transfer)
     tasks = (docs / "tasks.md").read_text(encoding="utf8")
     written[docs / "tasks.md"] = with_tasks(tasks, docs / "benchmarks" / "tasks")
+    board = docs / "leaderboard.md"
+    written[board] = with_leaderboard(board.read_text(encoding="utf8"), docs)
     return written
 
 

@@ -35,13 +35,13 @@ FIGURES: Mapping[str, Figures] = {
 def task_table(records: Sequence[Record]) -> list[str]:
     """A row for each attention and stage of a comparison, with the figures of its task."""
     found = by(records, lambda one: f"{one['attention']}, {STAGES[one['measure']]}")
-    (task,) = {task for one in records if (task := _task(one["settings"]))}
+    (task,) = {task for one in records if (task := task_of(one["settings"]))}
     figures = FIGURES[task]
     rows = [(label, [one["result"]["figures"] for one in ones]) for label, ones in found.items()]
     return [*table("attention", rows, figures), "", made(records)]
 
 
-def _task(settings: dict[str, Any]) -> str | None:
+def task_of(settings: dict[str, Any]) -> str | None:
     """What is measured, as far as a cell says it: one without training leaves it to the others."""
     evaluation = settings["evaluation"]
     first = evaluation[0] if isinstance(evaluation, list) else evaluation
