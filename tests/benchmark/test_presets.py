@@ -96,6 +96,9 @@ def test_a_suite_has_the_rows_of_each_model(llama, letters, tmp_path):
     assert "mine" in mine.parts[0][1].attentions
     assert "window + 4 sinks, 10 %" in mine.parts[0][1].attentions, "the flag's preset, as its file has it"
     own = read_suite(tree, {"b": letters[0]}, {"mine": "block_local"})
+    order = list(of_b)
+    assert order[:2] == ["dense", "window + 4 sinks, 50 %"], "the bar stands below the model's own"
+    assert order[-1] == "gated_delta"
     assert list(own.parts[0][1].attentions) == ["dense", "mine"]
 
 

@@ -72,9 +72,10 @@ def test_a_whole_suite(llama, text, tmp_path):
         *["Summary", "Left out", "words: Quality", "again: Quality", "cost: Speed, attention layer"]
     ]
     summary, left = tables[:2]
-    assert summary.header == ["attention", "words", "again", "cost"]
-    assert "words: perplexity of perplexity, lower is better; " in summary.note
-    assert "cost: times as fast as dense, attention layer, forward, 16 tokens" in summary.note
+    assert summary.header == ["attention", "words", "again", "attention layer at 16"]
+    assert "words: perplexity, lower is better; " in summary.note
+    assert "attention layer at 16: times as fast as dense, attention layer, forward, 16 tokens" in summary.note
+    assert "still recalls what stood far away" in tables[2].note
     assert [row[0] for row in summary.rows] == ["dense", "local"]
     assert summary.rows[1][1] == f"{written[1]['result']['value']:.2f}"
     ratio = written[5]["result"]["passes"]["forward"]["times_as_fast"]
@@ -201,6 +202,23 @@ def test_models_of_a_part_that_is_over_are_let_go(llama, text, tmp_path, monkeyp
     results, _ = run(suite(tmp_path, settings(text), "parts.cost=null", models={"tiny": llama}))
     assert {line["status"] for line in lines(results)} == {"ok"}
     assert len({id(models) for models in seen}) == 2
+
+
+def test_recall_is_not_said_to_be_missing_where_another_part_measures_it(letters, tmp_path):
+    folder, text = letters
+    parts = {"words": {"evaluation": {"length": 16, "max_tokens": 32}}}
+    parts["passkey"] = {"evaluation": {"task": "passkey", "distances": [256], "rows": 1}}
+    shared = {"attentions": {"dense": None, "local": LOCAL}, "data": {"source": text}}
+    shared["cost"] = {"lengths": [16], "what": ["cache"]}
+    asked = suite(tmp_path, {"parts": parts, "shared": shared}, models={"tiny": folder})
+    results, _ = run(asked)
+    tables, _ = write_suite_report(asked, results)
+    assert [table.title for table in tables] == ["Summary", "words: Quality", "passkey: Quality"], (
+        "no table for a column"
+    )
+    assert tables[0].header == ["attention", "words", "passkey", "cache at 16"], "costs stand after quality"
+    assert tables[0].rows[0][-1] == "1.000"
+    assert "recalls" not in tables[1].note
 
 
 def test_a_suite_may_be_of_others(llama, text, tmp_path):

@@ -50,10 +50,10 @@ def cost_tables(found: "CompareResults") -> list[Table]:
         },
     }
     notes = {
-        "cache": f"Cache: MiB of a row, and the share of {config.baseline}'s",
-        "decode": f"A token with so many before it, and a training step of all weights: times as fast as "
-        f"{config.baseline} in the same rounds, median, lowest and highest, and the time",
-        "step": "Peak: what a step allocates at most, gradients included, weights and the optimizer's states not",
+        "cache": "Cache: MiB of a row",
+        "decode": f"A token with so many before it: times as fast as {config.baseline} in the same rounds, median",
+        "step": f"A training step of all weights: times as fast as {config.baseline}'s; its peak is what it allocates, "
+        "gradients included, weights and the optimizer's states not",
         "paper": f"On paper: launches of the attention layers of a step, forward and backward, in their batched form, "
         f"and the least time that the published rates of {device} allow for these layers in bfloat16",
     }
@@ -67,8 +67,11 @@ def cost_tables(found: "CompareResults") -> list[Table]:
         header = [*(["model"] if len(config.models) > 1 else []), "attention"]
         header += ["cache MiB"] if "cache" in asked.what else []
         header += [name for shown in chosen.values() for name in shown]
-        note = ". ".join(notes[what] for what in notes if what in asked.what or (what == "decode" and "step" in chosen))
-        table = Table(f"Cost at {length} tokens", f"{note}. Batch {asked.batch_size}.", header)
+        note = ". ".join(notes[what] for what in notes if what in asked.what)
+        detail = (
+            f"In brackets the share of {config.baseline}'s bytes; the lowest and highest of the rounds, and the time."
+        )
+        table = Table(f"Cost at {length} tokens", f"{note}. Batch {asked.batch_size}.", header, detail=detail)
         for model in config.models:
             for attention in config.attentions:
                 row = [*([model] if len(config.models) > 1 else []), attention]

@@ -29,6 +29,8 @@ class CompareResults:
     def __init__(self, config: CompareConfig, results: Results):
         self.config = config
         self.results = results
+        self.recall_elsewhere = False
+        """Whether other tables say what the models recall."""
         self.cells = cells(config)
         self.record = {cell.key: results.records[cell.key] for cell in self.cells if cell.key in results.records}
 
@@ -119,7 +121,7 @@ def tables(found: CompareResults) -> list[Table]:
         passes = getattr(config, measure)
         for scope in passes.lengths if passes else ():
             shown.append(_pass_table(found, measure, title, scope))
-    shown += cost_tables(found)
+    shown += [] if shown and _is_beside_quality(config) else cost_tables(found)
     if found.left_out:
         shown.append(_left_out(found))
     if found.errors:
@@ -150,6 +152,11 @@ def _left_out(found: CompareResults) -> Table:
     return table
 
 
+def _is_beside_quality(config: CompareConfig) -> bool:
+    """Whether all that is asked of costs is a column of the table of quality."""
+    return config.cost is not None and config.cost.what == ["cache"] and len(config.cost.lengths) == 1
+
+
 def _quality(found: CompareResults) -> Table:
     config, task = found.config, found.config.task
     seeds = len(config.seeds)
@@ -167,7 +174,7 @@ def _quality(found: CompareResults) -> Table:
     for record in found.record.values():
         if "attention" in record.get("result", {}):
             missing = without_recall([task.name for task in config.tasks], record["result"]["attention"])
-            if missing is not None:
+            if missing is not None and not found.recall_elsewhere:
                 note += f". {missing[0].upper()}{missing[1:]}"
                 break
     header = ["attention", "stage", task.metric]

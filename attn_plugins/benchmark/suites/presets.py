@@ -97,7 +97,8 @@ def rows_for(preset: Preset, source: Any, dtype: str, data: DataConfig | None) -
         ValueError: there is no such model, its sizes cannot be told, or an expression is wrong.
     """
     sizes = sizes_of(source, dtype)
-    attentions = {label: _filled(rules, sizes) for label, rules in preset.once.items()}
+    once = {label: _filled(rules, sizes) for label, rules in preset.once.items()}
+    attentions = {label: rules for label, rules in once.items() if label == preset.baseline}
     left_out = {}
     bars = []
     for share in preset.budgets:
@@ -113,6 +114,7 @@ def rows_for(preset: Preset, source: Any, dtype: str, data: DataConfig | None) -
                 left_out[label] = str(error)
             else:
                 attentions[label] = rules
+    attentions |= {label: rules for label, rules in once.items() if label not in attentions}
     bar = bars[0] if len(bars) == 1 and bars[0] in attentions else None
     return Rows(attentions=attentions, baseline=preset.baseline, bar=bar, left_out=left_out)
 

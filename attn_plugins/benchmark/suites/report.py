@@ -1,5 +1,6 @@
 """What a suite found: one report with a summary and a section a part. Everything comes from results.jsonl."""
 
+import operator
 from pathlib import Path
 
 from attn_plugins.benchmark.compare.report import CompareResults, draw, facts, tables
@@ -7,6 +8,8 @@ from attn_plugins.benchmark.results.store import Results
 from attn_plugins.benchmark.results.tables import Table
 from attn_plugins.benchmark.suites.config import Suite
 from attn_plugins.benchmark.suites.summary import summary_table
+
+_recalls = operator.attrgetter("recalls")
 
 
 def write_suite_report(suite: Suite, results: Results) -> tuple[list[Table], list[Path]]:
@@ -21,6 +24,9 @@ def write_suite_report(suite: Suite, results: Results) -> tuple[list[Table], lis
     out = results.path.parent
     out.mkdir(parents=True, exist_ok=True)
     found = [(part, CompareResults(config, results)) for part, config in suite.parts]
+    recalling = {model for _, config in suite.parts for model in config.models if any(map(_recalls, config.tasks))}
+    for _, its in found:
+        its.recall_elsewhere = set(its.config.models) <= recalling
     summary = summary_table(found)
     shown = [summary]
     lines = [f"# Suite {suite.name}", "", suite.description.strip(), "", summary.markdown(), ""]

@@ -33,10 +33,12 @@ def summary_table(found: list[tuple[str, CompareResults]]) -> Table:
     Args:
         found: name of each part and its results; a name comes again where models differ in their attentions.
     """
+    told = [(part, column) for part, its in found for column in _columns(part, its)]
+    parts = [part for part, _ in found]
+    told.sort(key=lambda one: one[1].heading not in parts)  # quality first, costs after it
     columns: dict[str, tuple[str, Column]] = {}
-    for part, its in found:
-        for column in _columns(part, its):
-            columns.setdefault(column.heading, (part, column))
+    for part, column in told:
+        columns.setdefault(column.heading, (part, column))
     models = list(dict.fromkeys(model for _, its in found for model in its.config.models))
     attentions = list(dict.fromkeys(label for _, its in found for label in its.config.attentions))
     several = len(models) > 1
@@ -62,12 +64,13 @@ def _columns(part: str, its: CompareResults) -> list[Column]:
     config, found = its.config, []
     if any(cell.measure in STAGES for cell in its.cells):
         task = config.task
-        note = f"{task.metric} of {task.name}, {task.better} is better"
+        what = task.metric if task.metric == task.name else f"{task.metric} of {task.name}"
+        note = f"{what}, {task.better} is better"
         found.append(Column(heading=part, note=note, show=_quality))
     elif config.speed is not None:
         scope, length, which = _place(its)
         note = f"times as fast as {config.baseline}, {SCOPES[scope]}, {PASSES[which]}, {length} tokens"
-        found.append(Column(heading=part, note=note, show=_speed))
+        found.append(Column(heading=f"{SCOPES[scope]} at {length}", note=note, show=_speed))
     if config.cost is not None:
         length = max(config.cost.lengths)
         for what in (one for one in COSTS if one in config.cost.what):
