@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from attn_plugins.benchmark.compare.cells import cells
 from attn_plugins.benchmark.compare.config import CompareConfig
 from attn_plugins.benchmark.html.command import command
-from attn_plugins.benchmark.html.figures import figures_of, front
+from attn_plugins.benchmark.html.figures import _framed, figures_of, front
 from attn_plugins.benchmark.html.groups import family, groups_of
 from attn_plugins.benchmark.html.noise import beside
 from attn_plugins.benchmark.html.page import context, write_run_page
@@ -157,6 +157,19 @@ def test_figures_hold_what_was_measured(group):
     losses = found["training", "loss in training, fine-tuned"]
     assert len(losses["data"]) == 4 * 3
     assert losses["data"][0]["x"] == [1, 2, 3, 4]
+
+
+def test_an_axis_shows_what_lies_together_and_names_what_does_not(group):
+    lines = [(row(group, "dense"), [10.0, 11.0]), (row(group, "chosen"), [12.0]), (row(group, "window"), [5000.0])]
+    axis, said = _framed(lines, lower=True)
+    assert axis["range"][0] < 10
+    assert 12 < axis["range"][1] < 15
+    assert said == "Above the frame: window (fine-tuned, 5000.00)."
+    assert _framed(lines, lower=False) == ({}, "")
+    wide = [(row(group, "dense"), [10.0]), *[(row(group, "chosen"), [400.0, 900.0])] * 2]
+    axis, said = _framed(wide, lower=True)
+    assert (axis["type"], said) == ("log", ""), "else the best would lie on each other"
+    assert axis["ticktext"] == ["10", "20", "50", "100", "200", "500", "1000"]
 
 
 def test_the_command_of_a_cell_is_of_that_cell_alone(tmp_path):

@@ -16,6 +16,9 @@ IN_TOKENS = ("distance", "length", "position", "gap")
 FAR = 3
 """Lines that lie beyond so many times the median are named below a figure, and do not set its scale."""
 
+WIDE = 6
+"""Figures of which the greatest is so many times the least stand on a logarithmic axis."""
+
 
 def place_words(place: Place) -> str:
     """Where a cost was measured."""
@@ -356,13 +359,16 @@ def _framed(lines: list[tuple[Row, list[float]]], lower: bool) -> tuple[dict[str
     """An axis, and a sentence that names the lines beyond it: one that is far off would flatten all others."""
     found = [(row, y) for row, ys in lines if (y := [value for value in ys if math.isfinite(value)])]
     values = sorted(value for _, y in found for value in y)
-    if not lower or not values or values[0] <= 0 or values[-1] <= FAR * statistics.median(values):
+    if not lower or not values or values[0] <= 0:
         return {}, ""
     limit = FAR * statistics.median(values)
-    top = max(value for value in values if value <= limit)
-    pad = (top - values[0]) * 0.12
+    kept = [value for value in values if value <= limit]
+    axis = _log_axis(kept, WIDE)
     beyond = [f"{row.attention} ({row.stage}, {brief_number(min(y))})" for row, y in found if min(y) > limit]
-    axis = {"range": [values[0] - pad, top + pad]}
+    if len(kept) < len(values):
+        ends = [math.log10(value) if axis else value for value in (kept[0], kept[-1])]
+        pad = (ends[1] - ends[0] or abs(ends[0]) or 1.0) * 0.12
+        axis = {**axis, "range": [ends[0] - pad, ends[1] + pad]}
     return axis, f"Above the frame: {', '.join(beyond)}." if beyond else ""
 
 
