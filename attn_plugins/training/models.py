@@ -18,7 +18,7 @@ from attn_plugins.core.options import shown
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.hf.names import SLOT
 from attn_plugins.hf.parallel.sharding import take_off_meta
-from attn_plugins.tasks.kinds import KINDS
+from attn_plugins.tasks.kinds import KINDS, PEFT_TASKS
 from attn_plugins.training.new_models import is_new, made_tokenizer, new_model
 from attn_plugins.training.quantization import quantized
 
@@ -121,7 +121,8 @@ def load(
 
     Args:
         attention: rules, ``None`` for the model's own attention, or "as-saved".
-        kind: a key of :data:`attn_plugins.tasks.kinds.KINDS`, or "any" for what the checkpoint was saved from.
+        kind: a key of :data:`attn_plugins.tasks.kinds.KINDS`, or "any" for what the checkpoint was saved from; of an
+            adapter that is what it says that it was trained for.
         labels: names of the classes of a classifier that is to be trained; None for those of the checkpoint.
         seed: what new weights are drawn from.
         trainable: the weights of an adapter are to train.
@@ -139,6 +140,9 @@ def load(
     base, attention = (
         (folder, attention) if adapter is None else (resolve(adapter["base"]), _of_adapter(attention, adapter))
     )
+    if kind == ANY and adapter is not None:
+        with one_line(source):
+            kind = _kind_of(adapter, base)
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if attention != AS_SAVED:
         options["attn_plugin"] = read_attention(attention)
@@ -383,7 +387,7 @@ def skeleton(source: str, attention: Any = AS_SAVED) -> nn.Module:
 
 
 def read_adapter(folder: str) -> dict[str, Any] | None:
-    """What a folder says of the PEFT adapter in it (base, its quantization, attention, labels); None without one."""
+    """What a folder says of the adapter in it (base, its quantization, attention, task, labels); None without one."""
     path = Path(folder)
     if not (path / "adapter_config.json").exists():
         return None
@@ -392,7 +396,8 @@ def read_adapter(folder: str) -> dict[str, Any] | None:
     if not base:
         raise ValueError(f"{path / 'adapter_config.json'} names no base model (base_model_name_or_path)")
     found: dict[str, Any] = {"base": base, "attention": settings.get("attn_plugin", AS_SAVED) or None}
-    found |= {"labels": None, "quantization": None}
+    # A swapped model's says more after a space: hf/checkpoints/peft.py.
+    found |= {"labels": None, "quantization": None, "task": (settings.get("task_type") or "").partition(" ")[0]}
     if (path / "config.json").exists():  # `attn-plugins finetune` writes the base model's config beside the adapter
         beside = read_json(path / "config.json")
         names, found["quantization"] = beside.get("id2label", {}), beside.get("quantization_config")
@@ -401,6 +406,16 @@ def read_adapter(folder: str) -> dict[str, Any] | None:
         if names:
             found["labels"] = [names[str(number)] for number in range(len(names))]
     return found
+
+
+def _kind_of(adapter: dict[str, Any], base: str) -> str:
+    """The kind of model that an adapter was trained in, whose head its base model may lack; ANY where it names none."""
+    config = transformers.AutoConfig.from_pretrained(base)
+    for kind, one in KINDS.items():
+        auto: Any = getattr(transformers, one.auto[0], None)
+        if PEFT_TASKS.get(one.auto[0]) == adapter["task"] and type(config) in auto._model_mapping:
+            return kind
+    return ANY
 
 
 def _of_adapter(attention: Any, adapter: dict[str, Any]) -> Any:

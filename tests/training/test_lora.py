@@ -1,11 +1,14 @@
 """Where adapters go unless that is said, and what trains whole beside them."""
 
 import pytest
+import torch
 from conftest import tokenizer
 from sounding import ctc
 from transformers import (
     BartConfig,
     BartForSequenceClassification,
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2ForSequenceClassification,
     HubertForCTC,
@@ -74,3 +77,22 @@ def test_what_trains_whole_gets_none_inside(tmp_path):
     assert "model.decoder.layers.0.encoder_attn.v_proj" in adapted
     assert not any("attn_plugin" in name or "classification_head" in name for name in adapted)
     assert whole == {"classification_head", "model.encoder.layers.0.self_attn.attn_plugin"}
+
+
+def test_whatever_an_adapter_was_trained_in_is_loaded_with_it(tmp_path):
+    """Its head too, where its base model was saved without one, and not the base model with nothing put in."""
+    config = BertConfig(vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(config).save_pretrained(tmp_path / "base")
+    tokenizer(encoder=True).save_pretrained(tmp_path / "base")
+    loaded = load(str(tmp_path / "base"), kind="classification", attention=LOCAL)
+    tree = {"model": "x", "data": {"source": "x"}, "output_dir": "x", "task": "classification", "attention": LOCAL}
+    model = choose_parameters(build(FinetuneConfig, tree), loaded)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(weight)
+    model.save_pretrained(tmp_path / "adapter")
+    again = load(str(tmp_path / "adapter"), kind="any")
+    ids = torch.arange(4, 10)[None]
+    with torch.no_grad():
+        want, got = (one.eval()(input_ids=ids).logits for one in (model, again.model))
+    torch.testing.assert_close(got, want)
