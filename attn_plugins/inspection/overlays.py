@@ -1,5 +1,6 @@
 """Where on an image weights lie: patches shaded over it, the swapped attention beside the model's own."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,11 +110,13 @@ def caption(sides: Mapping[str, torch.Tensor], image: Seen, written: Sequence[st
     names = list(sides)
     for number, row in enumerate(axes):
         name = names[number % len(names)]
-        row[0].set_title(name if number >= len(names) else "", fontsize=9)
-        for place, axis in enumerate(row[1:], number // len(names) * ACROSS):
-            if place < len(written):
-                token = f"\N{LEFT DOUBLE QUOTATION MARK}{shown(written[place])}\N{RIGHT DOUBLE QUOTATION MARK}"
-                axis.set_title(f"{token}\n{name}" if number % len(names) == 0 else name, fontsize=9)
+        if number % len(names) == 0:
+            row[0].set_title(name, fontsize=9)
+            for token, axis in zip(written[number // len(names) * ACROSS :], row[1:], strict=False):
+                told = f"\N{LEFT DOUBLE QUOTATION MARK}{shown(token)}\N{RIGHT DOUBLE QUOTATION MARK}"
+                axis.set_title(told, fontsize=10)
+        else:
+            row[0].text(0.5, 0.5, textwrap.fill(name, 18), ha="center", va="center", fontsize=9)
     return figure
 
 

@@ -73,8 +73,8 @@ def over_time(sides: Mapping[str, torch.Tensor], sound: Heard, looking: Sequence
     heard = sum(time < sound.lasts for time in sound.times(keys))
     most = float(torch.stack(list(sides.values()))[..., :heard].quantile(0.99)) * keys
     high = max(2.0, min(0.17 * len(looking), 9))
-    figure = Figure(figsize=(1.2 + 4.4 * len(sides), 2.0 + high), layout="constrained")
-    axes = figure.subplots(2, len(sides), sharex=True, squeeze=False, height_ratios=[1.3, high])
+    figure = Figure(figsize=(1.6 + 3.6 * len(sides), 2.0 + high), layout="constrained")
+    axes = figure.subplots(2, len(sides), sharex=True, sharey="row", squeeze=False, height_ratios=[1.3, high])
     where = {"aspect": "auto", "interpolation": "nearest"}
     spectrogram = sound.spectrogram().flip(0).numpy()
     step = max(1, -(-len(looking) // 48))
