@@ -65,6 +65,21 @@ def rgb(value: dict[str, Any]) -> Any:
     return Image.alpha_composite(Image.new("RGBA", clear.size, "white"), clear).convert("RGB")
 
 
+def grey_levels(value: dict[str, Any], size: int, levels: int) -> "torch.Tensor":
+    """The picture of a row as whole numbers below ``levels``, dark to light, (size * size,), line by line.
+
+    Raises:
+        ValueError: its file breaks off.
+    """
+    import torch
+    from PIL import Image
+
+    picture = rgb(value).convert("L")
+    if picture.size != (size, size):
+        picture = picture.resize((size, size), Image.Resampling.BOX)
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).long() * levels // 256
+
+
 def pixels(processing: Any, pictures: list[Any]) -> "torch.Tensor":
     """``pixel_values`` (B, channels, height, width) of PIL images, as an image processor or its processor makes them.
 

@@ -168,7 +168,34 @@ def made_rows(folder, **options):
     return {"model": str(folder / "model"), "options": rows}
 
 
+def classified_tokens(folder, tokens, **task):
+    """Rows of tokens that have a class, for a model without a tokenizer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 64}
+    config = BertConfig(vocab_size=tokens, **sizes, num_attention_heads=2, initializer_range=0.2)
+    BertModel(config).save_pretrained(folder / "model")
+    return {"model": str(folder / "model"), **task}
+
+
+def listops(folder):
+    rows = {"min_length": 8, "max_length": 30, "train_rows": 6, "rows": 20}
+    return classified_tokens(folder, 17, options=rows)
+
+
+def pixels(folder):
+    source = pictured.pictures(folder / "data", rows=24, columns=["label"])
+    return classified_tokens(folder, 17, data={"source": source}, options={"image_size": 5, "levels": 16})
+
+
+def matching_halves(folder):
+    source = write_rows(folder / "rows.jsonl", [{"text": text} for text in texts(60)])
+    return {"model": bert(folder), "data": {"source": source}, "options": {"half": 8, "gap": 2, "max_length": 16}}
+
+
 CASES = {
+    "listops": listops,
+    "pixels": pixels,
+    "matching-halves": matching_halves,
     "associative-recall": partial(made_rows, pairs=[1, 2]),
     "induction": made_rows,
     "selective-copying": partial(made_rows, tokens=4),

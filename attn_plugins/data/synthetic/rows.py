@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 CHUNK = 1000
-"""Rows that are drawn at once."""
+"""Rows that are drawn at once, where that is quick."""
 MOST_DRAWN = 1000
 """Times the rows that are asked for, at most, that are drawn for them."""
 
@@ -30,11 +30,14 @@ class TokenRows(Dataset[dict[str, torch.Tensor]]):
         return {name: column[index] for name, column in self.columns.items()}
 
 
-def drawn(draw: Draw, number: int, *, seed: int, held_out: bool) -> Drawn:
+def drawn(draw: Draw, number: int, *, seed: int, held_out: bool, chunk: int = CHUNK) -> Drawn:
     """So many rows to train on, or held-out ones.
 
     Of all rows that can be drawn, half are held out, whatever the seed: those in whose hash a bit is set. So none is on
     both sides, however few there are, and no one has to know the others.
+
+    Args:
+        chunk: rows that are drawn at once.
 
     Raises:
         ValueError: hardly a row of that side is among those that are drawn.
@@ -43,11 +46,11 @@ def drawn(draw: Draw, number: int, *, seed: int, held_out: bool) -> Drawn:
     kept: list[Drawn] = []
     found = tried = 0
     while found < number:
-        rows = draw(CHUNK, generator)
+        rows = draw(chunk, generator)
         mine = hashes(rows["input_ids"]) % 2 == held_out
         kept.append({name: column[mine] for name, column in rows.items()})
-        found, tried = found + int(mine.sum()), tried + CHUNK
-        if tried > MOST_DRAWN * max(number, CHUNK):
+        found, tried = found + int(mine.sum()), tried + chunk
+        if tried > MOST_DRAWN * max(number, chunk):
             raise ValueError(f"of {tried} rows that were drawn, {found} may be used; allowed: options with more rows")
     return {name: torch.cat([rows[name] for rows in kept])[:number] for name in kept[0]}
 

@@ -1,0 +1,50 @@
+"""Pairs of halves: of one piece of a document, or of two documents."""
+
+import random
+from typing import TYPE_CHECKING
+
+from attn_plugins.config.extras import need
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+MATCHING = ("other", "same")
+"""Classes by number: the second half is of another document, or of the same piece."""
+
+
+def paired_halves(data: "Dataset", half: int, gap: int, seed: int) -> "Dataset":
+    """Rows of "text", "text_pair" and "label": pieces of the texts in two halves, the second exchanged in every other.
+
+    Texts are cut into pieces of ``2 * half + gap`` characters, what stands between the halves and what is left at the
+    end is left out. A half that takes the place of another is of another text.
+
+    Args:
+        half, gap: characters.
+
+    Raises:
+        ValueError: there are no pieces of two texts.
+    """
+    size = 2 * half + gap
+    pieces = [
+        (number, text[start : start + half], text[start + half + gap : start + size])
+        for number, text in enumerate(data["text"])
+        for start in range(0, len(text) - size + 1, size)
+    ]
+    texts = len({number for number, _, _ in pieces})
+    if texts < 2:
+        raise ValueError(
+            f"of {len(data)} texts, {texts} have {size} characters, of which a piece is made; allowed: at "
+            "least two, or a smaller half"
+        )
+    chance = random.Random(seed)
+    rows: dict[str, list] = {"text": [], "text_pair": [], "label": []}
+    for place, (number, first, second) in enumerate(pieces):
+        if place % 2:
+            other = chance.choice(pieces)
+            while other[0] == number:
+                other = chance.choice(pieces)
+            second = other[2]
+        rows["text"].append(first)
+        rows["text_pair"].append(second)
+        rows["label"].append(MATCHING[1 - place % 2])
+    return need("datasets", "train").Dataset.from_dict(rows)
