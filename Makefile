@@ -67,7 +67,7 @@ test-real: setup ## tests on real weights; fetches the demo's model
 	$(PYTEST) -m real
 
 test-peers: setup ## numbers beside published implementations; installs them into the environment
-	$(PIP_INSTALL) --quiet -e ".[dev,peers]"
+	$(PIP_INSTALL) --quiet -e ".[dev,peers,harness]"
 	$(PYTEST) -m peers
 
 test-browser: setup ## report.html in headless Chromium, which the machine has to have; installs playwright
