@@ -64,6 +64,7 @@ def pictures(
         most: queries of an image that get a figure.
     """
     found: dict[str, Any] = {}
+    means = f"{title}, mean over layers and heads"
     cross = [one for one in layers if one.role == "cross"]
     encoder = [
         one for one in layers if one.role == "encoder" and one.weights_BhqK.shape[-1] == len(subject.keys_of("encoder"))
@@ -71,9 +72,9 @@ def pictures(
     if cross:
         written = [subject.written[query] for query in cross[0].queries]
         if isinstance(medium, Seen):
-            found["caption.png"] = caption(_sides(cross), medium, written, title)
+            found["caption.png"] = caption(_sides(cross), medium, written, means)
         elif isinstance(medium, Heard):
-            found["heard.png"] = over_time(_sides(cross), medium, written, title)
+            found["heard.png"] = over_time(_sides(cross), medium, written, means)
         else:
             found["alignment.png"] = alignment(cross, subject.written, subject.keys_of("cross"), title)
     if encoder and isinstance(medium, Seen):
@@ -83,10 +84,10 @@ def pictures(
             place = some[0].queries.index(query)
             sides = [_sides([one]) for one in some]
             maps = {name: torch.stack([side[name][place] for side in sides]) for name in sides[0]}
-            found[f"overlay_{query}.png"] = overlay(columns, maps, medium, query, title)
+            found[f"overlay_{query}.png"] = overlay(columns, maps, medium, query, f"{title}, mean over heads")
     if encoder and isinstance(medium, Heard):
         times = [subject.tokens["encoder"][query] for query in encoder[0].queries]
-        found["sound.png"] = over_time(_sides(encoder), medium, times, title)
+        found["sound.png"] = over_time(_sides(encoder), medium, times, means)
     return found
 
 
