@@ -70,7 +70,7 @@ test-peers: setup ## numbers beside published implementations; installs them int
 	$(PIP_INSTALL) --quiet -e ".[dev,peers,harness]"
 	$(PYTEST) -m peers
 
-test-browser: setup ## report.html in headless Chromium, which the machine has to have; installs playwright
+test-browser: setup ## report.html and the page of inspect in headless Chromium, which has to be there; installs playwright
 	$(PIP_INSTALL) --quiet -e ".[dev,browser]"
 	$(PYTEST) -m browser -n 0
 
