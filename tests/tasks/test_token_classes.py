@@ -74,6 +74,8 @@ def test_rows_are_filled_up_and_what_with_is_masked():
     model = encoder(made.labels(None))
     batches = made.prepare(None, None, model)
     assert [len(batch["labels"]) for batch in batches] == [7, 7, 7, 4]
+    lengths = made.made(None, None, True)["length"]
+    assert torch.equal(torch.cat([batch["attention_mask"].sum(1) for batch in batches]), lengths)
     for batch in batches:
         assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
         assert torch.equal(batch["input_ids"] != PAD, batch["attention_mask"].bool())
