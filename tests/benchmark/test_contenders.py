@@ -5,10 +5,13 @@ import json
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     BertConfig,
     BertModel,
     DynamicCache,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     Qwen2Config,
@@ -239,6 +242,17 @@ def test_a_function_of_whole_rows_refuses_what_it_would_leave_out():
     windowed = Qwen2ForCausalLM(Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=0))
     with pytest.raises(LeftOutError, match="knows no sliding_window, which Qwen2Attention asks for"):
         Mean(contenders.ContenderConfig()).ready(windowed.eval())(ids)
+
+
+@torch.no_grad()
+def test_a_function_of_whole_rows_is_given_the_scale_of_the_model():
+    def attend(q_BHND, k_BHND, v_BHND, scale):
+        return scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, is_causal=True, scale=scale)
+
+    model, ids = GraniteForCausalLM(GraniteConfig(**SIZES, attention_multiplier=0.05)).eval(), tokens(12)
+    want = model(ids).logits
+    contenders.through_interface(model, Mean(contenders.ContenderConfig()), attend)
+    torch.testing.assert_close(model(ids).logits, want, rtol=0, atol=1e-5)
 
 
 @pytest.mark.peers

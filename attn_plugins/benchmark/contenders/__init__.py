@@ -177,8 +177,7 @@ def through_interface(model: Any, contender: Contender, attend: Attend) -> Any:
             raise LeftOutError(f"{contender.name} reads whole rows: it has no form for keys from a cache")
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, dim=1), value.repeat_interleave(times, dim=1)
-        scale = options.get("scaling")
-        out = attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+        out = attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
         return out.transpose(1, 2).contiguous(), None
 
     def mask(*, attention_mask: Any = None, **options: Any) -> None:
