@@ -47,6 +47,7 @@ def test_other_seeds_are_compared_unpaired():
         ({0: 1.5}, {0: 1.0}, "+0.500 (one seed, noise unknown)"),
         ({0: 1.5}, {1: 1.0}, "+0.500 (no seed in common, noise unknown)"),
         ({0: 1.5, 1: 1.5}, {0: 1.0, 1: 1.0}, "+0.500 (the same with each of 2 seeds)"),
+        ({0: 0.95, 1: 0.9, 2: 0.85}, {0: 0.9, 1: 0.85, 2: 0.8}, "+0.050 (the same with each of 3 seeds)"),
         ({0: 1.5, 1: 1.5}, {2: 1.0, 3: 1.0}, "+0.500 (seeds change nothing, noise unknown)"),
         ({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}, "same"),
         ({0: math.inf, 1: 2.0}, {0: 1.0, 1: 2.0}, "+inf (not finite, noise unknown)"),
