@@ -186,6 +186,43 @@ def test_whatever_changes_a_result_changes_the_key(text, change):
     assert not one & other
 
 
+def measured_keys(text, measures, **changes):
+    asked = {"bar": None, "attentions": {"dense": None}, "evaluation": {}}
+    found = cells(build(CompareConfig, tree("model", text, "out", **asked | changes)))
+    return {cell.measure: cell.key for cell in found if cell.measure in measures}
+
+
+def test_what_a_fine_tune_says_of_the_evaluation_counts_without_it_too(text):
+    """Its task and options are those of the evaluation before any training, which is another cell then."""
+
+    def keys(data=None, evaluation=None, **finetune):
+        changes = {"data": {"source": text, **(data or {})}, "evaluation": evaluation or {}}
+        return measured_keys(text, ("evaluate", "finetune"), **changes, finetune={"training": QUICK, **finetune})
+
+    classes = keys(task="classification", tune="full")
+    assert classes["evaluate"] != keys(task="masked-lm", tune="full")["evaluate"]
+    longer = keys(task="masked-lm", tune="full", options={"max_length": 32})
+    assert longer["evaluate"] != keys(task="masked-lm", tune="full", options={"max_length": 64})["evaluate"]
+    alone = measured_keys(text, ("evaluate",), evaluation={"task": "masked-lm", "max_length": 32})
+    assert longer["evaluate"] == alone["evaluate"], "as it is said without a fine-tune"
+    several = keys(evaluation=[{"max_length": 16}], task="masked-lm", tune="full", options={"max_length": 32})
+    same = measured_keys(text, ("evaluate",), evaluation=[{"task": "masked-lm", "max_length": 16}])
+    assert several["evaluate"] == same["evaluate"], "what the evaluation says itself counts"
+
+
+def test_time_and_memory_of_models_with_other_heads_are_other_cells(text):
+    passes = {"lengths": {"model": [16]}, "passes": ["forward"]}
+    tasks = ("masked-lm", "accuracy", "perplexity")
+    words, classes, tokens = (
+        measured_keys(text, ("speed", "memory"), evaluation={"task": task}, speed=passes, memory=passes)
+        for task in tasks
+    )
+    for measure in ("speed", "memory"):
+        assert len({words[measure], classes[measure], tokens[measure]}) == 3
+    whole = build(CompareConfig, tree("model", text, "out", evaluation={"task": "perplexity"}, memory=passes))
+    assert {"kind" in cell.settings for cell in cells(whole)} == {False}, "as in records from before"
+
+
 def test_spelled_out_defaults_are_the_same_cell(text):
     one = cells(build(CompareConfig, tree("model", text, "out", attentions={"dense": None, "local": "local"})))
     other = {"type": "local", "dilation": 1, "num_sink_tokens": None}

@@ -172,6 +172,14 @@ def test_an_axis_shows_what_lies_together_and_names_what_does_not(group):
     assert axis["ticktext"] == ["10", "20", "50", "100", "200", "500", "1000"]
 
 
+def again_of(cell):
+    """The cells of the command that measures this one again."""
+    words = shlex.split(command({"settings": cell.settings, **cell.labels}))
+    assert words[:2] == ["attn-plugins", "compare"]
+    sets = [word for before, word in itertools.pairwise(words) if before == "--set"]
+    return cells(build(CompareConfig, override({"output_dir": "x"}, sets)))
+
+
 def test_the_command_of_a_cell_is_of_that_cell_alone(tmp_path):
     given = compared.config(
         tmp_path,
@@ -186,15 +194,21 @@ def test_the_command_of_a_cell_is_of_that_cell_alone(tmp_path):
     )
     measures = set()
     for cell in cells(given):
-        words = shlex.split(command({"settings": cell.settings, **cell.labels}))
-        assert words[:2] == ["attn-plugins", "compare"]
-        sets = [word for before, word in itertools.pairwise(words) if before == "--set"]
-        again = cells(build(CompareConfig, override({"output_dir": "x"}, sets)))
+        again = again_of(cell)
         assert cell.key in {one.key for one in again}, cell
         others = {one.measure for one in again if one.key != cell.key}
         assert others <= ({"transfer"} if cell.measure == "finetune" else {cell.measure}), "as little else as can be"
         measures.add(cell.measure)
     assert measures == {"evaluate", "transfer", "finetune", "speed", "memory", "cost"}
+    other = compared.config(
+        tmp_path,
+        evaluation={},
+        attentions={"dense": None},
+        bar=None,
+        finetune={"task": "masked-lm", "options": {"max_length": 8}, "training": {"max_steps": 4}},
+    )
+    for cell in cells(other):
+        assert cell.key in {one.key for one in again_of(cell)}, cell
     assert command({"settings": {"length": 3}, "measure": "bench", "attention": "local"}) is None
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from attn_plugins.benchmark.compare.config import CompareConfig
 from attn_plugins.benchmark.compare.models import learns
 from attn_plugins.benchmark.results.store import hash_of
+from attn_plugins.tasks import get_task, trained_task
+from attn_plugins.training.config import DEFAULT_TASK, FinetuneConfig
 
 FORMAT = 1
 """Part of every cell's key: raise it when a measurement changes its meaning, so that old results are not reused."""
@@ -77,17 +79,20 @@ def _cells_of(config: CompareConfig, model: str, source: str, attention: str) ->
     names = {"model": model, "attention": attention}
     for seed in config.seeds:
         quality = {**base, "data": data, "evaluation": config.evaluation}
+        without = {"evaluation": _spelled_evaluation(config)}
         if config.untrained and config.data is not None:
-            yield CompareCell(**names, measure="evaluate", seed=seed, settings={**quality})
+            yield CompareCell(**names, measure="evaluate", seed=seed, settings=quality | without)
         if config.transfer is not None and attention in taught(config):
             quality["transfer"] = config.transfer
-            yield CompareCell(**names, measure="transfer", seed=seed, settings={**quality})
+            yield CompareCell(**names, measure="transfer", seed=seed, settings=quality | without)
         if config.finetune is not None:
             yield CompareCell(**names, measure="finetune", seed=seed, settings={**quality, "finetune": config.finetune})
+    kind = config.task.model
     for measure, passes in (("speed", config.speed), ("memory", config.memory)):
         if passes is None:
             continue
         options = {name: getattr(passes, name) for name in ("batch_size", "rounds") if hasattr(passes, name)}
+        options |= {} if kind == get_task(DEFAULT_TASK).model else {"kind": kind}  # a head for classes is no other's
         if measure == "speed":
             options["baseline"] = config.attentions[config.baseline]
         for scope, lengths in passes.lengths.items():
@@ -96,7 +101,23 @@ def _cells_of(config: CompareConfig, model: str, source: str, attention: str) ->
                 yield CompareCell(**names, measure=measure, seed=config.seeds[0], settings={**base, **options, **where})  # type: ignore[arg-type]
     if config.cost is not None:
         for what in config.cost.what:
-            options = config.cost.settings(what, config.attentions[config.baseline], config.task.model)
+            options = config.cost.settings(what, config.attentions[config.baseline], kind)
             for length in config.cost.lengths:
                 settings = {**base, **options, "length": length}
                 yield CompareCell(**names, measure="cost", seed=config.seeds[0], settings=settings)
+
+
+def _spelled_evaluation(config: CompareConfig) -> dict[str, Any] | list[dict[str, Any]]:
+    """The evaluation as it is without the fine-tune, whose task and options it may leave to that."""
+    assert not isinstance(config.finetune, str)
+    given = config.finetune or {}
+    if not {"task", "options"} & {*given}:
+        return config.evaluation
+    trained = trained_task(given.get("task", FinetuneConfig.task)).name
+
+    def spelled(one: dict[str, Any]) -> dict[str, Any]:
+        name = one.get("task", trained)
+        return {**(given.get("options", {}) if name == trained else {}), **one, "task": name}
+
+    asked = config.evaluation
+    return [*map(spelled, asked)] if isinstance(asked, list) else spelled(asked)

@@ -43,6 +43,8 @@ def command(cell: dict[str, Any]) -> str | None:
     data = settings.get("data") or _chosen_on(rules) or _chosen_on(base)
     if data is not None:
         tree["data"] = _beside_defaults(data)
+    if settings.get("kind", "causal-lm") != "causal-lm":
+        tree["evaluation"] = {"task": _task_for(settings["kind"])}
     if measure == "cost":
         tree["untrained"] = False
         names = ("batch_size", "rounds", "tokens", "gpu")
@@ -51,8 +53,6 @@ def command(cell: dict[str, Any]) -> str | None:
             "what": [settings["what"]],
             **{option: settings[option] for option in names if option in settings},
         }
-        if settings.get("kind", "causal-lm") != "causal-lm":
-            tree["evaluation"] = {"task": _task_for(settings["kind"])}
     elif measure in COSTS:
         tree["untrained"] = False
         tree[measure] = {
