@@ -387,6 +387,7 @@ def test_a_fine_tune_may_be_the_file_of_one(text, tmp_path):
             {"models": {"a/b": "x", "a-b": "y"}},
             "models: the labels a/b, a-b give files of the same name; allowed: labels",
         ),
+        ({"seeds": [0, 1, 0]}, r"seeds=\[0, 1, 0\]; allowed: each once"),
         ({"models": {}}, "models is empty; at least one is needed"),
         ({"baseline": "none"}, "baseline='none' is none of the attentions; allowed: dense, local"),
         ({"bar": "x"}, "bar='x' is none of the attentions"),

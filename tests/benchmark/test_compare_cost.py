@@ -111,6 +111,13 @@ def test_launches_on_paper_are_those_of_the_layers(llama):
     assert cost.on_paper(split, 64, "h100") == found
 
 
+def test_bytes_are_shown_where_there_is_time_and_no_quality(llama, tmp_path):
+    speed = {"lengths": {"attention": [16]}, "passes": ["forward"], "rounds": 1}
+    config = config_of(llama, tmp_path, cost={"lengths": [16], "what": ["cache"]}, speed=speed)
+    tables, _ = write_report(config, prepare_compare(config))
+    assert [table.title for table in tables] == ["Speed, attention layer", "Cost at 16 tokens"]
+
+
 def test_an_encoder_has_no_cost_on_paper(bert, tmp_path):
     config = config_of(bert, tmp_path, cost={"lengths": [16], "what": ["paper"]}, evaluation={"task": "masked-lm"})
     (record, *_) = run(config).records.values()

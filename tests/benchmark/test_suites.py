@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from attn_plugins.benchmark.compare import run as compare
 from attn_plugins.benchmark.compare.cells import cells
 from attn_plugins.benchmark.compare.config import CompareConfig
-from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
+from attn_plugins.benchmark.compare.run import all_cells, prepare_compare, run_compare
 from attn_plugins.benchmark.suites.config import labelled, read_suite, suite_tree
 from attn_plugins.benchmark.suites.kinds import unfit
 from attn_plugins.benchmark.suites.report import write_suite_report
@@ -219,6 +219,39 @@ def test_recall_is_not_said_to_be_missing_where_another_part_measures_it(letters
     assert tables[0].header == ["attention", "words", "passkey", "cache at 16"], "costs stand after quality"
     assert tables[0].rows[0][-1] == "1.000"
     assert "recalls" not in tables[1].note
+
+
+def test_costs_are_a_column_of_all_parts_that_ask_for_them_and_tables_say_of_which_model(llama, letters, tmp_path):
+    cost = {"untrained": False, "cost": {"lengths": [16], "what": ["cache"]}}
+    ours = {"dense": None, "local": LOCAL}
+    parts = {"one": {**cost, "models": {"a": llama}, "attentions": ours}}
+    late = {**ours, "late": {"type": "linear", "feature_map": "elu"}}
+    parts["two"] = {**cost, "models": {"b": letters[0]}, "attentions": late}
+    parts["at a budget"] = {**cost, "models": {"a": llama, "b": letters[0]}}
+    parts["at a budget"]["preset"] = {"name": "equal_budget", "budgets": [0.5], "length": 96}
+    asked = suite(tmp_path, {"parts": parts, "shared": {"data": {"source": letters[1]}}})
+    results = prepare_compare(*(config for _, config in asked.parts))
+    for cell in all_cells(asked.parts):
+        figures = {"result": {"bytes": {"dense": 100, "late": 30}.get(cell.attention, 50)}}
+        record = {"key": cell.key, **cell.labels, "settings": cell.settings, "status": "ok", "seconds": 1.0}
+        results.add(record | figures)
+    summary, *tables = write_suite_report(asked, results)[0]
+    assert summary.header == ["model", "attention", "cache at 16"]
+    rows = [["a", "dense", "1.000"], ["a", "local", "0.500"], ["b", "dense", "1.000"], ["b", "local", "0.500"]]
+    assert [row for row in summary.rows if row[1] in ours] == rows
+    assert ["b", "late", "0.300"] in summary.rows
+    report = results.path.with_name("report.md").read_text()
+    for model in ("a", "b"):
+        assert f"### Cost at 16 tokens, {model}\n" in report
+        assert f"at a budget: Cost at 16 tokens, {model}" in [table.title for table in tables]
+
+
+def test_a_preset_of_the_command_line_takes_the_place_of_what_goes_with_attentions(llama, text, tmp_path):
+    own = {"untrained": False, "transfer": {"steps": 1}, "transfer_of": ["mine"], "data": {"source": text}}
+    own |= {"attentions": {"dense": None, "mine": "linear"}, "baseline": "mine", "bar": "mine"}
+    tree = {"name": "s", "output_dir": str(tmp_path), "parts": {"words": own}}
+    ((_, config),) = read_suite(tree, {"tiny": llama}, preset="equal_budget").parts
+    assert (config.baseline, config.bar, config.transfer_of) == ("dense", None, None)
 
 
 def test_a_suite_may_be_of_others(llama, text, tmp_path):

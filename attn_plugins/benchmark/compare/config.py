@@ -118,6 +118,8 @@ class CompareConfig:
         for what in ("models", "attentions", "seeds"):
             if not getattr(self, what):
                 raise ValueError(f"{what} is empty; at least one is needed")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds}; allowed: each once")
         for what, label in (("baseline", self.baseline), ("bar", self.bar)):
             if label is not None and label not in self.attentions:
                 raise ValueError(f"{what}={label!r} is none of the attentions; allowed: {', '.join(self.attentions)}")

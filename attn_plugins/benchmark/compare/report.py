@@ -114,14 +114,14 @@ def write_report(config: CompareConfig, results: Results) -> tuple[list[Table], 
 
 def tables(found: CompareResults) -> list[Table]:
     """Quality, speed, memory and errors, of those that were measured."""
-    config, shown = found.config, []
-    if any(cell.measure in STAGES for cell in found.cells):
-        shown.append(_quality(found))
+    config = found.config
+    has_quality = any(cell.measure in STAGES for cell in found.cells)
+    shown = [_quality(found)] if has_quality else []
     for measure, title in (("speed", "Speed"), ("memory", "Peak memory")):
         passes = getattr(config, measure)
         for scope in passes.lengths if passes else ():
             shown.append(_pass_table(found, measure, title, scope))
-    shown += [] if shown and _is_beside_quality(config) else cost_tables(found)
+    shown += [] if has_quality and _is_beside_quality(config) else cost_tables(found)
     if found.left_out:
         shown.append(_left_out(found))
     if found.errors:
@@ -381,9 +381,11 @@ def _length_plot(found: CompareResults, model: str, measure: str) -> Any:
             axis.set_yscale("log")
         else:
             axis.axhline(1.0, color="black", lw=0.8, ls=":")
+    if not drawn:
+        return None
     axes[0].set_ylabel("peak memory, MiB" if measure == "memory" else f"times as fast as {config.baseline}")
     axes[0].legend(fontsize="small")
-    return figure if drawn else None
+    return figure
 
 
 def _recall_plot(found: CompareResults, model: str) -> Any:
@@ -420,7 +422,8 @@ def facts(found: CompareResults) -> list[str]:
     if config.data is not None:
         set_fields = {k: v for k, v in dataclasses.asdict(config.data).items() if v is not None}
         lines.append(f"- Data: {_inline(set_fields)}")
-        lines.append(f"- Evaluation: {_inline({'task': config.task.name, **dataclasses.asdict(config.task.config)})}")
+        told = ({"task": task.name, **dataclasses.asdict(task.config)} for task in config.tasks)
+        lines += [f"- Evaluation: {_inline(one)}" for one in told]
     for stage, settings in (("Transfer", config.transfer), ("Fine-tune", config.finetune)):
         if settings is not None:
             lines.append(f"- {stage}: {_inline(settings)}")

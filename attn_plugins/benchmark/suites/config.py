@@ -96,7 +96,7 @@ def read_suite(
             raise ValueError(f"{where}.for={asked!r}{did_you_mean(asked, FOR)}; allowed: {', '.join(FOR)}")
         settings["output_dir"] = found.output_dir
         if preset is not None:
-            settings["preset"] = preset
+            settings = {**with_attentions(settings, {}), "preset": preset}
         elif attentions is not None:
             settings = with_attentions(settings, attentions)
         asked_preset = settings.pop("preset", None)

@@ -44,8 +44,9 @@ def write_suite_report(suite: Suite, results: Results) -> tuple[list[Table], lis
         plots += drawn
         lines += [] if part == last else [f"## {part}", ""]
         for table in tables(its):
+            table.title += f", {next(iter(its.config.models))}" if several else ""
             lines += [table.markdown(3), ""]
-            table.title = f"{part}: {table.title}" + (f", {next(iter(its.config.models))}" if several else "")
+            table.title = f"{part}: {table.title}"
             shown.append(table)
         lines += [f"![{plot.stem.replace('_', ' ')}]({plot.name})\n" for plot in drawn]
         lines += ["<details><summary>Settings</summary>", "", *facts(its), "", "</details>", ""]

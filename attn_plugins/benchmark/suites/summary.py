@@ -33,30 +33,33 @@ def summary_table(found: list[tuple[str, CompareResults]]) -> Table:
     Args:
         found: name of each part and its results; a name comes again where models differ in their attentions.
     """
-    told = [(part, column) for part, its in found for column in _columns(part, its)]
+    told = [(its, column) for part, its in found for column in _columns(part, its)]
     parts = [part for part, _ in found]
     told.sort(key=lambda one: one[1].heading not in parts)  # quality first, costs after it
-    columns: dict[str, tuple[str, Column]] = {}
-    for part, column in told:
-        columns.setdefault(column.heading, (part, column))
+    columns: dict[str, list[tuple[CompareResults, Column]]] = {}
+    for its, column in told:
+        columns.setdefault(column.heading, []).append((its, column))
     models = list(dict.fromkeys(model for _, its in found for model in its.config.models))
     attentions = list(dict.fromkeys(label for _, its in found for label in its.config.attentions))
     several = len(models) > 1
     header = [*(["model"] if several else []), "attention", *columns]
-    notes = "; ".join(f"{heading}: {column.note}" for heading, (_, column) in columns.items())
+    notes = "; ".join(f"{heading}: {column.note}" for heading, ((_, column), *_) in columns.items())
     table = Table("Summary", f"Each part at the last stage that it has. {notes}.", header)
     for model in models:
         for attention in attentions:
-            row = [_shown(found, part, column, model, attention) for part, column in columns.values()]
+            row = [_shown(asked, model, attention) for asked in columns.values()]
             if any(row):
                 table.rows.append([*([model] if several else []), attention, *row])
     return table
 
 
-def _shown(found: list[tuple[str, CompareResults]], part: str, column: Column, model: str, attention: str) -> str:
-    for name, its in found:
-        if name == part and model in its.config.models and attention in its.config.attentions:
-            return column.show(its, model, attention)
+def _shown(asked: list[tuple[CompareResults, Column]], model: str, attention: str) -> str:
+    """A cell of a column, of the first part that has it: costs are a column of all parts that ask for them."""
+    for its, column in asked:
+        if model in its.config.models and attention in its.config.attentions:
+            shown = column.show(its, model, attention)
+            if shown:
+                return shown
     return ""
 
 
