@@ -68,8 +68,9 @@ def gradient_times_weights(
     values are held.
 
     Args:
-        target: the number of a class or token, whose logit y is summed over the batch, at the last position where
-            logits have positions; None for the largest logit of each row; or a function of the model's output.
+        target: the number of a class or token, whose logit y is summed over the batch, where logits have positions at
+            the last one that is no padding; None for the largest logit of each row; or a function of the model's
+            output.
         layers, heads, roles: as in :func:`~attn_plugins.inspect_attention`.
         queries: positions to tell apart; None for the sums over all of them alone.
 
@@ -95,7 +96,7 @@ def gradient_times_weights(
     cached = {"use_cache": False} if inner.can_generate() else {}
     try:
         with evaluating(inner), swapped_attention(inner, see), torch.enable_grad():
-            y = _target_of(inner(**{**inputs, **cached}), target)
+            y = _target_of(inner(**{**inputs, **cached}), target, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -209,19 +210,27 @@ def _of_head(x_BQHV: torch.Tensor, head: int) -> torch.Tensor:
     return alone
 
 
-def _target_of(output: Any, target: Target) -> torch.Tensor:
+def _target_of(output: Any, target: Target, inputs: Mapping[str, Any]) -> torch.Tensor:
     """The number whose gradient is asked for."""
     if callable(target):
         return target(output)
     logits = getattr(output, "logits", None)
     if logits is None:
         raise ValueError(f"{type(output).__name__} has no logits; give target as a function of it")
-    logits_BC = logits[:, -1] if logits.ndim == 3 else logits
+    logits_BC = logits[range(len(logits)), _last_real(logits, inputs)] if logits.ndim == 3 else logits
     if target is None:
         return logits_BC.amax(-1).sum()
     if not -logits_BC.shape[-1] <= target < logits_BC.shape[-1]:
         raise ValueError(f"target={target}; allowed: 0 to {logits_BC.shape[-1] - 1}")
     return logits_BC[:, target].sum()
+
+
+def _last_real(logits_BNC: torch.Tensor, inputs: Mapping[str, Any]) -> Any:
+    """The last position of each row that is no padding, as the mask of what the logits are of tells."""
+    given = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
+    if not isinstance(given, torch.Tensor) or given.shape != logits_BNC.shape[:2]:
+        return -1
+    return (given != 0).to(logits_BNC.device).cumsum(1).argmax(1)
 
 
 def _check_linear(model: nn.Module, chosen: Mapping[str, Any]) -> None:

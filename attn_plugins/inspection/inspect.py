@@ -14,6 +14,7 @@ from attn_plugins.core.assignment import Target
 from attn_plugins.core.attention import Attention, sink_tokens
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.number_forms import ALLOWED, check_numbers, numbers_of
+from attn_plugins.core.options import shown
 from attn_plugins.core.registry import get_attention
 from attn_plugins.hf.discovery import modules as discovery
 from attn_plugins.hf.names import slot_of
@@ -358,7 +359,9 @@ def positions_in(queries: int | Sequence[int] | None, length: int, path: str) ->
         )
     wanted = [queries] if isinstance(queries, int) else list(queries)
     if not wanted or not all(isinstance(q, int) and -length <= q < length for q in wanted):
-        raise ValueError(f"queries={queries!r}, and {path} has {length} queries; allowed: {-length} to {length - 1}")
+        raise ValueError(
+            f"queries={shown(queries)}, and {path} has {length} queries; allowed: {-length} to {length - 1}"
+        )
     return [q % length for q in wanted]
 
 

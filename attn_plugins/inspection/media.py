@@ -47,6 +47,11 @@ def of_audio(model: nn.Module, processing: Any, path: str, *, generate: int) -> 
     rate = extractor.sampling_rate
     samples = waveform({"path": path, "bytes": None}, rate)
     features = extractor(samples, sampling_rate=rate, return_tensors="pt")[name].to(inner.device, inner.dtype)
+    if name == "input_values" and features.ndim > 2:
+        raise ValueError(
+            f"{type(inner).__name__} cuts a spectrogram into patches, which have no time of their own; allowed: models "
+            "that hear frame by frame, as Whisper and wav2vec 2.0"
+        )
     read = getattr(extractor, "n_samples", len(samples))
     if len(samples) > read:
         raise ValueError(f"{path!r} lasts {len(samples) / rate:.1f} s; the model hears {read / rate:g} s at once")

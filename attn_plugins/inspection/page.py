@@ -5,6 +5,7 @@ Weights are kept in it as whole numbers from -127 to 127 of the largest of their
 
 import base64
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -116,14 +117,16 @@ def page(entries: Sequence[Entry], *, title: str, told: str) -> str:
         ],
     }
     held = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    made = TEMPLATE.read_text(encoding="utf8")
-    for name, value in {"TITLE": escape(title), "TOLD": escape(told), "DATA": held}.items():
-        made = made.replace(f"@@{name}@@", value)
-    return made
+    values = {"TITLE": escape(title), "TOLD": escape(told), "DATA": held}
+    return re.sub("@@([A-Z]+)@@", lambda place: values[place[1]], TEMPLATE.read_text(encoding="utf8"))
 
 
 def packed(weights_hqK: torch.Tensor) -> dict[str, Any]:
-    """Weights for the page, and of each row the sum of their sizes beside its largest, which makes shares of them."""
+    """Weights for the page, and of each row the sum of their sizes beside its largest, which makes shares of them.
+
+    What is no finite number, for which JSON has no word, counts as no weight.
+    """
+    weights_hqK = weights_hqK.nan_to_num(0.0, 0.0, 0.0)
     size = weights_hqK.abs()
     most = size.amax(-1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
     numbers = (weights_hqK / most * 127).round().to(torch.int8).contiguous()

@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -117,7 +118,7 @@ def run_inspect(config: InspectConfig) -> Inspected:
     else:
         subject = of_text(model, loaded.tokenizer, read, length=config.length, generate=generate)
     layers = _layers(config, model, subject)
-    entries = [page.entry_of(one, subject.queries_of(one.role), subject.keys_of(one.role)) for one in layers]
+    entries = [page.entry_of(one, *_texts(one, subject)) for one in layers]
     beside = _attributions(config, model, subject)
     entries = page.fitting(entries)
     title = f"{Path(config.model).name}: {_named(config)}"
@@ -163,11 +164,15 @@ def _read(config: InspectConfig) -> tuple[str, str]:
 
 
 def tensors_of(layers: Sequence[LayerWeights]) -> dict[str, torch.Tensor]:
-    """Weights by path and side, (B, h, q, K), with the numbers of queries and heads."""
+    """Weights by path and side, (B, h, q, K), with the numbers of queries and heads.
+
+    Of a module that is called several times, as where layers share their weights, further calls are PATH.1, PATH.2.
+    """
     found: dict[str, torch.Tensor] = {}
+    calls: Counter[str] = Counter()
     for one in layers:
-        calls = sum(name.startswith(f"{one.path}.weights") for name in found)
-        path = f"{one.path}.{calls}" if calls else one.path
+        path = f"{one.path}.{calls[one.path]}" if calls[one.path] else one.path
+        calls[one.path] += 1
         found[f"{path}.weights"] = one.weights_BhqK.contiguous()
         found[f"{path}.own"] = one.own_BhqK.contiguous()
         found[f"{path}.queries"], found[f"{path}.heads"] = torch.tensor(one.queries), torch.tensor(one.heads)
@@ -175,25 +180,32 @@ def tensors_of(layers: Sequence[LayerWeights]) -> dict[str, torch.Tensor]:
 
 
 def _layers(config: InspectConfig, model: nn.Module, subject: Subject) -> list[LayerWeights]:
-    """Of each of the two sides of a model, whose queries are different tokens."""
+    """Of each role, whose queries are tokens of their own: those that are read, in cross-attention those written."""
     present = {row.role for row in describe_attention(model)} & set(config.roles)
-    sides = [[role for role in side if role in present] for side in (("encoder",), ("decoder", "cross"))]
     options: dict[str, Any] = {"layers": config.layers, "heads": config.heads, "through": config.through}
     options |= {"window": config.window, "topk": config.topk}
-    wanted = {side[0]: _queries(config, subject.tokens.get(_read_by(side[0]), [])) for side in sides if side}
+    wanted = {role: _queries(config, subject.queries_of(role)) for role in get_args(Role) if role in present}
     if config.queries and not any(wanted.values()):
-        tokens = [token for side in subject.tokens.values() for token in side]
+        tokens = [token for role in wanted for token in subject.queries_of(role)]
         raise ValueError(f"queries={list(config.queries)!r}, none of which is among the tokens {shown(tokens)}")
     found: list[LayerWeights] = []
-    for side in sides:
-        if side and (wanted[side[0]] or not config.queries):
-            queries = wanted[side[0]] or None
-            found += inspect_attention(model, subject.inputs, queries=queries, roles=side, **options).layers
+    for role, queries in wanted.items():
+        if queries or not config.queries:
+            found += inspect_attention(model, subject.inputs, queries=queries or None, roles=[role], **options).layers
+    for one in found:
+        parts = len(one.weights_BhqK)
+        if parts > 1:
+            raise ValueError(
+                f"{one.path} attends within {parts} parts of the input, whose tokens have no names here; allowed: "
+                "models whose modules see all of it"
+            )
     return found
 
 
-def _read_by(role: str) -> str:
-    return "encoder" if role == "encoder" else "decoder"
+def _texts(one: LayerWeights, subject: Subject) -> tuple[list[str], list[str]]:
+    """What queries and keys are called, by numbers where there are other keys than tokens, as of pooled ones."""
+    named = one.weights_BhqK.shape[-1] == len(subject.keys_of(one.role))
+    return (subject.queries_of(one.role), subject.keys_of(one.role)) if named else ([], [])
 
 
 def _queries(config: InspectConfig, tokens: Sequence[str]) -> list[int]:

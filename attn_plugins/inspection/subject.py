@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from attn_plugins.core.rules import parse_rules
+from attn_plugins.data.text import position_limit
 from attn_plugins.hf.swap import describe_attention, swap_attention, unwrap
 
 
@@ -32,25 +33,29 @@ class Subject:
 
 
 def of_text(model: nn.Module, tokenizer: Any, text: str, *, length: int, generate: int) -> Subject:
-    """A text, cut to ``length`` tokens, and what the model writes of it.
+    """A text, cut to ``length`` tokens and to what the model has positions for, and what it writes of it.
 
     An encoder-decoder model reads the text and writes up to ``generate`` tokens, greedily; a decoder goes on with the
     text by as many. Anything else reads it.
 
     Raises:
-        ValueError: it has no tokens, or what is no decoder is to write.
+        ValueError: it has no tokens, or what is no decoder is to write, or more than it has positions for.
     """
     inner: Any = unwrap(model)
-    inputs = dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=length))
+    decodes = any(row.role == "decoder" for row in describe_attention(inner))
+    if generate and not decodes:
+        raise ValueError(f"generate={generate}, and {type(inner).__name__} writes nothing; allowed: 0")
+    places, two = position_limit(inner), getattr(inner.config, "is_encoder_decoder", False)
+    if places is not None and generate >= places:
+        raise ValueError(f"generate={generate}; allowed: at most {places - 1}, as the model has {places} positions")
+    most = [length, tokenizer.model_max_length, *([] if places is None else [places if two else places - generate])]
+    inputs = dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=min(most)))
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError("the text has no tokens; allowed: at least one")
     place = next(inner.parameters()).device
     inputs = {name: x.to(place) for name, x in inputs.items()}
-    if getattr(inner.config, "is_encoder_decoder", False):
+    if two:
         return written_by(inner, tokenizer, inputs, generate, encoder=labels(tokenizer, inputs["input_ids"][0]))
-    decodes = any(row.role == "decoder" for row in describe_attention(inner))
-    if generate and not decodes:
-        raise ValueError(f"generate={generate}, and {type(inner).__name__} writes nothing; allowed: 0")
     if generate:
         inputs.pop("token_type_ids", None)
         ids = _generate(inner, inputs, generate)
@@ -78,8 +83,8 @@ def written_by(
     ids = _generate(model, inputs, generate)
     start = model.generation_config.decoder_start_token_id
     if start is not None and int(ids[0, 0]) != start:  # Whisper gives what it wrote without what it begins with
-        first = getattr(tokenizer, "prefix_tokens", None) or [start]
-        ids = torch.cat([torch.tensor([first], device=ids.device), ids], dim=1)
+        begun = _generate(model, inputs, 1, return_dict_in_generate=True)["sequences"][:, :-1]
+        ids = torch.cat([begun, ids], dim=1)
     texts = labels(tokenizer, ids[0])
     return Subject(
         inputs={**inputs, "decoder_input_ids": ids[:, :-1]},
@@ -88,9 +93,9 @@ def written_by(
     )
 
 
-def _generate(model: Any, inputs: dict[str, Any], number: int) -> torch.Tensor:
+def _generate(model: Any, inputs: dict[str, Any], number: int, **options: Any) -> Any:
     with torch.no_grad():
-        return model.generate(**inputs, max_new_tokens=number, do_sample=False, num_beams=1)
+        return model.generate(**inputs, max_new_tokens=number, do_sample=False, num_beams=1, **options)
 
 
 def labels(tokenizer: Any, ids: Any) -> list[str]:

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from torch import nn
 
 import attn_plugins as ap
 from attn_plugins.inspection.attributions import attention_rollout, gradient_times_weights
@@ -79,6 +80,17 @@ def test_sums_over_queries_are_those_of_all_pairs(kind):
     again = gradient_times_weights(model, given, target=lambda out: out.logits.sum() * 0)
     assert all(not found.of_keys_BhK.any() for found in again)
     assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_padding_after_a_text_changes_nothing():
+    model, ids = ap.swap_attention(tiny.build("llama"), "local"), tiny.inputs("llama", padded=False)["input_ids"]
+    padded, mask = nn.functional.pad(ids, (0, 4)), torch.ones_like(ids)
+    given = {"input_ids": padded, "attention_mask": nn.functional.pad(mask, (0, 4))}
+    for target in (5, None):
+        alone = gradient_times_weights(model, {"input_ids": ids}, target=target)
+        for one, other in zip(gradient_times_weights(model, given, target=target), alone, strict=True):
+            torch.testing.assert_close(one.of_keys_BhK[..., :-4], other.of_keys_BhK, atol=1e-6, rtol=1e-4)
+            assert not one.of_keys_BhK[..., -4:].any()
 
 
 def test_inference_mode_around_it_changes_nothing():

@@ -1,18 +1,20 @@
 """attn-plugins inspect, as a user would run it: tables, files, a page, and one line where it cannot."""
 
 import json
+import math
 
 import pytest
 import tiny
 import torch
 from conftest import tokenizer
 from safetensors.torch import load_file
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import AlbertConfig, AlbertModel, BartConfig, BartForConditionalGeneration
 from typer.testing import CliRunner
 
 import attn_plugins as ap
 from attn_plugins import cli
 from attn_plugins.inspection import page
+from attn_plugins.inspection.run import tensors_of
 
 TEXT = "the red cat is good . the blue dog is bad . one"
 SIZES = {"vocab_size": 20, "hidden_size": 32, "num_attention_heads": 4}
@@ -91,7 +93,7 @@ def test_words_and_places_choose_the_queries(decoder, tmp_path):
 def test_what_is_written_is_aligned_with_what_is_read(translator, tmp_path):
     call("-m", translator, "-a", "local", "-t", "red cat", "--generate", 5, "--attribution", "rollout", "-o", tmp_path)
     told = json.loads((tmp_path / "inspect.json").read_text())
-    assert [one["role"] for one in told["layers"]] == ["encoder"] * 2 + ["decoder", "cross"] * 2
+    assert [one["role"] for one in told["layers"]] == ["encoder"] * 2 + ["decoder"] * 2 + ["cross"] * 2
     assert len(told["written"]) == len(told["tokens"]["decoder"]) == 5
     assert told["tokens"]["encoder"] == ["<s>", "red", "cat", "</s>"]
     assert (tmp_path / "alignment.png").stat().st_size > 5000
@@ -158,6 +160,55 @@ def test_the_text_of_a_page_stays_text():
     )
     made = page.page([entry], title="<i>", told="@@DATA@@ & more")
     assert made.count("</script>") == 2
+    assert "<p>@@DATA@@ &amp; more</p>" in made
     assert "<title>&lt;i&gt;</title>" in made
     held = page.packed(weights)
     assert held["sums"] == [[2.0]]
+
+
+def test_a_text_is_cut_to_what_the_model_takes(decoder, translator, tmp_path):
+    for model, role, read, generate in ((decoder, "decoder", 124, 4), (translator, "encoder", 128, 4)):
+        call("-m", model, "-t", TEXT * 20, "--generate", generate, "--layer", 0, "--query", 0, "-o", tmp_path / role)
+        tokens = json.loads((tmp_path / role / "inspect.json").read_text())["tokens"][role]
+        assert len(tokens) == read + generate * (role == "decoder")
+        ran = call("-m", model, "-t", "red", "--generate", 128, "-o", tmp_path / "out", status=2)
+        assert "generate=128; allowed: at most 127, as the model has 128 positions" in ran.stderr
+
+
+def test_a_word_looks_where_it_is_read_and_across_where_it_is_written(tmp_path):
+    model = tiny.build("bart", seed=1, vocab_size=20, forced_eos_token_id=None)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer(encoder=True).save_pretrained(tmp_path / "model")
+    call("-m", tmp_path / "model", "-t", "red cat", "--generate", 4, "--query", "bad", "-o", tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert (told["tokens"]["decoder"], told["written"]) == (["<s>", "bad", "bad", "bad"], ["bad"] * 4)
+    assert {one["role"]: one["queries"] for one in told["layers"]} == {"decoder": [1, 2, 3], "cross": [0, 1, 2, 3]}
+
+
+def test_each_call_of_a_shared_module_has_weights_of_its_own():
+    sizes = {**SIZES, "embedding_size": 16, "intermediate_size": 48, "num_hidden_layers": 4}
+    model = ap.swap_attention(AlbertModel(AlbertConfig(**sizes)).eval(), "local", window_size=2)
+    layers = ap.inspect_attention(model, {"input_ids": torch.arange(3, 9).unsqueeze(0)}).layers
+    held = tensors_of(layers)
+    path = layers[0].path
+    assert len(layers) == 4
+    for name, one in zip((path, f"{path}.1", f"{path}.2", f"{path}.3"), layers, strict=True):
+        assert torch.equal(held[f"{name}.weights"], one.weights_BhqK)
+
+
+def test_weights_that_are_no_numbers_leave_the_page_whole():
+    weights = torch.tensor([[[math.nan, 1, 1], [math.inf, 2, 0]]])
+    entry = page.Entry(
+        title="t",
+        told="",
+        heads=["0"],
+        captions=[""],
+        queries=[0, 1],
+        query_texts=[],
+        key_texts=[],
+        weights_hqK=weights,
+        own_hqK=None,
+    )
+    made = page.page([entry], title="t", told="t")
+    held = json.loads(made.partition('id="data">')[2].partition("</script>")[0], parse_constant=pytest.fail)
+    assert held["entries"][0]["weights"]["sums"] == [[2.0, 1.0]]

@@ -121,6 +121,17 @@ def test_frames_have_their_times_and_a_tone_its_pitch():
     assert [tick.get_text() for tick in below.get_yticklabels()] == ["a", "b", "c"]
 
 
+def test_what_writes_in_several_languages_is_read_with_the_one_that_it_found(tmp_path, recording):
+    made = load(sounding.whisper(tmp_path), kind="any", processing="speech-to-text")
+    for name, value in {"lang_to_id": {"<|en|>": 5, "<|fr|>": 6}, "no_timestamps_token_id": 19}.items():
+        setattr(made.model.generation_config, name, value)
+    subject, _ = media.of_audio(made.model.eval(), made.processing, recording, generate=5)
+    start, language, without_times, *written = subject.inputs["decoder_input_ids"][0].tolist()
+    assert (start, without_times, len(written)) == (1, 19, 4)
+    assert language in (5, 6)
+    assert len(subject.written) == 7
+
+
 @pytest.mark.parametrize("kind", ["picture", "sound"])
 def test_what_is_written_is_read_again_as_it_was_written(kind, tmp_path, picture, recording):
     """The decoder is given what it began with too, which Whisper's generate leaves out: it finds the same tokens."""
@@ -204,6 +215,18 @@ def test_what_cannot_be_read_is_one_line(picture, recording, tmp_path):
     long = tmp_path / "long.wav"
     soundfile.write(long, sounding.tone(300, 1.5), sounding.RATE)
     assert "lasts 1.5 s; the model hears 1 s at once" in wrong("-m", whisper, "--audio", long)
+    soundfile.write(tmp_path / "short.wav", sounding.tone(300, 0.002), sounding.RATE)
+    spectrogram = tmp_path / "spectrogram"
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    patches = {"max_length": 32, "num_mel_bins": 16, "patch_size": 8, "frequency_stride": 8, "time_stride": 8}
+    tf.ASTModel(tf.ASTConfig(**sizes, **patches)).save_pretrained(spectrogram)
+    tf.ASTFeatureExtractor(num_mel_bins=16, max_length=32).save_pretrained(spectrogram)
+    assert "ASTModel cuts a spectrogram into patches" in wrong("-m", spectrogram, "--audio", recording)
+    swin = tmp_path / "swin"
+    parts = {"embed_dim": 8, "depths": [1], "num_heads": [2], "window_size": 2, "image_size": 16, "patch_size": 4}
+    tf.SwinModel(tf.SwinConfig(**parts)).save_pretrained(swin)
+    processor(16, 16).save_pretrained(swin)
+    assert "attends within 4 parts of the input" in wrong("-m", swin, "--image", picture, "--query", 0)
     decoder = tmp_path / "decoder"
     tf.LlamaForCausalLM(
         tf.LlamaConfig(vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
