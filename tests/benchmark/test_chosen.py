@@ -115,7 +115,7 @@ def test_a_dry_run_knows_what_ran_before(tmp_path):
     ran(Cell("local", "evaluate", 0), status="error", seconds=1.0)
     ran(Cell("dense", "evaluate", 0), versions={}, seconds=2.0)
     table = planned(CELLS, results, fresh=False, retry=True)
-    rows = {row[0]: row[1:] for row in table.rows}
+    rows = {row[1]: [row[0], row[2]] for row in table.rows}
     assert rows["local · finetune · 0"] == ["done", ""]
     assert rows["local · finetune · 1"] == ["to do", "60"]
     assert rows["local wide · finetune · 1"] == ["to do", "330"], "of the same measure, with any attention"
@@ -123,7 +123,7 @@ def test_a_dry_run_knows_what_ran_before(tmp_path):
     assert rows["dense · evaluate · 0"] == ["again", "2"], "it is of other versions"
     # 2 + 2 x 600 + 2 x 60 + 3 x 330 of finetune, 9 x 2 of evaluate
     assert table.note == "16 of 18 cells are to be run: about 38.8 minutes, by cells that ran before."
-    left = {row[0]: row[1:] for row in planned(CELLS, results, fresh=False, retry=False).rows}
+    left = {row[1]: [row[0], row[2]] for row in planned(CELLS, results, fresh=False, retry=False).rows}
     assert left["local · evaluate · 0"] == ["failed", ""]
     assert planned(CELLS, results, fresh=True, retry=True).note.startswith("18 of 18")
     empty = Results(tmp_path / "other.jsonl")

@@ -63,7 +63,7 @@ def test_many_pairs_are_ranked_with_seeds_noise_and_what_the_cache_does(docs):
 
 
 def test_what_failed_and_what_another_part_measured_is_not_among_them(docs):
-    failed = {**pairs("broken", LOCAL, 0, 0.0, 0.0), "status": "error"}
+    failed = {**pairs("broken", LOCAL, 0, 0.0, 0.0), "status": "error", "error": "ValueError: no"}
     elsewhere = record("else", LOCAL, "perplexity", "evaluate", 0, {"value": 3.0}, part="untrained")
     board = leaderboard.Board(docs(pairs("dense", None, 0, 1.0, 1.0), failed, elsewhere))
     assert [line.split(" | ")[0] for line in leaderboard.from_scratch(board.scratch)[2:4]] == ["| dense", ""]
@@ -78,8 +78,11 @@ def test_a_pretrained_model_has_its_recall_beside_perplexity(docs):
         for name, rules, value in (("window", LOCAL, 20.0), ("dense", None, 10.0))
         for result in [{"value": value, "figures": figures, "others": {"recall": recall}}]
     ]
-    board = leaderboard.Board(docs(*rows))
-    assert leaderboard.untrained(board.zoo)[:4] == [
+    failed = {**rows[0], "key": "odd", "attention": "pairs of heads", "status": "error", "error": "ValueError: 9 heads"}
+    board = leaderboard.Board(docs(*rows, failed))
+    lines = leaderboard.untrained(board.zoo)
+    assert "Left out: `pairs of heads` (9 heads)." in lines
+    assert lines[:4] == [
         "| attention | its cache | perplexity | in the last quarter | copy at 256 |",
         "|---|---|---|---|---|",
         "| dense | grows | 10.00 | 7.00 | 0.750 |",

@@ -36,7 +36,10 @@ class Measured:
     """Records of comparisons, as tables ask for them."""
 
     def __init__(self, records: Iterable[Record]):
-        self.records = [one for one in records if one["status"] == "ok"]
+        given = list(records)
+        self.records = [one for one in given if one["status"] == "ok"]
+        self.failed = {one["attention"]: one["error"] for one in given if one["status"] == "error"}
+        """Attention -> why it has no figure."""
 
     def of(self, task: str, measure: str) -> Found:
         """What was measured by a task, at a stage."""
@@ -147,7 +150,12 @@ def untrained(measured: Measured) -> list[str]:
     parts = next(iter(next(iter(found.values())).values()))["others"]["recall"]["by_part"]
     header = ["attention", "its cache", "perplexity", "in the last quarter"]
     header += [f"{name} at {one['distance']}" for name, part in parts.items() for one in part["by_distance"]]
-    return [*_lines(header, rows), "", made(measured.which("perplexity", "evaluate"))]
+    return [*_lines(header, rows), *_left_out(measured), "", made(measured.which("perplexity", "evaluate"))]
+
+
+def _left_out(measured: Measured) -> list[str]:
+    told = [f"`{name}` ({why.partition(': ')[2] or why})" for name, why in measured.failed.items()]
+    return ["", f"Left out: {', '.join(told)}."] if told else []
 
 
 def equal_budget(measured: Measured) -> list[str]:

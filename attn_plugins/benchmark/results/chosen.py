@@ -64,14 +64,14 @@ def planned(cells: Sequence[Cell], results: Results, *, fresh: bool, retry: bool
     The time is that of cells that ran before, into the same file: with the same measure and attention, or else with the
     same measure.
     """
-    table = Table("Cells", "", ["cell", "state", "about, seconds"])
+    table = Table("Cells", "", ["state", "cell", "about, seconds"])
     total, unknown, to_run = 0.0, 0, 0
     for cell in cells:
         state = state_of(cell, results, fresh=fresh, retry=retry)
         about = estimate(cell, results) if state not in ("done", "failed") else 0.0
         to_run += state not in ("done", "failed")
         total, unknown = total + (about or 0.0), unknown + (about is None)
-        table.rows.append([str(cell), state, "" if about == 0 else "unknown" if about is None else f"{about:.0f}"])
+        table.rows.append([state, str(cell), "" if about == 0 else "unknown" if about is None else f"{about:.0f}"])
     table.note = f"{to_run} of {len(cells)} cells are to be run"
     if to_run:
         known = (
