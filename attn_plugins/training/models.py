@@ -76,16 +76,21 @@ def read_attention(value: Any, *, files: tuple[str, ...] = ()) -> Any:
     return value
 
 
+def refuse_new(source: str) -> None:
+    """Raise a ValueError for a model without weights, where they are needed."""
+    if is_new(source):
+        raise ValueError(
+            f"model {shown(source)} is a config without weights; allowed here: a folder, a name on the hub"
+        )
+
+
 def resolve(source: str) -> str:
     """The folder or hub name behind a name.
 
     Raises:
         ValueError: it names a folder that is not there, the built-in model cannot be had, or the model has no weights.
     """
-    if is_new(source):
-        raise ValueError(
-            f"model {shown(source)} is a config without weights; allowed here: a folder, a name on the hub"
-        )
+    refuse_new(source)
     if source == DEMO:
         from attn_plugins.data.demo_model import demo_model
 

@@ -22,7 +22,7 @@ from attn_plugins.tasks import TrainableTask
 from attn_plugins.training.card import told
 from attn_plugins.training.evaluate import attention_summary, place, write_json
 from attn_plugins.training.history import stage_of, stages_of
-from attn_plugins.training.models import Loaded, load, resolve
+from attn_plugins.training.models import Loaded, load, refuse_new, resolve
 from attn_plugins.training.processes import is_main_process, start_processes
 from attn_plugins.training.resume import METRICS, check_resume, check_rows, note_settings, settings_of
 from attn_plugins.training.streaming import classes
@@ -143,7 +143,8 @@ def prepare_transfer(config: TransferConfig, *, resume: bool = False) -> Transfe
     """
     need("accelerate", "train")
     need("matplotlib", "compare")
-    if check_folder(config.output_dir).resolve() == Path(resolve(config.model)).resolve():
+    refuse_new(config.model)
+    if check_folder(config.output_dir).resolve() == Path(config.model).expanduser().resolve():
         raise ValueError(f"output_dir={config.output_dir!r} is the model's own folder; allowed: another")
     checkpoint = check_resume(config, resume=resume)
     start_processes()

@@ -155,7 +155,7 @@ class Results:
             lines.append(f"{done} of {len(keys)} cells are in {self.path} already (--fresh measures them again)")
         failed = sum(map(self.failed, keys))
         if failed:
-            again = "they are run again (--no-retry leaves them)" if retry else "they are left so (--no-retry)"
+            again = "they are run again" if retry else "they are left so (--no-retry)"
             lines.append(f"{failed} of {len(keys)} cells in {self.path} failed; {again}")
         if stale:
             made = "; ".join(dict.fromkeys(spelled(self.records[key].get("versions", {})) for key in stale))
