@@ -60,6 +60,7 @@ def test_many_pairs_are_ranked_with_seeds_noise_and_what_the_cache_does(docs):
     (need,) = leaderboard.needs(board)
     assert "16 pairs" in need
     assert need.endswith("`window` 0.100 ± 0.000; dense 0.990 ± 0.010.")
+    assert leaderboard.needs(leaderboard.Board(docs(*own, *best))) == [], "no other has a bounded cache"
 
 
 def test_what_failed_and_what_another_part_measured_is_not_among_them(docs):
@@ -112,6 +113,7 @@ def test_a_task_shows_the_best_other_attention_and_whether_it_is_behind(docs):
             result = {"better": "lower", "figures": {"perplexity": value + seed / 10, "accuracy": 0.5}}
             lines.append(record(name, None if name == "dense" else LOCAL, "masked-lm", "finetune", seed, result))
     (folder / "benchmarks" / "tasks" / "masked_lm.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (folder / "benchmarks" / "tasks" / "one.jsonl").write_text(json.dumps(lines[0]) + "\n")  # with no other beside it
     row = leaderboard.tasks(leaderboard.Board(folder).tasks)[2]
     assert row.startswith("| masked lm | perplexity, lower is better | 10.10 ± 0.100 | near | 11.10 ± 0.100 | +1.00")
 

@@ -68,6 +68,15 @@ def test_a_run_is_a_table_while_it_lasts(tmp_path, terminal):
     assert "bad · evaluate · 0" in last
 
 
+def test_a_long_name_leaves_room_for_figures(tmp_path, terminal):
+    named = Cell("{type: local, layers: [a, b]} " * 5, "evaluate", 0)
+    with LiveTable([named], Results(tmp_path / "results.jsonl"), terminal) as table:
+        table.ended(named, "perplexity 12.3", failed=False)
+    last = shown(terminal)
+    assert "perplexity 12.3" in last
+    assert "[a, b]" in last, "a name is no markup"
+
+
 def test_a_bar_is_a_line_of_the_table(tmp_path, terminal):
     with LiveTable(CELLS, Results(tmp_path / "results.jsonl"), terminal) as table:
         table.started(CELLS[0], timed=False)

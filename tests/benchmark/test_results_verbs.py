@@ -1,14 +1,17 @@
 """Runs made one, shown, compared: the last record of a cell counts, nothing damaged passes, noise is called so."""
 
+import io
 import json
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from attn_plugins import cli
 from attn_plugins.benchmark.results.compared import diff_tables, name_of, show_table
 from attn_plugins.benchmark.results.merge import merge, read_results
 from attn_plugins.benchmark.results.store import Results
+from attn_plugins.benchmark.results.tables import Table
 from attn_plugins.config.versions import hardware, versions
 
 
@@ -77,18 +80,29 @@ def test_show_tells_figures_failures_and_machines(tmp_path):
     failed = {**record("y", seed=1), "status": "error", "error": "ValueError: too long", "hardware": hardware()}
     del failed["result"]
     stale = record("z", seed=2, versions={**versions(), "torch": "1.0"}, settings={"scope": "model", "length": 64})
-    folder = kept(tmp_path, record("x", seconds=3.2), failed, stale)
+    without = {**failed, "key": "w", "status": "left out", "error": "no such press"}
+    folder = kept(tmp_path, record("x", seconds=3.2), failed, stale, without)
     rows = show_table(read_results(folder)).rows
     assert [row[:4] for row in rows] == [
         ["m · local · evaluate", "0", "perplexity 1.00", "3"],
         ["m · local · evaluate", "1", "error: ValueError: too long", ""],
         ["m · local · evaluate · model · 64", "2", "perplexity 1.00 (stale)", ""],
+        ["m · local · evaluate", "1", "left out: no such press", ""],
     ]
     said = call("show", folder)
-    assert "3 cells, 1 failed" in said
+    assert "4 cells, 1 failed" in said
     assert "1 are stale: of other versions" in show_table(read_results(folder)).note
     assert said.count("- Measured with attn_plugins ") == 2
     assert f"- On cpu {hardware()['cpu']}, cores " in said
+
+
+def test_a_long_name_leaves_room_for_what_is_said_of_it():
+    table = Table(
+        "Errors", "", ["cells", "error"], [["model · an attention at 25 % of the bytes · evaluate" * 2, "why"]]
+    )
+    terminal = Console(file=io.StringIO(), width=80)
+    terminal.print(table.rich())
+    assert "why" in terminal.file.getvalue()
 
 
 def test_cells_without_labels_have_their_key_for_a_name():
@@ -133,6 +147,10 @@ def test_timing_is_held_against_its_rounds_and_bytes_are_exact(tmp_path):
         ["m · local · speed · model · 8", "forward times_as_fast", "2.00", "2.10", "+0.10 (within the rounds' spread)"],
         ["m · local · memory · model · 8", "forward bytes", "100.00", "110.00", "+10.0 %"],
     ]
+    paper = {"launches": 4, "least_seconds": 1.0}
+    costs = [[record("p", measure="cost", result={**paper, "least_seconds": one})] for one in (1.0, 2.0)]
+    table, _ = diff(tmp_path / "third", *costs)
+    assert [row[1:5] for row in table.rows] == [["least_seconds", "1.00", "2.00", "+100.0 %"]]
     other = [timed("speed", times_as_fast=3.0, lowest=2.3, highest=3.1)]
     table, alone = diff(tmp_path / "second", one, other)
     assert table.rows[0][4] == "+1.00 (beyond the rounds' spread)"
@@ -156,6 +174,10 @@ def test_the_last_of_changed_settings_counts(tmp_path):
     now = record("new", finished="2026-02-01T00:00:00+00:00", value=4.0)
     table, _ = diff(tmp_path, [now, record("old", value=1.0)], [record("new", value=4.0)])
     assert table.rows == []
+    before = [record(f"old{seed}", value=1.0, seed=seed, settings={"dtype": "float32"}) for seed in (0, 1)]
+    part = [*before, {**now, "settings": {"dtype": "bfloat16"}}]  # stopped after its first seed
+    table, _ = diff(tmp_path / "second", part, [record("new", value=5.0)])
+    assert table.rows[0][2:5] == ["4.00", "5.00", "+1.00 (one seed, noise unknown)"]
 
 
 @pytest.mark.parametrize("kind", ["cpu", "decode"])

@@ -334,6 +334,9 @@ def test_suites_are_found_by_name_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "configs" / "compare").mkdir(parents=True)
     (tmp_path / "configs" / "compare" / "demo.yaml").write_text("mine: 1")
     assert read_yaml("configs/compare/demo.yaml") == {"mine": 1}, "what is there counts"
+    (tmp_path / "configs" / "compare" / "scratch").mkdir()
+    (tmp_path / "configs" / "compare" / "scratch" / "listops.yaml").write_text("mine: 1")
+    assert read_suite(suite_tree("long")).parts[0][1].finetune["task"] == "listops", "a suite is that of the package"
     with pytest.raises(ValueError, match=r"suite='quik' \(did you mean quick\?\); allowed: .*quick.*, or a YAML file"):
         suite_tree("quik")
     with pytest.raises(ValueError, match=r"cannot read configs/compare/no.yaml: No such file"):

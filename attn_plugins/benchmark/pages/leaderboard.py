@@ -200,7 +200,7 @@ def tasks(comparisons: Sequence[tuple[str, Measured]]) -> list[str]:
     for name, its in comparisons:
         for task, figures in FIGURES.items():
             found = its.of(task, "finetune")
-            if BASE not in found:
+            if not {*found} > {BASE}:
                 continue
             metric, heading = next(iter(figures.items()))
             read = functools.partial(_figure, metric)
@@ -218,8 +218,8 @@ def _figure(metric: str, result: dict[str, Any]) -> float:
 
 
 def needs(board: "Board") -> list[str]:
-    """Which attention for which need: what the tables above have at their top."""
-    return [f"- **{need}**: {answer}" for need, answer in _needs(board)]
+    """Which attention for which need: what the tables above have at their top, where they have one."""
+    return [f"- **{need}**: {answer}" for need, answer in _needs(board) if answer]
 
 
 def _needs(board: "Board") -> Iterator[tuple[str, str]]:
@@ -227,29 +227,32 @@ def _needs(board: "Board") -> Iterator[tuple[str, str]]:
         many = board.scratch.of(SCRATCH[0], "finetune")
         bounded = [name for name in many if board.scratch.bounded.get(name)]
         most = next(iter(next(iter(many.values())).values()))["figures"]["by_pairs"][-1]["pairs"]
-        ranked = sorted(bounded, key=lambda name: -_mean(value(many, name, _most_pairs)))[:3]
-        told = ", ".join(f"`{name}` {_cell(value(many, name, _most_pairs))}" for name in ranked)
-        base = _cell(value(many, BASE, _most_pairs))
-        yield f"Many facts at once in a cache that stays small ({most} pairs, from scratch)", f"{told}; {BASE} {base}."
+        need = f"Many facts at once in a cache that stays small ({most} pairs, from scratch)"
+        yield need, _first(many, bounded, lambda result: -_most_pairs(result), _most_pairs)
     if board.zoo.records:
         found = board.zoo.of("perplexity", "evaluate")
         bounded = [name for name in found if board.zoo.bounded.get(name)]
-        ranked = sorted(bounded, key=lambda name: _mean(value(found, name, headline)))[:3]
-        told = ", ".join(f"`{name}` {_cell(value(found, name, headline))}" for name in ranked)
-        own = _cell(value(found, BASE, headline))
-        yield "A pretrained decoder, no training, a bounded cache (perplexity)", f"{told}; {BASE} {own}."
+        yield "A pretrained decoder, no training, a bounded cache (perplexity)", _first(found, bounded, headline)
     if board.quick.records:
         recall = board.quick.of("recall", "evaluate")
-        ranked = sorted((name for name in recall if name != BASE), key=lambda one: -_mean(value(recall, one, headline)))
-        told = ", ".join(f"{name} {_cell(value(recall, name, headline))}" for name in ranked[:3])
-        base = _cell(value(recall, BASE, headline))
-        yield "A pretrained decoder, no training, a quarter of the bytes (recall)", f"{told}; {BASE} {base}."
+        need = "A pretrained decoder, no training, a quarter of the bytes (recall)"
+        yield need, _first(recall, recall, lambda result: -headline(result), headline)
     if board.demo.records:
         found = board.demo.of("perplexity", "finetune")
-        ranked = sorted((name for name in found if name != BASE), key=lambda one: _mean(value(found, one, headline)))
-        told = ", ".join(f"`{name}` {_cell(value(found, name, headline))}" for name in ranked[:3])
-        base = _cell(value(found, BASE, headline))
-        yield "A pretrained decoder, minutes of LoRA (perplexity)", f"{told}; {BASE} {base}."
+        yield "A pretrained decoder, minutes of LoRA (perplexity)", _first(found, found, headline)
+
+
+def _first(
+    found: Found,
+    names: Iterable[str],
+    order: Callable[[dict[str, Any]], float],
+    read: Callable[[dict[str, Any]], float] = headline,
+) -> str:
+    """The first three of these attentions, lowest order first, beside the baseline; empty where there is none."""
+    others = (name for name in names if name != BASE)
+    ranked = sorted(others, key=lambda name: _mean(value(found, name, order)))[:3]
+    told = ", ".join(f"`{name}` {_cell(value(found, name, read))}" for name in ranked)
+    return told and f"{told}; {BASE} {_cell(value(found, BASE, read))}."
 
 
 def _most_pairs(result: dict[str, Any]) -> float:

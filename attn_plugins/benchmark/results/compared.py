@@ -13,7 +13,7 @@ from attn_plugins.training.resume import differences
 
 Record = dict[str, Any]
 
-COUNTED = ("bytes", "peak_bytes", "launches")
+COUNTED = ("bytes", "peak_bytes", "launches", "least_seconds")
 """Figures of cost without noise."""
 
 
@@ -35,11 +35,14 @@ class Run:
 
     results: Results
     cells: dict[str, dict[Any, Record]] = field(default_factory=dict)
-    """Name of the cell -> seed -> its record, the last one where settings have changed."""
+    """Name of the cell -> seed -> its record; where settings have changed those of the last ones alone."""
 
     def __post_init__(self) -> None:
         for record in sorted(self.results.records.values(), key=lambda record: str(record.get("finished", ""))):
-            self.cells.setdefault(name_of(record), {})[record.get("seed")] = record
+            seeds = self.cells.setdefault(name_of(record), {})
+            if any(other.get("settings") != record.get("settings") for other in seeds.values()):
+                seeds.clear()
+            seeds[record.get("seed")] = record
 
 
 def name_of(record: Record) -> str:
@@ -76,7 +79,7 @@ def _timed(figures: Mapping[str, Any], name: str) -> Figure:
 def shown_figures(record: Record) -> str:
     """A record's figures in one line, or why it has none."""
     if "error" in record:
-        return f"error: {record['error']}"
+        return f"{record['status']}: {record['error']}"
     return ", ".join(f"{name} {brief_number(one.value)}" for name, one in figures_of(record).items())
 
 
@@ -120,10 +123,9 @@ def diff_tables(one: Results, other: Results) -> list[Table]:
 
 def _rows(name: str, one: dict[Any, Record], other: dict[Any, Record]) -> list[list[str]]:
     """The figures of a cell that changed; a row for an outcome that did."""
-    failed = [next((record["error"] for record in run.values() if "error" in record), None) for run in (one, other)]
+    outcomes = [next((shown_figures(its) for its in run.values() if "error" in its), "ok") for run in (one, other)]
     also = _also(one, other)
-    if failed[0] != failed[1]:
-        outcomes = ["ok" if error is None else f"error: {error}" for error in failed]
+    if outcomes[0] != outcomes[1]:
         return [[name, "outcome", *outcomes, "", also]]
     found = [{seed: figures_of(record) for seed, record in run.items()} for run in (one, other)]
     names = dict.fromkeys(figure for run in found for figures in run.values() for figure in figures)

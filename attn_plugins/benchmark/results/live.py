@@ -90,12 +90,12 @@ class LiveTable:
         ended = [cell for cell in self._cells if cell.key in self._said and cell not in failed]
         room = max(3, self._console.height - 10 - 2 * len(failed[-5:]))
         table = Table(title=self._headline(len(failed)), title_justify="left")
-        table.add_column("cell", no_wrap=True)
+        table.add_column("cell", no_wrap=True, max_width=self._console.width // 2)
         table.add_column("", justify="right", no_wrap=True)
         table.add_column("figures")
         for cell in ended[-room:]:
             text, _, seconds = self._said[cell.key]
-            table.add_row(str(cell), _clock(seconds), Text(text))
+            table.add_row(Text(str(cell)), _clock(seconds), Text(text))
         for cell in failed[-5:]:
             text, _, seconds = self._said[cell.key]
             table.add_row(Text(str(cell), style="red"), _clock(seconds), Text(text, style="red"))

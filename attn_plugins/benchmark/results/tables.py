@@ -6,6 +6,9 @@ from typing import Any
 
 from rich.table import Table as RichTable
 
+NAME = 40
+"""Columns of a terminal that a row's name has for itself; a longer one would leave the others none."""
+
 
 @dataclass
 class Table:
@@ -38,10 +41,10 @@ class Table:
 
         table = RichTable(title=self.title, caption=self.note, title_justify="left", caption_justify="left")
         shown = [number for number, name in enumerate(self.header) if name not in self.aside]
+        short = max((len(row[0]) for row in self.rows), default=0) <= NAME
         for number in shown:
-            table.add_column(
-                _brief(self.header[number]), justify="right" if number > 1 else "left", no_wrap=number == 0
-            )
+            right, whole = number > 1, number == 0 and short
+            table.add_column(_brief(self.header[number]), justify="right" if right else "left", no_wrap=whole)
         for row in self.rows:
             cells = [row[number].partition(" (")[0] if self.detail else row[number] for number in shown]
             table.add_row(*map(Text, cells))

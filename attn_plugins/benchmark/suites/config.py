@@ -8,7 +8,7 @@ from typing import Any
 from attn_plugins.benchmark.compare.config import CompareConfig
 from attn_plugins.benchmark.suites.kinds import FOR, unfit
 from attn_plugins.benchmark.suites.presets import read_preset, rows_for
-from attn_plugins.config.shipped import named
+from attn_plugins.config.shipped import CONFIGS, named
 from attn_plugins.config.yaml import parse_yaml, read_yaml, read_yaml_file
 from attn_plugins.core.options import build, check_keys, did_you_mean
 from attn_plugins.training.new_models import is_new
@@ -61,7 +61,16 @@ def _suite_tree(name: str, files: tuple[Path, ...]) -> dict[str, Any]:
         named_parts = {f"{inner['name']}: {part}": own for part, own in inner["parts"].items()}
         spelled |= {part: own and {"shared": shared, **own} for part, own in named_parts.items()}
     spelled |= {part: {"file": value} if isinstance(value, str) else value for part, value in parts.items()}
+    if path.parent == CONFIGS / "suites":
+        spelled = {part: _of_the_package(own) for part, own in spelled.items()}
     return {"output_dir": f"runs/suites/{path.stem}", **tree, "name": path.stem, "parts": spelled}
+
+
+def _of_the_package(own: Any) -> Any:
+    """A part of a suite of the package, whose file is the package's too, whatever there is in this folder."""
+    if not isinstance(own, dict) or Path(own.get("file", "")).parts[:1] != (CONFIGS.name,):
+        return own
+    return {**own, "file": str(CONFIGS.joinpath(*Path(own["file"]).parts[1:]))}
 
 
 def read_suite(
