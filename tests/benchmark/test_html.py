@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 
 import compared
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from attn_plugins.benchmark.compare.cells import cells
 from attn_plugins.benchmark.compare.config import CompareConfig
 from attn_plugins.benchmark.html.command import command
-from attn_plugins.benchmark.html.figures import _framed, figures_of, front
+from attn_plugins.benchmark.html.figures import _framed, _kind_map, figures_of, front
 from attn_plugins.benchmark.html.groups import family, groups_of
 from attn_plugins.benchmark.html.noise import beside
 from attn_plugins.benchmark.html.page import context, write_run_page
@@ -234,10 +235,11 @@ def test_the_page_is_one_file_and_its_data_can_be_read(folder):
     assert not list(folder.glob("*.partial"))
 
 
-def test_figures_that_are_not_finite_do_not_break_the_page(tmp_path):
+@pytest.mark.parametrize("name", ["<b>odd</b>", "dense"])
+def test_figures_that_are_not_finite_do_not_break_the_page(name, tmp_path):
     config, results = compared.write_run(tmp_path)
     for record in list(results.records.values()):
-        if record["attention"] == "<b>odd</b>" and record["measure"] == "finetune":
+        if record["attention"] == name and record["measure"] == "finetune":
             result = {
                 **record["result"],
                 "value": float("inf"),
@@ -248,7 +250,35 @@ def test_figures_that_are_not_finite_do_not_break_the_page(tmp_path):
     data_of(text.replace("NaN", "!").replace("Infinity", "!"))
     (found,) = groups_of(read_run(str(tmp_path)), False)
     assert [one.attention for one in found.ranked][-1] == "<b>odd</b>"
-    assert row(found, "<b>odd</b>") not in found.ranked
+    assert row(found, name) not in found.ranked
+
+
+def test_labels_are_text_to_plotly_too(tmp_path):
+    _, results = compared.write_run(tmp_path)
+    for record in list(results.records.values()):
+        if record["attention"] == "<b>odd</b>" and "value" in record.get("result", {}):
+            results.add(
+                {**record, "result": {**record["result"], "value": 1.0}}
+            )  # on the front, where points are named
+    (found,) = groups_of(read_run(str(tmp_path)), False)
+    told = [text for figure in figures_of(found) for one in figure["data"] for text in one.get("text", [])]
+    assert "&lt;b>odd&lt;/b>" in told
+    assert "<b>odd</b>" not in told
+
+
+def test_a_map_of_layers_with_other_numbers_of_heads():
+    (drawn,) = _kind_map("some", [["local", "softmax"], ["own (sdpa)"], ["local", "local", "softmax"]])["data"]
+    assert drawn["text"] == [
+        ["local", "own (sdpa)", "local"],
+        ["softmax", "own (sdpa)", "local"],
+        ["", "own (sdpa)", "softmax"],
+    ]
+    assert drawn["z"][2][0] is None
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "lr=0.1")
+    assert read_run(str(tmp_path / "lr=0.1")).label == "lr=0.1"
 
 
 def test_runs_are_told_apart_and_read_without_a_plan(folder, tmp_path):

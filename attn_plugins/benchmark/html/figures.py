@@ -77,7 +77,7 @@ def _quality_by_cost(group: Group, cost: Cost) -> dict[str, Any] | None:
             {
                 **_trace(group, row, [x], [y], "markers+text"),
                 "error_y": _bars([row.figure]),
-                "text": [row.attention if number in best else ""],
+                "text": [_safe(row.attention) if number in best else ""],
                 "textposition": "bottom center"
                 if (best.index(number) if number in best else 0) % 2 == 0
                 else "top center",
@@ -87,7 +87,7 @@ def _quality_by_cost(group: Group, cost: Cost) -> dict[str, Any] | None:
         )
     place = group.place(cost)
     where = "" if place is None else sentence(place_words(place))
-    units = f"{cost.name}, times {group.baseline}'s" if cost.ratio else f"{cost.name}, MiB"
+    units = f"{cost.name}, times {_safe(str(group.baseline))}'s" if cost.ratio else f"{cost.name}, MiB"
     names = ", then ".join(f"{found[n][0].attention} ({found[n][0].stage})" for n in best)
     axis, above = _framed([(row, [y]) for (row, _), (_, y) in zip(found, points, strict=True)], group.lower)
     return {
@@ -187,7 +187,7 @@ def _costs_by_length(group: Group) -> Iterator[dict[str, Any]]:
             if not data:
                 continue
             axis = _log_axis([y for trace in data for y in trace["y"]], 8)
-            units = f"times as fast as {group.baseline}" if cost.ratio else f"{cost.name}, MiB"
+            units = f"times as fast as {_safe(str(group.baseline))}" if cost.ratio else f"{cost.name}, MiB"
             what = sentence(f"{SCOPES[scope]}, {PASSES[which]}") if which in PASSES else ""
             bars_are = "Bars: slowest and fastest round." if cost.ratio else ""
             yield {
@@ -261,21 +261,22 @@ def _kind_map(name: str, layers: list[list[str]]) -> dict[str, Any]:
     heads = max(map(len, layers))
     kinds = list(dict.fromkeys(kind for layer in layers for kind in layer))
     kinds.sort(key=lambda kind: kind == "softmax" or kind.startswith("own ("))  # what sees all tokens stands out
-    z = [[kinds.index(layer[head if len(layer) > 1 else 0]) for layer in layers] for head in range(heads)]
-    counts = {kind: sum(row.count(number) for row in z) for number, kind in enumerate(kinds)}
+    shown = [layer * heads if len(layer) == 1 else [*layer, *[None] * (heads - len(layer))] for layer in layers]
+    rows = [list(row) for row in zip(*shown, strict=True)]
+    counts = {kind: sum(row.count(kind) for row in rows) for kind in kinds}
     what = "heads" if heads > 1 else "layers"
     return {
         "section": "maps",
         "title": f"{name}: which attention serves which {what[:-1]}",
-        "caption": ", ".join(f"{kind} in {count} of {heads * len(layers)} {what}" for kind, count in counts.items())
+        "caption": ", ".join(f"{kind} in {count} of {sum(counts.values())} {what}" for kind, count in counts.items())
         + ".",
         "data": [
             {
                 "type": "heatmap",
-                "z": z,
+                "z": [[None if kind is None else kinds.index(kind) for kind in row] for row in rows],
                 "x": [str(layer) for layer in range(len(layers))],
                 "y": [str(head) for head in range(heads)],
-                "text": [[kinds[number] for number in row] for row in z],
+                "text": [[kind or "" for kind in row] for row in rows],
                 "zmin": -0.5,
                 "zmax": len(kinds) - 0.5,
                 "meta": {"kinds": len(kinds)},
@@ -374,6 +375,7 @@ def _framed(lines: list[tuple[Row, list[float]]], lower: bool) -> tuple[dict[str
 
 def _log_axis(values: list[float], factor: float) -> dict[str, Any]:
     """A logarithmic axis with its ticks written out, where values lie further apart than that."""
+    values = [value for value in values if math.isfinite(value)]
     if not values or min(values) <= 0 or max(values) < factor * min(values):
         return {}
     powers = range(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)

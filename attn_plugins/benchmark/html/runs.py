@@ -47,8 +47,8 @@ def read_run(given: str) -> Run:
     Raises:
         ValueError: there is no such folder, or no result of a comparison in it.
     """
-    label, equals, place = given.rpartition("=")
-    path = Path(place if equals else given).expanduser()
+    label, _, place = ("", "", given) if Path(given).expanduser().exists() else given.rpartition("=")
+    path = Path(place).expanduser()
     if path.is_dir():
         path = path / "results.jsonl"
     if not path.is_file():
