@@ -13,10 +13,11 @@ MATCHING = ("other", "same")
 
 
 def paired_halves(data: "Dataset", half: int, gap: int, seed: int) -> "Dataset":
-    """Rows of "text", "text_pair" and "label": pieces of the texts in two halves, the second exchanged in every other.
+    """Rows of "text", "text_pair" and "label": pieces of texts in two halves.
 
     Texts are cut into pieces of ``2 * half + gap`` characters, what stands between the halves and what is left at the
-    end is left out. A half that takes the place of another is of another text.
+    end is left out. In one of every two pieces a half of another text takes the place of the second half. In which one
+    is drawn: of texts of two pieces each, the place of a half in its text would else tell the class.
 
     Args:
         half, gap: characters.
@@ -38,13 +39,15 @@ def paired_halves(data: "Dataset", half: int, gap: int, seed: int) -> "Dataset":
         )
     chance = random.Random(seed)
     rows: dict[str, list] = {"text": [], "text_pair": [], "label": []}
+    exchanged = False
     for place, (number, first, second) in enumerate(pieces):
-        if place % 2:
+        exchanged = not exchanged if place % 2 else chance.random() < 0.5
+        if exchanged:
             other = chance.choice(pieces)
             while other[0] == number:
                 other = chance.choice(pieces)
             second = other[2]
         rows["text"].append(first)
         rows["text_pair"].append(second)
-        rows["label"].append(MATCHING[1 - place % 2])
+        rows["label"].append(MATCHING[not exchanged])
     return need("datasets", "train").Dataset.from_dict(rows)
