@@ -20,8 +20,8 @@ SHARES = (6, 9, 14)
 """One of so many words of a list is the most frequent one, the second, the third."""
 RARER = 5
 """Times that a word of a list occurs less than the third, at least."""
-FEWEST = 42
-"""Words of a list: with fewer no three are apart."""
+FEWEST = 70
+"""Words of a list: with fewer the third is not so many times another."""
 DIFFERENT = 100
 """Different words that the text has to have for lists, whatever their length."""
 
@@ -50,7 +50,7 @@ def ruler_rows(
     """Rows of exactly ``length`` tokens, whose answers stand anywhere in them. Parts:
 
     - multikey: ``needles`` sentences such as "One of the special magic numbers for river is: 1234567." at random places
-      of the text; one of the numbers is asked for, in one row the first, in the last row the last
+      of the text; one of the numbers is asked for, from row to row a later one
     - multiquery: the same, and all numbers are asked for, in an order that the question says
     - variable-tracking: ``chains`` of assignments, VAR ABCDE = 12345, then ``hops`` times VAR FGHIJ = VAR ABCDE; asked
       for are the variables of one chain, in the order in which they are assigned

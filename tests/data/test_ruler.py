@@ -2,6 +2,7 @@
 
 import random
 import re
+import statistics
 from collections import Counter
 
 import pytest
@@ -136,6 +137,17 @@ def test_the_three_words_are_the_most_common_ones_by_far(letters, source):
             assert [f" {word}" for word, _ in common[:3]] == answers
             first, second, third, other = (number for _, number in common)
             assert first > second > third >= 3 * other
+            assert third >= 5 * statistics.mode(counts.values())
+
+
+def test_the_shortest_list_has_words_that_are_common_too(letters, source):
+    with pytest.raises(ValueError, match="allowed: at least") as short:
+        ruler_rows(source, "common-words", length=400, count=1)
+    least = int(re.search(r"at least (\d+)", str(short.value))[1]) + 60
+    (row,) = ruler_rows(source, "common-words", length=least, count=1)
+    _, body, answers = read(letters, row, "common-words")
+    counts = Counter(body.split())
+    assert min(counts[answer.strip()] for answer in answers) >= 5 * statistics.mode(counts.values())
 
 
 @pytest.mark.parametrize("part", sorted(RULER))
