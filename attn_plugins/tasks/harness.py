@@ -1,6 +1,8 @@
 import contextlib
 import copy
+import math
 import random
+import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ class Harness(Task):
 
     ``by_part`` has what it finds of each task, by its names, and ``score`` is the mean of the tasks' first figures
     that are the better the higher. Where a task has none, as of perplexity alone, it does not count; where no task
-    has, the score is minus the mean of their first figures.
+    has, the score is minus the mean of their first figures, and NaN where these have no direction either.
     """
 
     metric, better, model, columns = "score", "higher", "causal-lm", ()
@@ -106,7 +108,7 @@ class Harness(Task):
             higher += up[:1]
             lower += [value for _, value in first][:1]
             by_part[task] = {**figures, "rows": counted["effective"]}
-        score = sum(higher) / len(higher) if higher else -sum(lower) / len(lower)
+        score = statistics.fmean(higher) if higher else -statistics.fmean(lower or [math.nan])
         return {"score": score, "by_part": by_part}
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import random
 import sys
 
@@ -189,6 +190,13 @@ def test_options_out_of_range(options, message):
     cls = get_task("harness")
     with pytest.raises(ValueError, match=message):
         build(cls.Config, options)
+
+
+def test_tasks_without_a_figure_leave_those_of_others():
+    found = {"results": {"a": {"alias": "a", "bypass,none": 1}}, "higher_is_better": {"a": {}}}
+    made = harness("somewhere").finish({"found": [{**found, "n-samples": {"a": {"effective": 3}}}]})
+    assert math.isnan(made["score"])
+    assert made["by_part"] == {"a": {"bypass": 1, "rows": 3}}
 
 
 def test_without_the_harness_an_error_says_what_brings_it(monkeypatch):
