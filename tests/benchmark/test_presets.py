@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, MambaConfig
 from typer.testing import CliRunner
 
 from attn_plugins import swap_attention
@@ -62,9 +62,44 @@ def test_every_row_keeps_the_bytes_of_its_budget(letters):
     assert max(once.values()) < 0.25, "constant, whatever the budget"
 
 
+SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024}
+
+
+def test_windows_of_the_model_count_with_what_they_keep(tmp_path):
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    config = Gemma3TextConfig(**SIZES, num_hidden_layers=4, layer_types=kinds, sliding_window=128)
+    model, length = AutoModelForCausalLM.from_config(config), 1024
+    config.save_pretrained(tmp_path)
+    asked = preset(length=length, budgets=[0.25])
+    rows = rows_for(asked, str(tmp_path), "float32", DATA)
+    dense = bytes_of_cache(model, length)
+    for label in ("window + 4 sinks, 25 %", "blocks + 4 sinks, 25 %"):
+        swap_attention(model, rows.attentions[label])
+        assert 0.97 * 0.25 < bytes_of_cache(model, length) / dense < 1.02 * 0.25, label
+    assert rows.attentions["dense"] is None
+    assert "own mask (sliding_attention)" in rows.left_out["linear"], (
+        "as a row that is not there, not as cells that fail"
+    )
+    assert "linear" not in rows.attentions
+
+
+def test_layers_without_attention_do_not_count(tmp_path):
+    kinds = ["conv", "conv", "full_attention"] * 2
+    Lfm2Config(**SIZES, num_hidden_layers=6, layer_types=kinds).save_pretrained(tmp_path)
+    sizes = sizes_of(str(tmp_path), "float32", 64)
+    assert (sizes["layers"], sizes["heads"], sizes["kept"]) == (2, 4, 64)
+    rows = rows_for(preset(budgets=[0.5]), str(tmp_path), "float32", DATA)
+    assert "chosen heads, 50 %" in rows.attentions
+    MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=8).save_pretrained(tmp_path / "mamba")
+    with pytest.raises(ValueError, match="mamba' has no layer that keeps keys and values; allowed: models with attent"):
+        sizes_of(str(tmp_path / "mamba"), "float32", 64)
+
+
 def test_rows_follow_the_model_and_the_precision(llama, letters):
-    assert sizes_of(llama, "float32") == {"layers": 2, "heads": 2, "head_dim": 8, "itemsize": 4}
-    assert sizes_of(letters[0], "bfloat16") == {"layers": 5, "heads": 10, "head_dim": 8, "itemsize": 2}
+    given = {"length": 96, "kept": 96}
+    assert sizes_of(llama, "float32", 96) == {"layers": 2, "heads": 2, "head_dim": 8, "itemsize": 4, **given}
+    assert sizes_of(letters[0], "bfloat16", 96) == {"layers": 5, "heads": 10, "head_dim": 8, "itemsize": 2, **given}
     single, half = (
         rows_for(preset(length=96, budgets=[0.5]), llama, dtype, DATA).attentions["linear_window, 50 %"]["window_size"]
         for dtype in ("float32", "bfloat16")

@@ -7,12 +7,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
 from attn_plugins.benchmark.compare.models import spelled_out
 from attn_plugins.benchmark.suites.kinds import config_of
 from attn_plugins.config.shipped import named
 from attn_plugins.config.yaml import read_yaml
+from attn_plugins.core.assignment import assign
 from attn_plugins.core.options import build
+from attn_plugins.core.rules import parse_rules
 from attn_plugins.data.sources import DataConfig
+from attn_plugins.hf.discovery import modules as discovery
+from attn_plugins.training.models import skeleton
 
 Numbers = dict[str, float]
 
@@ -46,7 +53,7 @@ class Preset:
     bar: str | None = None
     """Label of the attention that every other has to beat, where there is one budget."""
     names: dict[str, str] = field(default_factory=dict)
-    """Name -> expression, of the names before it and of share, length, layers, heads, head_dim and itemsize."""
+    """Name -> expression, of the names before it and of share, length, kept, layers, heads, head_dim and itemsize."""
     description: str = ""
 
     def __post_init__(self) -> None:
@@ -96,45 +103,59 @@ def rows_for(preset: Preset, source: Any, dtype: str, data: DataConfig | None) -
     Raises:
         ValueError: there is no such model, its sizes cannot be told, or an expression is wrong.
     """
-    sizes = sizes_of(source, dtype)
+    sizes, targets = sizes_of(source, dtype, preset.length), discovery.targets(skeleton(source))  # type: ignore[arg-type]
+    attentions: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+
+    def add(label: str, rules: Any) -> None:
+        try:
+            spelled = spelled_out(rules, data)
+            if isinstance(spelled, list):
+                assign(parse_rules(spelled), targets)
+        except ValueError as error:
+            left_out[label] = str(error)
+        else:
+            attentions[label] = rules
+
     once = {label: _filled(rules, sizes) for label, rules in preset.once.items()}
-    attentions = {label: rules for label, rules in once.items() if label == preset.baseline}
-    left_out = {}
+    if preset.baseline in once:
+        add(preset.baseline, once[preset.baseline])
     bars = []
     for share in preset.budgets:
-        known = {**sizes, "share": share, "length": preset.length}
+        known = {**sizes, "share": share}
         for name, expression in preset.names.items():
             known[name] = evaluated(str(expression), known)
         bars.append(None if preset.bar is None else _filled(preset.bar, known))
         for label, rules in preset.each.items():
-            label, rules = str(_filled(label, known)), _filled(rules, known)
-            try:
-                spelled_out(rules, data)
-            except ValueError as error:
-                left_out[label] = str(error)
-            else:
-                attentions[label] = rules
-    attentions |= {label: rules for label, rules in once.items() if label not in attentions}
+            add(str(_filled(label, known)), _filled(rules, known))
+    for label, rules in once.items():
+        if label != preset.baseline:
+            add(label, rules)
     bar = bars[0] if len(bars) == 1 and bars[0] in attentions else None
     return Rows(attentions=attentions, baseline=preset.baseline, bar=bar, left_out=left_out)
 
 
-def sizes_of(source: Any, dtype: str) -> Numbers:
-    """What expressions know of a model.
+def sizes_of(source: Any, dtype: str, length: int) -> Numbers:
+    """What expressions know of a model: of its layers those that keep keys and values.
 
     Raises:
-        ValueError: there is no such model, or its config does not tell its heads.
+        ValueError: there is no such model, its config does not tell its heads, or no layer keeps keys and values.
     """
     config = config_of(source).get_text_config()
+    own = [layer for layer in DynamicCache(config=config).layers if isinstance(layer, DynamicLayer)]
+    if not own:
+        raise ValueError(f"model {source!r} has no layer that keeps keys and values; allowed: models with attention")
+    kept = sum(min(length, getattr(layer, "sliding_window", length + 1) - 1) for layer in own) / len(own)
     try:
-        queries, layers = config.num_attention_heads, config.num_hidden_layers
+        queries, layers = config.num_attention_heads, len(own)
         shared = getattr(config, "num_key_value_heads", None) or queries
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // queries
     except AttributeError as error:
         raise ValueError(f"model {source!r}: its config does not tell its heads: {error}") from None
     saved = str(getattr(config, "dtype", None) or "float32").rpartition(".")[2]
     itemsize = BYTES.get(saved if dtype == "auto" else dtype, 4)
-    return {"layers": layers, "heads": layers * shared, "head_dim": head_dim, "itemsize": itemsize}
+    sizes = {"layers": layers, "heads": layers * shared, "head_dim": head_dim, "itemsize": itemsize}
+    return {**sizes, "length": length, "kept": kept}
 
 
 def evaluated(expression: str, known: Mapping[str, float]) -> float:
