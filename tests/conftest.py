@@ -13,6 +13,7 @@ import tempfile
 import pytest
 import torch
 from asked_attributes import pytest_runtest_call  # noqa: F401, pytest finds it here
+from browsing import browser  # noqa: F401, pytest finds it here
 from exact_names import pytest_collection_modifyitems  # noqa: F401, pytest finds it here
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (

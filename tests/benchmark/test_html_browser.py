@@ -1,29 +1,12 @@
 """report.html in a real browser: it shows, sorts, filters and tells, light and dark, wide and narrow, no error."""
 
-import os
-import shutil
-
 import compared
 import pytest
+from browsing import watched
 
 from attn_plugins.benchmark.html.page import write_run_page
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: extra browser")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser on this machine: none of {', '.join(BROWSERS)}")
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        launched = playwright.chromium.launch(executable_path=found, args=arguments)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +20,9 @@ def address(tmp_path_factory):
 def page(browser, address, request):
     """The page, in a window of the size and colours that a test is parametrized with; errors in it fail the test."""
     options = getattr(request, "param", {})
-    context = browser.new_context(offline=True, **{"viewport": {"width": 1280, "height": 900}, **options})
-    opened, errors, asked = context.new_page(), [], []
-    opened.on("console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None)
-    opened.on("pageerror", lambda error: errors.append(str(error)))
-    opened.on("request", lambda one: asked.append(one.url))
-    opened.goto(address)
-    yield opened
-    context.close()
-    assert errors == []
-    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+    options = {"viewport": {"width": 1280, "height": 900}, **options}
+    with watched(browser, address, allowed=("file:", "data:", "blob:"), **options) as tab:
+        yield tab
 
 
 PHONE = {"viewport": {"width": 375, "height": 812}, "is_mobile": True, "has_touch": True}

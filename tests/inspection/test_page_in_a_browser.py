@@ -1,31 +1,16 @@
 """The page of inspect in a real browser: a token that is pointed at shades where it looks, by mouse and by keys."""
 
-import os
-import shutil
-
 import pytest
 import tiny
 import torch
+from browsing import watched
 
 import attn_plugins as ap
 from attn_plugins.inspection.page import Entry, entry_of, page
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 TOKENS = ["the", " red", "\n", " <b>cat</b>", " is", " good"]
 
 pytestmark = pytest.mark.browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: extra browser")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser on this machine: none of {', '.join(BROWSERS)}")
-    with sync_api.sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"] if os.geteuid() == 0 else [])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
@@ -55,18 +40,9 @@ def opened(browser, inspected, tmp_path, request):
     path.write_text(page([*entries, beside], title="a <model>", told="told"), encoding="utf8")
     size = {"width": 375, "height": 812} if request.param == "phone" else {"width": 1200, "height": 900}
     scheme = "dark" if request.param == "dark" else "light"
-    context = browser.new_context(offline=True, viewport=size, color_scheme=scheme)
-    errors, asked = [], []
-    tab = context.new_page()
-    tab.on("console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None)
-    tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on("request", lambda one: asked.append(one.url))
-    tab.goto(path.as_uri())
-    yield tab
-    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "it is wider than the window"
-    context.close()
-    assert errors == []
-    assert [url for url in asked if not url.startswith("file:")] == []
+    with watched(browser, path.as_uri(), viewport=size, color_scheme=scheme) as tab:
+        yield tab
+        assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "it is wider than the window"
 
 
 def shares_in(tab, name):
