@@ -13,7 +13,7 @@ from attn_plugins.cli.stop import stoppable
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.config.yaml import override, parse_yaml
-from attn_plugins.core.options import build
+from attn_plugins.core.options import build, check_keys
 
 
 @app.command()
@@ -79,6 +79,8 @@ def compare(
             parts = asked.parts if isinstance(asked, Suite) else asked
             results = prepare_compare(*(own for _, own in parts) if isinstance(parts, list) else (parts,))
             here = chosen(all_cells(parts), only or (), shard)
+            if report and not dry_run and not results.records:
+                raise ValueError(f"--report of {results.path}, which has no results; allowed: a folder that has some")
             running = results.lock() if first and not dry_run else contextlib.nullcontext()
         if dry_run:
             show([planned(here, results, fresh=fresh, retry=not no_retry)], [])
@@ -129,7 +131,11 @@ def _asked(
         if config is not None:
             raise ValueError("--suite and --config are both given; allowed: one of them")
         given = [] if output_dir is None else [f"output_dir={json.dumps(output_dir)}"]
-        return read_suite(override(suite_tree(suite), [*given, *(assignments or [])]), models, attentions, preset)
+        whole = suite_tree(suite)
+        tree = override(whole, [*given, *(assignments or [])])
+        if isinstance(tree["parts"], dict):  # a part that --set misspells would be one more
+            check_keys(tree["parts"], whole["parts"], f"parts of suite {whole['name']}")
+        return read_suite(tree, models, attentions, preset)
     tree = settings(config, {"output_dir": output_dir}, None)
     if models is not None:
         tree["models"] = models

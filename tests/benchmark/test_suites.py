@@ -139,6 +139,26 @@ def test_the_command_line_chooses_models_attentions_and_settings(llama, text, tm
     assert "report.md" in ran.output
 
 
+def test_what_is_misspelled_on_the_command_line_of_a_suite_changes_nothing(llama, text, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(settings(text)))
+    given = ["compare", "--suite", str(path), "-m", llama, "-o", str(tmp_path / "o")]
+    for more, said in (
+        (
+            ["-s", "parts.word=null"],
+            "error: unknown key 'word' in parts of suite mine (did you mean words?); allowed: again",
+        ),
+        (["-s", "parts=1"], "error: parts is 1; allowed: a mapping of settings of a comparison"),
+        (
+            ["--report"],
+            f"error: --report of {tmp_path / 'o' / 'results.jsonl'}, which has no results; allowed: a folder",
+        ),
+    ):
+        ran = CliRunner().invoke(app, [*given, *more])
+        assert (ran.exit_code, ran.stderr[: len(said)]) == (2, said)
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_comparison_takes_models_and_attentions_from_the_command_line_too(llama, text, tmp_path):
     tree = {"models": {"m": "none"}, "attentions": {"dense": None, "local": LOCAL}, "bar": "local"}
     tree |= {"data": {"source": text}, "evaluation": {"length": 16, "max_tokens": 64}}
@@ -299,6 +319,7 @@ def test_models_from_scratch_stay_and_others_give_way(llama, text, tmp_path):
         ({"parts": {}}, r"parts=\{\}; allowed: a mapping of names to comparisons, at least one"),
         ({"part": 1}, r"unknown key 'part' in .*mine.yaml \(did you mean parts\?\)"),
         ({"parts": {"a": 1}}, r"parts.a is 1; allowed: a mapping of settings of a comparison"),
+        ({"models": ["a"]}, r"parts.words.models=\['a'\]; allowed: a mapping of labels to models"),
         ({"suites": "quick"}, r"suites='quick'; allowed: a list of names or YAML files"),
         ({"suites": ["quik"]}, r"suite='quik' \(did you mean quick\?\); allowed: "),
         ({"shared": [1]}, r"shared is \[1\]; allowed: a mapping of settings"),

@@ -36,7 +36,11 @@ FIELDS = {
     "finished": Field(
         kind=str, meaning="when the cell ended, UTC, ISO 8601; of several records of a cell the last counts"
     ),
-    "settings": Field(kind=dict, relied_on=True, meaning="all that the result depends on, every default spelled out"),
+    "settings": Field(
+        kind=dict,
+        relied_on=True,
+        meaning="all that the result depends on; of rules, data and costs every default is spelled out",
+    ),
     "versions": Field(
         kind=dict,
         relied_on=True,

@@ -92,12 +92,14 @@ def read_suite(
     """
     shared = _mapping(tree.get("shared") or {}, "shared")
     found = Suite(name=tree["name"], description=tree.get("description", ""), output_dir=tree["output_dir"])
-    for part, own in tree["parts"].items():
+    for part, own in _mapping(tree["parts"], "parts").items():
         if own is None:
             continue
         where = f"parts.{part}"
         settings = _part(_mapping(own, where), shared, where)
         given = settings.get("models") or tree.get("models") or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{where}.models={given!r}; allowed: a mapping of labels to models")
         from_scratch = any(isinstance(source, dict) or is_new(source) for source in given.values())
         settings["models"] = given if from_scratch else models or given
         asked = settings.pop("for", None)
