@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ from attn_plugins import swap_attention
 from attn_plugins.benchmark import contenders
 from attn_plugins.benchmark.compare.cells import cells
 from attn_plugins.benchmark.compare.config import CompareConfig
+from attn_plugins.benchmark.compare.models import CompareModels
 from attn_plugins.benchmark.compare.report import write_report
-from attn_plugins.benchmark.compare.run import prepare_compare, run_compare
+from attn_plugins.benchmark.compare.run import folder_name, prepare_compare, run_compare
 from attn_plugins.benchmark.contenders import Contender, LeftOutError, contender_in, register_contender
 from attn_plugins.core import class_registry
 from attn_plugins.core.options import build
@@ -136,6 +138,18 @@ def test_a_comparison_has_contenders_as_rows(llama, text, tmp_path):
     assert ["away", "evaluate, cache, paper, finetune", reason] in tables[-1].rows
     assert {row[2] for row in tables[0].rows if row[0] == "away"} == {"left out"}
     assert "contender sliding_window, window_size 4, full_layers" in files[0].read_text()
+
+
+def test_a_checkpoint_of_a_contender_is_of_one_kind_of_model(llama, text, labelled, tmp_path):
+    """A causal-lm that starts from the checkpoint of a classifier has no head."""
+    window, found = {"window": {"contender": "sliding_window", "window_size": 4}}, []
+    for task, source in (("classification", labelled), ("causal-lm", text)):
+        tune = {"finetune": {"task": task, "tune": "full", "training": QUICK}, "evaluation": {}, "untrained": False}
+        config = compared(llama, text, tmp_path / "out", window, data={"source": source}, **tune)
+        (cell,) = [one for one in cells(config) if one.attention == "window"]
+        folder = CompareModels(config, False, folder_name).written(cell)
+        found += json.loads((Path(folder) / "config.json").read_text())["architectures"]
+    assert found == ["MistralForSequenceClassification", "MistralForCausalLM"]
 
 
 class Away(Contender):

@@ -5,7 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from attn_plugins.benchmark.compare.cells import cells
 from attn_plugins.benchmark.compare.config import CompareConfig
@@ -116,11 +117,19 @@ def test_compare_scratch(path):
     assert not causal or served == own, "recall is asked of every attention that can be causal"
 
 
+def stand_in(monkeypatch):
+    """A model of SIZES in the place of those that presets look at."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(SIZES)
+    monkeypatch.setattr(presets, "config_of", lambda source: SIZES)
+    monkeypatch.setattr(presets, "skeleton", lambda source: model)
+
+
 @files("suites")
 def test_suites(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(suites, "unfit", lambda *model: None)  # no model is here
-    monkeypatch.setattr(presets, "config_of", lambda source: SIZES)
+    stand_in(monkeypatch)
     tree = suites.suite_tree(path.stem)
     asked = suites.read_suite(tree)
     assert asked.output_dir == f"runs/suites/{path.stem}"
@@ -135,14 +144,14 @@ def test_the_full_suite_is_all_others():
     paths = (CONFIGS / "suites").glob("*.yaml")
     others = {path.stem for path in paths if "suites" not in read_yaml(path)}
     assert set(read_yaml(CONFIGS / "suites" / "full.yaml")["suites"]) == others
-    files = {part.get("file", "") for part in suites.suite_tree("full")["parts"].values()}
+    files = {Path(part.get("file", "")).resolve() for part in suites.suite_tree("full")["parts"].values()}
     wanted = [path for folder in ("tasks", "scratch") for path in (CONFIGS / "compare" / folder).glob("*.yaml")]
-    assert {path.relative_to(ROOT).as_posix() for path in wanted} <= files
+    assert {path.resolve() for path in wanted} <= files
 
 
 @files("presets")
 def test_presets(path, monkeypatch):
-    monkeypatch.setattr(presets, "config_of", lambda source: SIZES)
+    stand_in(monkeypatch)
     preset = presets.read_preset(path.stem)
     assert preset.description
     rows = presets.rows_for(preset, "model", "float32", DataConfig(source="text"))

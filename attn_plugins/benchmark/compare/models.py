@@ -177,7 +177,8 @@ class CompareModels:
         """Folder of what the cell's contender makes of its model, as a checkpoint that a fine-tune starts from."""
         self.drop()
         settings = {name: cell.settings[name] for name in ("model", "rules", "dtype")}
-        folder = self._folder("contenders", cell, hash_of({"seed": cell.seed, **settings, "versions": versions()}))
+        made_of = {"seed": cell.seed, **settings, "kind": self.config.task.model, "versions": versions()}
+        folder = self._folder("contenders", cell, hash_of(made_of))
         with self._alone(folder):
             if not (folder / "config.json").exists():
                 made: Any = self._load(settings["model"], settings["rules"], cell.seed)
