@@ -53,8 +53,10 @@ def post_init(original: Any, self: PreTrainedModel) -> None:
             vars(builder).setdefault(_INSIDE, []).append(self)
         original(self)
         return
-    parts = set(self.modules())
-    aside = [inner for inner in vars(self).pop(_INSIDE, ()) if inner not in parts]
+    parts, flagged = set(self.modules()), vars(self).pop(_INSIDE, [])
+    aside = [inner for inner in flagged if inner not in parts]
+    if (self.config.attn_plugin is not None or flagged) and not any(weight.is_meta for weight in self.parameters()):
+        self.initialize_weights()  # before slots are built, so that a seed gives the same weights under any rules
     try:
         attach_from_config(self)  # before the original, which initialises weights
         for inner in aside:  # built inside, but held elsewhere than among the modules, as a teacher may be

@@ -26,7 +26,7 @@ from attn_plugins.hf.checkpoints import live
 from attn_plugins.hf.checkpoints import peft as adapters
 from attn_plugins.hf.checkpoints.card import write_card
 from attn_plugins.hf.checkpoints.configs import check_flags, erase, from_file, mark_saved, written
-from attn_plugins.hf.checkpoints.loading import initialize_weights, load_from_state_dict
+from attn_plugins.hf.checkpoints.loading import initialize_weights, load_from_state_dict, own_weights_first
 from attn_plugins.hf.checkpoints.offload import dispatch
 from attn_plugins.hf.masks.mask_function import lazy_mask
 from attn_plugins.hf.masks.structure import COMPOSERS
@@ -71,6 +71,7 @@ def install() -> None:
 
     # Weights that a checkpoint lacks are initialised by the model's own _init_weights, which does not know a slot's.
     _wrap(PreTrainedModel, "_initialize_weights", initialize_weights)
+    _wrap(PreTrainedModel, "initialize_weights", own_weights_first)
 
     # Attention weights are allowed for "eager" alone, by name: in the setter, and in what a config checks when it is
     # made or saved. Each class of configs keeps the functions that it checks with, found when the class was made.

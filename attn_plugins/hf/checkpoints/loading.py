@@ -16,16 +16,34 @@ from attn_plugins.hf.parallel import tensor_parallel
 from attn_plugins.hf.parallel.sharding import take_off_meta
 from attn_plugins.hf.split import SplitAttention
 
+_INITIALIZED = "_is_hf_initialized"
+"""Attribute of modules, and of tensors that were loaded, by which transformers leaves them as they are."""
+
+
+def own_weights_first(original: Any, self: PreTrainedModel) -> None:
+    """A model's own weights, and then those of slots: a head is drawn last, and would differ with what these draw."""
+    slots = [module for module in self.modules() if isinstance(module, Attention)]
+    inside = {part for slot in slots for part in slot.modules() if not getattr(part, _INITIALIZED, False)}
+    for part in inside:
+        setattr(part, _INITIALIZED, True)
+    try:
+        original(self)
+    finally:
+        for part in inside:
+            delattr(part, _INITIALIZED)
+    if inside:
+        original(self)
+
 
 def initialize_weights(original: Any, self: PreTrainedModel, module: Any, *args: Any, **kwargs: Any) -> None:
     if not isinstance(module, Attention):
         original(self, module, *args, **kwargs)
     elif isinstance(module, SplitAttention):
         return  # its parts have been, before it
-    elif not getattr(module, "_is_hf_initialized", False):
+    elif not getattr(module, _INITIALIZED, False):
         take_off_meta(module)
         _initialize_slot(module)
-        module._is_hf_initialized = True  # type: ignore[assignment]
+        setattr(module, _INITIALIZED, True)
 
 
 def _initialize_slot(slot: Attention) -> None:
@@ -38,7 +56,7 @@ def _initialize_slot(slot: Attention) -> None:
     def tensors() -> dict[str, torch.Tensor]:
         return {**dict(slot.named_parameters()), **dict(slot.named_buffers())}
 
-    loaded = {name: x.detach().clone() for name, x in tensors().items() if getattr(x, "_is_hf_initialized", False)}
+    loaded = {name: x.detach().clone() for name, x in tensors().items() if getattr(x, _INITIALIZED, False)}
     if len(loaded) < len(tensors()):
         with tensor_parallel.whole(slot):
             slot.reset_parameters()

@@ -125,3 +125,23 @@ def test_it_does_not_matter_how_a_plug_in_writes_its_weights(tmp_path, monkeypat
         assert torch.equal(back[name], want), name
     slot = type(model).from_pretrained(tmp_path).model.layers[0].self_attn.attn_plugin
     assert torch.equal(slot.derived, torch.full((2,), 7.0))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_a_seed_gives_a_model_the_same_weights_under_any_rules(kind, tmp_path):
+    """A head is what is initialised last: of a model from a config, and of one from a checkpoint that has none."""
+    cls, config = tiny.MODELS[kind]()
+    cls._from_config(config).base_model.save_pretrained(tmp_path)
+    for make in (
+        lambda rules: cls._from_config(tiny.MODELS[kind]()[1], attn_plugin=rules),
+        lambda rules: cls.from_pretrained(tmp_path, attn_plugin=rules),
+    ):
+        found = []
+        for rules in (None, "additive", "gated_linear"):
+            if kind == "bert" and rules == "gated_linear":
+                continue
+            torch.manual_seed(0)
+            found.append({name: x for name, x in make(rules).state_dict().items() if "attn_plugin" not in name})
+        for other in found[1:]:
+            assert list(other) == list(found[0])
+            assert all(torch.equal(x, found[0][name]) for name, x in other.items())
