@@ -24,6 +24,11 @@ from attn_plugins.core.rules import parse_rules
 BASE = "dense"
 """Label of the model's own attention in all of these comparisons."""
 SCRATCH = ("associative-recall", "induction", "selective-copying")
+DEVIATION = "mean ± standard deviation of the seeds"
+NOISE = (
+    "Differences are means ± standard errors, seed by seed; noise by a paired t test, two-sided, beyond it where p is "
+    f"less than {LEVEL}."
+)
 STAGES = {"evaluate": "untrained", "transfer": "taught", "finetune": "tuned"}
 
 Seeds = dict[int, dict[str, Any]]
@@ -126,14 +131,8 @@ def from_scratch(measured: Measured) -> list[str]:
         row += [_cell(value(many, attention, pairs(number))) for number in range(len(counts))]
         row.append("" if attention == BASE else _beside(own, value(many, BASE, headline)))
         rows.append([*row, *(_cell(value(its, attention, headline)) for its in others)])
-    return [*_lines(header, rows), "", _noise(), "", made([one for task in SCRATCH for one in measured.which(task)])]
-
-
-def _noise() -> str:
-    return (
-        "± is the standard deviation of the seeds. Differences are means ± standard errors, seed by seed; noise by a "
-        f"paired t test, two-sided, beyond it where p is less than {LEVEL}."
-    )
+    trained = [one for task in SCRATCH for one in measured.which(task)]
+    return [*_lines(header, rows), "", NOISE, "", made(trained, DEVIATION)]
 
 
 def untrained(measured: Measured) -> list[str]:
@@ -150,7 +149,7 @@ def untrained(measured: Measured) -> list[str]:
     parts = next(iter(next(iter(found.values())).values()))["others"]["recall"]["by_part"]
     header = ["attention", "its cache", "perplexity", "in the last quarter"]
     header += [f"{name} at {one['distance']}" for name, part in parts.items() for one in part["by_distance"]]
-    return [*_lines(header, rows), *_left_out(measured), "", made(measured.which("perplexity", "evaluate"))]
+    return [*_lines(header, rows), *_left_out(measured), "", made(measured.which("perplexity", "evaluate"), DEVIATION)]
 
 
 def _left_out(measured: Measured) -> list[str]:
@@ -175,7 +174,7 @@ def equal_budget(measured: Measured) -> list[str]:
     distances = [one["distance"] for its in figures for one in its["by_distance"]]
     header = ["attention", "bytes kept", "perplexity", *(f"recall at {n}" for n in dict.fromkeys(distances))]
     rows = [row + [""] * (len(header) - len(row)) for row in rows]
-    return [*_lines(header, rows), "", made(measured.which("perplexity"))]
+    return [*_lines(header, rows), "", made(measured.which("perplexity"), DEVIATION)]
 
 
 def tuned(measured: Measured) -> list[str]:
@@ -191,7 +190,7 @@ def tuned(measured: Measured) -> list[str]:
         row += [_cell({seed: one["others"]["recall"]["accuracy"] for seed, one in last.items()})]
         rows.append(row)
     header = ["attention", *STAGES.values(), "recall, tuned"]
-    return [*_lines(header, rows), "", made(measured.which(task))]
+    return [*_lines(header, rows), "", made(measured.which(task), DEVIATION)]
 
 
 def tasks(comparisons: Sequence[tuple[str, Measured]]) -> list[str]:
@@ -210,7 +209,11 @@ def tasks(comparisons: Sequence[tuple[str, Measured]]) -> list[str]:
             own, base = value(found, best, read), value(found, BASE, read)
             sense = f"{heading}, {'lower' if lower else 'higher'} is better"
             rows.append([name.replace("_", " "), sense, _cell(base), best, _cell(own), _beside(own, base)])
-    return [*_lines(["task", "figure", BASE, "best other", "its figure", "difference"], rows), "", _noise()]
+    return [
+        *_lines(["task", "figure", BASE, "best other", "its figure", "difference"], rows),
+        "",
+        f"{DEVIATION.capitalize()}. {NOISE}",
+    ]
 
 
 def _figure(metric: str, result: dict[str, Any]) -> float:

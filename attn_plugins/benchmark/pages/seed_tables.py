@@ -41,10 +41,10 @@ def number(name: str, values: Sequence[float]) -> str:
     return f"{mean:.0f}" if name == "perplexity" and mean >= 100 else f"{mean:.2f}"
 
 
-def made(records: Sequence[Record]) -> str:
-    """Seeds and versions of the records."""
+def made(records: Sequence[Record], several: str = "mean (least to most) of the seeds") -> str:
+    """Seeds and versions of the records; ``several`` says what figures are where there are several seeds."""
     seeds = sorted({one["seed"] if "seed" in one else one["settings"]["seed"] for one in records})
     how = list(dict.fromkeys(f"torch {one['versions']['torch']}, {spelled_own(one['versions'])}" for one in records))
     numbers = ", ".join(map(str, seeds))
-    told = "mean (least to most) of the seeds" if len(seeds) > 1 else "one seed"
+    told = several if len(seeds) > 1 else "one seed"
     return f"Seeds {numbers}, {told}; {'; '.join(how)}." if len(seeds) > 1 else f"Seed {numbers}, {told}; {how[0]}."
