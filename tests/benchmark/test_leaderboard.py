@@ -47,9 +47,13 @@ def test_many_pairs_are_ranked_with_seeds_noise_and_what_the_cache_does(docs):
     window = [pairs("window", LOCAL, seed, 0.5, 0.1) for seed in (0, 1, 2)]
     best = [pairs("best keys", TOPK, seed, 1.0, 0.9) for seed in (0, 1, 2)]
     hybrid = [pairs("some layers", SOME, 0, 0.9, 0.9)]
+    induction = record("window", LOCAL, "induction", "finetune", 0, {"value": 0.25})
+    both = leaderboard.from_scratch(leaderboard.Board(docs(*window, *own, induction)).scratch)
+    assert both[0].endswith("| all, against dense | induction |"), "a column of each task that has been measured"
+    assert both[3].endswith("| 0.250 |")
     board = leaderboard.Board(docs(*window, *own, *best, *hybrid))
     lines = leaderboard.from_scratch(board.scratch)
-    assert lines[0].startswith("| attention | its cache | 2 pairs | 16 pairs | all, against dense | induction |")
+    assert lines[0].startswith("| attention | its cache | 2 pairs | 16 pairs | all, against dense |")
     assert [line.split(" | ")[:2] for line in lines[2:6]] == [
         ["| dense", "grows"],
         ["| best keys", "grows"],

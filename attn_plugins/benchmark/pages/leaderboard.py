@@ -116,21 +116,22 @@ def _mean(figures: Mapping[int, float]) -> float:
 
 def from_scratch(measured: Measured) -> list[str]:
     """Many pairs, what stood before and what is no noise, by tiny models trained with each attention."""
-    many, *others = (measured.of(task, "finetune") for task in SCRATCH)
+    many = measured.of(SCRATCH[0], "finetune")
+    others = {task: its for task in SCRATCH[1:] if (its := measured.of(task, "finetune"))}
     counts = [part["pairs"] for part in next(iter(next(iter(many.values())).values()))["figures"]["by_pairs"]]
 
     def pairs(number: int) -> Callable[[dict[str, Any]], float]:
         return lambda result: result["figures"]["by_pairs"][number]["accuracy"]
 
     header = ["attention", "its cache", *(f"{count} pairs" for count in counts), f"all, against {BASE}"]
-    header += [task.replace("-", " ") for task in SCRATCH[1:]]
+    header += [task.replace("-", " ") for task in others]
     rows = []
     for attention in sorted(many, key=lambda name: -_mean(value(many, name, headline))):
         own = value(many, attention, headline)
         row = [attention, _cache(measured, attention)]
         row += [_cell(value(many, attention, pairs(number))) for number in range(len(counts))]
         row.append("" if attention == BASE else _beside(own, value(many, BASE, headline)))
-        rows.append([*row, *(_cell(value(its, attention, headline)) for its in others)])
+        rows.append([*row, *(_cell(value(its, attention, headline)) for its in others.values())])
     trained = [one for task in SCRATCH for one in measured.which(task)]
     return [*_lines(header, rows), "", NOISE, "", made(trained, DEVIATION)]
 
