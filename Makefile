@@ -114,9 +114,10 @@ gpu-check: ## contract, time, memory and training steps by every backend on a CU
 		"error: torch " + torch.__version__ + " finds no CUDA GPU; gpu-check needs one")'
 	HF_HUB_OFFLINE=1 PYTHONPATH=. $(PYTHON) -m attn_plugins.benchmark.checks.gpu_check $(GPU_CHECK)
 
+# A cell that fails, as that of an attention which a model cannot have, is named on the page and ends nothing.
 leaderboard: setup ## hours: measure what docs/leaderboard.md shows, and write it; goes on where it was
 	$(BIN)/python -m attn_plugins.data.demo_model
-	$(BIN)/attn-plugins compare --suite leaderboard
+	-$(BIN)/attn-plugins compare --suite leaderboard
 	$(BIN)/attn-plugins results merge docs/benchmarks/leaderboard runs/suites/leaderboard
 	$(BIN)/python -m attn_plugins.benchmark.pages.attention_page .
 
