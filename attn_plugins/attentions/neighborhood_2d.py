@@ -1,12 +1,11 @@
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from attn_plugins.core.attention import AttentionConfig
 from attn_plugins.core.registry import register_attention
-from attn_plugins.core.tracing import recorded
 from attn_plugins.ops.softmax.attention import PatternAttention
 from attn_plugins.ops.softmax.patterns.neighborhood import Neighborhood
+from attn_plugins.ops.softmax.patterns.on_grid import grid_for
 
 
 @register_attention("neighborhood_2d")
@@ -71,26 +70,6 @@ class Neighborhood2dAttention(PatternAttention):
         return self.config.grid_size is None
 
     def patterns(self, heads, mask, grid_size=None):
-        if mask.q_length != mask.kv_length:
-            raise ValueError(
-                f"attention 'neighborhood_2d' takes whole images, got {mask.q_length} queries and {mask.kv_length} "
-                "keys; allowed: as many queries as keys"
-            )
-        padding_BK = mask.padding_BK
-        if padding_BK is not None and (
-            recorded(padding_BK) or not mask.cached("all real", lambda: bool(padding_BK.all()))
-        ):
-            raise ValueError("attention 'neighborhood_2d' got padding; allowed: images of one size in a batch")
-        prefix = self.config.num_prefix_tokens
-        patches = mask.kv_length - prefix
-        known = None if self.heads is None else self.heads.grid_size
-        told = self.config.grid_size or grid_size or known
-        rows, columns = [math.isqrt(max(patches, 0))] * 2 if told is None else told
-        if patches < 1 or rows * columns != patches:
-            square = "a square number of patches, or the option grid_size=(height, width)"
-            raise ValueError(
-                f"attention 'neighborhood_2d' got {mask.kv_length} tokens, of which {prefix} come before the patches "
-                f"(num_prefix_tokens); allowed: {square if told is None else f'{rows} x {columns} patches (grid_size)'}"
-            )
-        pattern = Neighborhood(self.config.kernel_size, self.config.dilation, prefix, (rows, columns))
-        return [(slice(0, heads), pattern)]
+        config, grid = self.config, grid_for(self, mask, grid_size, axes=(2,))
+        kernel_size, dilation = (config.kernel_size,) * 2, (config.dilation,) * 2
+        return [(slice(0, heads), Neighborhood(grid, config.num_prefix_tokens, kernel_size, dilation, (False, False)))]

@@ -61,11 +61,13 @@ class Natten(Backend):
         (_, pattern), *more = attention.patterns(q_BHQD.shape[1], mask, grid_size)
         if more or not isinstance(pattern, Neighborhood):
             return f"the pattern {type(pattern).__name__} is not served"
-        reach = pattern.kernel_size * pattern.dilation
-        if pattern.kernel_size < 2 or reach > min(pattern.grid_size):
+        sides, spans, steps = pattern.grid.sides, pattern.kernel_size, pattern.dilation
+        if pattern.grid.blocks:
+            return f"patches must come row by row, got them in blocks of {' and '.join(map(str, pattern.grid.blocks))}"
+        if min(spans) < 2 or any(size * step > side for side, size, step in zip(sides, spans, steps, strict=True)):
             return (
-                f"kernel_size must be from 2 on and, times dilation, at most {min(pattern.grid_size)}, the grid's "
-                f"shorter side, got {pattern.kernel_size} and {pattern.dilation}"
+                f"kernel_size must be from 2 on and, times dilation, at most the grid's sides {sides}, got "
+                f"{spans} and {steps}"
             )
         return None
 
@@ -76,14 +78,16 @@ class Natten(Backend):
         ((_, pattern),) = attention.patterns(q_BHQD.shape[1], mask, grid_size)
         prefix = pattern.num_prefix_tokens
         tensors = [x.transpose(1, 2) for x in (q_BHQD, k_BGKD, v_BGKV)]
-        grids = (x[:, prefix:].unflatten(1, pattern.grid_size).contiguous() for x in tensors)
+        sides = pattern.grid.sides
+        grids = (x[:, prefix:].unflatten(1, sides).contiguous() for x in tensors)
         seen_by_all = {}
         if prefix:
             seen_by_all["additional_keys"], seen_by_all["additional_values"] = (
                 x[:, :prefix].contiguous() for x in tensors[1:]
             )
-        sizes = {"kernel_size": pattern.kernel_size, "dilation": pattern.dilation}
-        out_BHQV = natten.na2d(*grids, **sizes, scale=scale, **seen_by_all).flatten(1, 2).transpose(1, 2)
+        sizes = {"kernel_size": pattern.kernel_size, "dilation": pattern.dilation, "is_causal": pattern.causal}
+        kernel = natten.na2d if len(sides) == 2 else natten.na3d
+        out_BHQV = kernel(*grids, **sizes, scale=scale, **seen_by_all).flatten(1, len(sides)).transpose(1, 2)
         if not prefix:
             return out_BHQV
         first = scaled_dot_product_attention(

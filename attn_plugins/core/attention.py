@@ -20,6 +20,7 @@ from attn_plugins.core.backend import FORMS, Backend, fastest, forced
 from attn_plugins.core.capabilities import NEEDS, capabilities
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.gradients import with_gradients_to
+from attn_plugins.core.grid import GridSize
 from attn_plugins.core.heads import HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.options import AttentionConfig
@@ -149,8 +150,7 @@ class Attention(nn.Module):
     """Whether, with its options, it needs to know the rotary positions that queries and keys have in them."""
 
     wants_grid: bool = False
-    """Whether, with its options, it needs to know rows and columns of the image's patches: ``attend`` and ``reference``
-    get ``grid_size``, None where no more is known of them than ``HeadShape.grid_size``."""
+    """Whether, with its options, it gets ``grid_size``: how patches lie, None where only ``HeadShape`` may tell."""
 
     wants_hidden: bool = False
     """Whether, with its options, it needs the hidden states that queries are made of: ``attend`` and ``reference`` get
@@ -196,7 +196,7 @@ class Attention(nn.Module):
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
         rotary: Rotary | None = None,
-        grid_size: tuple[int, int] | None = None,
+        grid_size: GridSize | None = None,
         hidden: torch.Tensor | None = None,
         state: State | None = None,
         part: Part | None = None,
@@ -215,7 +215,7 @@ class Attention(nn.Module):
             softcap: limit of the scores.
             sinks: (H,) logits that take part in the softmax without a value.
             rotary: the rotary positions of the queries, where :attr:`wants_rotary`.
-            grid_size: rows and columns of the patches of these images, where :attr:`wants_grid` and they are known.
+            grid_size: how the patches of these images or videos lie, where :attr:`wants_grid` and it is known.
             hidden: (B, Q, E) what the queries are made of, where :attr:`wants_hidden`.
             state: of :meth:`new_state`, standing for all tokens before these queries and keys, which are then as many;
                 ``mask`` is that of all tokens. It takes these in.

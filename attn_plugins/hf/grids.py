@@ -1,4 +1,4 @@
-"""Rows and columns of the patches that a model has just made of its images, for attentions that lie on that grid.
+"""The patches that a model has just made of its images or videos, for attentions that lie on their grid.
 
 A config has the size of the images that a model was trained on; others may have as many patches in another shape. What
 shows it is the layer that cuts the image into patches. Its output is noted a thread, for as long as the forward pass of
@@ -19,7 +19,8 @@ from attn_plugins.core.attention import Attention
 from attn_plugins.hf.discovery import modules as discovery
 from attn_plugins.hf.hooks import remove_hooks
 
-Grid = tuple[int, int]
+Grid = tuple[int, ...]
+"""Rows and columns of patches, after frames where there are any."""
 
 GRID = "_attn_plugin_grid"
 """Attribute of an attention module whose attention lies on a grid: a :class:`Grids`."""
@@ -39,8 +40,19 @@ class Patches:
     """Those made in the forward pass under way."""
 
     batch_size = 0
-    sides: tuple[int, ...] | None = None
-    """Rows and columns, after frames where there are any; None outside of a forward pass."""
+    sides: Grid | None = None
+    """None outside of a forward pass."""
+
+    def of_rows(self, number: int) -> Grid | None:
+        """The grid of so many rows of tokens, None where they are no images or videos of those made."""
+        if self.sides is None or len(self.sides) not in (2, 3):
+            return None
+        if number == self.batch_size:
+            return self.sides
+        frames, *frame = (1, *self.sides)[-3:]
+        # A row a frame (VideoPrism); a row a place, of all frames, would be as many where the numbers are the same.
+        by_frame = number == self.batch_size * frames and frames != math.prod(frame)
+        return tuple(frame) if by_frame else None
 
 
 class _Thread(threading.local):
@@ -71,7 +83,7 @@ def unwatch(model: nn.Module) -> None:
 
 
 def grid_of(module: nn.Module, query: torch.Tensor) -> Grid | None:
-    """Rows and columns of the patches that a module attends to, None where only its config may have them.
+    """How the patches that a module attends to lie, None where only its config may tell.
 
     Args:
         query: (B, H, N, D).
@@ -85,8 +97,7 @@ def grid_of(module: nn.Module, query: torch.Tensor) -> Grid | None:
     batch_size, tokens, made = query.shape[0], query.shape[2], _thread.patches
     name = type(module).__name__
     window = _window(module)
-    if made.sides is not None and len(made.sides) == 2 and made.batch_size == batch_size:
-        grid: Grid = made.sides
+    if (grid := made.of_rows(batch_size)) is not None:
         if window is not None and math.prod(window) == tokens != math.prod(grid):
             return window
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from attn_plugins.attentions.neighborhood_2d import Neighborhood2dAttention
 from attn_plugins.core.attention import HeadShape
+from attn_plugins.core.grid import Grid
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.reference import dense_attention
 from attn_plugins.ops.softmax.patterns.neighborhood import Neighborhood
@@ -213,7 +214,7 @@ def test_limit_case_is_softmax_attention():
 
 @pytest.mark.parametrize(("kernel_size", "dilation", "waste"), [(7, 1, 4.1), (7, 4, 4.1), (13, 1, 2.5)])
 def test_tiles_hold_few_pairs_beside_the_visible_ones_and_share_what_they_hide(kernel_size, dilation, waste):
-    pattern = Neighborhood(kernel_size, dilation, 0, (64, 64))
+    pattern = Neighborhood(Grid((64, 64)), 0, (kernel_size,) * 2, (dilation,) * 2, (False, False))
     tiles = list(pattern.tiles(whole(1, 64 * 64)))
     pairs = sum(tile.queries.numel() * tile.extra.numel() for tile in tiles)
     assert pairs <= waste * 64 * 64 * kernel_size**2

@@ -33,13 +33,15 @@ def whole(prefix, **options):
     return AttentionMask(2, prefix + 42, prefix + 42, causal=False, **options)
 
 
-def na2d(q, k, v, *, kernel_size, dilation, scale, additional_keys=None, additional_values=None):
+def na2d(q, k, v, *, kernel_size, dilation, is_causal, scale, additional_keys=None, additional_values=None):
     """As NATTEN documents it: (batch, rows, columns, heads, size), of heads of keys as many or fewer."""
     rows, columns = q.shape[1:3]
+    assert not any(is_causal)
     visible = torch.zeros(rows, columns, rows, columns, dtype=torch.bool)
     for row, column in itertools.product(range(rows), range(columns)):
         down, across = (
-            nearest(place, length, kernel_size, dilation) for place, length in ((row, rows), (column, columns))
+            nearest(place, length, size, step)
+            for place, length, size, step in zip((row, column), (rows, columns), kernel_size, dilation, strict=True)
         )
         visible[row, column, torch.tensor(down).unsqueeze(1), torch.tensor(across)] = True
     visible = visible.flatten(2).flatten(0, 1)
@@ -96,7 +98,7 @@ def call(mask=None, *, heads=(8, 8), dtype=torch.float64, options=(), **extras):
         ({"dtype": torch.bfloat16}, "must all be of one of torch.float32, torch.float64, got torch.bfloat16"),
         ({"heads": (8, 16)}, "must be of one size, a multiple of 8, got 8 and 16"),
         ({"heads": (12, 12)}, "must be of one size, a multiple of 8, got 12 and 12"),
-        ({"options": {"dilation": 3}}, "times dilation, at most 6, the grid's shorter side, got 3 and 3"),
+        ({"options": {"dilation": 3}}, r"times dilation, at most the grid's sides \(6, 7\), got \(3, 3\) and \(3, 3\)"),
         ({"options": {"kernel_size": 1}}, "kernel_size must be from 2 on"),
         (
             {"mask": whole(0, plain=False, rule=lambda b, h, q, k: q >= 0 * k)},

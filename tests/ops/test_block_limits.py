@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import CASES, left_padding, naming
 
+from attn_plugins.core.grid import Grid
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.ops.softmax.attention import FollowsRules
@@ -71,7 +72,9 @@ def test_every_visible_pair_is_in_a_block_and_whole_blocks_hide_none(case):
 def test_blocks_of_a_grid(kernel_size, dilation, prefix, grid):
     length = prefix + grid[0] * grid[1]
     mask = AttentionMask(1, length, length, causal=False)
-    assert_limits_hold(mask, Neighborhood(kernel_size, dilation, prefix, grid), 0.15)
+    assert_limits_hold(
+        mask, Neighborhood(Grid(grid), prefix, (kernel_size,) * 2, (dilation,) * 2, (False, False)), 0.15
+    )
 
 
 def test_blocks_that_are_wholly_visible_are_found():

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from attn_plugins.core.attention import Attention
+from attn_plugins.core.grid import GridSize
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rotary import Rotary
 from attn_plugins.ops.parts.first_queries import attend_first
@@ -31,7 +32,7 @@ class FollowsRules(Protocol):
         mask: AttentionMask,
         *,
         rotary: Rotary | None = None,
-        grid_size: tuple[int, int] | None = None,
+        grid_size: GridSize | None = None,
         sinks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, Sequence[tuple[slice, Rule]], torch.Tensor | None]:
         """Queries and keys of the scores, slices of the query heads with their rules, and all sinks (H,).
@@ -46,7 +47,7 @@ class PatternAttention(Attention, abc.ABC):
 
     @abc.abstractmethod
     def patterns(
-        self, heads: int, mask: AttentionMask, grid_size: tuple[int, int] | None = None
+        self, heads: int, mask: AttentionMask, grid_size: GridSize | None = None
     ) -> Sequence[tuple[slice, Pattern]]:
         """Slices of the query heads, in order and together all of them, each with its pattern.
 
