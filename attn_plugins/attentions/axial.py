@@ -43,7 +43,7 @@ class AxialAttention(PatternAttention):
     bidirectional = any_mask = position_bias = softcap = sinks = dropout = True
     any_length = False
     limit: ClassVar = {"axes": ("height+width",), "num_prefix_tokens": 1}
-    examples = ({}, {"axes": ("height+width", "time"), "grid_size": (4, 3, 3)})
+    examples = ({}, {"axes": ("width", "time"), "num_prefix_tokens": 5})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AttentionConfig):

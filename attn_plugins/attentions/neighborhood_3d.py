@@ -42,8 +42,8 @@ class Neighborhood3dAttention(PatternAttention):
     any_length = False
     limit: ClassVar = {"kernel_size": (1, 7, 7), "num_prefix_tokens": 1, "grid_size": (1, 7, 7)}
     examples = (
-        {"kernel_size": (2, 3, 3), "grid_size": (4, 3, 3)},
-        {"kernel_size": (2, 3, 2), "dilation": (1, 2, 1), "causal_time": True, "grid_size": (2, 6, 3)},
+        {"kernel_size": (2, 3, 3)},
+        {"kernel_size": (2, 3, 2), "dilation": (1, 2, 1), "causal_time": True},
     )
 
     @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,8 @@ class Neighborhood3dAttention(PatternAttention):
         """Tokens before the patches, such as a class token: 1 for ViViT, 0 for VideoMAE and V-JEPA 2. None is what the
         model has."""
         grid_size: tuple[int, ...] | None = None
-        """(frames, height, width) of the video in patches; None is that of the video that the model is given, as it
-        cuts it."""
+        """(frames, height, width) of the video in patches, or (height, width) of an image; None is that of what the
+        model is given, as it cuts it."""
 
         def __post_init__(self):
             super().__post_init__()
@@ -70,9 +70,8 @@ class Neighborhood3dAttention(PatternAttention):
                 self.require(len(sizes) == 3 and min(sizes) >= 1, name, "(frames, height, width), each from 1 on")
             self.require((self.num_prefix_tokens or 0) >= 0, "num_prefix_tokens", "None or an integer from 0 on")
             grid = self.grid_size
-            self.require(
-                grid is None or (len(grid) == 3 and min(grid) >= 1), "grid_size", "None or (frames, height, width)"
-            )
+            fits = grid is None or (len(grid) in (2, 3) and min(grid) >= 1)
+            self.require(fits, "grid_size", "None, (height, width) or (frames, height, width)")
 
     @property
     def wants_grid(self):

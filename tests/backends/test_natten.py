@@ -7,10 +7,11 @@ import types
 import pytest
 import torch
 from cases import Case, assert_forms_agree, inputs, left_padding
-from test_neighborhood_2d import nearest
+from test_on_grid import neighbours
 from torch.nn.attention import flex_attention
 
 from attn_plugins.attentions.neighborhood_2d import Neighborhood2dAttention
+from attn_plugins.attentions.neighborhood_3d import Neighborhood3dAttention
 from attn_plugins.backends import natten as backend
 from attn_plugins.backends.natten import Natten
 from attn_plugins.core.mask import AttentionMask
@@ -21,6 +22,10 @@ OPTIONS = [
     {"kernel_size": 3, "num_prefix_tokens": 0},
     {"kernel_size": 3, "dilation": 2, "num_prefix_tokens": 2},
     {"kernel_size": 4, "num_prefix_tokens": 1},
+]
+OF_VIDEO = [
+    {"kernel_size": (3, 3, 4), "num_prefix_tokens": 0},
+    {"kernel_size": (2, 2, 3), "dilation": (1, 2, 2), "causal_time": True, "num_prefix_tokens": 1},
 ]
 GRID = (6, 7)
 
@@ -33,21 +38,18 @@ def whole(prefix, **options):
     return AttentionMask(2, prefix + 42, prefix + 42, causal=False, **options)
 
 
-def na2d(q, k, v, *, kernel_size, dilation, is_causal, scale, additional_keys=None, additional_values=None):
-    """As NATTEN documents it: (batch, rows, columns, heads, size), of heads of keys as many or fewer."""
-    rows, columns = q.shape[1:3]
-    assert not any(is_causal)
-    visible = torch.zeros(rows, columns, rows, columns, dtype=torch.bool)
-    for row, column in itertools.product(range(rows), range(columns)):
-        down, across = (
-            nearest(place, length, size, step)
-            for place, length, size, step in zip((row, column), (rows, columns), kernel_size, dilation, strict=True)
-        )
-        visible[row, column, torch.tensor(down).unsqueeze(1), torch.tensor(across)] = True
-    visible = visible.flatten(2).flatten(0, 1)
+def kernel(q, k, v, *, kernel_size, dilation, is_causal, scale, additional_keys=None, additional_values=None):
+    """As NATTEN documents na2d and na3d: (batch, places along each axis, heads, size), of heads of keys as many or
+    fewer."""
+    sides = q.shape[1:-2]
+    visible = torch.zeros(*sides, *sides, dtype=torch.bool)
+    for place in itertools.product(*map(range, sides)):
+        seen = zip(place, sides, kernel_size, dilation, is_causal, strict=True)
+        visible[place][torch.meshgrid(*(torch.tensor(neighbours(*axis)) for axis in seen), indexing="ij")] = True
+    visible = visible.flatten(len(sides)).flatten(0, len(sides) - 1)
     assert all(x.is_contiguous() for x in (q, k, v))
     shape = q.shape
-    q, k, v = (x.flatten(1, 2) for x in (q, k, v))
+    q, k, v = (x.flatten(1, len(sides)) for x in (q, k, v))
     if additional_keys is not None:
         k, v = torch.cat([k, additional_keys], dim=1), torch.cat([v, additional_values], dim=1)
         visible = torch.cat([visible, visible.new_ones(len(visible), additional_keys.shape[1])], dim=1)
@@ -64,9 +66,17 @@ def on_cpu(monkeypatch):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_equals_reference(on_cpu, monkeypatch, options):
-    monkeypatch.setitem(sys.modules, "natten", types.SimpleNamespace(na2d=na2d))
+    monkeypatch.setitem(sys.modules, "natten", types.SimpleNamespace(na2d=kernel))
     given = inputs(2, options["num_prefix_tokens"] + 42)
     assert_forms_agree(neighborhood(**options), given, whole(options["num_prefix_tokens"]), backend="natten")
+
+
+@pytest.mark.parametrize("options", OF_VIDEO)
+def test_equals_reference_on_videos(on_cpu, monkeypatch, options):
+    monkeypatch.setitem(sys.modules, "natten", types.SimpleNamespace(na3d=kernel))
+    case = Case(Neighborhood3dAttention, {"grid_size": (3, 4, 6), **options}, False)
+    length = 72 + options["num_prefix_tokens"]
+    assert_forms_agree(case, inputs(2, length), AttentionMask(2, length, length, causal=False), backend="natten")
 
 
 @pytest.mark.peers

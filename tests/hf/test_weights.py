@@ -66,7 +66,7 @@ def test_every_attention_gives_its_effective_weights(name):
     model_name = "llama" if attention.causal else "bert"
     options = dict(attention.examples[-1])
     if attention.wants_grid is not False:
-        model_name, options = "vit", {"kernel_size": 3}
+        model_name, options = "vit", dict(attention.examples[0])
     model, given = tiny.build(model_name), tiny.inputs(model_name, padded=False)
     if model_name == "bert":
         model = model.bert

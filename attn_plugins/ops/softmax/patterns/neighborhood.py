@@ -36,14 +36,20 @@ class Neighborhood(OnGrid):
     def near(self, q_places: Sequence[Any], k_places: Sequence[Any]) -> Any:
         seen = None
         for axis, (q, k) in enumerate(zip(q_places, k_places, strict=True)):
-            step, size = self.dilation[axis], self.kernel_size[axis]
+            step, size, side = self.dilation[axis], self.kernel_size[axis], self.grid.sides[axis]
+            q_own, k_own = (q, k) if step == 1 else (q // step, k // step)
             if self.causal[axis]:
-                first = q // step - (size - 1)
+                first = q_own - (size - 1)
+            elif step == 1:
+                last = max(side - size, 0)
+                first = (-(size // 2 - q_own).clamp(min=-last)).clamp(min=0)  # from 0 to the last that fits
             else:
-                number = (self.grid.sides[axis] - q % step + step - 1) // step
-                first = torch.minimum(q // step - size // 2, number - size).clamp(min=0)
-            distance = k // step - first
-            along = (q % step == k % step) & (distance >= 0) & (distance < size)
+                number = (side - q % step + step - 1) // step
+                first = torch.minimum(q_own - size // 2, number - size).clamp(min=0)
+            distance = k_own - first
+            along = (distance >= 0) & (distance < size)
+            if step > 1:
+                along = along & (q % step == k % step)
             seen = along if seen is None else seen & along
         return seen
 

@@ -35,7 +35,8 @@ class OnGrid:
         """Frame if there are any, row and column of each token."""
         number, found = self.grid.places(mask, index, self.num_prefix_tokens), []
         for axis, side in enumerate(self.grid.sides):
-            place = number // math.prod(self.grid.sides[axis + 1 :])
+            step = math.prod(self.grid.sides[axis + 1 :])
+            place = number if step == 1 else number // step
             found.append(place % side if axis else place)
         return found
 
@@ -76,6 +77,8 @@ class OnGrid:
 def grid_for(attention: Attention, mask: AttentionMask, told: GridSize | None, axes: Sequence[int]) -> Grid:
     """The grid of a call: what the option ``grid_size`` says, what the model has made of its images, or its config.
 
+    Where none of them does, that of a square image.
+
     Args:
         told: what is known of the images of this call.
         axes: how many a grid may have, of 2 and 3. An image is a video of one frame, where only those are served.
@@ -99,11 +102,6 @@ def grid_for(attention: Attention, mask: AttentionMask, told: GridSize | None, a
         known = (patches // math.prod(known), *known)  # as many frames as there are
     names = "(height, width)" if 2 in axes else "(frames, height, width)"
     asked = config.grid_size or told or known
-    if asked is None and 2 not in axes:
-        raise ValueError(
-            f"attention {name!r} cannot tell frames, rows and columns of {mask.kv_length} tokens; allowed: the option "
-            f"grid_size={names}"
-        )
     grid = Grid((math.isqrt(max(patches, 0)),) * 2) if asked is None else as_grid(asked)
     if len(grid.sides) == 2 and 2 not in axes:
         grid = Grid((1, *grid.sides), grid.blocks)
