@@ -20,7 +20,8 @@ ROOMS = {
     "config": {"config", "core"},
     "data": {"config", "core", "data"},
     "metrics": set(),  # evaluate copies each of its files to where it imports it from
-    "hf": {"config", "core", "hf", "ops"},
+    "models": {"core", "models"},
+    "hf": {"config", "core", "hf", "models", "ops"},  # it tells transformers' auto classes of the models
     "tasks": {"config", "core", "data", "hf", "tasks"},
     "training": {"config", "core", "data", "hf", "tasks", "training"},
     "choice": {"choice", "config", "core", "data", "hf", "tasks", "training"},

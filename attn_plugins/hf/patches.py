@@ -1,4 +1,4 @@
-"""All global state of the package: two registrations and changes to transformers and PEFT, made once.
+"""All global state of the package: registrations and changes to transformers and PEFT, made once.
 
 None of them does anything to a model whose config does not carry the flag, nor to an adapter of one.
 """
@@ -34,6 +34,7 @@ from attn_plugins.hf.names import IMPLEMENTATION, SLOT
 from attn_plugins.hf.parallel import context, tensor_parallel
 from attn_plugins.hf.parallel.sharding import load_full_state_dict
 from attn_plugins.hf.swap import attach_assigned
+from attn_plugins.models import registration
 
 _MARK = "_attn_plugins_original"
 
@@ -57,6 +58,9 @@ def install() -> None:
     _wrap(PreTrainedModel, "from_pretrained", _from_pretrained)
     _wrap(PreTrainedModel, "_from_config", _from_config)
     once_imported("transformers.models.auto.modeling_auto", _install_auto)
+
+    # Auto classes find the package's own models as they find transformers'.
+    once_imported("transformers.models.auto.configuration_auto", registration.register_configs)
 
     # Some models choose their attention classes in their constructor, by names of implementations that they know. They
     # are therefore built with their own default, also from a config.json that names ours.
@@ -136,6 +140,7 @@ def install() -> None:
 def _install_auto() -> None:
     from transformers.models.auto import modeling_auto
 
+    registration.register_models()
     for auto in _auto_classes(modeling_auto._BaseAutoModelClass):  # each has copies of the two methods
         _wrap(auto, "from_pretrained", _auto_from_pretrained)
         _wrap(auto, "from_config", _auto_from_config)

@@ -24,8 +24,8 @@ SPREAD = (
 
 def cases() -> list:
     return [
-        pytest.param(name, marks=() if name in SPREAD else pytest.mark.architectures, id=name)
-        for name in tiny_model.model_types()
+        pytest.param(name, marks=() if name in (*SPREAD, *tiny_model.OWN) else pytest.mark.architectures, id=name)
+        for name in (*tiny_model.model_types(), *tiny_model.OWN)
     ]
 
 

@@ -15,6 +15,10 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from attn_plugins.models.decoder import RecurrentDecoder
+from attn_plugins.models.encoder import RecurrentEncoderForSequenceClassification
+from attn_plugins.models.seq2seq import RecurrentSeq2Seq
+
 LENGTH, BATCH = 13, 2
 FIRST_ID, LAST_ID = 5, VOCABULARY - 40
 """Token ids of texts: no special ones."""
@@ -38,6 +42,11 @@ PREFERRED = (
     "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
     "MODEL_MAPPING_NAMES",
 )
+OWN: dict[str, type[PreTrainedModel]] = {
+    cls.config_class.model_type: cls
+    for cls in (RecurrentDecoder, RecurrentEncoderForSequenceClassification, RecurrentSeq2Seq)
+}
+"""The package's own model types, which are held to the same."""
 
 
 def model_types() -> list[str]:
@@ -47,6 +56,8 @@ def model_types() -> list[str]:
 
 def class_of(model_type: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class to build: one that generates where there is one."""
+    if model_type in OWN:
+        return OWN[model_type]
     name: Any = CLASSES.get(model_type)
     order = (*COMPOSITE_FIRST, *PREFERRED) if any(parts(config)) else PREFERRED
     for mapping in (*order, *MAPPINGS):
