@@ -1,7 +1,7 @@
 """Decoders: recurrent layers that write, with attention over the states of an encoder, of whatever kind that is."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -217,7 +217,7 @@ class RecurrentDecoder(RecurrentPreTrainedModel, GenerationMixin):
     """
 
     config_class = RecurrentDecoderConfig
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "stack.embed_tokens.weight"}
+    _tied_weights_keys: dict[str, str] | None = {"lm_head.weight": "stack.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: RecurrentDecoderConfig):
         super().__init__(config)
