@@ -217,7 +217,7 @@ class RecurrentDecoder(RecurrentPreTrainedModel, GenerationMixin):
     """
 
     config_class = RecurrentDecoderConfig
-    _tied_weights_keys: dict[str, str] | None = {"lm_head.weight": "stack.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys: dict[str, str] = {"lm_head.weight": "stack.embed_tokens.weight"}  # noqa: RUF012
 
     def __init__(self, config: RecurrentDecoderConfig):
         super().__init__(config)

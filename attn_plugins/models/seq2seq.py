@@ -23,7 +23,7 @@ class RecurrentSeq2Seq(RecurrentPreTrainedModel, GenerationMixin):
 
     config_class = RecurrentSeq2SeqConfig
     base_model_prefix = "recurrent_seq2seq"
-    _tied_weights_keys: dict[str, str] | None = {  # noqa: RUF012
+    _tied_weights_keys: dict[str, str] = {  # noqa: RUF012
         "encoder.embed_tokens.weight": "decoder.embed_tokens.weight",
         "lm_head.weight": "decoder.embed_tokens.weight",
     }
