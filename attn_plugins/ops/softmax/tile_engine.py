@@ -112,6 +112,7 @@ def attend_tiles(
     sinks: torch.Tensor | None = None,
     weights: Literal["softmax", "sigmoid"] = "softmax",
     offset_BQ: torch.Tensor | None = None,
+    decay_BHK: torch.Tensor | None = None,
     merged: bool = False,
     topk: int | None = None,
     look: Callable[[Any, torch.Tensor], None] | None = None,
@@ -123,6 +124,9 @@ def attend_tiles(
         scale, dropout, position_bias, softcap, sinks: as in :meth:`attn_plugins.core.attention.Attention.forward`.
         weights: softmax over a query's keys, or the sigmoid of each score.
         offset_BQ: (B or 1, Q), added to the scores of a query. It gets no gradient.
+        decay_BHK: log gates, added up over the tokens. Between its value at a query's token and that at a key lies what
+            is added to their score, after softcap. Queries are the last Q of the K tokens; of the keys of a tile it
+            takes one slice.
         merged: whether a query may see keys in several tiles. A softmax that is not merged is faster; a query may then
             be in several tiles still, if it sees keys in none but the last of them.
         topk: mask all but this many keys of highest score, after softcap and bias. The selection has no gradient; it is
@@ -136,14 +140,15 @@ def attend_tiles(
     """
     seed = int(torch.randint(2**62, ())) if dropout else 0
     options = _Options(scale, softcap, dropout, seed, weights, merged, topk, return_lse)
-    out = _AttendTiles.apply(q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, tiles, look, options)
+    out = _AttendTiles.apply(q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, decay_BHK, tiles, look, options)
     return SoftmaxParts(*out) if return_lse else out
 
 
 class _AttendTiles(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, tiles, look, options):
-        call = _Inputs(q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, options)
+    def forward(ctx, q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, decay_BHK, tiles, look, options):
+        inputs = q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, decay_BHK
+        call = _Inputs(*inputs, options)
         ctx.tiles, ctx.options = tiles, options
         forward = _sum_forward if options.weights == "sigmoid" else _softmax_forward
         if options.merged and options.weights == "softmax":
@@ -153,7 +158,7 @@ class _AttendTiles(torch.autograd.Function):
         out, lse, top, threshold = forward(call, tiles, look)
         out = out.to(v_BGKV.dtype)
         kept = out if lse is not None else None
-        ctx.save_for_backward(q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, kept, lse, threshold)
+        ctx.save_for_backward(*inputs, kept, lse, threshold)
         shape = (*q_BHQD.shape[:3], -1)
         if not options.return_lse:
             return out.view(shape)
@@ -164,20 +169,22 @@ class _AttendTiles(torch.autograd.Function):
     @once_differentiable
     @outside_autocast
     def backward(ctx, grad_BHQV, grad_lse=None, grad_max=None):
-        q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, out, lse, threshold = ctx.saved_tensors
-        options = ctx.options
-        call = _Inputs(q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, options)
+        *inputs, out, lse, threshold = ctx.saved_tensors
+        (q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, _, decay_BHK), options = inputs, ctx.options
+        call = _Inputs(*inputs, options)
         shape = (*call.q.shape[:3], -1)
         grad = grad_BHQV.reshape(shape)
         one_tile = not options.merged and options.weights == "softmax"  # every row of dq comes from one tile
         dq = torch.zeros(call.q.shape, dtype=call.q.dtype if one_tile else call.dtype, device=call.q.device)
         dk, dv = torch.zeros_like(call.k), torch.zeros_like(call.v)
-        d_bias = d_sinks = delta = None
+        d_bias = d_sinks = d_decay = delta = None
         if ctx.needs_input_grad[3]:
             batch = position_bias.shape[0] if position_bias.ndim == 4 else 1
             d_bias = dq.new_zeros(batch, call.groups, *call.q.shape[1:3], call.k.shape[1], dtype=call.dtype)
         if ctx.needs_input_grad[4]:
             d_sinks = torch.zeros_like(sinks, dtype=call.dtype)
+        if ctx.needs_input_grad[6]:
+            d_decay = torch.zeros_like(call.decay, dtype=call.dtype)
         if out is not None:
             delta = torch.einsum("...v,...v->...", grad.to(call.dtype), out.to(call.dtype)).unsqueeze(-1)
             if d_sinks is not None:
@@ -220,6 +227,8 @@ class _AttendTiles(torch.autograd.Function):
                 ds.scatter_add_(-1, largest, rows.flatten(1, 2).to(ds.dtype))
             if d_bias is not None:
                 call.add_bias(d_bias, call.by_head(ds), tile)
+            if d_decay is not None:
+                call.add_decay(d_decay, call.by_head(ds), tile)
             if tanh is not None:
                 ds.mul_(1 - tanh.square())
             rows = torch.bmm(ds, k).mul_(call.scale).unflatten(1, (call.shared, -1))
@@ -229,7 +238,8 @@ class _AttendTiles(torch.autograd.Function):
             d_bias = d_bias.flatten(1, 2).sum_to_size(position_bias.shape)
         # autograd casts each gradient to the dtype of its input.
         dq, dk, dv = dq.view(q_BHQD.shape), dk.view(k_BGKD.shape), dv.view(v_BGKV.shape)
-        return dq, dk, dv, d_bias, d_sinks, None, None, None, None
+        d_decay = None if d_decay is None else d_decay.view(decay_BHK.shape)
+        return dq, dk, dv, d_bias, d_sinks, None, d_decay, None, None, None
 
 
 def _softmax_forward(call, tiles, look):
@@ -312,7 +322,7 @@ class _Inputs:
     Rows of a tile are the query heads that share a key/value head times the tile's queries.
     """
 
-    def __init__(self, q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, options):
+    def __init__(self, q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, decay_BHK, options):
         self.scale, self.softcap, self.dropout, seed, *_ = options
         self.topk = options.topk
         self.dtype, self.out_dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV), v_BGKV.dtype
@@ -321,6 +331,7 @@ class _Inputs:
         self.q = q_BHQD.reshape(self.batch * self.groups, self.shared, *q_BHQD.shape[2:])
         self.k, self.v = k_BGKD.flatten(0, 1).to(self.dtype), v_BGKV.flatten(0, 1).to(self.dtype)
         self.offset = None if offset_BQ is None else offset_BQ[:, None, None, :, None]
+        self.decay = None if decay_BHK is None else decay_BHK.unflatten(1, (self.groups, self.shared))
         self.bias: Any = None
         self.sinks = self.generator = None
         if position_bias is not None:
@@ -383,6 +394,12 @@ class _Inputs:
             by_head += self.offset[..., tile.queries, :]
         if self.bias is not None:
             by_head += self.bias_of(tile)
+        if self.decay is not None:
+            own, keys = self._decay_slices(tile)
+            # From the first of these queries on: what is added up over a long text has few digits left.
+            first = self.decay[..., own][..., :1]
+            by_head += (self.decay[..., own] - first).to(self.dtype).unsqueeze(-1)
+            by_head += (first - self.decay[..., keys]).to(self.dtype).unsqueeze(-2)
         if tile.hidden is not None and tile.hidden.dtype == torch.bool:
             by_head.masked_fill_(tile.hidden, MASKED_SCORE)
         elif tile.hidden is not None:
@@ -432,6 +449,16 @@ class _Inputs:
         batch, q_index, k_index = self._pairs(tile)
         pairs = (batch % len(x), q_index, k_index)
         x.permute(0, 3, 4, 1, 2).index_put_(pairs, ds.permute(0, 3, 4, 1, 2), accumulate=True)
+
+    def _decay_slices(self, tile):
+        """The tokens of a tile's queries, and those of its keys."""
+        (keys,), before = tile.keys, self.k.shape[1] - self.q.shape[2]
+        return slice(tile.queries.start + before, tile.queries.stop + before), keys
+
+    def add_decay(self, x, ds, tile):
+        own, keys = self._decay_slices(tile)
+        x[..., own] += ds.sum(dim=-1)
+        x[..., keys] -= ds.sum(dim=-2)
 
     @staticmethod
     def _is_plain(tile):
