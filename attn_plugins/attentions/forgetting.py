@@ -50,14 +50,15 @@ class ForgettingAttention(Attention):
     head_weights = ("*",)
     symbolic_length = True
     limit: ClassVar = {}
-    examples = ({}, {"form": "paper", "initial_memory": 3.0}, {"gate_input": "hidden"})
+    examples = ({"gate_input": "hidden"}, {"form": "paper", "initial_memory": 3.0})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AttentionConfig):
         form: Literal["pretrained", "paper"] = "pretrained"
         """How a gate is made, and where it starts: at 1, as the model was trained, or as the paper has it."""
         gate_input: Literal["value", "hidden"] = "value"
-        """What gates are made of: the token's value in its head, or its hidden state, the layer's input."""
+        """What gates are made of: the token's value in its head, or its hidden state, the layer's input, which only a
+        cache of the attention's own has: where a model needs an ordinary one (T5), it generates without a cache."""
         initial_memory: float = 32.0
         """Tokens over which a head fades to 1/e before training, with ``form="paper"``."""
 
@@ -79,8 +80,9 @@ class ForgettingAttention(Attention):
     def reset_parameters(self):
         nn.init.zeros_(self.gate_weight)
         # sigmoid(bias) = exp(-1 / memory)
+        fade = 1 / self.config.initial_memory
         paper = self.config.form == "paper"
-        nn.init.constant_(self.gate_bias, -math.log(math.expm1(1 / self.config.initial_memory)) if paper else 0.0)
+        nn.init.constant_(self.gate_bias, -fade - math.log(-math.expm1(-fade)) if paper else 0.0)
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, hidden_BQE=None, gates_of_BGKV=None, **options):
         gates = self._gates(v_BGKV, hidden_BQE, gates_of_BGKV)

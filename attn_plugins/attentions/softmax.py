@@ -1,12 +1,10 @@
 from typing import ClassVar
 
-import torch
-from torch.nn.functional import scaled_dot_product_attention
-
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.parts.gathered import with_all_keys
-from attn_plugins.ops.reference import dense_attention, expand_heads
+from attn_plugins.ops.reference import dense_attention
+from attn_plugins.ops.softmax.whole import whole_attention
 
 
 @register_attention("softmax")
@@ -33,23 +31,8 @@ class SoftmaxAttention(Attention):
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         return dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense(), **options)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, position_bias=None, softcap=None, sinks=None):
-        if softcap is not None or sinks is not None:
-            options = {"scale": scale, "dropout": dropout, "position_bias": position_bias, "softcap": softcap}
-            return dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense(), sinks=sinks, **options)[0]
-        dense_free = mask.plain and not mask.row_starts and position_bias is None
-        if dense_free and (not mask.causal or mask.q_length == mask.kv_length or mask.q_length == 1):
-            how = {"is_causal": mask.causal and mask.q_length > 1, "enable_gqa": q_BHQD.shape[1] != k_BGKD.shape[1]}
-            return scaled_dot_product_attention(q_BHQD, k_BGKD, v_BGKV, dropout_p=dropout, scale=scale, **how)
-        k_BHKD, v_BHKV = expand_heads(k_BGKD, q_BHQD.shape[1]), expand_heads(v_BGKV, q_BHQD.shape[1])
-        allowed = mask.dense()
-        if position_bias is None:
-            return scaled_dot_product_attention(
-                q_BHQD, k_BHKD, v_BHKV, attn_mask=allowed, dropout_p=dropout, scale=scale
-            )
-        bias = torch.where(allowed, position_bias.to(q_BHQD.dtype), torch.finfo(q_BHQD.dtype).min)
-        out_BHQV = scaled_dot_product_attention(q_BHQD, k_BHKD, v_BHKV, attn_mask=bias, dropout_p=dropout, scale=scale)
-        return out_BHQV * allowed.any(dim=-1, keepdim=True)
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, **options):
+        return whole_attention(q_BHQD, k_BGKD, v_BGKV, **options)
 
     def attend_part(self, q_BHTD, k_BGTD, v_BGTV, *, part, mask, **options):
         k_BGKD, v_BGKV, mask = with_all_keys(k_BGTD, v_BGTV, part)

@@ -1,15 +1,14 @@
 """Retention, gated linear attention and the delta rules: the formulas, their three forms, and published code."""
 
 import functools
-import importlib.util
 import inspect
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cases import assert_same
+from naive_forms import flash_linear_attention
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention, softplus
 
 from attn_plugins.core.attention import HeadShape
@@ -435,21 +434,6 @@ def test_delta_rules_equal_those_of_qwen3_next(name):
     )
     factor = SCALE * math.sqrt(8) * module.score_weight.view(-1, 1)
     torch.testing.assert_close(got.transpose(1, 2), factor * want, rtol=1e-4, atol=1e-5)
-
-
-def flash_linear_attention(part):
-    """A naive form of flash-linear-attention, from its file alone: the package needs triton to be imported."""
-    spec = importlib.util.find_spec("fla")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("flash-linear-attention is not installed: pip install --no-deps fla-core")
-    pytest.importorskip("einops", reason="flash-linear-attention's naive forms need einops")
-    path = Path(next(iter(spec.submodule_search_locations))) / "ops" / part / "naive.py"
-    if not path.is_file():
-        pytest.skip(f"flash-linear-attention is installed without {path}")
-    loaded = importlib.util.spec_from_file_location(f"fla_naive_{part}", path)
-    module = importlib.util.module_from_spec(loaded)
-    loaded.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.peers

@@ -223,8 +223,8 @@ def layer_of(module: nn.Module, cache: Cache, need_weights: bool = False) -> Sta
         return None
     if layer.is_initialized and int(layer.get_seq_length()):
         return None
-    if state.grows and layer.is_sliding:
-        return None  # the model's own window keeps less
+    if state.grows and layer.is_sliding and (room is not None or not slot.wants_hidden_of_keys):
+        return None  # the model's own window keeps less, though not what gates of hidden states need
     state.record(getattr(cache, RECORDING, False))
     layers[index] = StateLayer(state, slot, max_length, layer)
     return layers[index]

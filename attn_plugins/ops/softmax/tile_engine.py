@@ -169,9 +169,9 @@ class _AttendTiles(torch.autograd.Function):
     @once_differentiable
     @outside_autocast
     def backward(ctx, grad_BHQV, grad_lse=None, grad_max=None):
-        *inputs, out, lse, threshold = ctx.saved_tensors
-        (q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, _, decay_BHK), options = inputs, ctx.options
-        call = _Inputs(*inputs, options)
+        q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, decay_BHK, out, lse, threshold = ctx.saved_tensors
+        options = ctx.options
+        call = _Inputs(q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, offset_BQ, decay_BHK, options)
         shape = (*call.q.shape[:3], -1)
         grad = grad_BHQV.reshape(shape)
         one_tile = not options.merged and options.weights == "softmax"  # every row of dq comes from one tile
@@ -331,7 +331,7 @@ class _Inputs:
         self.q = q_BHQD.reshape(self.batch * self.groups, self.shared, *q_BHQD.shape[2:])
         self.k, self.v = k_BGKD.flatten(0, 1).to(self.dtype), v_BGKV.flatten(0, 1).to(self.dtype)
         self.offset = None if offset_BQ is None else offset_BQ[:, None, None, :, None]
-        self.decay = None if decay_BHK is None else decay_BHK.unflatten(1, (self.groups, self.shared))
+        self.decay: Any = None if decay_BHK is None else decay_BHK.unflatten(1, (self.groups, self.shared))
         self.bias: Any = None
         self.sinks = self.generator = None
         if position_bias is not None:

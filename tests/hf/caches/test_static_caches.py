@@ -21,14 +21,15 @@ from attn_plugins.hf.caches.state_layer import StateLayer
 HEADS = ap.HeadShape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8, hidden_size=32, layer=0)
 
 
-def keeps_fixed_length(name):
-    """Whether the attention's state has room for as many tokens as a static cache, made once."""
+def state_of(name):
+    """What the attention keeps beside a static cache of 99 tokens."""
     cls, options = ap.get_attention(name), flag(name)
     del options["type"]
-    return cls(cls.Config(**options), HEADS).new_state(99).supports_fixed_length
+    return cls(cls.Config(**options), HEADS).new_state(99)
 
 
-STATIC = [name for name in BOUNDED if keeps_fixed_length(name)]
+STATIC = [name for name in BOUNDED if state_of(name).supports_fixed_length]
+"""Those whose state has room for as many tokens as a static cache, made once."""
 SOME = {("local", 1), ("linear", "all"), ("softmax", "all")}
 """What is compiled in the default run: a hybrid, and a state; the others are slow."""
 
@@ -52,7 +53,9 @@ def test_static_caches(name, model_name):
         cache = made.past_key_values
         cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         assert isinstance(cache, StaticCache)
-        assert all(isinstance(layer, StateLayer if name in STATIC else StaticLayer) for layer in cache.layers)
+        for layer in cache.layers:
+            keeps_more = layer.is_sliding and name in STATIC and state_of(name).grows
+            assert isinstance(layer, StateLayer if name in STATIC and not keeps_more else StaticLayer)
 
 
 @pytest.mark.parametrize("name", CAUSAL)
