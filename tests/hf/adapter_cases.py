@@ -1,28 +1,14 @@
 """Tiny models of the families with adapters, and what can be asked of each."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import tiny
 import torch
 import transformers as tf
+import vision_adapter_cases
+from adapter_case import Case
 from transformers.models.blip import modeling_blip_text
 from transformers.models.roformer import modeling_roformer
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """A tiny model of a family, and what can be asked of it."""
-
-    made: Callable[[], tuple[type, tf.PreTrainedConfig]]
-    role: str = "decoder"
-    """Of the modules that a rule without roles serves."""
-    learned: dict[str, Any] = field(default_factory=lambda: {"type": "linear", "feature_map": "hedgehog"})
-    """An attention with weights of its own that can serve it."""
-    given: Callable[[], dict[str, torch.Tensor]] = lambda: tiny.inputs("llama")
-    generates: bool = False
-
 
 NARROW = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32}
 
@@ -293,6 +279,7 @@ CASES = {
         role="encoder",
         given=lambda: tiny.inputs("bert"),
     ),
+    **vision_adapter_cases.CASES,
 }
 if not hasattr(modeling_roformer, "create_causal_mask"):  # transformers 5.17: these attend to what follows, told or not
     for decoder in ("megatron_bert-decoder", "rembert-cross", "roformer-decoder", "roformer-cross"):

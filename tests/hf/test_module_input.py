@@ -64,6 +64,7 @@ def check(model, given, **rule):
     rows = [row for row in ap.describe_attention(model) if row.plugin]
     assert {id(module) for module, _, _ in found} == {id(model.get_submodule(row.path)) for row in rows}
     for module, want, got in found:
+        want = want.flatten(1, 2) if want.ndim == 4 else want  # of images in rows and columns
         torch.testing.assert_close(got, want, rtol=0, atol=0)
         assert module.attn_plugin.heads.hidden_size == got.shape[-1]
     assert [model.get_submodule(row.path).attn_plugin.heads.layer for row in rows] == [row.layer for row in rows]
@@ -76,7 +77,7 @@ def test_the_input_of_each_module_arrives(name):
     check(model, tiny.inputs(name, length=18), roles=sorted({row.role for row in ap.describe_attention(model)}))
 
 
-@pytest.mark.parametrize("name", adapter_cases.CASES)
+@pytest.mark.parametrize("name", [name for name, case in adapter_cases.CASES.items() if case.in_rows])
 def test_the_input_of_each_module_with_an_adapter_arrives(name):
     case = adapter_cases.CASES[name]
     cls, config = case.made()

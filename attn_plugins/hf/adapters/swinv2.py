@@ -1,14 +1,15 @@
-"""Swin v2: bidirectional within windows of an image, by the angle of query and key and a bias of their places."""
+"""Swin v2 and Swin2SR: bidirectional in windows of an image, by the angle of query and key and a bias of places."""
 
 import math
 
 import torch
 from torch import nn
+from transformers.models.swin2sr import modeling_swin2sr
 from transformers.models.swinv2 import modeling_swinv2
 
 from attn_plugins.hf.adapters import attend, slotted
 
-FAMILIES = ("swinv2",)
+FAMILIES = ("swin2sr", "swinv2")
 
 
 class Swinv2SelfAttention(modeling_swinv2.Swinv2SelfAttention):
@@ -47,3 +48,10 @@ class Swinv2SelfAttention(modeling_swinv2.Swinv2SelfAttention):
             return bias
         # Of windows across an image's edge. It is no mask but a large number, which the model adds twice.
         return bias + 2 * mask.repeat(windows // len(mask), 1, 1).unsqueeze(1)
+
+
+class Swin2SRSelfAttention(modeling_swin2sr.Swin2SRSelfAttention):
+    is_causal = False
+    adds_position_bias = True
+    forward = Swinv2SelfAttention.forward
+    _bias = Swinv2SelfAttention._bias

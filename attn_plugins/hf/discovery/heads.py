@@ -45,6 +45,8 @@ def head_shape(module: nn.Module, config: Any) -> HeadShape:
     if not head_dim:
         raise ValueError(f"cannot tell the number and size of the heads of {type(module).__name__} from its attributes")
     value_dim = getattr(module, "v_head_dim", None) or head_dim
+    if hasattr(module, "q_pos_sine_proj"):
+        head_dim *= 2  # Conditional DETR's queries and keys have positions beside the content
     return HeadShape(
         num_heads=heads,
         num_key_value_heads=shared,

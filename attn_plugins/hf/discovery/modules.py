@@ -107,7 +107,9 @@ def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
     # Two levels are read, so that .crossattention.self (BERT) and T5LayerCrossAttention's .EncDecAttention count.
     names = [type(module).__name__, *path.split(".")[-2:]]
     spelled = any(re.search(r"cross|enc_?dec_?att|encoder_attn", name, re.IGNORECASE) for name in names)
-    spelled = spelled or type(model.get_submodule(path.rpartition(".")[0])).__name__.endswith("CrossAttention")
+    spelled = spelled or type(model.get_submodule(path.rpartition(".")[0])).__name__.endswith(
+        ("CrossAttention", "CrossAttentionLayer")
+    )
     if getattr(module, "is_cross_attention", spelled):
         return "cross"
     if getattr(module, "compressor", None) is not None:

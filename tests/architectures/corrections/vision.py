@@ -145,7 +145,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "pp_doclayout_v3": {**HYBRID, "backbone_config": {**HGNET, **ALL}, "x4_feat_dim": 8},
     "pp_doclayout_v4": HYBRID,
-    **dict.fromkeys(("swin", "donut-swin", "swinv2", "maskformer-swin", "swin2sr"), SWIN_SIZES),
+    **dict.fromkeys(("swin", "donut-swin", "swinv2", "maskformer-swin"), SWIN_SIZES),
+    "swin2sr": {**SWIN_SIZES, "image_size": 16, "patch_size": 1, "embed_dim": 32, "depths": [2], "num_heads": [4]},
     "depth_anything": {"backbone_config": {**DINO, "reshape_hidden_states": False}, "patch_size": 8},
     "prompt_depth_anything": {"backbone_config": {**DINO, "reshape_hidden_states": False}, "patch_size": 8},
     "bit": {"num_groups": 2},
@@ -172,6 +173,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "upernet": {"backbone_config": {**SWIN, **ALL}, "auxiliary_channels": 16},
     "sapiens2": {"num_key_value_heads_per_layer": [4, 2]},
+    "pvt": {
+        "num_encoder_blocks": 2,
+        "hidden_sizes": [16, 32],
+        "depths": [1, 1],
+        "num_attention_heads": [1, 2],
+        "mlp_ratios": [2, 2],
+        "patch_sizes": [4, 2],
+        "strides": [4, 2],
+        "sequence_reduction_ratios": [2, 1],
+    },
+    "slanext": {"vision_config": SAM_VISION, "post_conv_in_channels": 32, "max_text_length": 5},
+    "seggpt": {"image_size": [32, 16], "merge_index": 0, "intermediate_hidden_state_indices": [1]},
     "cvt": {"depth": [1, 2, 3], "embed_dim": [8, 24, 48]},
     "mobilevit": {"hidden_sizes": [16, 16, 32], "neck_hidden_sizes": [8, 8, 8, 16, 16, 16, 32], "image_size": 64},
     "efficientnet": {
@@ -340,6 +353,11 @@ def images_with_points(model: Any, source: Random) -> dict[str, Any]:
         "input_points": size * source(2, 1, 3, 2).sigmoid(),
         "input_labels": torch.tensor([[[1, 0, 1]]] * 2),
     }
+
+
+@inputs("seggpt")
+def images_with_an_example(model: Any, source: Random) -> dict[str, Any]:
+    return {name: source(2, 3, 16, 16) for name in ("pixel_values", "prompt_pixel_values", "prompt_masks")}
 
 
 @inputs("videoprism_vision_model", "vjepa2", "videomt")

@@ -3,8 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers as tf
 from torch import nn
 
+import attn_plugins as ap
 from attn_plugins.hf.discovery.heads import head_shape
 
 CASES = {
@@ -46,3 +49,19 @@ def test_head_sizes(name):
 def test_head_sizes_that_cannot_be_told(attributes):
     with pytest.raises(ValueError, match="cannot tell the number and size of the heads of Module"):
         head_shape(module_of(attributes, {}), SimpleNamespace())
+
+
+def test_positions_beside_the_content_make_queries_and_keys_twice_as_wide():
+    sizes = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "num_queries": 5, "d_model": 32}
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    backbone = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8, 16, 32], depths=[1, 1, 1, 1], out_indices=[4])
+    model = tf.ConditionalDetrModel(tf.ConditionalDetrConfig(backbone_config=backbone, **layers, **sizes))
+    heads = head_shape(model.decoder.layers[0].encoder_attn, model.config)
+    assert (heads.num_heads, heads.head_dim, heads.value_dim) == (4, 16, 8)
+    heads = head_shape(model.decoder.layers[0].self_attn, model.config)
+    assert (heads.head_dim, heads.value_dim) == (8, 8)
+    ap.swap_attention(model, "additive", roles="cross")
+    model(pixel_values=torch.randn(1, 3, 96, 96)).last_hidden_state.sum().backward()
+    weights = [w for path, w in model.named_parameters() if "attn_plugin" in path]
+    assert weights
+    assert all(weight.grad is not None for weight in weights)

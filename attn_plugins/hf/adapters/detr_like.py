@@ -1,0 +1,114 @@
+"""DETR's kin, which add positions to the states that queries and keys are made of, and not to those of values."""
+
+import torch
+from transformers.models.dab_detr import modeling_dab_detr
+from transformers.models.table_transformer import modeling_table_transformer
+
+from attn_plugins.hf.adapters import Heads, attend, slotted
+
+FAMILIES = ("dab_detr", "table_transformer")
+
+
+def by_heads(states: torch.Tensor, number: int) -> Heads:
+    return states.unflatten(-1, (number, -1)).transpose(1, 2)
+
+
+def placed(states: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    return states if positions is None else states + positions
+
+
+class TableTransformerAttention(modeling_table_transformer.TableTransformerAttention):
+    is_causal = False
+
+    @slotted
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        object_queries: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        spatial_position_embeddings: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Over an image, over queries of objects, or from these to the image."""
+        queries, states = placed(hidden_states, object_queries), key_value_states
+        keys = queries if states is None else placed(states, spatial_position_embeddings)
+        out, weights = attend(
+            self,
+            by_heads(self.q_proj(queries), self.num_heads),
+            by_heads(self.k_proj(keys), self.num_heads),
+            by_heads(self.v_proj(hidden_states if states is None else states), self.num_heads),
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.dropout,
+            output_attentions=output_attentions,
+        )
+        return self.out_proj(out.flatten(2)), weights
+
+
+class DetrAttention(modeling_dab_detr.DetrAttention):
+    is_causal = False
+
+    @slotted
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        object_queries: torch.Tensor | None = None,
+        key_value_states: torch.Tensor | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Over an image; it makes nothing of states of another."""
+        states = placed(hidden_states, object_queries)
+        out, weights = attend(
+            self,
+            by_heads(self.q_proj(states), self.num_heads),
+            by_heads(self.k_proj(states), self.num_heads),
+            by_heads(self.v_proj(hidden_states), self.num_heads),
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout,
+            output_attentions=output_attentions,
+        )
+        return self.out_proj(out.flatten(2)), weights
+
+
+class DabDetrAttention(modeling_dab_detr.DabDetrAttention):
+    """Of projections that are made outside; in cross-attention positions stand beside the content, twice as wide."""
+
+    is_causal = False
+
+    @property
+    def num_heads(self) -> int:
+        return self.attention_heads
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.attention_head_dim
+
+    @property
+    def v_head_dim(self) -> int:
+        return self.values_head_dim
+
+    @slotted
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        key_states: torch.Tensor | None = None,
+        value_states: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert key_states is not None
+        assert value_states is not None
+        out, weights = attend(
+            self,
+            by_heads(hidden_states, self.attention_heads),
+            by_heads(key_states, self.attention_heads),
+            by_heads(value_states, self.attention_heads),
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.attention_dropout,
+            output_attentions=bool(output_attentions),
+        )
+        return self.output_proj(out.flatten(2)), weights if output_attentions else None
