@@ -30,6 +30,8 @@ def hidden_states_of(module: nn.Module, call: Call | None, query: torch.Tensor) 
     if call is not None:
         name, place = getattr(module, SIGNATURE).hidden
         hidden = call.args[place] if place < len(call.args) else call.kwargs.get(name)
+        if isinstance(hidden, torch.Tensor) and (change := getattr(module, "hidden_given", None)) is not None:
+            hidden = change(hidden)
     if isinstance(hidden, torch.Tensor) and hidden.ndim == 4:  # images or windows in rows and columns (SAM)
         hidden = hidden.flatten(1, 2)
     if (

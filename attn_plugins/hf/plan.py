@@ -10,6 +10,7 @@ from attn_plugins.core.assignment import Share, Target, assign, by_own_paths, ru
 from attn_plugins.core.rules import Rule, parse_rules, parse_saved_rules
 from attn_plugins.hf import adapters
 from attn_plugins.hf.checkpoints import configs
+from attn_plugins.hf.discovery import inline
 from attn_plugins.hf.discovery import modules as discovery
 from attn_plugins.hf.names import BASE, IMPLEMENTATION, SLOT, slot_of
 from attn_plugins.hf.slots import build
@@ -39,10 +40,11 @@ def make_plan(model: PreTrainedModel, rules: list[Rule], absent: dict[int, str] 
     """
     targets = discovery.targets(model)
     if not targets:
+        known = "".join(f"; {name}: {why}" for name, why in inline.reasons(model).items())
         raise ValueError(
             f"{type(model).__name__} has no attention that can be swapped: none of its modules dispatches through "
             "transformers' attention interface (ALL_ATTENTION_FUNCTIONS), and none is of a family with an adapter "
-            f"({', '.join(adapters.families())})"
+            f"({', '.join(adapters.families())}){known}"
         )
     if absent is not None and model.base_model is model and model.base_model_prefix:
         whole = model.base_model_prefix

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import attn_plugins as ap
+from attn_plugins.hf.discovery import inline
 from attn_plugins.hf.discovery import modules as discovery
 
 LONGEST = 6
@@ -61,8 +62,8 @@ def examine(model_type: str) -> Row:
         row.model_class = type(model).__name__
         row.inline = inline_attention(model)
         if not discovery.targets(model):
-            row.status = "inline attention" if row.inline else "no attention"
-            row.reason = ", ".join(row.inline)
+            row.status, known = "inline attention" if row.inline else "no attention", inline.REASONS
+            row.reason = "; ".join(f"{name}: {known[name]}" if name in known else name for name in row.inline)
         else:
             given = tiny_model.inputs_of(model_type, model)
             subject = Subject(model_type, model, given)

@@ -26,3 +26,11 @@ class Case:
     """Whether the model puts out attention weights, as a tensor for each layer."""
     in_rows: bool = True
     """Whether the input of each attention module has a row for each of its queries."""
+    states: bool = True
+    """Whether caches can hold states: not where a model makes the masks of its decoder itself, or they are dense."""
+    uncached: bool = True
+    """Whether the model itself generates the same without a cache."""
+    scores: bool = False
+    """Whether what the model gives for weights are scores."""
+    read: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor] = lambda made, given: tiny.numbers(made, given)
+    """What of a model's output is compared."""

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import adapter_cases_speech
+import adapter_cases_text
 import tiny
 import torch
 import transformers as tf
@@ -87,12 +89,15 @@ CASES = {
         learned={"type": "additive"},
         generates=True,
     ),
-    "falcon": Case(made=lambda: (tf.FalconForCausalLM, _falcon()), generates=True),
+    "falcon": Case(made=lambda: (tf.FalconForCausalLM, _falcon()), generates=True, scores=True),
     "falcon-groups": Case(
-        made=lambda: (tf.FalconForCausalLM, _falcon(new_decoder_architecture=True, num_kv_heads=2)), generates=True
+        made=lambda: (tf.FalconForCausalLM, _falcon(new_decoder_architecture=True, num_kv_heads=2)),
+        generates=True,
+        scores=True,
     ),
     "falcon-alibi": Case(
         made=lambda: (tf.FalconForCausalLM, _falcon(alibi=True, multi_query=False)),
+        scores=True,
         learned={"type": "additive"},
         generates=True,
     ),
@@ -281,6 +286,7 @@ CASES = {
     ),
     **vision_adapter_cases.CASES,
 }
+CASES |= adapter_cases_text.CASES | adapter_cases_speech.CASES
 if not hasattr(modeling_roformer, "create_causal_mask"):  # transformers 5.17: these attend to what follows, told or not
     for decoder in ("megatron_bert-decoder", "rembert-cross", "roformer-decoder", "roformer-cross"):
         CASES.pop(decoder, None)

@@ -159,7 +159,11 @@ def inputs(name: str, batch: int = 2, length: int = 13, padded: bool = True, see
 
 def output(model: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
     """The logits, or the last hidden state, at tokens that are not padding."""
-    made = model(**given)
+    return numbers(model(**given), given)
+
+
+def numbers(made: Any, given: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The same of what a model has made."""
     out = made.logits if getattr(made, "logits", None) is not None else made.last_hidden_state
     mask = given.get("attention_mask")
     return out[mask.bool()] if mask is not None and mask.shape == out.shape[:2] else out

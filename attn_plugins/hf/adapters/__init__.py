@@ -7,9 +7,12 @@ biases as the family's does, and gives them to :func:`attend`. A module becomes 
 ``__class__``, which keeps its weights, hooks and place, and is exchanged back when the model is restored.
 
 An adapter may state what its module's attributes don't, as class attributes or properties: ``is_causal`` (or
-``is_causal_in(model, path)``, where that depends on the model that holds it), ``adds_position_bias`` where it gives a
-``position_bias``, and ``cannot``: why its module cannot be swapped, or None. ``mask_given(mask)`` does what the model
-does to a mask before its modules get it, for those that run the family's own ``forward``.
+``is_causal_in(model, path)``, where that depends on the model that holds it), ``is_cross_in(model, path)``,
+``adds_position_bias`` where it gives a ``position_bias``, ``makes_causal`` where it makes a causal mask of the one
+that it is given, and ``cannot``: why its module cannot be swapped, or None. ``mask_given(mask)`` does what the model
+does to a mask before its modules get it, for those that run the family's own ``forward``; ``bool_given(mask)`` does it
+to a boolean tensor, where the model makes one of the mask that it has asked for. ``hidden_given(hidden)`` puts the
+input of its forward into (B, N, size), where it arrives otherwise.
 """
 
 import ast
@@ -124,6 +127,9 @@ def slotted(forward: Callable) -> Callable:
             return forward(self, *args, **kwargs)
 
         def native(given: Any) -> Any:
+            if isinstance(given, torch.Tensor) and given.dtype == torch.bool:
+                change = getattr(self, "bool_given", None)
+                return given if change is None else change(given)
             if not isinstance(given, LazyMask):
                 return given
             mask, change = given.native(getattr(self, BASE)), getattr(self, "mask_given", None)
@@ -179,12 +185,14 @@ def attend_as_bert(
     cache: Any = None,
     rotate: Callable[..., tuple[Heads, ...]] | None = None,
     position_bias: torch.Tensor | None = None,
+    dropout: float | None = None,
     output_attentions: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention (B, N, heads * D), and its weights, of a module that names its parts as BERT's does.
 
     Args:
         source: the states of an encoder, where keys and values are of these.
+        dropout: probability in training, where it is not the module's ``dropout``.
         rotate: gives queries, keys and values their rotary positions, where these are not of an encoder.
     """
 
@@ -207,7 +215,7 @@ def attend_as_bert(
         key,
         value,
         attention_mask,
-        dropout=module.dropout.p if module.training else 0.0,
+        dropout=(module.dropout.p if dropout is None else dropout) if module.training else 0.0,
         position_bias=position_bias,
         output_attentions=output_attentions,
     )
@@ -220,12 +228,15 @@ def attend_as_bart(
     key_value_states: torch.Tensor | None,
     cache: Any,
     attention_mask: Any,
+    *,
+    prompt: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The output (B, N, width), and the weights, of a module that names its parts as BART's does.
 
     Args:
         key_value_states: the states of an encoder, where keys and values are of these.
+        prompt: keys and values (2, heads, P, D) that stand before the others, in the mask too.
         kwargs: for the attention function, such as ``output_attentions``.
     """
 
@@ -237,6 +248,9 @@ def attend_as_bart(
     key, value = cached(
         cache, module.layer_idx, cross, lambda: (heads(module.k_proj(source)), heads(module.v_proj(source)))
     )
+    if prompt is not None:
+        before = [part.expand(len(key), -1, -1, -1) for part in prompt]
+        key, value = torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2)
     out, weights = ALL_ATTENTION_FUNCTIONS[IMPLEMENTATION](
         module,
         heads(module.q_proj(hidden_states)),

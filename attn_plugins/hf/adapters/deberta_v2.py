@@ -19,6 +19,10 @@ class DisentangledSelfAttention(modeling_deberta_v2.DisentangledSelfAttention):
     def adds_position_bias(self) -> bool:
         return bool(self.relative_attention)
 
+    @property
+    def dropped(self) -> float:
+        return self.dropout.p
+
     @slotted
     def forward(
         self,
@@ -47,7 +51,7 @@ class DisentangledSelfAttention(modeling_deberta_v2.DisentangledSelfAttention):
             value,
             padding_of(attention_mask),
             scaling=(self.attention_head_size * parts) ** -0.5,
-            dropout=self.dropout.p,
+            dropout=self.dropped,
             position_bias=bias,
             output_attentions=output_attentions,
         )

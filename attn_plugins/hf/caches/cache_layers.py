@@ -160,7 +160,8 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         return
     mask = call.find(LazyMask)
     layer = None if mask is None else layer_of(module, cache, weights_wanted(module, kwargs))
-    if mask is None or not mask.causal or mask.segments_BK is not None:
+    causal = mask is not None and (mask.causal or getattr(module, "makes_causal", False))
+    if mask is None or not causal or mask.segments_BK is not None:
         give_up(module, cache)  # what a later token sees of the image, prefix or text before it, no state knows
         layer = None
     if layer is not None:

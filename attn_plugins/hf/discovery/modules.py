@@ -114,6 +114,8 @@ def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
         return "cross"
     if getattr(module, "compressor", None) is not None:
         return "cross"  # after the keys of its tokens come those of another sequence, summaries of them (DeepSeek V4)
+    if (held := getattr(module, "is_cross_in", None)) is not None and held(model, path):
+        return "cross"
     if (held := getattr(module, "is_causal_in", None)) is not None:
         return "decoder" if held(model, path) else "encoder"
     masks = by_code.makes_masks(type(part) for part in around)

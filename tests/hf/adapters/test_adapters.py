@@ -5,6 +5,8 @@ import importlib.util
 import inspect
 import pickle
 import sys
+import types
+from collections.abc import Iterator
 from typing import Any
 
 import programs
@@ -19,9 +21,10 @@ import attn_plugins as ap
 from attn_plugins.hf import adapters
 from attn_plugins.hf.discovery import modules as discovery
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*torch.jit.script.*:DeprecationWarning"
-)  # DeBERTa in transformers 5.17
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning"),  # DeBERTa in transformers 5.17
+    pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask and attn_mask"),  # WavLM's own attention
+]
 
 
 every = pytest.mark.parametrize("name", CASES)
@@ -58,9 +61,19 @@ def modules(model: Any, role: str | None = None) -> list[nn.Module]:
     return [model.get_submodule(row.path) for row in rows if role in (None, row.role)]
 
 
+def tensors_of(made: Any) -> Iterator[torch.Tensor]:
+    """Those in what a module returns, which may be tuples within tuples, or a dict."""
+    if isinstance(made, torch.Tensor):
+        yield made
+    elif made is not None:
+        for part in made.values() if isinstance(made, dict) else made:
+            yield from tensors_of(part)
+
+
 def numbers(name: str, model: Any, **changes: Any) -> torch.Tensor:
     torch.manual_seed(0)  # ViLT puts its patches into a random order
-    return tiny.output(model, {**CASES[name].given(), **changes})
+    given = {**CASES[name].given(), **changes}
+    return CASES[name].read(model(**given), given)
 
 
 @every
@@ -81,7 +94,8 @@ def test_limit_case_equals_the_models_own_output(name, flag):
 def test_a_window_is_not_the_whole(name):
     model = build(name)
     own = numbers(name, model)
-    assert (numbers(name, ap.swap_attention(model, CASES[name].narrow)) - own).abs().max() > 1e-3
+    narrow = numbers(name, ap.swap_attention(model, CASES[name].narrow))
+    assert narrow.shape != own.shape or (narrow - own).abs().max() > 1e-3  # speech may be of another length
 
 
 @every
@@ -90,14 +104,14 @@ def test_modules_that_no_rule_matches_compute_exactly_what_they_did(name):
     model = build(name)
     calls: list[tuple[nn.Module, torch.Tensor]] = []
     for module in modules(model):
-        module.register_forward_hook(lambda module, args, out: calls.append((module, out[0])))
+        module.register_forward_hook(lambda module, args, out: calls.append((module, next(tensors_of(out)))))
     numbers(name, model)
     before, last = calls.copy(), modules(model, CASES[name].role)[-1]
     path = [row.path for row in ap.describe_attention(model) if row.role == CASES[name].role][-1]
     numbers(name, ap.swap_attention(model, "softmax", modules=path))
     assert sum(row.plugin is not None for row in ap.describe_attention(model)) == 1
     own = [module for module, _ in before].index(last)
-    assert own >= 2
+    assert own >= 1
     for (module, one), (again, other) in zip(before[:own], calls[len(before) :], strict=False):
         assert module is again
         assert torch.equal(one, other)
@@ -127,11 +141,13 @@ def test_attention_weights_are_the_models_own(name):
         got = weights(ap.swap_attention(build(name, attn_implementation=served), rule))
         assert got.keys() == want.keys()
         for key, expected in want.items():
-            for one, other in zip(got[key], expected, strict=True):
+            for one, other in zip(tensors_of(got[key]), tensors_of(expected), strict=True):
+                if name == "canine":  # which gives those of its first chunk alone
+                    one = one[..., : other.shape[-2], : other.shape[-1]]
                 assert one.shape == other.shape
-                same = (one - other).abs().amax(dim=-1) < 1e-4
-                # Rows of padding may differ, and Falcon gives its scores.
-                assert same.float().mean() > 0.8 or name.startswith("falcon")
+                keys = 1 if name.startswith("xlnet") else -1
+                same = (one - other).abs().amax(dim=keys) < 1e-4
+                assert same.float().mean() > 0.8 or CASES[name].scores  # rows of padding may differ
 
 
 @families
@@ -210,13 +226,20 @@ def test_copies_and_pickles(name):
 
 @every
 def test_gradients_reach_the_new_weights_and_the_models_own(name):
-    model = ap.swap_attention(build(name), CASES[name].learned)
-    numbers(name, model).square().sum().backward()
+    def reached(model: Any) -> set[str]:
+        numbers(name, model).square().sum().backward()
+        return {path for path, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()}
+
+    own, model = reached(build(name)), ap.swap_attention(build(name), CASES[name].learned)
+    found = reached(model)
     swapped = [module for module in modules(model, CASES[name].role) if hasattr(module, "attn_plugin")]
     assert swapped
     for module in swapped:
-        assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in module.parameters())
-        assert next(module.attn_plugin.parameters(), None) is not None
+        weights = list(module.attn_plugin.parameters())
+        new = {path for path, weight in model.named_parameters() if any(weight is one for one in weights)}
+        assert new
+        assert new <= found
+    assert own <= found
 
 
 @generating
@@ -227,13 +250,14 @@ def test_gradients_reach_the_new_weights_and_the_models_own(name):
 def test_cached_equals_uncached(name, flag):
     """Padded on the left, greedy, from states of the attention where the module adds no bias."""
     model, given = build(name), CASES[name].given()
-    given.pop("decoder_input_ids", None)
+    for unasked in ("decoder_input_ids", "use_cache"):
+        given.pop(unasked, None)
     if flag == "linear":
         flag = CASES[name].learned["type"]
     ap.swap_attention(model, flag)
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     how |= {"output_logits": True, "return_dict_in_generate": True}
-    cached, uncached = (model.generate(**given, **how, use_cache=use) for use in (True, False))
+    cached, uncached = (model.generate(**given, **how, use_cache=use) for use in (True, not CASES[name].uncached))
     assert torch.equal(cached.sequences, uncached.sequences)
     for one, other in zip(cached.logits, uncached.logits, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
@@ -242,7 +266,8 @@ def test_cached_equals_uncached(name, flag):
         for layer in getattr(cached.past_key_values, "self_attention_cache", cached.past_key_values).layers
     }
     biased = any(discovery.biased(module) for module in modules(model, "decoder"))
-    assert ("StateLayer" in kept) == (flag not in ("softmax", "additive") and not biased)
+    holds = CASES[name].states and flag not in ("softmax", "additive") and not biased
+    assert ("StateLayer" in kept) == holds
 
 
 @generating
@@ -319,12 +344,16 @@ def test_a_forward_that_a_hook_has_bound_is_exchanged_too():
         assert torch.equal(numbers("mpnet", ap.restore_attention(model)), own)
 
 
-def test_what_an_adapter_cannot_serve_is_refused_before_anything_changes():
-    config = deberta(tf.DebertaConfig, talking_head=True)
-    model = tf.DebertaModel(config)
-    with pytest.raises(
-        ValueError, match=r"encoder.layer.0.attention.self cannot be swapped: it mixes the scores of it"
-    ):
+CANNOT = {
+    "it mixes the scores of its heads": lambda: tf.DebertaModel(deberta(tf.DebertaConfig, talking_head=True)),
+    "it computes softmax with whole numbers": lambda: tf.IBertModel(tf.IBertConfig(**tiny.SMALL, quant_mode=True)),
+}
+
+
+@pytest.mark.parametrize("why", CANNOT)
+def test_what_an_adapter_cannot_serve_is_refused_before_anything_changes(why):
+    model = CANNOT[why]()
+    with pytest.raises(ValueError, match=rf"encoder.layer.0.attention.self cannot be swapped: {why}"):
         ap.swap_attention(model, "softmax")
     assert not any(hasattr(module, "attn_plugin") for module in model.modules())
     assert all(adapters.adapter_of(type(module)) is not type(module) for module in modules(model))
@@ -342,6 +371,38 @@ def test_a_model_of_another_class_is_refused_with_the_families():
         ap.swap_attention(model, "local")
 
 
+def test_a_family_without_an_adapter_is_refused_with_the_reason_where_it_is_known():
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2}
+    model = tf.RwkvModel(tf.RwkvConfig(vocab_size=tiny.VOCABULARY, **sizes))
+    with pytest.raises(ValueError, match=r"RwkvSelfAttention: a recurrence with a decay for each channel"):
+        ap.swap_attention(model, "local")
+
+
+@torch.no_grad()
+def test_gates_see_the_hidden_states_where_the_sequence_stands_before_the_batch():
+    model, seen = build("fsmt"), []
+    ap.swap_attention(model, "gated_delta", gate_input="hidden", roles="decoder")
+    for module in modules(model, "decoder"):
+        module.register_forward_pre_hook(lambda module, args, given: seen.append(given["query"]), with_kwargs=True)
+        module.attn_plugin.register_forward_pre_hook(
+            lambda slot, args, given: seen.append(given["hidden"]), with_kwargs=True
+        )
+    numbers("fsmt", model)
+    assert len(seen) == 4
+    for given, hidden in zip(seen[::2], seen[1::2], strict=True):
+        assert torch.equal(hidden, given.transpose(0, 1))
+
+
+@torch.no_grad()
+def test_overlapping_chunks_of_characters_are_refused():
+    model = build("canine")
+    model.initial_char_encoder.layer[0].attention.attend_to_chunk_width = 6
+    with pytest.raises(
+        ValueError, match=r"initial_char_encoder.layer.0.attention cannot be swapped: its chunks overlap"
+    ):
+        ap.swap_attention(model, "softmax")
+
+
 def test_adapters_are_of_the_families_that_their_files_name():
     here = {family for family in adapters.families() if importlib.util.find_spec(f"transformers.models.{family}")}
     assert here == {name.split("-")[0] for name in CASES}
@@ -356,7 +417,15 @@ def test_adapters_are_of_the_families_that_their_files_name():
 
 def calls_the_interface(function: Any) -> bool:
     """Itself, or through what it calls of the adapters' own files."""
-    names = function.__code__.co_names
+    names = list(names_in(function.__code__))
     called = [one for one in map(function.__globals__.get, names) if inspect.isfunction(one)]
     shared = [one for one in called if one.__module__.startswith(adapters.__name__)]
     return "ALL_ATTENTION_FUNCTIONS" in names or any(map(calls_the_interface, shared))
+
+
+def names_in(code: types.CodeType) -> Iterator[str]:
+    """What code names, and functions within it."""
+    yield from code.co_names
+    for held in code.co_consts:
+        if isinstance(held, types.CodeType):
+            yield from names_in(held)

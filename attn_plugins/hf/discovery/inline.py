@@ -1,0 +1,24 @@
+"""Why attention classes that never ask transformers' interface have no adapter, where that is known."""
+
+from torch import nn
+
+REASONS: dict[str, str] = {
+    "AutoformerAttention": "weighs whole series, shifted by a few delays, by their autocorrelation: no key by a query",
+    "Gemma3nAudioAttention": "a window already, whose softcap limits scores and their position bias together",
+    "Gemma4AudioAttention": "a window already, whose softcap limits scores and their position bias together",
+    "InformerProbSparseAttention": "attends for a few queries that it chooses, and gives the others the mean of values",
+    "LSHSelfAttention": "hashes vectors that are queries and keys at once, and attends in chunks of sorted hashes",
+    "LocalSelfAttention": "chunks that see the one before them, a window already, and caches that hold hidden states",
+    "MraSelfAttention": "approximates softmax attention in its own way: blocks of scores in two resolutions",
+    "NystromformerSelfAttention": "approximates softmax attention in its own way: landmarks and a pseudo-inverse",
+    "ProphetNetNgramSelfAttention": "several streams at once, in which each query has a key more that no other sees",
+    "RwkvSelfAttention": "a recurrence with a decay for each channel, without queries",
+    "YosoSelfAttention": "approximates attention in its own way: by hashes that queries and keys share",
+}
+"""Class -> what it does in place of, or beside, attention of queries to keys."""
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    """Those of the classes of a model's modules."""
+    names = dict.fromkeys(type(module).__name__ for module in model.modules())
+    return {name: REASONS[name] for name in names if name in REASONS}
