@@ -65,6 +65,8 @@ def check(model, given, **rule):
     assert {id(module) for module, _, _ in found} == {id(model.get_submodule(row.path)) for row in rows}
     for module, want, got in found:
         want = want.flatten(1, 2) if want.ndim == 4 else want  # of images in rows and columns
+        if hasattr(module, "hidden_given"):  # the sequence before the batch, or after the features
+            want = next(x for x in (want.transpose(0, 1), want.transpose(1, 2)) if x.shape == got.shape)
         torch.testing.assert_close(got, want, rtol=0, atol=0)
         assert module.attn_plugin.heads.hidden_size == got.shape[-1]
     assert [model.get_submodule(row.path).attn_plugin.heads.layer for row in rows] == [row.layer for row in rows]

@@ -379,18 +379,10 @@ def test_a_family_without_an_adapter_is_refused_with_the_reason_where_it_is_know
 
 
 @torch.no_grad()
-def test_gates_see_the_hidden_states_where_the_sequence_stands_before_the_batch():
-    model, seen = build("fsmt"), []
-    ap.swap_attention(model, "gated_delta", gate_input="hidden", roles="decoder")
-    for module in modules(model, "decoder"):
-        module.register_forward_pre_hook(lambda module, args, given: seen.append(given["query"]), with_kwargs=True)
-        module.attn_plugin.register_forward_pre_hook(
-            lambda slot, args, given: seen.append(given["hidden"]), with_kwargs=True
-        )
-    numbers("fsmt", model)
-    assert len(seen) == 4
-    for given, hidden in zip(seen[::2], seen[1::2], strict=True):
-        assert torch.equal(hidden, given.transpose(0, 1))
+def test_a_stream_that_predicts_tokens_does_not_show_them_to_gates():
+    model = ap.swap_attention(build("xlnet-predicting"), "gated_softmax")
+    with pytest.raises(ValueError, match=r"the stream that predicts tokens must not have it; leave out target_mapping"):
+        numbers("xlnet-predicting", model)
 
 
 @torch.no_grad()
