@@ -31,6 +31,7 @@ class Kernels(NamedTuple):
     gla: Callable[..., Any]
     delta_rule: Callable[..., Any]
     gated_delta_rule: Callable[..., Any]
+    kda: Callable[..., Any]
     hgrn: Callable[..., Any]
 
 
@@ -41,6 +42,7 @@ def kernels() -> Kernels:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.gla import chunk_gla
     from fla.ops.hgrn import fused_recurrent_hgrn
+    from fla.ops.kda import chunk_kda
     from fla.ops.simple_gla import chunk_simple_gla
 
     return Kernels(
@@ -48,6 +50,7 @@ def kernels() -> Kernels:
         gla=chunk_gla,
         delta_rule=chunk_delta_rule,
         gated_delta_rule=chunk_gated_delta_rule,
+        kda=chunk_kda,
         hgrn=fused_recurrent_hgrn,
     )
 
@@ -65,7 +68,8 @@ class Fla(Backend):
     about 1e-3; so are features that may be negative, and float16, whose range sums over thousands of keys leave. The
     kernels have no second derivatives.
 
-    Seen right in Triton's interpreter, forward and backward; compiled for GPUs; not yet run on one.
+    Seen right in Triton's interpreter, forward and backward; compiled for GPUs, but for delta rules with a gate a
+    channel; not yet run on one.
     """
 
     what = "flash-linear-attention's kernels, for recurrences and causal linear attention"
@@ -91,7 +95,8 @@ class Fla(Backend):
         if torch.is_grad_enabled() and _wrong_with_gates(q_BHQD.device) and isinstance(attention, RecurrentAttention):
             none = _no_tokens(attention, q_BHQD, k_BGKD, v_BGKV)
             exact_delta = none.log_gate is None and q_BHQD.dtype != torch.bfloat16
-            if exact_delta or (none.log_gate is not None and none.log_gate.shape[3] == 1):
+            one_gate = none.log_gate is not None and (none.log_gate.shape[3] == 1 or none.beta is not None)
+            if exact_delta or one_gate:  # that of the average beside a delta rule is one too
                 return (
                     "on Hopper GPUs Triton 3.4 to 3.7.0 compiles wrong gradients of kernels with one gate a token, "
                     f"got Triton {metadata.version('triton')}: pip install 'triton>=3.7.1', or tilelang"
@@ -222,12 +227,16 @@ def _delta(tokens: Tokens, counts: torch.Tensor | None, rows: _Rows) -> torch.Te
     assert tokens.average_weight is not None
     gate = tokens.log_gate
     gate = tokens.k.new_zeros(1, 1, 1, 1) if gate is None else gate
-    gate_BGT1 = gate.expand(batch, tokens.k.shape[1], length, 1)
+    of_sums = gate[..., -1:]
+    gate_BGT1 = of_sums.expand(batch, tokens.k.shape[1], length, 1)
 
     k, v, beta = (expand_heads(x, heads) for x in (tokens.k, tokens.v, tokens.beta))
     given = {"q": rows.take(tokens.q), "k": rows.take(k), "v": rows.take(v), "beta": rows.take_scalar(beta)}
     if tokens.log_gate is None and rows.dtype != torch.float32:  # which the rule without gates refuses
         recalled, _ = kernels().delta_rule(**given, scale=1.0, **rows.options)
+    elif gate.shape[3] > 1:
+        g = rows.take(expand_heads(gate[..., :-1].expand(batch, -1, length, -1), heads), torch.float32)
+        recalled, _ = kernels().kda(**given, g=g, scale=1.0, **rows.options)
     else:
         g = rows.take_scalar(expand_heads(gate_BGT1, heads))
         recalled, _ = kernels().gated_delta_rule(**given, g=g, scale=1.0, **rows.options)
@@ -236,7 +245,7 @@ def _delta(tokens: Tokens, counts: torch.Tensor | None, rows: _Rows) -> torch.Te
     counted = rows.take(tokens.v if counts is None else tokens.v * counts)
     decay = {} if tokens.log_gate is None else {"g": rows.take_scalar(gate_BGT1)}
     total, _ = kernels().simple_gla(one, one, counted, scale=1.0, **decay, **rows.options)
-    number = _decayed_number(gate, counts, length, rows)
+    number = _decayed_number(of_sums, counts, length, rows)
     average = rows.give(total, batch, size) / number.clamp_min(1.0)
     weight = tokens.average_weight.view(-1, 1, 1)
     return rows.give(recalled, batch, size) + weight * expand_heads(average, heads)

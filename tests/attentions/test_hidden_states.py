@@ -114,7 +114,7 @@ def test_heads_that_do_not_fit_are_refused():
     assert inputs(1, 5, **shape).run(case.module(**shape), case.mask(1, 5, 5)).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["gated_linear", "gated_delta", "delta", "native_sparse"])
+@pytest.mark.parametrize("name", ["gated_linear", "gated_delta", "kimi_delta", "delta", "native_sparse"])
 def test_gates_of_hidden_states_need_their_size(name):
     cls = get_attention(name)
     config, heads = cls.Config(gate_input="hidden"), head_shape()

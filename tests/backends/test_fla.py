@@ -80,7 +80,16 @@ def naive(monkeypatch):
         assert q.dtype != torch.float32, "the library refuses it"
         return recurrence(q, k, v, None, beta, **options)
 
-    stand_ins = fla.Kernels(simple, recurrence, delta_rule, recurrence, hgrn)
+    def simple_delta(q, k, v, g, beta, **options):
+        assert g.ndim == 3
+        return recurrence(q, k, v, g, beta, **options)
+
+    def kda(q, k, v, g, beta, **options):
+        assert g.shape == q.shape
+        assert g.dtype == beta.dtype == torch.float32
+        return recurrence(q, k, v, g, beta, **options)
+
+    stand_ins = fla.Kernels(simple, recurrence, delta_rule, simple_delta, kda, hgrn)
     monkeypatch.setattr(fla, "kernels", lambda: stand_ins)
     monkeypatch.setattr(fla, "COUNT_SPAN", 8)
     monkeypatch.setattr(fla.Fla, "devices", ("cpu",))
@@ -89,7 +98,7 @@ def naive(monkeypatch):
 
 def test_serves_what_is_a_recurrence_or_linear():
     served = {case.cls.name for case in CASES if is_served(case)}
-    assert {"linear", "retention", "gated_linear", "delta", "gated_delta"} <= served
+    assert {"linear", "retention", "gated_linear", "delta", "gated_delta", "kimi_delta"} <= served
 
 
 @pytest.mark.usefixtures("naive")
@@ -223,6 +232,7 @@ def test_where_triton_compiles_wrong_gradients_gates_are_refused(monkeypatch, ve
         ("retention", {}),
         ("gated_delta", {}),
         ("gated_delta", {"gate_input": "hidden"}),
+        ("kimi_delta", {}),
         ("delta", {}),
     ):
         assert (message in (reason(name, **options) or "")) == wrong, name

@@ -133,7 +133,7 @@ def test_a_suite_has_the_rows_of_each_model(llama, letters, tmp_path):
     own = read_suite(tree, {"b": letters[0]}, {"mine": "block_local"})
     order = list(of_b)
     assert order[:2] == ["dense", "window + 4 sinks, 50 %"], "the bar stands below the model's own"
-    assert order[-1] == "gated_delta"
+    assert order[-1] == "kimi_delta"
     assert list(own.parts[0][1].attentions) == ["dense", "mine"]
 
 

@@ -62,6 +62,7 @@ CAUSAL = {
     "gated_linear": [{"chunk_size": 4}],
     "delta": [{"chunk_size": 4, "initial_beta": 0.6}, {"chunk_size": 8, "gate_input": "hidden"}],
     "gated_delta": [{"chunk_size": 4, "initial_beta": 0.6, "initial_memory": 9.0}],
+    "kimi_delta": [{"chunk_size": 4, "initial_beta": 0.6, "initial_memory": 9.0, "gate_low_rank_dim": 2}],
     "with_the_one_before": [{}],
 }
 BIDIRECTIONAL = {

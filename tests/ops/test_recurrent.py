@@ -1,14 +1,11 @@
 """Retention, gated linear attention and the delta rules: the formulas, their three forms, and published code."""
 
 import functools
-import inspect
-import math
 import sys
 
 import pytest
 import torch
 from cases import assert_same
-from naive_forms import flash_linear_attention
 from torch.nn.functional import logsigmoid, scaled_dot_product_attention, softplus
 
 from attn_plugins.core.attention import HeadShape
@@ -19,7 +16,8 @@ from attn_plugins.ops.recurrent import chunked as recurrence
 from attn_plugins.ops.recurrent.attention import RecurrentAttention
 from attn_plugins.ops.recurrent.chunked import Tokens
 
-NAMES = ["retention", "gated_linear", "delta", "gated_delta"]
+NAMES = ["retention", "gated_linear", "delta", "gated_delta", "kimi_delta"]
+GATED = ["gated_linear", "gated_delta", "kimi_delta"]
 SCALE = 0.3
 every_name = pytest.mark.parametrize("name", NAMES)
 both_forms = pytest.mark.parametrize("form", ["attend", "attend_batched"])
@@ -90,6 +88,7 @@ def recurrent(tokens: Tokens):
     n = counts(log_gate)
     for t in range(tokens.k.shape[2]):
         k, v, gate = tokens.k[:, :, t, :, None], tokens.v[:, :, t, None, :], log_gate[:, :, t, :, None].exp()
+        gate, last = gate[:, :, : tokens.k.shape[3]], gate[:, :, -1]
         q = tokens.q[:, :, t].unflatten(1, (-1, group))
         if tokens.beta is None:
             state = gate * state + k * v
@@ -97,8 +96,8 @@ def recurrent(tokens: Tokens):
         else:
             state = gate * state
             state = state + tokens.beta[:, :, t, None] * k * (v - k.mT @ state)
-            total = gate[..., 0] * total + v[..., 0, :]
-            average = (total / n[:, :, t]).repeat_interleave(group, dim=1)
+            total = last * total + v[..., 0, :]
+            average = (total / n[:, :, t, -1:]).repeat_interleave(group, dim=1)
             rows.append((q @ state).flatten(1, 2) + tokens.average_weight[:, None] * average)
     return torch.stack(rows, dim=2)
 
@@ -115,16 +114,16 @@ def quadratic(tokens: Tokens):
         exponent = since[..., channel].unsqueeze(3) - since[..., channel].unsqueeze(2)
         return exponent.masked_fill_(future, -torch.inf).exp_()
 
-    if log_gate.shape[3] == 1:
-        weights = tokens.q / n @ k.mT if tokens.beta is None else tokens.q @ k.mT
-        weights = weights * between(0)
-    else:
-        weights = sum((tokens.q / n)[..., c : c + 1] @ k[..., c : c + 1].mT * between(c) for c in range(features))
+    def read(a):
+        if log_gate.shape[3] == 1:
+            return a @ k.mT * between(0)
+        return sum(a[..., c : c + 1] @ k[..., c : c + 1].mT * between(c) for c in range(features))
+
     if tokens.beta is None:
-        return weights @ v
+        return read(tokens.q / n) @ v
     beta = tokens.beta.repeat_interleave(group, dim=1)
-    written = torch.linalg.solve_triangular(beta * (k @ k.mT) * between(0), beta * v, upper=False, unitriangular=True)
-    return weights @ written + tokens.average_weight[:, None, None] * (between(0) / n) @ v
+    written = torch.linalg.solve_triangular(beta * read(k), beta * v, upper=False, unitriangular=True)
+    return read(tokens.q) @ written + tokens.average_weight[:, None, None] * (between(-1) / n[..., -1:]) @ v
 
 
 def unit(x):
@@ -133,7 +132,7 @@ def unit(x):
 
 @every_name
 def test_equals_the_formula_of_its_docstring(name):
-    options = {"initial_memory": 5.0} if name.startswith("gated") else {}
+    options = {"initial_memory": 5.0} if name in GATED else {}
     module, (q, k, v) = attention(name, **options), tensors(1, 11, 11)
     out = run(module, q, k, v)
     with torch.no_grad():
@@ -159,10 +158,15 @@ def test_equals_the_formula_of_its_docstring(name):
                     state, total, n = torch.zeros(8, 6, dtype=torch.float64), want, 0.0
                     for key, value in zip(unit(keys), values, strict=True):
                         beta = torch.sigmoid(module.beta_weight[group] @ value + module.beta_bias[group])
-                        if name == "gated_delta":
-                            dt = softplus(module.gate_weight[group] @ value + module.dt_bias[group])
-                            gate = torch.exp(-module.A_log[group].exp() * dt)
-                            state, total, n = gate * state, gate * total, gate * n
+                        if name != "delta":
+                            weight = (
+                                module.gate_weight[group]
+                                if name == "gated_delta"
+                                else (module.gate_up_weight[group] @ module.gate_down_weight[group])
+                            )
+                            dt = softplus(weight @ value + module.dt_bias[group])
+                            gates = torch.exp(-module.A_log[group].exp() * dt).expand(9)
+                            state, total, n = gates[:8, None] * state, gates[8] * total, gates[8] * n
                         state = state - beta * torch.outer(key, key @ state - value)
                         total, n = total + value, n + 1
                     want = a * SCALE * unit(query) @ state + b * total / n
@@ -171,7 +175,7 @@ def test_equals_the_formula_of_its_docstring(name):
 
 @every_name
 def test_recurrent_chunked_and_quadratic_forms_agree_over_4096_tokens(name):
-    options = {"initial_memory": 300.0} if name.startswith("gated") else {}
+    options = {"initial_memory": 300.0} if name in GATED else {}
     module = attention(name, 1, 1, 4, 4, dtype=torch.float32, noise=0.1, **options)
     q, k, v = tensors(1, 4096, 4096, 1, 1, 4, 4, dtype=torch.float32)
     with torch.no_grad():
@@ -203,15 +207,15 @@ def test_neither_chunks_nor_spans_change_anything(monkeypatch, name, form):
 
 
 @both_forms
-@pytest.mark.parametrize("name", ["gated_linear", "gated_delta"])
+@pytest.mark.parametrize("name", GATED)
 def test_strong_decay_neither_overflows_nor_loses_what_follows(name, form):
     # Every fifth token wipes the state: sums of log gates fall by thousands within a chunk.
     module, (q, k, v) = attention(name, noise=0.0, dtype=torch.float32), tensors(1, 90, 90, dtype=torch.float32)
     v[..., 0] = torch.where(torch.arange(90) % 5 == 4, 1.0, 0.0)
     with torch.no_grad():
-        if name == "gated_linear":
+        if name != "gated_delta":
             module.gate_down_weight.zero_()[:, 0, 0] = 1.0
-            module.gate_up_weight[:, :, 0] = -50000.0
+            module.gate_up_weight[:, :, 0] = -50000.0 if name == "gated_linear" else 4000.0
         else:
             module.gate_weight[:, 0] = 4000.0
     mask, cotangent = AttentionMask(1, 90, 90, causal=True), torch.ones(1, 90, 4, 6)
@@ -323,7 +327,8 @@ def test_packed_sequences_in_pieces_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "at_most"), [("retention", 0.95), ("gated_linear", 0.98), ("delta", 0.7), ("gated_delta", 0.85)]
+    ("name", "at_most"),
+    [("retention", 0.95), ("gated_linear", 0.98), *((name, 0.7 if name == "delta" else 0.85) for name in NAMES[2:])],
 )
 def test_starts_better_than_zeros_and_than_a_plain_average(name, at_most):
     """Where scores are as in a pretrained model: far from small, half of each softmax with a sink that has no value."""
@@ -340,7 +345,7 @@ def test_starts_better_than_zeros_and_than_a_plain_average(name, at_most):
     assert error < at_most < 1 < plain
 
 
-@pytest.mark.parametrize("name", ["gated_linear", "gated_delta"])
+@pytest.mark.parametrize("name", GATED)
 @pytest.mark.parametrize("memory", [2.0, 4096.0])
 def test_gates_start_with_the_memory_asked_for(name, memory):
     module, given = attention(name, noise=0.0, initial_memory=memory), tensors(1, 9, 9)
@@ -348,7 +353,7 @@ def test_gates_start_with_the_memory_asked_for(name, memory):
     torch.testing.assert_close(gates, torch.full_like(gates, -1 / memory), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", ["delta", "gated_delta"])
+@pytest.mark.parametrize("name", NAMES[2:])
 def test_rates_start_as_asked_for(name):
     beta = prepared(attention(name, noise=0.0, initial_beta=0.25), *tensors(1, 9, 9)).beta
     torch.testing.assert_close(beta, torch.full_like(beta, 0.25), rtol=1e-6, atol=0)
@@ -387,9 +392,9 @@ def test_scan_passes_gradients_through_states_weights_and_spans():
     [
         (NAMES, {"chunk_size": 0}, "chunk_size=0; allowed: a power of two from 1 on"),
         (NAMES, {"chunk_size": 48}, "chunk_size=48; allowed: a power of two from 1 on"),
-        (NAMES[1::2], {"initial_memory": 0.0}, "initial_memory=0.0; allowed: a number above 0"),
+        (GATED, {"initial_memory": 0.0}, "initial_memory=0.0; allowed: a number above 0"),
         (NAMES[2:], {"initial_beta": 1.0}, "initial_beta=1.0; allowed: a number between 0 and 1"),
-        (["gated_linear"], {"gate_low_rank_dim": 0}, "gate_low_rank_dim=0; allowed: an integer from 1 on"),
+        (GATED[::2], {"gate_low_rank_dim": 0}, "gate_low_rank_dim=0; allowed: an integer from 1 on"),
         (["gated_linear"], {"gate_logit_normalizer": 0.0}, "gate_logit_normalizer=0.0; allowed: a number above 0"),
     ],
 )
@@ -404,72 +409,6 @@ def test_needs_the_sizes_of_the_heads(name):
     cls = get_attention(name)
     with pytest.raises(ValueError, match=f"'{name}' has weights a head and needs the sizes of the heads, got None"):
         cls(cls.Config())
-
-
-def published_delta(module, given):
-    """Arguments for a published delta rule, (B, T, H, .), which divides its queries by sqrt(D); and what ours adds."""
-    tokens = prepared(module, *given)
-    q = tokens.q * math.sqrt(tokens.q.shape[3])
-    log_gate = gates_of(tokens)[..., 0]
-    return [x.transpose(1, 2) for x in (q, tokens.k, tokens.v, log_gate, tokens.beta[..., 0])]
-
-
-@pytest.mark.parametrize("name", ["delta", "gated_delta"])
-def test_delta_rules_equal_those_of_qwen3_next(name):
-    from transformers.models.qwen3_next import modeling_qwen3_next as published
-
-    module = attention(name, 2, 2, noise=0.5, dtype=torch.float32)
-    with torch.no_grad():
-        module.average_weight.zero_()  # theirs has no average beside it
-    given = tensors(2, 75, 75, 2, 2, dtype=torch.float32)
-    got, (q, k, v, log_gate, beta) = run(module, *given), published_delta(module, given)
-    for rule in (published.torch_chunk_gated_delta_rule, published.torch_recurrent_gated_delta_rule):
-        rule = inspect.unwrap(rule)  # not the kernel that may be installed
-        want, _ = rule(q, k, v, g=log_gate, beta=beta, initial_state=None, output_final_state=False)
-        torch.testing.assert_close(got.transpose(1, 2), want, rtol=1e-4, atol=1e-5)
-    # Theirs can normalise by itself, in the same way.
-    raw = [x.transpose(1, 2) for x in given]
-    want, _ = inspect.unwrap(published.torch_recurrent_gated_delta_rule)(
-        *raw, g=log_gate, beta=beta, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=True
-    )
-    factor = SCALE * math.sqrt(8) * module.score_weight.view(-1, 1)
-    torch.testing.assert_close(got.transpose(1, 2), factor * want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.peers
-def test_averages_equal_those_of_flash_linear_attention():
-    given = tensors(2, 75, 75, 2, 2, dtype=torch.float32)
-    for name in ("retention", "gated_linear"):
-        module = attention(name, 2, 2, noise=0.3, dtype=torch.float32)
-        # Theirs are sums: ours are divided by the decayed number of tokens, which the queries can bring along.
-        tokens = prepared(module, *given)
-        q = tokens.q / counts(gates_of(tokens)) * math.sqrt(tokens.q.shape[3])
-        if name == "retention":
-            want = flash_linear_attention("retention").naive_retention(q, tokens.k, tokens.v)
-        else:
-            theirs = flash_linear_attention("gla").naive_recurrent_gla
-            want = theirs(*(x.transpose(1, 2) for x in (q, tokens.k, tokens.v, tokens.log_gate)))[0].transpose(1, 2)
-        torch.testing.assert_close(run(module, *given), want, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.peers
-def test_delta_rules_equal_those_of_flash_linear_attention():
-    given = tensors(2, 96, 96, 2, 2, dtype=torch.float32)
-    for name in ("delta", "gated_delta"):
-        module = attention(name, 2, 2, noise=0.5, dtype=torch.float32)
-        with torch.no_grad():
-            module.average_weight.zero_()  # theirs has no average beside it
-        got, (q, k, v, log_gate, beta) = run(module, *given), published_delta(module, given)
-        if name == "delta":
-            theirs = flash_linear_attention("delta_rule")
-            heads_first = [x.transpose(1, 2) for x in (q, k, v, beta)]
-            wanted = [rule(*heads_first)[0] for rule in (theirs.delta_rule_recurrence, theirs.delta_rule_chunkwise)]
-        else:
-            theirs = flash_linear_attention("gated_delta_rule")
-            rules = (theirs.naive_recurrent_gated_delta_rule, theirs.naive_chunk_gated_delta_rule)
-            wanted = [rule(q, k, v, beta=beta, g=log_gate)[0].transpose(1, 2) for rule in rules]
-        for want in wanted:
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 @every_name

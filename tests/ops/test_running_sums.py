@@ -13,7 +13,7 @@ from attn_plugins.ops.decode import running_sums as sums
 LENGTH = 37
 LENGTHS = (37, 20, 3)
 MAPS = ("elu", "relu", "relu2", "t2r", "hedgehog", "favor", "cosformer", "taylor")
-SUMS = ("linear", "retention", "gated_linear", "delta", "gated_delta", "linear_window", "fastformer")
+SUMS = ("linear", "retention", "gated_linear", "delta", "gated_delta", "kimi_delta", "linear_window", "fastformer")
 OPTIONS = {
     **{f"linear {name}": {"feature_map": name, "chunk_size": 4, "max_length": LENGTH} for name in MAPS},
     **{f"linear_window {name}": {"feature_map": name, "window_size": 5} for name in MAPS if name not in MAPS[5:7]},

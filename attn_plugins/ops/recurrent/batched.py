@@ -23,7 +23,14 @@ from attn_plugins.ops.recurrent.chunked import (
     scan_from,
     step_of,
 )
-from attn_plugins.ops.recurrent.decays import decay_by_halves, products, shared_decays
+from attn_plugins.ops.recurrent.decays import (
+    BlockDecay,
+    decay_by_blocks,
+    decay_by_halves,
+    products,
+    read_by_keys_and_queries,
+    shared_decays,
+)
 from attn_plugins.ops.reference import outside_autocast
 from attn_plugins.ops.sizes import scores_at_once
 
@@ -195,33 +202,38 @@ def _delta(chunks: Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Ten
     assert beta is not None
     assert average_weight is not None
     size, features = k.shape[3:]
+    between: torch.Tensor | BlockDecay
     if log_gate is None:
-        between = k.new_ones(size, size).tril()
-        since = until = whole = k.new_ones(())
+        between = sums_between = k.new_ones(size, size).tril()
+        since = until = whole = sums_since = sums_until = sums_whole = k.new_ones(())
     else:
-        between, since, until = shared_decays(log_gate)
-        whole = since[..., -1, :].unsqueeze(-1)
+        between, since, until = sums_between, sums_since, sums_until = shared_decays(log_gate[..., -1:])
+        if log_gate.shape[-1] > 1:
+            between = decay_by_blocks(log_gate[..., :-1])
+            since, until = between.since, between.until
+        whole, sums_whole = (x[..., -1, :].unsqueeze(-1) for x in (since, sums_since))
+    among_keys, weights = read_by_keys_and_queries(None if silent else q, k, between)
     # (I + strict lower triangle)^-1; the solver takes the diagonal for ones and doesn't read what is above.
-    system = beta * (k @ k.mT) * between
+    system = beta * among_keys
     right = beta * torch.cat([v, k * since], dim=-1)
     u, w = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
         [v.shape[-1], features], dim=-1
     )
     left = (k * until).mT
-    whole = whole.expand(*k.shape[:3], 1, 1)
     by = whole * torch.eye(features, dtype=k.dtype, device=k.device) - left @ w
     memory, after = carry_states(by, left @ u, state[..., :-1, :-1])
     counted = pad(v, (0, 1), value=1.0)
     counted = counted if counts is None else counted * counts
-    total, total_after = carry_states(whole, (counted * until).sum(dim=-2, keepdim=True), state[..., -1:, :])
+    sums_whole = sums_whole.expand(*k.shape[:3], 1, 1)
+    total, total_after = carry_states(sums_whole, (counted * sums_until).sum(-2, keepdim=True), state[..., -1:, :])
     after = torch.cat([pad(after, (0, 1)), total_after], dim=-2)
     if silent:
         return v.new_empty(v.shape[0], v.shape[1], 0, v.shape[-1]), after
 
-    weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * between.unsqueeze(-2)
+    assert weights is not None
     q_since = q if log_gate is None else q * since.unsqueeze(-2)
     recalled = weights.flatten(3, 4) @ (u - w @ memory) + q_since.flatten(3, 4) @ memory
-    sums = between @ counted + since * total
+    sums = sums_between @ counted + sums_since * total
     average = sums[..., :-1] / sums[..., -1:].clamp_min(1.0)
     out = recalled.unflatten(3, q.shape[3:5]) + average_weight[:, None, None, :, None] * average.unsqueeze(-2)
     return from_chunks(out), after

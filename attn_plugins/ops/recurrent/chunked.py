@@ -4,11 +4,12 @@ Averages (retention, gated linear attention), with log gates g <= 0 for each cha
 
     S_t = diag(e^g_t) S_{t-1} + k_t v_t^T,   n_t = e^g_t n_{t-1} + 1,   out_t = S_t^T (q_t / n_t)
 
-Delta rules, with a rate beta_t and one log gate a token or none; the state forgets before it is read and corrected:
+Delta rules, with a rate beta_t; the state forgets, if at all, before it is read and corrected:
 
-    S = e^g_t S_{t-1},   S_t = S - beta_t k_t (k_t^T S - v_t^T),   out_t = S_t^T q_t + b a_t
+    S = diag(e^g_t) S_{t-1},   S_t = S - beta_t k_t (k_t^T S - v_t^T),   out_t = S_t^T q_t + b a_t
 
-with a_t the decayed average of the values so far and a weight b of each query head.
+with a_t the decayed average of the values so far and a weight b of each query head. One log gate a token serves all
+channels and the average, or each channel has its own and the average the last one, after these.
 
 The chunked form treats chunks in parallel, then joins their states. Decays between tokens of a chunk are products of
 e^(sum of log gates), the sums being taken over just the tokens between: by halves, the decay from j to t is that from
@@ -27,7 +28,13 @@ from torch.nn.functional import pad
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.linear.attention import contiguous_segments
 from attn_plugins.ops.recurrent.checkpointed_loop import Step, scan
-from attn_plugins.ops.recurrent.decays import between_tokens, decay_by_halves, products
+from attn_plugins.ops.recurrent.decays import (
+    between_tokens,
+    decay_by_halves,
+    of_memory_and_sums,
+    products,
+    read_by_keys_and_queries,
+)
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
 ROWS_A_SPAN = {"cpu": 1 << 12}
@@ -45,7 +52,7 @@ class Tokens(NamedTuple):
     v: torch.Tensor
     """(B, G, T, V)"""
     log_gate: torch.Tensor | None
-    """(B or 1, G, T or 1, F or 1), at most 0; None where nothing is forgotten."""
+    """(B or 1, G, T or 1, F or 1), at most 0, F + 1 in place of F for a delta rule; None where nothing is forgotten."""
     beta: torch.Tensor | None
     """(B, G, T, 1) for a delta rule, None for an average."""
     average_weight: torch.Tensor | None = None
@@ -104,6 +111,7 @@ def dense_recurrent_attention(
         batch, heads, length, features = tokens.k.shape
         state_BGFK = tokens.k.new_zeros(batch, heads, features, k_BGKD.shape[2])
         count_BGF = tokens.k.new_zeros(batch, heads, features if tokens.beta is None else 1)
+        last = slice(None) if tokens.beta is None else slice(-1, None)
         total_BGK = state_BGFK[:, :, 0]
         rows = []
         for t in range(length):
@@ -111,8 +119,9 @@ def dense_recurrent_attention(
             value_K = pad(k_BGF1.new_ones(1), (t, k_BGKD.shape[2] - t - 1))
             if tokens.log_gate is not None:
                 gate_BGF = tokens.log_gate[:, :, t if tokens.log_gate.shape[2] > 1 else 0].exp()
-                state_BGFK, count_BGF = gate_BGF.unsqueeze(3) * state_BGFK, gate_BGF * count_BGF
-                total_BGK = gate_BGF * total_BGK if tokens.beta is not None else total_BGK
+                state_BGFK = gate_BGF[:, :, :features].unsqueeze(3) * state_BGFK
+                count_BGF = gate_BGF[:, :, last] * count_BGF
+                total_BGK = gate_BGF[:, :, last] * total_BGK if tokens.beta is not None else total_BGK
             counts_BG1 = torch.ones_like(count_BGF[:, :, :1]) if counts is None else counts[:, :, t]
             count_BGF = count_BGF + counts_BG1
             if tokens.beta is None:
@@ -295,7 +304,7 @@ class Chunks(NamedTuple):
     v: torch.Tensor
     """(B, G, N, C, V)"""
     log_gate: torch.Tensor | None
-    """(B or 1, G or 1, N or 1, C, F or 1)"""
+    """(B or 1, G or 1, N or 1, C, F or 1), F + 1 in place of F for a delta rule."""
     beta: torch.Tensor | None
     """(B, G, N, C, 1)"""
     counts: torch.Tensor | None
@@ -371,38 +380,43 @@ def _delta(tiles: Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Tens
     assert beta is not None
     assert average_weight is not None
     chunk_size = k.shape[3]
-    since = until = whole = k.new_ones(())
-    between = k.new_ones(chunk_size, chunk_size).tril_()
+    since = until = whole = sums_since = sums_until = sums_whole = k.new_ones(())
+    sums_between = between = k.new_ones(chunk_size, chunk_size).tril_()
     if log_gate is not None:
-        decay = decay_by_halves(log_gate, None)
-        between, since, until, whole = between_tokens(decay), decay.since, decay.until, decay.whole.unsqueeze(-1)
+        own, sums = of_memory_and_sums(decay_by_halves(log_gate, None))
+        since, until, whole = own.since, own.until, own.whole.unsqueeze(-1)
+        sums_since, sums_until, sums_whole = sums.since, sums.until, sums.whole.unsqueeze(-1)
+        sums_between = between_tokens(sums)
+        between = sums_between if own is sums else own
+    among_keys, weights = read_by_keys_and_queries(None if silent else q, k, between)
     # (I + strict lower triangle)^-1; the solver takes the diagonal for ones and doesn't read what is above.
-    system = beta * (k @ k.mT) * between
+    system = beta * among_keys
     right = beta * torch.cat([v, k * since], dim=-1)
     u, w = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
         [v.shape[-1], k.shape[-1]], dim=-1
     )
     counted = pad(v, (0, 1), value=1.0)
     counted = counted if counts is None else counted * counts
-    added = (counted * until).sum(dim=-2, keepdim=True)
-    whole = whole.expand(*k.shape[:3], 1, 1)
+    added = (counted * sums_until).sum(dim=-2, keepdim=True)
+    whole, sums_whole = (x.expand(*k.shape[:3], x.shape[-2] if x.ndim else 1, 1) for x in (whole, sums_whole))
     memory, total = state[..., :-1, :-1], state[..., -1:, :]
     memories, totals, written = [], [], []
-    for u_n, w_n, k_n, more, gate in zip(*(x.unbind(2) for x in (u, w, k * until, added, whole)), strict=True):
+    of_chunks = zip(*(x.unbind(2) for x in (u, w, k * until, added, whole, sums_whole)), strict=True)
+    for u_n, w_n, k_n, more, gate, sums_gate in of_chunks:
         memories.append(memory)
         totals.append(total)
         written.append(u_n - w_n @ memory)
-        memory, total = gate * memory + k_n.mT @ written[-1], gate * total + more
+        memory, total = gate * memory + k_n.mT @ written[-1], sums_gate * total + more
     state = torch.cat([pad(memory, (0, 1)), total], dim=-2)
     if silent:
         return v.new_empty(v.shape[0], v.shape[1], 0, v.shape[-1]), state
 
-    weights = (q.flatten(3, 4) @ k.mT).unflatten(3, q.shape[3:5]) * between.unsqueeze(-2)
+    assert weights is not None
     recalled = weights.flatten(3, 4) @ torch.stack(written, dim=2)
     q_since = q if log_gate is None else q * since.unsqueeze(-2)
     recalled = recalled + q_since.flatten(3, 4) @ torch.stack(memories, dim=2)
-    sums = between @ counted + since * torch.stack(totals, dim=2)
-    average = sums[..., :-1] / sums[..., -1:].clamp_min(1.0)
+    so_far = sums_between @ counted + sums_since * torch.stack(totals, dim=2)
+    average = so_far[..., :-1] / so_far[..., -1:].clamp_min(1.0)
     out = recalled.unflatten(3, q.shape[3:5]) + average_weight[:, None, None, :, None] * average.unsqueeze(-2)
     return from_chunks(out), state
 

@@ -70,13 +70,13 @@ def _corrected(
     start = gates.new_zeros(batch, groups, rows, values + features + 1)
     start[:, :, :features, values:-1] = torch.eye(features, dtype=gates.dtype, device=gates.device)
     made = after(start, beside_identity)
-    of_sums = pad(gates.expand(batch, groups, 1, 1), (features, 0))
+    of_sums = pad(gates[:, :, -1:].expand(batch, groups, 1, 1), (features, 0))
     by = torch.cat([pad(made[:, :, :features, values:-1], (0, 1)), of_sums], dim=2)
     return carried_by(part, by, torch.cat([made[..., :values], made[..., -1:]], dim=3), matrices=True)
 
 
 def _product_of_gates(tokens: Tokens) -> torch.Tensor:
-    """Of all of a part's tokens, (B or 1, G or 1, F or 1, 1); 0 where a text begins in it."""
+    """Of all of a part's tokens, (B or 1, G or 1, F, F + 1 or 1, 1); 0 where a text begins in it."""
     if tokens.log_gate is None:
         return tokens.k.new_ones(1, tokens.k.shape[1], 1, 1)
     number = tokens.k.shape[2] if tokens.log_gate.shape[2] == 1 else 1

@@ -68,7 +68,7 @@ def _delta(tokens: Tokens, counts: torch.Tensor | None, state: torch.Tensor) -> 
     assert beta is not None
     assert average_weight is not None
     if log_gate is not None:
-        state = state * log_gate.exp()
+        state = state * log_gate.mT.exp()
     memory, total = state[..., :-1, :-1], state[..., -1:, :]
     memory = torch.addcmul(memory, (beta * k).mT, v - k @ memory)
     counted = pad(v, (0, 1), value=1.0)
