@@ -29,6 +29,7 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.linear.attention import contiguous_segments
 from attn_plugins.ops.recurrent.checkpointed_loop import Step, scan
 from attn_plugins.ops.recurrent.decays import (
+    Decay,
     between_tokens,
     decay_by_halves,
     of_memory_and_sums,
@@ -381,7 +382,8 @@ def _delta(tiles: Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Tens
     assert average_weight is not None
     chunk_size = k.shape[3]
     since = until = whole = sums_since = sums_until = sums_whole = k.new_ones(())
-    sums_between = between = k.new_ones(chunk_size, chunk_size).tril_()
+    sums_between = k.new_ones(chunk_size, chunk_size).tril_()
+    between: torch.Tensor | Decay = sums_between
     if log_gate is not None:
         own, sums = of_memory_and_sums(decay_by_halves(log_gate, None))
         since, until, whole = own.since, own.until, own.whole.unsqueeze(-1)
