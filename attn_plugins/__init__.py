@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from attn_plugins.export.native import export_native
     from attn_plugins.hf.caches.cache_layers import cache_bytes
     from attn_plugins.hf.parallel.context import context_parallel
-    from attn_plugins.hf.swap import describe_attention, restore_attention, swap_attention
     from attn_plugins.inspection.inspect import inspect_attention
+    from attn_plugins.torch_modules.layer import AttentionLayer
+    from attn_plugins.torch_modules.swap import describe_attention, restore_attention, swap_attention
     from attn_plugins.training.distillation import distillation_loss
     from attn_plugins.transfer.attention_transfer import transfer_attention
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Attention",
     "AttentionConfig",
+    "AttentionLayer",
     "AttentionMask",
     "Backend",
     "HeadShape",
@@ -53,13 +55,14 @@ __all__ = [
 _HOMES = {
     "Attention": "attn_plugins.core.attention",
     "AttentionConfig": "attn_plugins.core.attention",
+    "AttentionLayer": "attn_plugins.torch_modules.layer",
     "AttentionMask": "attn_plugins.core.mask",
     "Backend": "attn_plugins.core.backend",
     "HeadShape": "attn_plugins.core.heads",
     "cache_bytes": "attn_plugins.hf.caches.cache_layers",
     "choose_attention": "attn_plugins.choice.choose",
     "context_parallel": "attn_plugins.hf.parallel.context",
-    "describe_attention": "attn_plugins.hf.swap",
+    "describe_attention": "attn_plugins.torch_modules.swap",
     "distillation_loss": "attn_plugins.training.distillation",
     "export_native": "attn_plugins.export.native",
     "get_attention": "attn_plugins.core.registry",
@@ -68,8 +71,8 @@ _HOMES = {
     "list_backends": "attn_plugins.core.backend",
     "register_attention": "attn_plugins.core.registry",
     "register_backend": "attn_plugins.core.backend",
-    "restore_attention": "attn_plugins.hf.swap",
-    "swap_attention": "attn_plugins.hf.swap",
+    "restore_attention": "attn_plugins.torch_modules.swap",
+    "swap_attention": "attn_plugins.torch_modules.swap",
     "transfer_attention": "attn_plugins.transfer.attention_transfer",
 }
 """Where a public name comes from."""

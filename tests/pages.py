@@ -31,16 +31,19 @@ def prose(page: str) -> str:
     return re.sub(r"^```.*\n(?:.*\n)*?```$", "", read(page), flags=re.MULTILINE)
 
 
-def python(page: str, model: str) -> dict:
+def python(page: str, model: str | None) -> dict:
     """Run the Python of a page, all blocks as one program whose ``path`` is a folder; returns its names.
 
+    Args:
+        model: the folder; None where the page loads none.
+
     Raises:
-        ValueError: the page does not say exactly once which model it loads.
+        ValueError: the page does not say exactly once which model it loads, or says it where it loads none.
     """
     source = "\n".join(block.text for block in blocks(page) if block.language == "python")
     source, replaced = re.subn(r"^path = .*$", f"path = {model!r}", source, flags=re.MULTILINE)
-    if replaced != 1:
-        raise ValueError(f"{page}: one line `path = ...` was expected, {replaced} were found")
+    if replaced != (expected := 0 if model is None else 1):
+        raise ValueError(f"{page}: {expected} lines `path = ...` were expected, {replaced} were found")
     names: dict = {}
     exec(compile(source, page, "exec"), names)
     return names

@@ -22,6 +22,7 @@ ROOMS = {
     "metrics": set(),  # evaluate copies each of its files to where it imports it from
     "models": {"core", "models"},
     "hf": {"config", "core", "hf", "models", "ops"},  # it tells transformers' auto classes of the models
+    "torch_modules": {"core", "hf", "torch_modules"},
     "tasks": {"config", "core", "data", "hf", "tasks"},
     "training": {"config", "core", "data", "hf", "tasks", "training"},
     "choice": {"choice", "config", "core", "data", "hf", "tasks", "training"},
@@ -36,7 +37,7 @@ ROOMS = {
         *{"inspection", "serving", "transfer"},
     },
     "__main__": {"cli"},
-    "__init__": {"choice", "config", "core", "export", "hf", "inspection", "training", "transfer"},
+    "__init__": {"choice", "config", "core", "export", "hf", "inspection", "torch_modules", "training", "transfer"},
 }
 """What the files of a room, or a file at the root, may import of the package."""
 

@@ -101,13 +101,23 @@ def test_rows_longer_than_a_device_run_in_one_process_too(model_folder, tmp_path
     assert all(weight.grad is not None for weight in names["model"].parameters())
 
 
+def test_the_guide_to_torch_modules_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = python("docs/torch_modules.md", None)
+    assert plugins(names["model"]) == plugins(names["again"]) == {"linear"}
+    rows = names["rows"]
+    torch.testing.assert_close(names["again"].eval()(rows), names["model"].eval()(rows))
+    assert names["out"].shape == names["hidden"].shape == (2, 500, 64)
+    assert names["weights"].shape == (2, 500, 40)
+
+
 SKETCHES = {"docs/design.md"}
 """Pages whose Python leaves parts out (``...``), so that it can only be parsed."""
 
 
 def test_every_block_is_tested():
     run = {"README.md", "docs/python.md", "docs/own_attention.md", "docs/generation.md", "docs/transfer.md"}
-    run |= {"docs/scale.md", "docs/inspect.md"}
+    run |= {"docs/scale.md", "docs/inspect.md", "docs/torch_modules.md"}
     for page in PAGES:
         for block in blocks(page):
             assert block.language in ("python", "sh", "toml"), f"{page}: nothing tests {block.language!r}\n{block.text}"

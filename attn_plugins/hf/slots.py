@@ -25,8 +25,8 @@ def build(shares: Sequence[Share], module: nn.Module, model: PreTrainedModel, ta
     Raises:
         ValueError: an attention cannot serve the module, or its heads.
     """
-    held, wanted = slot_of(module), _wanted(shares, target)
-    if held is not None and [part.rule for part in parts_of(held)] == [_rule_of(*one) for one in wanted]:
+    held, wanted = slot_of(module), wanted_parts(shares, target)
+    if held is not None and [part.rule for part in parts_of(held)] == [rule_of(*one) for one in wanted]:
         return getattr(module, SLOT)
     config, module = getattr(module, "config", model.config), adapters.adapted(module)
     if (why := getattr(module, "cannot", None)) is not None:
@@ -40,23 +40,23 @@ def build(shares: Sequence[Share], module: nn.Module, model: PreTrainedModel, ta
         heads_error = error
     parts = []
     for kv_heads, rule in wanted:
-        same = next((part for part in parts_of(held) if part.rule == _rule_of(kv_heads, rule)), None)
+        same = next((part for part in parts_of(held) if part.rule == rule_of(kv_heads, rule)), None)
         if same is not None and getattr(module, SLOT) is held:
             parts.append(same)
             continue
-        shape = heads if kv_heads is None else Heads(kv_heads, _group_size(target)).shape(heads)
+        shape = heads if kv_heads is None else Heads(kv_heads, group_size(target)).shape(heads)
         attention = None if rule is None else _build(rule, module, model, target.path, shape, heads_error)
         parts.append(Part(kv_heads, attention))
     if len(parts) == 1:
         assert parts[0].attention is not None
         tensor_parallel.share(model, target.path, module, parts[0].attention)
         return parts[0].attention
-    slot = SplitAttention(parts, _group_size(target), heads)
+    slot = SplitAttention(parts, group_size(target), heads)
     tensor_parallel.share(model, target.path, module, slot)
     return slot.train(module.training)
 
 
-def _wanted(shares: Sequence[Share], target: Target) -> list[tuple[tuple[int, ...] | None, Rule | None]]:
+def wanted_parts(shares: Sequence[Share], target: Target) -> list[tuple[tuple[int, ...] | None, Rule | None]]:
     """(key/value heads, rule) of each part that a module is to have, last the heads that no rule matches."""
     wanted: list[tuple[tuple[int, ...] | None, Rule | None]] = []
     for share in shares:
@@ -69,13 +69,14 @@ def _wanted(shares: Sequence[Share], target: Target) -> list[tuple[tuple[int, ..
     return wanted
 
 
-def _group_size(target: Target) -> int:
+def group_size(target: Target) -> int:
+    """Query heads of a key/value head."""
     assert target.num_heads is not None
     assert target.num_key_value_heads is not None
     return target.num_heads // target.num_key_value_heads
 
 
-def _rule_of(kv_heads: tuple[int, ...] | None, rule: Rule | None) -> tuple[Any, ...]:
+def rule_of(kv_heads: tuple[int, ...] | None, rule: Rule | None) -> tuple[Any, ...]:
     """As :attr:`Part.rule`."""
     return (kv_heads, *(() if rule is None else (rule.type, rule.config, rule.backend)))
 
@@ -93,7 +94,7 @@ def _build(
     Raises:
         ValueError: it cannot serve the module.
     """
-    device, dtype = _place(module, model)
+    device, dtype = placed(module, model)
     try:
         with torch.device(device):
             attention = rule.attention(rule.config, heads, backend=rule.backend)
@@ -114,7 +115,7 @@ def _build(
     return attention.train(module.training)
 
 
-def _place(module: nn.Module, model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
+def placed(module: nn.Module, model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a module computes, and in what: as its weights do, or as its model where they are quantised."""
     held = (x for part in (module, model) for x in (*part.parameters(), *part.buffers()))
     plain = (p for part in (module, model) for p in _not_quantised(part))

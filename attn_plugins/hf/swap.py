@@ -134,7 +134,7 @@ def describe_attention(model: nn.Module) -> AttentionRows:
                     role=target.role,
                     reached=discovery.reached(module) or "",
                     plugin=None if attention is None else attention.name,
-                    implementation=own if attention is None else _form_of(attention, module),
+                    implementation=own if attention is None else form_of(attention, module),
                     options={} if attention is None else dataclasses.asdict(attention.config),
                     new_params=0 if attention is None else size_of(attention.parameters()),
                     kv_heads=part.kv_heads,
@@ -143,7 +143,7 @@ def describe_attention(model: nn.Module) -> AttentionRows:
     return rows
 
 
-def _form_of(slot: Attention, module: nn.Module) -> str:
+def form_of(slot: Attention, module: nn.Module) -> str:
     """The form or backend that a rule asked for, or that ``auto`` tries first where the module is."""
     if slot.backend != "auto":
         return slot.backend
@@ -210,15 +210,20 @@ def _flagged_parts(model: PreTrainedModel, module: nn.Module | None = None) -> I
             yield from _flagged_parts(model, child)
 
 
+def inside(model: Any) -> Any:
+    """What torch.compile, PEFT or sentence-transformers have put something around; a bare model itself."""
+    inner = getattr(model, "_orig_mod", model)
+    inner = getattr(inner, "transformers_model", inner)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
 def unwrap(model: Any) -> PreTrainedModel:
     """The transformers model inside what torch.compile, PEFT or sentence-transformers have put around it.
 
     Raises:
         ValueError: there is none.
     """
-    inner = getattr(model, "_orig_mod", model)
-    inner = getattr(inner, "transformers_model", inner)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = inside(model)
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(
             f"got a {type(model).__name__}; allowed: a transformers PreTrainedModel (also under PEFT, or in a "

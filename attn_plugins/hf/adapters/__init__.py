@@ -89,16 +89,17 @@ def to_adapter(module: nn.Module) -> None:
     """Make a module its adapter, where it has one."""
     adapter = adapter_of(type(module))
     if adapter is not None and not isinstance(module, adapter):
-        _exchange(module, adapter)
+        exchange(module, adapter)
 
 
 def to_own_class(module: nn.Module) -> None:
     """Undo :func:`to_adapter`."""
     if adapter_of(type(module)) is type(module):
-        _exchange(module, own_class(type(module)))
+        exchange(module, own_class(type(module)))
 
 
-def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:
+def exchange(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Make a module one of another class, with all that it holds."""
     old = type(module).forward
     module.__class__ = cls
     for name, value in list(vars(module).items()):  # accelerate's hooks keep the bound forward in the module

@@ -62,6 +62,12 @@ def functions_of(cls: Any) -> list[types.FunctionType]:
     return list(_reached(cls, getattr(cls, "forward", None), set()))
 
 
+@functools.cache
+def calls(cls: Any, function: Callable) -> bool:
+    """Whether the forward of a class, or what it calls, has a function in its hands, by whatever name."""
+    return any(held is function for called in functions_of(cls) for held in _held(cls, called))
+
+
 def _reached(cls: type, function: Any, seen: set[Any]) -> Iterator[types.FunctionType]:
     """A function, what it decorates, the methods of the class and the functions that it names."""
     function = inspect.unwrap(function) if callable(function) else function

@@ -76,7 +76,7 @@ def targets(model: PreTrainedModel) -> list[Target]:
         module = adapted(module)
         place = place_of(path)
         role = role_of(model, place, module)
-        stack = _stack(place)
+        stack = stack_of(place)
         numbered = places.setdefault(stack + role, [])
         if place not in numbered:
             numbered.append(place)
@@ -176,7 +176,7 @@ def _config_of(module: nn.Module, model: PreTrainedModel) -> Any:
     return getattr(module, "config", model.config)
 
 
-def _stack(path: str) -> str:
+def stack_of(path: str) -> str:
     """The path up to its first number, such as ``model.layers`` of ``model.layers.0.self_attn``."""
     match = re.match(r"(.*?)\.\d+\.", path + ".")
     return match.group(1) if match else path

@@ -14,11 +14,13 @@ HIDDEN = -1e4
 def read_dense(
     given: torch.Tensor, q_length: int, kv_length: int, dtype: torch.dtype, *, causal: bool, cross: bool
 ) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """(arguments of AttentionMask, bias to add to scores of ``dtype``) for a mask (B or 1, [1 or H,] 1 or Q, K).
+    """(arguments of AttentionMask, bias to add to scores of ``dtype``) for a mask ([B or 1, [1 or H,]] 1 or Q, K).
 
     What its values say is remembered for as long as the tensor lives and nobody writes to it: layers share their mask.
     """
-    mask = (given.unsqueeze(1) if given.ndim == 3 else given)[..., :kv_length]
+    mask = given[..., :kv_length]
+    if mask.ndim < 4:
+        mask = mask.unsqueeze(1) if mask.ndim == 3 else mask[None, None]
     allowed = mask if mask.dtype == torch.bool else mask > HIDDEN
     known = readable(mask)
     same_for_heads = allowed.shape[1] == 1 or (known and bool((allowed == allowed[:, :1]).all()))
