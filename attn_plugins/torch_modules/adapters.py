@@ -5,7 +5,6 @@ it is restored: weights, hooks, ``isinstance`` checks and the place in the model
 """
 
 import copyreg
-import functools
 from typing import Any
 
 from torch import nn
@@ -37,9 +36,17 @@ def adapter_of(cls: type[nn.Module]) -> type | None:
     return FusedAttention
 
 
-@functools.cache
-def with_slot(cls: Any) -> type[nn.Module]:
+def with_slot(cls: type[nn.Module]) -> type[nn.Module]:
     """The class of modules of this one while they have a slot."""
+    if cls not in _made:
+        _made[cls] = _make(cls)
+    return _made[cls]
+
+
+_made: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _make(cls: type[nn.Module]) -> type[nn.Module]:
     adapter: Any = adapter_of(cls)
     if issubclass(cls, adapter):
         return cls

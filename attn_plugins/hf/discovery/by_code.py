@@ -62,10 +62,14 @@ def functions_of(cls: Any) -> list[types.FunctionType]:
     return list(_reached(cls, getattr(cls, "forward", None), set()))
 
 
-@functools.cache
-def calls(cls: Any, function: Callable) -> bool:
+def calls(cls: type[nn.Module], function: Callable) -> bool:
     """Whether the forward of a class, or what it calls, has a function in its hands, by whatever name."""
-    return any(held is function for called in functions_of(cls) for held in _held(cls, called))
+    if (cls, function) not in _calls:
+        _calls[cls, function] = any(held is function for called in functions_of(cls) for held in _held(cls, called))
+    return _calls[cls, function]
+
+
+_calls: dict[tuple[type[nn.Module], Callable], bool] = {}
 
 
 def _reached(cls: type, function: Any, seen: set[Any]) -> Iterator[types.FunctionType]:
