@@ -64,12 +64,12 @@ def functions_of(cls: Any) -> list[types.FunctionType]:
 
 def calls(cls: type[nn.Module], function: Callable) -> bool:
     """Whether the forward of a class, or what it calls, has a function in its hands, by whatever name."""
-    if (cls, function) not in _calls:
-        _calls[cls, function] = any(held is function for called in functions_of(cls) for held in _held(cls, called))
-    return _calls[cls, function]
+    if (cls, function) not in _called:
+        _called[cls, function] = any(held is function for called in functions_of(cls) for held in _held(cls, called))
+    return _called[cls, function]
 
 
-_calls: dict[tuple[type[nn.Module], Callable], bool] = {}
+_called: dict[tuple[type[nn.Module], Callable], bool] = {}
 
 
 def _reached(cls: type, function: Any, seen: set[Any]) -> Iterator[types.FunctionType]:
