@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from attn_plugins.core.heads import HeadShape
     from attn_plugins.core.mask import AttentionMask
     from attn_plugins.core.registry import get_attention, list_attentions, register_attention
+    from attn_plugins.core.structure import Structure
+    from attn_plugins.data.structure_collator import StructureCollator
     from attn_plugins.export.native import export_native
     from attn_plugins.hf.caches.cache_layers import cache_bytes
     from attn_plugins.hf.parallel.context import context_parallel
@@ -35,6 +37,8 @@ __all__ = [
     "AttentionMask",
     "Backend",
     "HeadShape",
+    "Structure",
+    "StructureCollator",
     "cache_bytes",
     "choose_attention",
     "context_parallel",
@@ -59,6 +63,8 @@ _HOMES = {
     "AttentionMask": "attn_plugins.core.mask",
     "Backend": "attn_plugins.core.backend",
     "HeadShape": "attn_plugins.core.heads",
+    "Structure": "attn_plugins.core.structure",
+    "StructureCollator": "attn_plugins.data.structure_collator",
     "cache_bytes": "attn_plugins.hf.caches.cache_layers",
     "choose_attention": "attn_plugins.choice.choose",
     "context_parallel": "attn_plugins.hf.parallel.context",

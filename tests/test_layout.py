@@ -37,7 +37,9 @@ ROOMS = {
         *{"inspection", "serving", "transfer"},
     },
     "__main__": {"cli"},
-    "__init__": {"choice", "config", "core", "export", "hf", "inspection", "torch_modules", "training", "transfer"},
+    "__init__": {
+        *{"choice", "config", "core", "data", "export", "hf", "inspection", "torch_modules", "training", "transfer"}
+    },
 }
 """What the files of a room, or a file at the root, may import of the package."""
 

@@ -83,6 +83,15 @@ def test_the_guide_to_inspection_runs(model_folder):
     assert names["rolled"].weights_BqK.shape == names["rolled"].own_BqK.shape == (1, 1, 8)
 
 
+def test_the_guide_to_structures_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = python("docs/structures.md", None)
+    assert plugins(names["classifier"]) == plugins(names["model"]) == {"graph"}
+    slots = [module.attn_plugin for module in names["classifier"].modules() if hasattr(module, "attn_plugin")]
+    assert all(slot.config.required for slot in slots)
+    assert names["out"].shape == (1, 5, 64)
+
+
 def test_the_guide_to_transfer_runs(model_folder):
     names = python("docs/transfer.md", model_folder)
     assert names["report"].after < names["report"].before
@@ -118,6 +127,7 @@ SKETCHES = {"docs/design.md"}
 def test_every_block_is_tested():
     run = {"README.md", "docs/python.md", "docs/own_attention.md", "docs/generation.md", "docs/transfer.md"}
     run |= {"docs/scale.md", "docs/inspect.md", "docs/torch_modules.md"}
+    run |= {"docs/scale.md", "docs/inspect.md", "docs/structures.md"}
     for page in PAGES:
         for block in blocks(page):
             assert block.language in ("python", "sh", "toml"), f"{page}: nothing tests {block.language!r}\n{block.text}"

@@ -105,6 +105,7 @@ def _attend(
         mask.causal,
         mask.row_starts,
         _code(mask.rule),
+        None if mask.structure is None else mask.structure.kind,
         *(None if table is None else len(table) > 1 for table in tables),
     )
     extras = (scale, softcap, None if position_bias is None else _varies(position_bias), sinks is None)

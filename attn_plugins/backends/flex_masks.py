@@ -1,7 +1,7 @@
 """A pattern and a mask in FlexAttention's terms: a function of one pair of indices, and the blocks that it concerns."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -69,10 +69,14 @@ def _flex_mask(mask: AttentionMask, pattern: Rule) -> BlockMask:
     seen = visible_blocks(of_blocks, pattern, BLOCK)
     held = {name: _contiguous(getattr(mask, name)) for name in ("padding_BK", "segments_BK", "dense_BQK")}
     numbers = {"q_offset": mask.q_offset - mask.kv_offset, "kv_offset": 0, "keys_before": mask.keys_before}
-    if not mask.plain:  # a rule goes by absolute positions
+    if not mask.plain:  # rules and structures go by absolute positions
         numbers |= {"q_offset": mask.q_offset, "kv_offset": mask.kv_offset}
+    structure = mask.structure
+    if structure is not None:
+        structure = replace(structure, relations=tuple(one.mapped(_contiguous) for one in structure.relations))
+    fields = {"causal": mask.causal, "plain": not mask.ruled, "rule": mask.rule, "structure": structure}
     tables = _Tables(
-        {"causal": mask.causal, "plain": mask.plain, "rule": mask.rule, "device": mask.device, **held},
+        {**fields, "device": mask.device, **held},
         {name: _number(value, mask.device) for name, value in numbers.items() if torch.is_tensor(value) or value},
         mask.row_starts,
         {key: _contiguous(table) for key, table in of_blocks.made.items() if torch.is_tensor(table)},

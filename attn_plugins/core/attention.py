@@ -453,13 +453,13 @@ class Attention(nn.Module):
         if mask.segments_BK is not None:
             needs.append("segments")
         if not mask.plain:
-            needs.append("any_mask")
+            needs.append("any_mask" if mask.ruled else "structure")
         if mask.cross:
             needs.append("cross")
-        elif mask.plain:
+        elif not mask.ruled:
             needs.append("causal" if mask.causal else "bidirectional")
         for capability in needs:
-            if not getattr(type(self), capability):
+            if not getattr(type(self), "any_mask" if capability == "structure" else capability):
                 raise ValueError(
                     f"this call needs {NEEDS[capability]}, which attention {self.name!r} cannot honour; "
                     f"it can honour: {', '.join(capabilities(type(self)))}"

@@ -6,11 +6,12 @@ NEEDS = {
     "sinks": "learned sink logits",
     "segments": "packed sequences",
     "any_mask": "a mask beyond causal, padding and segments",
+    "structure": "the structure of its input (structure=)",
     "cross": "keys of another sequence",
     "causal": "causal attention",
     "bidirectional": "bidirectional attention",
 }
-"""What a call needs of an attention, by the capability that it has for that."""
+"""What a call needs of an attention, by the capability that it has for that; for a structure that is any_mask."""
 
 CAPABILITIES = (
     "causal",

@@ -5,9 +5,13 @@ layers; what is computed from it is cached in ``memo`` for them all.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+
+if TYPE_CHECKING:
+    from attn_plugins.core.relations import Edges
+    from attn_plugins.core.structure import Structure
 
 T = TypeVar("T")
 M = TypeVar("M", bound="AttentionMask")
@@ -19,8 +23,9 @@ MaskFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 class AttentionMask:
     """Visibility of K keys to Q queries in a batch of B rows.
 
-    A key is visible if ``rule`` says so for the absolute positions ``q_offset + i`` and ``kv_offset + j``, the key is
-    not padding, and both are of the same segment. Queries are the last Q of the K keys unless ``cross``.
+    A key is visible if ``rule`` says so for the absolute positions ``q_offset + i`` and ``kv_offset + j``, the
+    ``structure`` shows it, the key is not padding, and both are of the same segment. Queries are the last Q of the K
+    keys unless ``cross``.
 
     Args:
         batch_size, q_length, kv_length: B, Q and K.
@@ -37,6 +42,7 @@ class AttentionMask:
         positions_BK: absolute positions of keys that do not follow one another, as a cache of chosen keys has them,
             instead of ``kv_offset``; ``first_B`` is then absolute too.
         cross: keys belong to another sequence than queries.
+        structure: which tokens see which, in absolute positions, beside all else.
         device: where ``rule`` can be evaluated and results are wanted; None is torch's default device.
     """
 
@@ -58,12 +64,13 @@ class AttentionMask:
         first_B: torch.Tensor | None = None,
         positions_BK: torch.Tensor | None = None,
         cross: bool = False,
+        structure: "Structure | None" = None,
         device: torch.device | str | None = None,
     ):
         if not plain and rule is None and dense_BQK is None:
             raise ValueError("a mask that is not plain needs a rule or a dense mask")
         self.batch_size, self.q_length, self.kv_length = batch_size, q_length, kv_length
-        self.causal, self.plain, self.cross = causal, plain, cross
+        self.causal, self.ruled, self.cross, self.structure = causal, not plain, cross, structure
         self.padding_BK, self.segments_BK = padding_BK, segments_BK
         self.rule, self.vectorised, self.dense_BQK = rule, vectorised, dense_BQK
         self.kv_offset, self.first_B, self.positions_BK = kv_offset, first_B, positions_BK
@@ -74,9 +81,14 @@ class AttentionMask:
     def __repr__(self) -> str:
         kind = "cross" if self.cross else "causal" if self.causal else "bidirectional"
         extras = [name for name in ("padding_BK", "segments_BK", "dense_BQK") if getattr(self, name) is not None]
-        rule = [] if self.plain else ["rule"]
+        rule = [*(["rule"] if self.ruled else []), *([] if self.structure is None else ["structure"])]
         shape = f"B={self.batch_size}, Q={self.q_length}, K={self.kv_length}"
         return f"AttentionMask({shape}, {', '.join([kind, *extras, *rule])})"
+
+    @property
+    def plain(self) -> bool:
+        """Whether causality (or its absence), padding and segments say it all."""
+        return not self.ruled and self.structure is None
 
     @property
     def row_starts(self) -> bool:
@@ -95,14 +107,32 @@ class AttentionMask:
         device = torch.device(device)
         if device == self.device:
             return self
-        held = {
+        held: dict[str, Any] = {
             name: getattr(self, name) for name in ("padding_BK", "segments_BK", "dense_BQK", "first_B", "positions_BK")
         }
+        held["structure"] = self.structure
         return self._copy(device=device, **{name: None if t is None else t.to(device) for name, t in held.items()})
 
     def as_cross(self) -> "AttentionMask":
         """The same mask for queries and keys of different sequences."""
         return self if self.cross else self.cached("cross", lambda: self._copy(cross=True))
+
+    def with_structure(self: M, structure: "Structure | None") -> M:
+        """The same mask, in which that structure holds; without any if it is None.
+
+        Raises:
+            ValueError: the structure is of other rows or tokens.
+        """
+        if structure is None:
+            return self._copy(structure=None)
+        rows, tokens = structure.batch_size, structure.num_tokens
+        if rows not in (1, self.batch_size) or not tokens == self.q_length == self.kv_length:
+            raise ValueError(
+                f"the structure is of {rows} rows of {tokens} tokens, and the attention has {self.batch_size} rows of "
+                f"{self.q_length} queries and {self.kv_length} keys; allowed: one row or as many, as many tokens as "
+                "queries and keys, padding among them (Structure.pad, Structure.stack)"
+            )
+        return self._copy(structure=structure.to(self.device))
 
     def for_queries(self: M, number: int) -> M:
         """The mask of another number of queries that all see the same keys."""
@@ -165,6 +195,10 @@ class AttentionMask:
         places = (rows, *index)
         return table[places]
 
+    def look_up_edge(self, edges: "Edges", q_position: torch.Tensor, k_position: torch.Tensor) -> Any:
+        """Whether pairs of positions are edges."""
+        return edges.find(self.look_up, q_position, k_position)[0]
+
     def cached(self, key: Hashable, compute: Callable[[], T]) -> T:
         """Memoise ``compute()`` under ``key`` for all layers of this forward pass."""
         if torch.compiler.is_compiling():
@@ -195,13 +229,15 @@ class AttentionMask:
         """
         if self.dense_BQK is not None:
             seen = self.look_up(self.dense_BQK, q_index, k_index)
-        elif not self.plain:
+        elif self.ruled:
             seen = self._evaluate(q_index + self.q_offset, self.key_positions(k_index))
         else:
             seen = self.key_positions(k_index) <= q_index + self.q_offset if self.causal else k_index >= 0
             if self.segments_BK is not None:
                 own = self.look_up(self.segments_BK, q_index + self.keys_before)
                 seen = seen & (own == self.look_up(self.segments_BK, k_index))
+        if self.structure is not None:
+            seen = seen & self.structure.shows(self, q_index + self.q_offset, self.key_positions(k_index))
         if self.padding_BK is not None:
             seen = seen & self.look_up(self.padding_BK, k_index)
         return seen
@@ -265,7 +301,7 @@ class AttentionMask:
             "q_length": self.q_length,
             "kv_length": self.kv_length,
             "causal": self.causal,
-            "plain": self.plain,
+            "plain": not self.ruled,
             "padding_BK": self.padding_BK,
             "segments_BK": self.segments_BK,
             "rule": self.rule,
@@ -276,6 +312,7 @@ class AttentionMask:
             "first_B": self.first_B,
             "positions_BK": self.positions_BK,
             "cross": self.cross,
+            "structure": self.structure,
             "device": self.device,
         }
 

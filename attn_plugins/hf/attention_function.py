@@ -21,12 +21,14 @@ from attn_plugins.hf.hidden_states import hidden_states_of
 from attn_plugins.hf.masks import packing
 from attn_plugins.hf.masks.given import as_mask, chosen_keys
 from attn_plugins.hf.masks.mask_function import LazyMask
+from attn_plugins.hf.masks.structured import with_given_structure
 from attn_plugins.hf.names import BASE, ROLE, SLOT, slot_of
 from attn_plugins.hf.native_attention import OwnCall, attend_natively
 from attn_plugins.hf.observe import Observed, observer_of, refuse_state
 from attn_plugins.hf.parallel.in_parts import attend_in_part, rows_of
 from attn_plugins.hf.recording import weights_wanted
 from attn_plugins.hf.split import SplitAttention
+from attn_plugins.hf.structures import refuse_unwatched
 
 
 def attention_forward(
@@ -67,6 +69,8 @@ def attention_forward(
     packing.check(None if isinstance(attention_mask, torch.Tensor) else segmented)
     if segmented and call is not None:
         packing.mark_cache(call)
+    if kwargs:
+        refuse_unwatched(kwargs)
     if kwargs and (base in ("eager", "sdpa") or slot is not None):
         attention_mask = chosen_keys(module, query, key, attention_mask, kwargs)
     need_weights, observer = weights_wanted(module, kwargs), observer_of(module)
@@ -193,4 +197,4 @@ def _masked(
     mask, bias = as_mask(given, query, key, causal=causal, cross=cross)
     if bias is not None:
         position_bias = bias if position_bias is None else position_bias + bias
-    return key, value, position_bias, mask
+    return key, value, position_bias, with_given_structure(mask, module, given)

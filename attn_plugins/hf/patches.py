@@ -19,7 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from attn_plugins.config.after_import import once_imported
-from attn_plugins.hf import construction
+from attn_plugins.hf import construction, structures
 from attn_plugins.hf.attention_function import attention_forward
 from attn_plugins.hf.caches.cache_layers import RECORDING, rollback
 from attn_plugins.hf.checkpoints import live
@@ -90,6 +90,10 @@ def install() -> None:
 
     # It crops layer by layer, and a layer that refuses knows nothing of those that have been cropped before it.
     _wrap(Cache, "crop", rollback.crop)
+
+    # A structure is an argument that no model's forward names. Hooks are in swapped models alone, and others, whose
+    # forward takes any keyword, would drop it in silence.
+    _wrap(PreTrainedModel, "__call__", structures.call)
 
     # It would bypass the slots in silence.
     _wrap(PreTrainedModel, "set_attn_implementation", _set_attn_implementation)

@@ -56,7 +56,7 @@ def test_tables_hold_each_visible_pair_once(case, queries, kind):
     for pattern in patterns(case, mask):
         held = torch.zeros(2, queries + 1, N + 1, dtype=torch.long)
         for table in pattern.tables(mask):
-            of_rows = zip(*(x.expand(2, *x.shape[1:]) for x in table), strict=True)
+            of_rows = zip(*(x.expand(2, *x.shape[1:]) for x in table[:3]), strict=True)
             for row, (q_index, k_index, hidden) in enumerate(of_rows):
                 some = q_index[q_index >= 0]
                 assert len(some.unique()) == len(some), "a query is twice in a table"
@@ -153,6 +153,11 @@ def test_a_compiled_call_holds_for_other_lengths():
     assert count.frame_count == 2, "one for the first length, one for all"
 
 
+def with_labels(table):
+    labels = torch.randint(-1, 3, table.hidden_BTRC.shape, generator=seeded(4))
+    return table._replace(label_BTRC=labels)
+
+
 def test_the_operation_keeps_what_torch_asks_of_operations():
     given, mask = inputs(1, 20).to(torch.float32), AttentionMask(1, 20, 20, causal=True)
     flat = [x for table in Band(4, 3, num_first=2).tables(mask) for x in table]
@@ -162,8 +167,10 @@ def test_the_operation_keeps_what_torch_asks_of_operations():
         torch.randn(4, requires_grad=True),
         torch.tensor(3),
     )
-    for extras in ((None, None, None), (bias, sinks, seed)):
-        arguments = (*leaves, *extras, flat, 0.5, None if extras[0] is None else 2.0, 0.1, True)
+    labelled = [x for table in Band(4, 3, num_first=2).tables(mask) for x in with_labels(table)]
+    label_bias = torch.randn(4, 3, requires_grad=True)
+    for extras, tables_ in (((None,) * 4, flat), ((bias, sinks, label_bias, seed), labelled)):
+        arguments = (*leaves, *extras, tables_, 0.5, None if extras[0] is None else 2.0, 0.1, 0, True)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
         torch.library.opcheck(batched.attend_at_once, arguments, test_utils=checks)
 

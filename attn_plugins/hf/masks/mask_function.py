@@ -11,12 +11,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import readable
+from attn_plugins.hf import structures
 from attn_plugins.hf.call import innermost
 from attn_plugins.hf.masks import packing
 from attn_plugins.hf.masks.dense_masks import additive
 from attn_plugins.hf.masks.structure import structure_of
 from attn_plugins.hf.masks.tensors import stands_for_a_tensor, takes_all
 from attn_plugins.hf.parallel.context import WholeRows, whole_rows
+
+UNSKIPPED = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+"""Arguments of mask functions that are not to leave a mask out which says more than they know."""
 
 
 @stands_for_a_tensor
@@ -152,6 +156,11 @@ class LazyMask(AttentionMask):
 
         def build() -> Any:
             made = make(**self.arguments)
+            if self.structure is not None and (made is None or (isinstance(made, torch.Tensor) and made.ndim == 2)):
+                raise ValueError(
+                    f"{implementation!r}, which serves the layers that no rule matches, takes no structure=; give them "
+                    "an attention too, or load the model with attn_implementation='sdpa'"
+                )
             if self.segments_BK is not None and isinstance(made, torch.Tensor) and made.ndim == 2:
                 raise ValueError(
                     f"{implementation!r} cannot keep packed texts apart in rows with padding; leave out the padding, "
@@ -200,8 +209,12 @@ def lazy_mask(
     )
     if packed is not None:
         mask_function, segments_BK = packed
-        unskipped = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-        arguments |= {"mask_function": mask_function, **unskipped}
+        arguments |= {"mask_function": mask_function, **UNSKIPPED}
+    structure = None
+    structured = structures.in_mask(mask_function, batch_size, q_length, kv_length, (q_offset, kv_offset), device)
+    if structured is not None:
+        rule, structure = structured
+        arguments |= {"mask_function": rule, **UNSKIPPED}
     padding_BK = first_B = None
     if attention_mask is not None:
         first_B = attention_mask.long().argmax(dim=1) - kv_offset if kv_offset else None
@@ -223,6 +236,7 @@ def lazy_mask(
         q_offset=q_offset,
         kv_offset=kv_offset,
         first_B=first_B,
+        structure=structure,
         device=device,
         arguments=arguments,
     )

@@ -75,14 +75,22 @@ def attend_tables(
     position_bias: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    label_bias: torch.Tensor | None = None,
+    at_once: int = 0,
     return_lse: bool = False,
 ) -> Any:
-    """The same over tables, in which every visible pair is visible just once."""
+    """The same over tables, in which every visible pair is visible just once.
+
+    Args:
+        label_bias: (H, labels), added to the scores of pairs by their label in the tables; nothing where that is -1.
+        at_once: elements that are worked on at a time, 0 for what :mod:`attn_plugins.ops.sizes` says of the device.
+    """
     seed = draw_seed(q_BHQD.device) if dropout else None
     flat = [table for part in tables for table in part]
     parts = attend_at_once(
-        q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, seed, flat, scale, softcap, dropout, return_lse
-    )
+        q_BHQD, k_BGKD, v_BGKV, position_bias, sinks, label_bias, seed, flat,
+        scale, softcap, dropout, at_once, return_lse,
+    )  # fmt: skip
     return SoftmaxParts(*parts) if return_lse else parts[0]
 
 
@@ -93,11 +101,13 @@ def attend_at_once(
     v: torch.Tensor,
     position_bias: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    label_bias: torch.Tensor | None,
     seed: torch.Tensor | None,
     tables: Sequence[torch.Tensor],
     scale: float,
     softcap: float | None,
     dropout: float,
+    at_once: int,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """:func:`attend_tables` as one operation: out, lse and the highest scores, which are empty unless ``return_lse``.
@@ -106,7 +116,7 @@ def attend_at_once(
         seed: int64 of no dimension, of what is dropped.
         tables: the fields of each table, one after the other.
     """
-    call = _Call(q, k, v, position_bias, seed, tables, scale, softcap, dropout)
+    call = _Call(q, k, v, position_bias, seed, tables, scale, softcap, dropout, label_bias, at_once)
     out: Any = None
     lse: Any = None
     top: Any = None
@@ -148,6 +158,7 @@ def attend_at_once_backward(
     v: torch.Tensor,
     position_bias: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    label_bias: torch.Tensor | None,
     seed: torch.Tensor | None,
     tables: Sequence[torch.Tensor],
     out: torch.Tensor,
@@ -157,13 +168,16 @@ def attend_at_once_backward(
     scale: float,
     softcap: float | None,
     dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, of the position bias (empty unless ``learned_bias``) and of the sinks (empty without)."""
-    call = _Call(q, k, v, position_bias, seed, tables, scale, softcap, dropout)
+    at_once: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k, v, position bias (empty unless ``learned_bias``), sinks and label bias (empty without)."""
+    call = _Call(q, k, v, position_bias, seed, tables, scale, softcap, dropout, label_bias, at_once)
     d_out, lse = d_out.reshape(call.queries, -1), lse.reshape(-1, 1)
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     delta = (d_out.to(call.dtype) * out.view(d_out.shape).to(call.dtype)).sum(dim=1, keepdim=True)
-    d_bias, d_sinks = q.new_empty(0), q.new_empty(0)
+    d_bias, d_sinks, d_label = (q.new_empty(0) for _ in range(3))
+    if label_bias is not None:
+        d_label = call.zeros(call.heads * label_bias.shape[1] + 1)  # and of no label
     if sinks is not None:
         rest = (call.of_heads(sinks) - lse).exp_().mul_(delta)
         d_sinks = -rest.view(call.batch, call.heads, -1).sum(dim=(0, 2)).to(sinks.dtype)
@@ -201,6 +215,8 @@ def attend_at_once_backward(
                     ds.scatter_add_(-1, largest, rows)
                 if learned_bias:
                     d_bias.index_add_(0, call.pairs(piece, len(d_bias)), ds.flatten())
+                if label_bias is not None:
+                    d_label.index_add_(0, call.labels(piece), ds.flatten())
                 if tanh is not None:
                     ds.mul_(1 - tanh.square_())
                 dq.index_add_(0, piece.own, product(ds.to(k.dtype), piece.k, call.dtype).flatten(0, 1))
@@ -208,45 +224,45 @@ def attend_at_once_backward(
     if position_bias is not None and learned_bias:
         d_bias = d_bias.view(-1, call.heads, call.q_length, call.k_length).sum_to_size(position_bias.shape)
         d_bias = d_bias.to(position_bias.dtype)
+    if label_bias is not None:
+        d_label = d_label[:-1].view(label_bias.shape).to(label_bias.dtype)
     dq = dq[:-1].mul_(scale)
     if not call.scaled:
         dk.mul_(scale)
     dq, dk, dv = (x.to(given.dtype).view(given.shape) for x, given in zip((dq, dk, dv), (q, k, v), strict=True))
-    return dq, dk, dv, d_bias, d_sinks
+    return dq, dk, dv, d_bias, d_sinks, d_label
 
 
 @attend_at_once.register_fake
-def _(q, k, v, position_bias, sinks, seed, tables, scale, softcap, dropout, return_lse):
+def _(q, k, v, position_bias, sinks, label_bias, seed, tables, scale, softcap, dropout, at_once, return_lse):
     dtype, shape = accumulation_dtype(q, k, v), q.shape[:3]
     top = q.new_empty((*shape, 1) if return_lse else 0, dtype=dtype)
     return v.new_empty(*shape, v.shape[3]), q.new_empty(*shape, 1, dtype=dtype), top
 
 
 @attend_at_once_backward.register_fake
-def _(d_out, d_lse, d_top, q, k, v, position_bias, sinks, seed, tables, out, lse, top, learned_bias, *options):
-    d_bias = (
-        q.new_empty(0) if position_bias is None or not learned_bias else position_bias.new_empty(position_bias.shape)
-    )
-    d_sinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-    return *(x.new_empty(x.shape) for x in (q, k, v)), d_bias, d_sinks
+def _(d_out, d_lse, d_top, q, k, v, position_bias, sinks, label_bias, seed, tables, out, lse, top, learned, *options):
+    d_bias = q.new_empty(0) if position_bias is None or not learned else position_bias.new_empty(position_bias.shape)
+    d_sinks, d_label = (q.new_empty(0) if x is None else x.new_empty(x.shape) for x in (sinks, label_bias))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), d_bias, d_sinks, d_label
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, position_bias, sinks, seed, tables, *options, return_lse = inputs
-    ctx.save_for_backward(q, k, v, position_bias, sinks, seed, *output, *tables)
+    *tensors, tables, scale, softcap, dropout, at_once, return_lse = inputs
+    options = (scale, softcap, dropout, at_once)
+    ctx.save_for_backward(*tensors, *output, *tables)
     ctx.options, ctx.return_lse = options, return_lse
     ctx.set_materialize_grads(True)
 
 
 def _backward(ctx, d_out, d_lse, d_top):
     saved = ctx.saved_tensors  # once: gradient checkpointing refuses a second look
-    inputs, output, tables = saved[:6], saved[6:9], list(saved[9:])
-    bias, sinks = ctx.needs_input_grad[3:5]
+    inputs, output, tables = saved[:7], saved[7:10], list(saved[10:])
+    wanted = ctx.needs_input_grad[3:6]
     of_parts = (d_lse, d_top) if ctx.return_lse else (None, None)
-    dq, dk, dv, d_bias, d_sinks = attend_at_once_backward(
-        d_out, *of_parts, *inputs, tables, *output, bias, *ctx.options
-    )
-    return dq, dk, dv, d_bias if bias else None, d_sinks if sinks else None, None, [None] * len(tables), *[None] * 4
+    dq, dk, dv, *others = attend_at_once_backward(d_out, *of_parts, *inputs, tables, *output, wanted[0], *ctx.options)
+    others = [grad if want else None for grad, want in zip(others, wanted, strict=True)]
+    return dq, dk, dv, *others, None, [None] * len(tables), *[None] * 5
 
 
 attend_at_once.register_autograd(_backward, setup_context=_setup_context)
@@ -291,7 +307,9 @@ class _Call:
     Rows of a tile are the query heads that share a key/value head times the tile's queries.
     """
 
-    def __init__(self, q_BHQD, k_BGKD, v_BGKV, position_bias, seed, tables, scale, softcap, dropout):
+    def __init__(
+        self, q_BHQD, k_BGKD, v_BGKV, position_bias, seed, tables, scale, softcap, dropout, label_bias=None, at_once=0
+    ):
         self.scale, self.softcap, self.dropout = scale, softcap, dropout
         self.dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
         self.batch, self.heads, self.q_length = q_BHQD.shape[:3]
@@ -299,8 +317,8 @@ class _Call:
         self.shared = self.heads // self.groups
         self.queries = self.batch * self.heads * self.q_length
         self.q, self.k, self.v = (x.reshape(-1, x.shape[-1]) for x in (q_BHQD, k_BGKD, v_BGKV))
-        self.parts = [Tables(*tables[at : at + 3]) for at in range(0, len(tables), 3)]
-        self.bias, self.seed = position_bias, seed
+        self.parts = [Tables(*tables[at : at + 4]) for at in range(0, len(tables), 4)]
+        self.bias, self.label_bias, self.seed, self.at_once = position_bias, label_bias, seed, at_once
         # Scores are scaled with the queries where that rounds nothing.
         self.scaled = self.q.dtype not in HALF or math.frexp(self.scale)[0] == 0.5
         self.made_up = 1 / (1 - self.dropout)
@@ -320,7 +338,7 @@ class _Call:
             self.heads * part.hidden_BTRC[0, 0].numel(),
             self.groups * part.k_BTC.shape[2] * max(self.k.shape[1], self.v.shape[1]),
         )
-        for tiles in pieces(self.q.device, part.q_BTR.shape[1], size):
+        for tiles in pieces(self.q.device, part.q_BTR.shape[1], size, self.at_once):
             yield self.gathered(Tables(*(table[:, tiles] for table in part)))
 
     def gathered(self, tables):
@@ -352,6 +370,9 @@ class _Call:
         by_head = self.unflattened(scores)
         if self.bias is not None:
             by_head += self.bias_of(piece)
+        if self.label_bias is not None:
+            biases = pad(self.label_bias.to(self.dtype).flatten(), (0, 1))  # 0 of no label
+            by_head += biases[self.labels(piece)].view(by_head.shape)
         by_head.masked_fill_(piece.tables.hidden_BTRC[:, None, :, None], MASKED_SCORE)
         return scores, tanh
 
@@ -380,6 +401,13 @@ class _Call:
         q_index, k_index = self.indices(piece)
         first = self.by_head(self.heads, self.q_length * self.k_length).unsqueeze(5) % size
         return (first + q_index * self.k_length + k_index).flatten()
+
+    def labels(self, piece):
+        """Where the bias of each score is among those of all heads, behind the last for none, all scores in order."""
+        number, label = self.label_bias.shape[1], piece.tables.label_BTRC[:, None, :, None]
+        first = torch.arange(0, self.heads * number, number, device=self.q.device)
+        first = first.view(1, self.groups, 1, self.shared, 1, 1)
+        return (first + label).masked_fill(label < 0, self.heads * number).expand(self.batch, *[-1] * 5).flatten()
 
     def dropped(self, piece):
         """Which weights are dropped, or None; the same again in the backward, whatever the tiles."""

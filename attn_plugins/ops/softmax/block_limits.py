@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.relations import Edges
 from attn_plugins.ops.softmax.tiles import Rule
 
 T = TypeVar("T")
@@ -164,6 +165,15 @@ class MaskOfBlocks(AttentionMask):
             return to_high - to_low
 
         return Blocks(held(entries.any(2)) > 0, held(entries.all(2)) == high - low)
+
+    def look_up_edge(self, edges: Edges, q_position: Any, k_position: Any) -> Any:
+        """Blocks with an edge; of none it is known that all pairs in it are edges."""
+        size, queries, keys = q_position.size, q_position.low.shape[1], k_position.low.shape[2]
+        row_BE, column_BE = edges.rows_BE(), edges.columns_BE
+        block = (row_BE // size * keys + column_BE // size).masked_fill(row_BE >= edges.starts_BN.shape[1] - 1, -1)
+        some = torch.zeros(len(block), queries * keys + 1, dtype=torch.bool, device=block.device)
+        some = some.scatter(1, block.masked_fill(block < 0, queries * keys), 1)[:, :-1].unflatten(1, (queries, keys))
+        return Blocks(some, torch.zeros_like(some))
 
     def _evaluate(self, q_position: Any, k_position: Any) -> Any:
         """Of a rule nothing is known but that it is causal."""

@@ -29,6 +29,8 @@ class Tables(NamedTuple):
     """(B or 1, T, C) indices of keys, each once in a tile as far as they are visible, -1 for no key."""
     hidden_BTRC: torch.Tensor
     """(B or 1, T, R, C): True where a query does not see a key."""
+    label_BTRC: torch.Tensor
+    """(B or 1, T, R, C) int64 labels of pairs, -1 for none, or (1, T, 0, 0) where these have no biases."""
 
 
 def tables_of(mask: AttentionMask, sees: Sees, q_BTR: torch.Tensor, k_BTC: torch.Tensor) -> Tables:
@@ -49,12 +51,13 @@ def tables_of(mask: AttentionMask, sees: Sees, q_BTR: torch.Tensor, k_BTC: torch
         q_index, k_index = q_BTR[:, part].unsqueeze(3), k_BTC[:, part].unsqueeze(2)
         shown = sees(mask, q_index.clamp(min=0), k_index.clamp(min=0))
         parts.append(~(mask.visible(q_index, k_index) & shown))  # the mask hides the index -1
-    return Tables(q_BTR, k_BTC, parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))
+    hidden = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return Tables(q_BTR, k_BTC, hidden, q_BTR.new_empty(1, tiles, 0, 0))
 
 
-def pieces(device: torch.device, tiles: int, elements: int) -> Sequence[slice]:
+def pieces(device: torch.device, tiles: int, elements: int, at_once: int = 0) -> Sequence[slice]:
     """Slices of so many tiles, of this many elements each, that are worked on at a time: one at usual sizes."""
-    at_once = max(1, scores_at_once(device) // max(1, elements))
+    at_once = max(1, (at_once or scores_at_once(device)) // max(1, elements))
     if tiles <= at_once:
         return [slice(0, tiles)]  # whatever the length, in a graph for all of them
     return [slice(low, min(low + at_once, tiles)) for low in range(0, max(1, tiles), at_once)]
