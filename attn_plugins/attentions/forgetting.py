@@ -4,7 +4,6 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import logsigmoid
 
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
@@ -14,6 +13,7 @@ from attn_plugins.ops.softmax.forgetting import (
     batched_forgetting_attention,
     dense_forgetting_attention,
     forgetting_attention,
+    log_gates,
     of_tokens,
 )
 
@@ -112,4 +112,4 @@ class ForgettingAttention(Attention):
         """log f, (B, H, K), in at least float32."""
         x = next(one for one in (hidden_BKE, gates_of_BGKV, v_BGKV) if one is not None)
         z_BHK = of_tokens(x, self.gate_weight, self.gate_bias, accumulation_dtype(x))
-        return logsigmoid(z_BHK) if self.config.form == "paper" else -z_BHK.clamp(min=0)
+        return log_gates(z_BHK, paper=self.config.form == "paper")

@@ -14,18 +14,22 @@ class GatedKeys(State):
 
     Buffers have room for tokens to come, and double when it is used up. ``tensors``: k (B, G, room, D) and v likewise,
     gate (B, H, room), all by position, and not_padding (B, room).
+
+    Args:
+        moving: whether tokens change the keys before them (:meth:`move`). To go back then takes a copy of the state.
     """
 
     supports_fixed_length = grows = True
 
-    def __init__(self, fixed_length: int | None = None):
+    def __init__(self, fixed_length: int | None = None, *, moving: bool = False):
         super().__init__(fixed_length)
+        self.moving = moving
         self.padded = False
         """Whether there ever was padding."""
 
     def flush_pending(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The new tokens: none are ever pending, and nothing has to be recorded for a crop."""
-        return new
+        """The new tokens; unless keys move, none are ever pending, and nothing has to be recorded for a crop."""
+        return super().flush_pending(*new) if self.moving else new
 
     def reset(self) -> None:
         super().reset()
@@ -64,11 +68,20 @@ class GatedKeys(State):
         held = mask.at(position, not_padding_BK, position.new_zeros(1))
         return self.tensors["k"], self.tensors["v"], self.tensors["gate"], held
 
+    def move(self, by_BGDD: torch.Tensor) -> None:
+        """Multiply the keys of all tokens so far by a matrix."""
+        held = self.tensors["k"]
+        moved = held @ by_BGDD.to(held.dtype).mT
+        if self.fixed_length is None or moved.requires_grad:
+            self.tensors["k"] = moved
+        else:
+            held.copy_(moved)
+
     def like(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return (self.tensors["k"], self.tensors["v"]) if self.tensors else None
+        return (self.tensors["k"], self.tensors["v"]) if self.tensors else super().like()
 
     def _reaches(self, target: int) -> bool:
-        return True
+        return not self.moving
 
     def _rewind(self, target: int) -> None:
         self.length = target

@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.nn.functional import logsigmoid
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.query_chunks import bias_of, in_large_chunks, softmax_of_visible, visible_pairs
@@ -29,6 +30,11 @@ def of_tokens(x: torch.Tensor, weight: torch.Tensor, bias_H: torch.Tensor, dtype
     else:
         z_BHK = (x @ weight.unflatten(0, (x.shape[1], -1)).mT).mT.flatten(1, 2)
     return z_BHK + bias_H.to(dtype).unsqueeze(1)
+
+
+def log_gates(z_BHK: torch.Tensor, *, paper: bool) -> torch.Tensor:
+    """Logarithms of gates: of a sigmoid, or ``-max(z, 0)``, whose gradient at 0 is that from above."""
+    return logsigmoid(z_BHK) if paper else -z_BHK.clamp(min=0)
 
 
 def added_up(log_gate_BHK: torch.Tensor, padding_BK: torch.Tensor | None) -> torch.Tensor:
