@@ -50,7 +50,7 @@ class ForgettingAttention(Attention):
     head_weights = ("*",)
     symbolic_length = True
     limit: ClassVar = {}
-    examples = ({"gate_input": "hidden"}, {"form": "paper", "initial_memory": 3.0})
+    examples = ({}, {"gate_input": "hidden"}, {"form": "paper", "initial_memory": 3.0})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AttentionConfig):

@@ -42,6 +42,7 @@ class PathAttention(Attention):
     head_weights = ("*",)
     limit: ClassVar = {}
     examples = (
+        {"chunk_size": 4},
         {"chunk_size": 4, "gate_input": "hidden"},
         {"chunk_size": 4, "form": "paper", "initial_beta": 0.5, "forget_gate": True},
     )

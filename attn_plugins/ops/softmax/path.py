@@ -36,9 +36,13 @@ SCORES_OF_A_TILE = 2**20
 LARGEST_TILE = 128
 """Queries of a tile."""
 
-Visible = Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
-"""(q_index, k_index), tokens of a call (1, ...), -> whether those see these, (B or 1, ...); None where all earlier ones
-are visible."""
+
+class _Seen(NamedTuple):
+    """Which of the earlier tokens one sees: marks of both, (B or 1, N), and what two of them say, which broadcast."""
+
+    of_queries: torch.Tensor
+    of_keys: torch.Tensor
+    meet: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Steps(NamedTuple):
@@ -174,17 +178,12 @@ def path_attention(
     if steps.log_gate_BHK is not None:
         decay = pad(added_up(steps.log_gate_BHK, real), (0, padded)).unflatten(1, (groups, -1))
     beta = pad(beta_BGK.to(dtype), (0, padded))
-    visible: Visible = None
-    if not mask.plain or mask.padding_BK is not None or mask.segments_BK is not None:
-
-        def visible(q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
-            return mask.visible(q_index - (keys - queries), k_index + before)
-
-    local, q, k_on, whole = _chunks(q, k, v, w, beta, decay, size, scores, visible)
+    seen = _seen(mask, real, before, keys, padded)
+    local, q, k_on, whole = _chunks(q, k, v, w, beta, decay, size, scores, seen)
     parts = [local]
     while size < q.shape[3]:
         level = _pairs if batched else _tiles
-        parts.append(level(q, k_on, v, decay, size, scores, visible, keys - queries))
+        parts.append(level(q, k_on, v, decay, size, scores, seen, keys - queries))
         q, k_on, whole = _joined(q, k_on, whole, size)
         size *= 2
     if state is not None:
@@ -197,12 +196,26 @@ def path_attention(
     return out_BHNV[:, :, keys - queries : keys].to(v_BGKV.dtype)
 
 
-def _chunks(q, k, v, w, beta, decay, size, scores, visible):
+def _seen(mask: AttentionMask, real_BK: torch.Tensor | None, before: Any, keys: int, padded: int) -> _Seen | None:
+    """None where all earlier tokens are visible."""
+    if mask.plain and mask.segments_BK is None and real_BK is None:
+        return None
+    if not mask.plain:
+        index, unasked = torch.arange(keys + padded, device=mask.device).unsqueeze(0), keys - mask.q_length
+        return _Seen(index, index, lambda q_index, k_index: mask.visible(q_index - unasked, k_index + before))
+    # Keys of the same text, of which padding is none: one comparison, of tables that are cut and not gathered from.
+    text_BK = torch.zeros(1, keys, dtype=torch.long, device=mask.device)
+    text_BK = pad(text_BK if mask.segments_BK is None else mask.segments_BK.long(), (0, padded))
+    hidden = torch.iinfo(torch.long).min
+    shown_BK = text_BK if real_BK is None else text_BK.masked_fill(~pad(real_BK, (0, padded)), hidden)
+    return _Seen(text_BK, shown_BK, torch.eq)
+
+
+def _chunks(q, k, v, w, beta, decay, size, scores, seen):
     """(Attention within chunks, queries brought back to the start of theirs, keys on to its end, what each chunk does).
 
     The last is a matrix for keys before the chunk, (B, G, chunks, D, D).
     """
-    length = q.shape[3]
     q, k, v, w = (x.unflatten(-2, (-1, size)) for x in (q, k, v, w))
     beta = beta.unflatten(-1, (-1, size)).unsqueeze(-1)
     by_w, by_k = (w @ w.mT).tril(-1), (w @ k.mT).tril(-1)
@@ -211,24 +224,24 @@ def _chunks(q, k, v, w, beta, decay, size, scores, visible):
     taken, taken_of_keys = solved.split([w.shape[-1], size], dim=-1)
     along = (q @ w.mT.unsqueeze(2)).tril()
     s = scores(q @ k.mT.unsqueeze(2) - along @ taken_of_keys.unsqueeze(2))
-    index = torch.arange(length, device=w.device).view(1, -1, size)
-    q_index, k_index = index.unsqueeze(3), index.unsqueeze(2)
-    seen = k_index <= q_index
-    if visible is not None:
-        seen = seen & visible(q_index, k_index)
+    place = torch.arange(size, device=w.device)
+    shown = (place <= place.unsqueeze(1))[None, None]
+    if seen is not None:
+        q_mark, k_mark = (x.unflatten(1, (-1, size)) for x in (seen.of_queries, seen.of_keys))
+        shown = shown & seen.meet(q_mark.unsqueeze(3), k_mark.unsqueeze(2))
     if decay is not None:
         own = decay.unflatten(-1, (-1, size))
         s = s + (own.unsqueeze(-1) - own.unsqueeze(-2)).to(s.dtype)
-    local = _softmax(s, v, seen, scores.dropout)
+    local = _softmax(s, v, shown, scores.dropout)
     back, on = q - along @ taken.unsqueeze(2), k - taken_of_keys.mT @ w
     whole = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device) - w.mT @ taken
     return _Merged(*(x.flatten(3, 4) for x in local)), back.flatten(3, 4), on.flatten(2, 3), whole
 
 
-def _softmax(s, v, seen, dropout) -> _Merged:
-    """Of scores (B, G, S, P, R, K) over values (B, G, P, K, V); ``seen`` is (B or 1, P, R, K)."""
-    if seen is not None:
-        s = s.masked_fill(~seen[:, None, None], MASKED_SCORE)
+def _softmax(s, v, shown, dropout) -> _Merged:
+    """Of scores (B, G, S, P, R, K) over values (B, G, P, K, V); ``shown`` is (B or 1, P, R, K)."""
+    if shown is not None:
+        s = s.masked_fill(~shown[:, None, None], MASKED_SCORE)
     lse = s.logsumexp(dim=-1, keepdim=True)
     weights = with_dropout((s - lse).exp(), dropout)
     return _Merged(weights @ v.unsqueeze(2), lse)
@@ -258,9 +271,9 @@ def _joined(q, k, whole, size):
     return tuple(torch.cat(both, dim=dim) for both, dim in zip(zip(*joined, strict=True), (3, 2, 2), strict=True))
 
 
-def _tiles(q, k, v, decay, size, scores, visible, unasked) -> _Merged:
+def _tiles(q, k, v, decay, size, scores, seen, unasked) -> _Merged:
     """Second halves of pairs of blocks to the first ones, a tile at a time."""
-    length, device = q.shape[3], q.device
+    length = q.shape[3]
     heads = q.shape[0] * q.shape[1] * q.shape[2]
     rows = max(1, min(LARGEST_TILE, SCORES_OF_A_TILE // (heads * size)))
 
@@ -270,13 +283,12 @@ def _tiles(q, k, v, decay, size, scores, visible, unasked) -> _Merged:
             middle = max(keys.stop, unasked)
             for part in slices(max(0, min(low + 2 * size, length) - middle), rows):
                 queries = slice(part.start + middle, part.stop + middle)
-                if visible is None:
+                if seen is None:
                     yield Tile(queries, (keys,), None, None, None)
                     continue
-                q_index = torch.arange(queries.start, queries.stop, device=device).view(1, -1, 1)
-                seen = visible(q_index, torch.arange(keys.start, keys.stop, device=device).view(1, 1, -1))
-                if bool(seen.any()):
-                    yield visible_tile(seen, queries, keys)
+                shown = seen.meet(seen.of_queries[:, queries].unsqueeze(2), seen.of_keys[:, keys].unsqueeze(1))
+                if bool(shown.any()):
+                    yield visible_tile(shown, queries, keys)
 
     decay_BHK = None if decay is None else decay.flatten(1, 2)
     made = attend_tiles(
@@ -287,7 +299,7 @@ def _tiles(q, k, v, decay, size, scores, visible, unasked) -> _Merged:
     return _Merged(*(x.unflatten(1, q.shape[1:3]) for x in (made.out_BHQV, lse)))
 
 
-def _pairs(q, k, v, decay, size, scores, visible, unasked) -> _Merged:
+def _pairs(q, k, v, decay, size, scores, seen, unasked) -> _Merged:
     """The same for all pairs of blocks together."""
     length = q.shape[3]
     full = length // (2 * size)
@@ -304,9 +316,11 @@ def _pairs(q, k, v, decay, size, scores, visible, unasked) -> _Merged:
         if decay is not None:
             c = decay[..., low:high].unflatten(-1, (number, -1))
             c1, c2 = c[..., :size], c[..., size:]
-        index = torch.arange(low, high, device=q.device).view(1, number, -1)
-        seen = None if visible is None else (index[..., size:], index[..., :size], visible)
-        made = _in_pieces(q2, k1, v1, c2, c1, seen, scores)
+        here = None
+        if seen is not None:
+            q_mark, k_mark = (x[:, low:high].unflatten(1, (number, -1)) for x in (seen.of_queries, seen.of_keys))
+            here = _Seen(q_mark[..., size:], k_mark[..., :size], seen.meet)
+        made = _in_pieces(q2, k1, v1, c2, c1, here, scores)
         empty = _nothing(q, v, number * size)
         both = [
             torch.cat([a.unflatten(3, (number, size)), b], dim=4).flatten(3, 4)
@@ -326,7 +340,7 @@ def _in_pieces(q, k, v, c_q, c_k, seen, scores) -> _Merged:
 
     Args:
         c_q, c_k: log gates added up, (B, G, S, P, R) and (B, G, S, P, K), or None.
-        seen: indices (1, P, R) and (1, P, K) with the function that says who sees whom, or None.
+        seen: with marks (B or 1, P, R) and (B or 1, P, K); None where all are visible.
     """
     pairs, rows = q.shape[3:5]
     copies = 2 if c_q is None else 4
@@ -339,8 +353,7 @@ def _in_pieces(q, k, v, c_q, c_k, seen, scores) -> _Merged:
             s = s + (c_q[..., some, own].unsqueeze(-1) - c_k[..., some, :].unsqueeze(-2)).to(s.dtype)
         shown = None
         if seen is not None:
-            q_index, k_index, visible = seen
-            shown = visible(q_index[:, some, own].unsqueeze(3), k_index[:, some].unsqueeze(2))
+            shown = seen.meet(seen.of_queries[:, some, own].unsqueeze(3), seen.of_keys[:, some].unsqueeze(2))
         return torch.cat(_softmax(s, v[:, :, some], shown, scores.dropout), dim=-1)
 
     def piece(some: slice, own: slice) -> torch.Tensor:
@@ -366,13 +379,9 @@ def _from_state(q, decay, mask, state, scores, unasked, padded) -> _Merged:
         c_q = (decay[..., : q.shape[3]] + c_k[..., 0, -1:]).unsqueeze(3)
     index = torch.arange(q.shape[3], device=q.device).view(1, 1, -1) - unasked
     keys = torch.arange(k.shape[2], device=q.device).view(1, 1, -1)
-    made = _in_pieces(
-        q.unsqueeze(3), k.to(q.dtype).unsqueeze(2), v.to(q.dtype).unsqueeze(2), c_q, c_k,
-        (index, keys, held.visible), scores,
-    )  # fmt: skip
-    return _Merged(
-        *(pad(x.squeeze(3), (0, 0, 0, padded), value=0.0 if x.shape[-1] > 1 else MASKED_SCORE) for x in made)
-    )
+    k, v = (x.to(q.dtype).unsqueeze(2) for x in (k, v))
+    made = _in_pieces(q.unsqueeze(3), k, v, c_q, c_k, _Seen(index, keys, held.visible), scores)
+    return _Merged(*(pad(x.squeeze(3), (0, 0, 0, padded)) for x in made))  # rows beyond the end are left out
 
 
 def _merge(parts, sinks) -> torch.Tensor:
