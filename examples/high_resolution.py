@@ -50,6 +50,7 @@ CELLS = 4
 """Objects along each side of a scene."""
 TRAIN, TEST, TRANSFER = 0, 10_000, 20_000
 """Seeds of the scenes of each kind begin here."""
+OWN = ("the model's own", "")
 MOSTLY = 0.7
 """Share of a patch's pixels that its class has at least."""
 
@@ -251,21 +252,21 @@ def run(args: argparse.Namespace, out: Path) -> None:
         label, _, rule = given.partition("=")
         rules[label] = parse_yaml(rule)
     students: dict[str, nn.Module] = {}
-    for size, train, test in args.scenes:
-        done = {(record["attention"], record["stage"]) for record in _read(out) if record["size"] == size}
-        models: dict[tuple[str, str], nn.Module] = {("the model's own", ""): model}
-        for label, rule in rules.items():
-            models[label, "before"] = with_attention(model, rule)
-            if args.transfer_steps:
-                if label not in students:
+    for stage in ("before", "after") if args.transfer_steps else ("before",):
+        for size, train, test in args.scenes:
+            done = {(record["attention"], record["stage"]) for record in _read(out) if record["size"] == size}
+            todo: dict[tuple[str, str], nn.Module] = {OWN: model} if OWN not in done else {}
+            for label, rule in rules.items():
+                if (label, stage) in done:
+                    continue
+                if stage == "after" and label not in students:
                     grid = grid_of_image(model, torch.zeros(1, 3, args.transfer_size, args.transfer_size))
                     scenes = painter.scenes(TRANSFER, args.transfer_steps, args.transfer_size, grid)
                     print(label, flush=True)
                     students[label] = transferred(model, rule, scenes, args.learning_rate)
-                models[label, "after"] = students[label]
-        if set(models) <= done:
-            continue
-        _measure(model, models, rules, painter, (size, train, test), args, out)
+                todo[label, stage] = with_attention(model, rule) if stage == "before" else students[label]
+            if todo:
+                _measure(model, todo, rules, painter, (size, train, test), args, out)
 
 
 def _measure(
@@ -281,32 +282,32 @@ def _measure(
     grid = grid_of_image(model, torch.zeros(1, 3, size, size))
     patches, number = grid[0] * grid[1], len(painter.objects) + 1
     parts = [painter.scenes(first, count, size, grid) for first, count in ((TRAIN, train), (TEST, test))]
-    states: dict[tuple[str, str], list[torch.Tensor]] = {key: [] for key in models}
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in models}
-    for pixels in (pixels for part in parts for pixels in part.pixels):
-        for key, one in models.items():
-            found, spent = features(one, pixels, patches)
-            states[key].append(found)
-            seconds[key].append(spent)
-    own = next(iter(models))
-    pixels, memory = parts[1].pixels[0], {own[0]: peak(model, None, parts[1].pixels[0], patches)}
-    for label, rule in rules.items():
-        memory[label] = peak(model, rule, pixels, patches)
-    for key, found in states.items():
+    states: dict[tuple[str, str], list[torch.Tensor]] = {key: [] for key in [OWN, *models]}
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in states}
+    for part, every in zip(parts, (models, {OWN: model, **models}), strict=True):
+        for pixels in part.pixels:
+            for key, one in every.items():
+                found, spent = features(one, pixels, patches)
+                states[key].append(found)
+                seconds[key].append(spent)
+    for key, one in models.items():
+        found = states[key]
+        rule = rules.get(key[0])
         cosines = [
-            float(cosine_similarity(a, b).mean()) for a, b in zip(found[train:], states[own][train:], strict=True)
+            float(cosine_similarity(a, b).mean()) for a, b in zip(found[train:], states[OWN][-test:], strict=True)
         ]
         classify = probe(found[:train], parts[0].classes, number)
         guessed = torch.cat([classify(x) for x in found[train:]])
-        ratios = [a / b for a, b in zip(seconds[own], seconds[key], strict=True)]
-        prefix = 0 if key == own else slots(models[key])[0].heads.prefix_tokens or 0  # type: ignore[union-attr]
+        ratios = [a / b for a, b in zip(seconds[OWN][-test:], seconds[key][-test:], strict=True)]
+        prefix = 0 if rule is None else slots(one)[0].heads.prefix_tokens or 0  # type: ignore[union-attr]
         record = {
-            "attention": key[0], "stage": key[1], "size": size, "grid": list(grid),
-            "rules": rules.get(key[0]), "keys_seen": 1.0 if key == own else keys_seen(models[key], grid, prefix),
+            "attention": key[0], "stage": key[1], "size": size, "grid": list(grid), "rules": rule,
+            "keys_seen": 1.0 if rule is None else keys_seen(one, grid, prefix),
             "agreement": statistics.mean(cosines), "agreement_by_scene": cosines,
             "mean_iou": mean_iou(guessed, torch.cat(parts[1].classes), number),
             "seconds": statistics.median(seconds[key]), "times_as_fast": statistics.median(ratios),
-            "lowest": min(ratios), "highest": max(ratios), "peak_bytes_of_a_layer": memory[key[0]],
+            "lowest": min(ratios), "highest": max(ratios),
+            "peak_bytes_of_a_layer": None if key[1] == "after" else peak(model, rule, parts[1].pixels[0], patches),
             "settings": {
                 "model": Path(args.model).name, "scenes": [train, test], "classes": number,
                 "transfer_steps": args.transfer_steps, "transfer_size": args.transfer_size,
@@ -316,10 +317,8 @@ def _measure(
         }  # fmt: skip
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        print(
-            f"{size}: {key}: {record['agreement']:.3f} {record['mean_iou']:.3f} {record['times_as_fast']:.2f}",
-            flush=True,
-        )
+        told = " ".join(f"{record[name]:.3f}" for name in ("agreement", "mean_iou", "times_as_fast"))
+        print(f"{size}: {key[0]} {key[1]}: {told}", flush=True)
 
 
 def _read(out: Path) -> list[dict[str, Any]]:
@@ -334,10 +333,10 @@ def report(records: list[dict[str, Any]]) -> str:
         for record in records:
             if record["size"] == size:
                 rows.setdefault(record["attention"], {})[record["stage"]] = record
-        first = next(iter(rows["the model's own"].values()))
-        rows_, columns = first["grid"]
+        first = next(iter(rows[OWN[0]].values()))
+        height, width = first["grid"]
         train, test = first["settings"]["scenes"]
-        what = f"{rows_} x {columns} patches; a probe on {train} scenes, {test} of test."
+        what = f"{height} x {width} patches; scenes: {train} of the probe, {test} of the test."
         head = ["attention", "keys seen", "agreement", "after transfer", "mean IoU", "after transfer"]
         table = Table(f"{size} px", what, [*head, "times as fast", "peak of a layer"])
         for label, stages in rows.items():
@@ -368,9 +367,9 @@ def main() -> None:
         default=[(224, 8, 8), (518, 4, 4), (1036, 2, 2)], help="pixels a side, and scenes of the probe and of the test",
     )  # fmt: skip
     parser.add_argument("--attention", action="append", metavar="LABEL=RULE", help="instead of those in this file")
-    parser.add_argument("--transfer-steps", type=int, default=20, help="0 for none")
-    parser.add_argument("--transfer-size", type=int, default=294, help="pixels a side")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--transfer-steps", type=int, default=16, help="0 for none")
+    parser.add_argument("--transfer-size", type=int, default=392, help="pixels a side")
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("-o", "--output-dir", type=Path, default=Path("runs/high_resolution"))
     args = parser.parse_args()

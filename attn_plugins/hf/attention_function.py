@@ -18,6 +18,7 @@ from attn_plugins.hf.discovery.rotary import rotary_of
 from attn_plugins.hf.grids import grid_of
 from attn_plugins.hf.grouped_keys import fitted
 from attn_plugins.hf.hidden_states import hidden_states_of
+from attn_plugins.hf.images import attend_to_each
 from attn_plugins.hf.masks import packing
 from attn_plugins.hf.masks.given import as_mask, chosen_keys
 from attn_plugins.hf.masks.mask_function import LazyMask
@@ -117,6 +118,8 @@ def attention_forward(
         key, value, position_bias, mask = _masked(
             module, attention, query, key, value, attention_mask, position_bias, base, is_causal
         )
+    grid = grid_of(module, query) if attention.wants_grid else None
+    images = grid if isinstance(grid, list) else None
     arguments: dict[str, Any] = {
         "mask": mask,
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -124,9 +127,17 @@ def attention_forward(
         "softcap": softcap,
         "sinks": s_aux,
         "rotary": rotary_of(module, call) if attention.wants_rotary else None,
-        "grid_size": grid_of(module, query) if attention.wants_grid else None,
+        "grid_size": None if images is not None else grid,
         "hidden": hidden_states_of(module, call, query) if attention.wants_hidden else None,
     }
+    if images is not None:
+        if observer is not None or beside:
+            raise ValueError(
+                f"{type(module).__name__} was given images of several sizes, of which attention to some heads alone is "
+                "not served, nor observed; give it images of one size"
+            )
+        del arguments["grid_size"]
+        return attend_to_each(slot, images, query, key, value, **arguments, dropout=dropout, need_weights=need_weights)
     if observer is not None:
         if served is None:
             softmax, plain = get_attention("softmax"), ("mask", "scale", "position_bias", "softcap", "sinks")

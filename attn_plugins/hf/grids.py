@@ -16,11 +16,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from attn_plugins.core.attention import Attention
+from attn_plugins.core.grid import Grid, GridSize
+from attn_plugins.hf.chunks import grids_of_chunks
 from attn_plugins.hf.discovery import modules as discovery
 from attn_plugins.hf.hooks import remove_hooks
+from attn_plugins.hf.images import Images, in_one_row, in_rows
 
-Grid = tuple[int, ...]
+Sides = tuple[int, ...]
 """Rows and columns of patches, after frames where there are any."""
+
+Told = GridSize | list[Images]
+"""How patches lie: all images alike, or each as it is."""
 
 GRID = "_attn_plugin_grid"
 """Attribute of an attention module whose attention lies on a grid: a :class:`Grids`."""
@@ -32,19 +38,41 @@ class Grids:
 
     in_config: bool
     """Whether the model's config has a grid."""
-    trained: dict[int, Grid | None] = field(default_factory=dict)
+    trained: dict[int, Told | None] = field(default_factory=dict)
     """Grids that it was trained on, by their number of tokens; None for several of one number."""
+    trained_chunks: dict[tuple[int, ...], list[Grid] | None] = field(default_factory=dict)
+    """The same of rows of chunks, by the lengths of these."""
 
 
 class Patches:
     """Those made in the forward pass under way."""
 
     batch_size = 0
-    sides: Grid | None = None
-    """None outside of a forward pass."""
+    sides: Sides | None = None
+    """None outside of a forward pass, and where images have sizes of their own."""
+    shapes: list[Sides] | None = None
+    """Rows and columns of each image, where a model takes images of several sizes."""
+    images: list[list[int]] | None = None
+    """(frames, rows, columns) of each image or video, where a model gets patches that were cut before."""
+    sizes: Any = None
+    """Height and width of each image in pixels, where a model takes images of several sizes and was told."""
+    model: nn.Module | None = None
+    """Whose forward pass it is, if it takes such images or patches."""
 
-    def of_rows(self, number: int) -> Grid | None:
-        """The grid of so many rows of tokens, None where they are no images or videos of those made."""
+    def __init__(self) -> None:
+        self.chunks: dict[tuple[int, ...], list[Grid]] = {}
+
+    def clear(self) -> None:
+        self.sides = self.shapes = self.images = self.sizes = self.model = None
+        self.chunks = {}
+
+    def of_rows(self, number: int, tokens: int) -> Told | None:
+        """How so many rows of so many tokens lie, None where they are no images or videos of those made."""
+        if (shapes := self.shapes) is not None:
+            sizes = [math.prod(shape) for shape in shapes]
+            if number == len(shapes) and max(sizes) <= tokens:
+                return shapes[0] if sizes[0] == tokens and len(set(shapes)) == 1 else in_rows(shapes)
+            return in_one_row(shapes) if number == 1 and sum(sizes) == tokens else None
         if self.sides is None or len(self.sides) not in (2, 3):
             return None
         if number == self.batch_size:
@@ -55,9 +83,19 @@ class Patches:
         return tuple(frame) if by_frame else None
 
 
+class Chunks:
+    """Of a module that attends to a row in chunks: where they begin, and which comes next."""
+
+    module: nn.Module | None = None
+    lengths: tuple[int, ...] = ()
+    rotary: Any = None
+    next = 0
+
+
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.patches = Patches()
+        self.chunks = Chunks()
 
 
 _thread = _Thread()
@@ -67,7 +105,10 @@ _thread = _Thread()
 def watch(model: nn.Module, slots: dict[str, Attention]) -> None:
     """Note the images of ``model`` for the modules at these paths, whose attentions want to know."""
     for path, slot in slots.items():
-        setattr(model.get_submodule(path), GRID, Grids(slot.heads is not None and slot.heads.grid_size is not None))
+        module = model.get_submodule(path)
+        setattr(module, GRID, Grids(slot.heads is not None and slot.heads.grid_size is not None))
+        if "cu_seqlens" in _takes(type(module)):
+            module.register_forward_pre_hook(_begin_chunks, with_kwargs=True)
         holder = next((part for part in discovery.outwards(model, path) if _embedding(part) is not None), None)
         if holder is not None and _begin not in holder._forward_pre_hooks.values():
             holder.register_forward_pre_hook(_begin, with_kwargs=True)
@@ -79,37 +120,41 @@ def unwatch(model: nn.Module) -> None:
     """Undo :func:`watch`."""
     for module in model.modules():
         vars(module).pop(GRID, None)
-        remove_hooks(module, _begin, _end, _note)
+        remove_hooks(module, _begin, _end, _note, _begin_chunks)
 
 
-def grid_of(module: nn.Module, query: torch.Tensor) -> Grid | None:
+def grid_of(module: nn.Module, query: torch.Tensor) -> Told | None:
     """How the patches that a module attends to lie, None where only its config may tell.
 
     Args:
         query: (B, H, N, D).
 
     Raises:
-        ValueError: they cannot be found.
+        ValueError: it cannot be found.
     """
     grids: Grids | None = getattr(module, GRID, None)
     if grids is None:
         return None
     batch_size, tokens, made = query.shape[0], query.shape[2], _thread.patches
     name = type(module).__name__
+    if _thread.chunks.module is module:
+        return _chunk(grids, made, name)
     window = _window(module)
-    if (grid := made.of_rows(batch_size)) is not None:
-        if window is not None and math.prod(window) == tokens != math.prod(grid):
+    if (grid := made.of_rows(batch_size, tokens)) is not None:
+        if window is not None and isinstance(grid, tuple) and math.prod(window) == tokens != math.prod(grid):
             return window
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             grids.trained[tokens] = grid if grids.trained.get(tokens, grid) == grid else None
         return grid
     if window is not None and math.prod(window) == tokens:
         return window
-    if made.sides is not None:
+    if made.sides is not None or made.shapes is not None:
+        sizes = dict.fromkeys([made.sides] if made.sides is not None else made.shapes or [])
+        patches = " or ".join(" x ".join(map(str, sides)) for sides in sizes)
         raise ValueError(
-            f"{name} attends to {batch_size} sequences of {tokens} tokens, and its model has made "
-            f"{' x '.join(map(str, made.sides))} patches of each of {made.batch_size} images; give the option "
-            "grid_size=(height, width), or leave it out with layers, roles or modules"
+            f"{name} attends to {batch_size} sequences of {tokens} tokens, and its model has made {patches} patches of "
+            f"each of {made.batch_size} images; give the option grid_size=(height, width), or leave it out with "
+            "layers, roles or modules"
         )
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0 and tokens in grids.trained:
         # Gradient checkpointing calls the layer again, in the backward, without the model around it.
@@ -127,7 +172,7 @@ def grid_of(module: nn.Module, query: torch.Tensor) -> Grid | None:
     return None
 
 
-def grid_of_image(model: nn.Module, pixel_values: torch.Tensor) -> Grid:
+def grid_of_image(model: nn.Module, pixel_values: torch.Tensor) -> tuple[int, int]:
     """Rows and columns of the patches that a model cuts images of this size into, (B, channels, height, width).
 
     Raises:
@@ -144,7 +189,7 @@ def grid_of_image(model: nn.Module, pixel_values: torch.Tensor) -> Grid:
     return rows, columns
 
 
-def _window(module: nn.Module) -> Grid | None:
+def _window(module: nn.Module) -> Sides | None:
     """The window of the image that a module attends within, at once (Swin)."""
     for holder in (module, *module.children()):
         size = getattr(holder, "window_size", None)
@@ -170,16 +215,69 @@ def _takes(cls: type[nn.Module]) -> set[str]:
 
 
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    _thread.patches.sides = None
+    made = _thread.patches
+    made.clear()
+    takes = _takes(type(model))
+    if not {"grid_thw", "image_sizes"} & takes:
+        return
+    given = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
+    made.model = model
+    if given.get("grid_thw") is not None:
+        made.images = given["grid_thw"].tolist()
+    made.sizes = given.get("image_sizes") if "image_sizes" in takes else None
 
 
 def _end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    _thread.patches.sides = None
+    _thread.patches.clear()
 
 
 def _note(embedding: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: torch.Tensor) -> None:
-    _thread.patches.batch_size, sides = output.shape[0], output.shape[2:]
+    made = _thread.patches
+    made.batch_size, made.sides = output.shape[0], tuple(output.shape[2:])
     if not isinstance(embedding, (nn.Conv2d, nn.Conv3d)):
-        given = inspect.signature(embedding.forward).bind(*args, **kwargs).arguments["spatial_shapes"].unique(dim=0)
-        sides = given[0].tolist() if len(given) == 1 else given.amax(dim=0).tolist()  # padding tells, then
-    _thread.patches.sides = tuple(sides)
+        given = inspect.signature(embedding.forward).bind(*args, **kwargs).arguments["spatial_shapes"]
+        made.sides, made.shapes = None, [tuple(shape) for shape in torch.as_tensor(given).tolist()]
+    elif made.model is not None and isinstance(embedding, nn.Conv2d) and made.images is None:
+        rows, columns = embedding.stride
+        sizes = [made.sides] * made.batch_size
+        if made.sizes is not None:
+            sizes = [(int(height) // rows, int(width) // columns) for height, width in made.sizes]
+        made.sides, made.shapes = None, sizes
+
+
+def _begin_chunks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    given = {**given, **given.get("kwargs", {})}
+    begins, chunks = given.get("cu_seqlens"), _thread.chunks
+    if begins is None:
+        chunks.module = None
+        return
+    chunks.module, chunks.next = module, 0
+    chunks.lengths = tuple(begins.diff().tolist())
+    chunks.rotary = given.get("position_embeddings", given.get("rotary_pos_emb"))
+
+
+def _chunk(grids: Grids, made: Patches, name: str) -> Grid:
+    """The grid of the chunk that a module attends to next."""
+    chunks = _thread.chunks
+    if made.images is not None and made.model is not None:
+        known = made.chunks.get(chunks.lengths)
+        if known is None:
+            known = grids_of_chunks(chunks.lengths, made.images, made.model, chunks.rotary, name)
+            made.chunks[chunks.lengths] = known
+        if torch.is_grad_enabled():
+            before = grids.trained_chunks.get(chunks.lengths, known)
+            grids.trained_chunks[chunks.lengths] = known if before == known else None
+    elif torch._C._current_graph_task_id() >= 0 and chunks.lengths in grids.trained_chunks:
+        known = grids.trained_chunks[chunks.lengths]  # computed again, as below
+    else:
+        known = None
+    if known is None:
+        raise ValueError(
+            f"cannot tell of what images the {len(chunks.lengths)} chunks are that {name} attends to; give the option "
+            "grid_size=(height, width), or leave it out with layers, roles or modules"
+        )
+    chunks.next += 1
+    if chunks.next == len(known):
+        chunks.module = None
+    return known[chunks.next - 1]
