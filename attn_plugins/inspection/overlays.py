@@ -10,7 +10,7 @@ from torch import nn
 
 from attn_plugins.config.extras import need
 from attn_plugins.hf.discovery import modules as discovery
-from attn_plugins.hf.grids import Grid, grid_of_image
+from attn_plugins.hf.grids import grid_of_image
 from attn_plugins.hf.swap import unwrap
 from attn_plugins.inspection.alignment import shown
 
@@ -24,7 +24,7 @@ class Seen:
 
     image_HWC: torch.Tensor = field(repr=False)
     """The pixels that it reads, 0 to 1, resized and cut as its processor does."""
-    grid: Grid
+    grid: tuple[int, int]
     """Rows and columns of patches."""
     prefix_tokens: int
     """[CLS] and registers, before the patches."""
