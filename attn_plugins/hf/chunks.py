@@ -66,7 +66,7 @@ def _sides(lengths: Sequence[int], images: Sequence[Sequence[int]], window: int)
 
 def _ordered(sides: tuple[int, ...], orders: list[tuple[int, ...]], rotary: torch.Tensor | None, name: str) -> Grid:
     """The grid of a chunk in the one order that its rotary positions allow."""
-    grids = {}
+    grids: dict[tuple[int, ...], Grid] = {}
     for blocks in orders:
         if all(blocks):
             grid = Grid(sides, tuple(side for side in blocks if 1 < side < max(sides[-2:])))
