@@ -7,6 +7,7 @@ seen when it arrives, by what the module was given, so that no class needs to sh
 import inspect
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from attn_plugins.hf.call import Call
@@ -14,7 +15,7 @@ from attn_plugins.hf.discovery.by_code import dispatch_of, keyword_arguments
 
 SUPPORTED = {
     *("query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "output_attentions"),
-    *("position_bias", "softcap", "s_aux", "indices", "block_indices"),
+    *("position_bias", "softcap", "s_aux", "sinks", "indices", "block_indices"),
     *("sliding_window", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
     "deterministic",
 }
@@ -105,3 +106,22 @@ def _same(value: Any, given: Any) -> bool:
         return True
     kinds = [(getattr(x, "device", None), getattr(x, "dtype", None)) for x in (value, given)]
     return kinds[0] != kinds[1]
+
+
+def sinks_of_queries(
+    logits: torch.Tensor, position_bias: torch.Tensor | None, kv_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is added to scores, and the sink of each head, that do what a sink logit of each query does (Inkling 2).
+
+    Softmax is the same where the scores of a query and its sink are less by as much: less by that logit, which leaves a
+    sink of 0.
+
+    Args:
+        logits: (B, H, Q, 1).
+        position_bias: (B or 1, H or 1, Q or 1, K) that is added anyway.
+
+    Returns:
+        (position bias (B, H, Q, K), sinks (H,)).
+    """
+    less = -logits.expand(*logits.shape[:3], kv_length) if position_bias is None else position_bias - logits
+    return less, logits.new_zeros(logits.shape[1])

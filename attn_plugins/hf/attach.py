@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 from attn_plugins.hf import adapters, arguments, call, grids, recording
 from attn_plugins.hf.caches import cache_layers, prefixes
 from attn_plugins.hf.checkpoints import configs, live
-from attn_plugins.hf.discovery import by_code
+from attn_plugins.hf.discovery import by_code, inline
 from attn_plugins.hf.discovery import modules as discovery
-from attn_plugins.hf.masks import packing
+from attn_plugins.hf.masks import native_masks, packing
 from attn_plugins.hf.names import BASE, IMPLEMENTATION, ROLE, SLOT, slot_of
 from attn_plugins.hf.parallel import sequence_parallel
 from attn_plugins.hf.plan import Plan, base_of
@@ -22,6 +22,10 @@ def attach(plan: Plan) -> None:
     A config that serves at least one slot dispatches to us, with all of its modules.
     """
     model, modules = plan.model, plan.modules
+    for path, module in inline.modules(model):
+        if not hasattr(module, BASE):
+            setattr(module, BASE, base_of(model, path, module))
+        native_masks.watch(module)
     ours = {id(config) for path in plan.assigned for config in configs.configs_of(model, path, modules[path])}
     for target in plan.targets:
         module = modules[target.path]
@@ -68,6 +72,9 @@ def attach(plan: Plan) -> None:
 def restore(model: PreTrainedModel) -> None:
     grids.unwatch(model)
     recording.unwatch(model)
+    for _, module in inline.modules(model):
+        native_masks.unwatch(module)
+        vars(module).pop(BASE, None)
     for path, module in discovery.attention_modules(model):
         if getattr(module, BASE, None) is not None:
             for config in configs.configs_of(model, path, module):

@@ -11,7 +11,7 @@ from attn_plugins.core.decode_state import State
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention
 from attn_plugins.hf.adapters import adapter_of
-from attn_plugins.hf.arguments import refuse_unsupported
+from attn_plugins.hf.arguments import refuse_unsupported, sinks_of_queries
 from attn_plugins.hf.caches.cache_layers import check_ends
 from attn_plugins.hf.call import Call, call_of
 from attn_plugins.hf.discovery.rotary import rotary_of
@@ -77,6 +77,8 @@ def attention_forward(
     need_weights, observer = weights_wanted(module, kwargs), observer_of(module)
     extras = {"is_causal": is_causal, "position_bias": position_bias, "softcap": softcap, "s_aux": s_aux}
     given: dict[str, Any] = {"scaling": scaling, **extras, **kwargs}
+    if (logits := kwargs.pop("sinks", None)) is not None:
+        position_bias, s_aux = sinks_of_queries(logits, position_bias, key.shape[2])
     if rows is not None:
         if need_weights or observer is not None:
             raise ValueError("in context_parallel attention weights cannot be had, nor be observed; leave it out")

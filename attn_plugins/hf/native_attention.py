@@ -89,8 +89,8 @@ class OwnCall:
             mask: of the queries and these keys.
         """
         heads, given = self.query.shape[1], dict(self.given)
-        for name in ("position_bias", "s_aux"):
-            axis = 1 if name == "position_bias" else 0
+        for name in ("position_bias", "sinks", "s_aux"):
+            axis = 0 if name == "s_aux" else 1
             if per_head(given.get(name), heads, axis):
                 given[name] = of_queries(given[name], axis)
         out, weights = attend_natively(

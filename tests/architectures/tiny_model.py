@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from corrections import CLASSES, CONFIGS, INPUTS
+from corrections import CLASSES, CONFIGS, INPUTS, PARTS
 from media import with_media
 from tiny_config import IMAGE, PATCH, VOCABULARY, tiny_config
 from torch import nn
@@ -71,7 +71,8 @@ def class_of(model_type: str, config: PreTrainedConfig) -> type[PreTrainedModel]
 
 
 def config_of(model_type: str) -> PreTrainedConfig:
-    return tiny_config(CONFIG_MAPPING[model_type], **copy.deepcopy(CONFIGS.get(model_type, {})))
+    config = tiny_config(CONFIG_MAPPING[model_type], **copy.deepcopy(CONFIGS.get(model_type, {})))
+    return getattr(config, PARTS[model_type]) if model_type in PARTS else config
 
 
 def parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.models.clvp import modeling_clvp
 
 from attn_plugins.hf.adapters import attend, slotted
@@ -11,6 +12,10 @@ FAMILIES = ("clvp",)
 
 
 class ClvpSelfAttention(modeling_clvp.ClvpSelfAttention):
+    def is_causal_in(self, model: nn.Module, path: str) -> bool:
+        """In the decoder, whose modules alone have a layer of a cache."""
+        return self.layer_idx is not None
+
     @slotted
     def forward(
         self,

@@ -128,7 +128,9 @@ def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
         cached = hasattr(module, "layer_idx") and any("past" in name or "cache" in name for name in taken)
         return "decoder" if masks == {"causal"} or cached else "encoder"
     if any(flags):
-        return "decoder"
+        # Phi-4's encoder of sound calls itself causal, and shows all frames.
+        heard = getattr(around[0], "input_modalities", "text") == "audio" and not hasattr(module, "layer_idx")
+        return "encoder" if heard and "causal" not in masks else "decoder"
     # CLIP's text model has the attention class of its images, which says is_causal=False, and a causal mask.
     return "decoder" if masks == {"causal"} and not _differ(owner(model, path), "is_causal") else "encoder"
 
@@ -196,11 +198,15 @@ def _needs(module: nn.Module, role: str, text_config: Any, main: bool) -> dict[s
         needs["cross"] = "its keys are those of the encoder beside its own (merged attention)"
     if biased(module):
         needs["position_bias"] = "it adds a relative position bias to the scores"
+    cls: Any = type(module)
     softcap = getattr(module, "attn_logit_softcapping", None)
     if softcap is not None:
         needs["softcap"] = f"it limits scores with softcap={softcap}"
     if isinstance(getattr(module, "sinks", None), nn.Parameter):
         needs["sinks"] = "it has learned sink logits"
+    elif "sinks" in by_code.keyword_arguments(cls):
+        needs["sinks"] = "it makes a sink logit for each query"
+        needs.setdefault("position_bias", needs["sinks"])
     if role != "cross" and (own := _own_pattern(module, config)):
         needs["any_mask"] = f"it has its own mask ({own})"
     return needs

@@ -24,6 +24,9 @@ REASONS: dict[str, str] = {
 }
 """Model type -> why no tiny model or no inputs are made, where the error that is met does not say it."""
 
+PARTS: dict[str, str] = {"bark": "semantic_config"}
+"""Model type -> the field of its config that is the config to build with, where the whole has no forward."""
+
 INPUTS: dict[str, Callable[[Any, Any], dict[str, Any]]] = {}
 """Model type -> function of the model and of a source of random tensors that makes its inputs."""
 

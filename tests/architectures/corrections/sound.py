@@ -7,6 +7,7 @@ import torch
 from corrections import inputs
 
 CLASSES: dict[str, str] = {
+    "bark": "BarkSemanticModel",
     "musicgen": "MusicgenForConditionalGeneration",
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
 }
@@ -18,6 +19,13 @@ RATIOS = {"downsampling_ratios": (2, 4), "depths": (1, 1, 1)}
 MUSIC = {
     "audio_encoder": {"upsampling_ratios": [4, 4], "codebook_size": 64},
     "decoder": {"pad_token_id": 127, "bos_token_id": 127, "num_codebooks": 2, "decoder_start_token_id": 127},
+}
+VOCODER = {
+    "upsample_initial_channel": 8,
+    "upsample_rates": [2],
+    "upsample_kernel_sizes": [4],
+    "resblock_kernel_sizes": [3],
+    "resblock_dilation_sizes": [[1]],
 }
 ALL_HEADS = {"num_key_value_heads": 4}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -32,8 +40,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         }
     },
     "autoformer": SERIES,
+    "clvp": {
+        # A rotary position has 32 numbers at least.
+        "text_config": {"hidden_size": 128},
+        "speech_config": {"hidden_size": 128, "vocab_size": 300},
+        "decoder_config": {"max_text_tokens": 64, "vocab_size": 300},
+    },
     "csm": {"codec_config": CODEC, "num_codebooks": 4, "depth_decoder_config": {"num_codebooks": 4}},
     "dia": {"delay_pattern": [0, 1, 2], "decoder_config": {"num_channels": 3}},
+    "fastspeech2_conformer": {"num_mel_bins": 32},
+    "fastspeech2_conformer_with_hifigan": {"model_config": {"num_mel_bins": 32}, "vocoder_config": VOCODER},
     "granite_speech5_ctc": {"encoder_config": {**ALL_HEADS, "context_size": 8}},
     "granite_speech5_encoder": {**ALL_HEADS, "context_size": 8},
     "informer": SERIES,
@@ -74,6 +90,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "semantic_tokenizer_encoder_config": RATIOS,
         "acoustic_tokenizer_chunk_size": 64,
     },
+    "vits": {**VOCODER, "vocab_size": 128, "noise_scale": 0.0, "use_stochastic_duration_prediction": False},
     "xcodec": {"acoustic_model_config": {"encoder_hidden_size": 4}, "codebook_dim": 96},
     "xcodec2": {"encoder_hidden_size": 4, "quantization_dim": 64, **ALL_HEADS},
 }
@@ -209,3 +226,8 @@ def mono(model: Any, source: Any) -> dict[str, Any]:
 @inputs("wav2vec2-bert")
 def frames(model: Any, source: Any) -> dict[str, Any]:
     return {"input_features": source(2, 20, model.config.feature_projection_input_dim), "attention_mask": padded(20)}
+
+
+@inputs("clvp")
+def voices(model: Any, source: Any) -> dict[str, Any]:
+    return {"input_ids": source.ids(2, 13), "input_features": source(2, 16, 20)}

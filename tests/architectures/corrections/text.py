@@ -15,7 +15,7 @@ DOTS3 = {
     "swa_qk_nope_head_dim": 8,
     "swa_v_head_dim": 12,
 }
-CLASSES: dict[str, str] = {"reformer": "ReformerModel"}
+CLASSES: dict[str, str] = {"perceiver": "PerceiverForMaskedLM", "reformer": "ReformerModel"}
 
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 INDEXER = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
@@ -30,6 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "decoder_config": {"vocab_size": 260},
         "patcher_config": {"vocab_size": 260},
     },
+    "bros": {"hidden_size": 64},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "cohere_compass": {"text_config": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0}},
@@ -56,6 +57,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "lilt": {"hidden_size": 48},
+    "lxmert": {"l_layers": 1, "r_layers": 1, "x_layers": 2},
+    "perceiver": {"num_latents": 6, "num_self_attends_per_block": 2, "qk_channels": 16, "v_channels": 32},
     "qwen4_exp_text": {**INDEXER, "indexer_budget": 8, "indexer_compress_ratio": 2},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "t5gemma2_encoder": {"mm_tokens_per_image": 4, "text_config": {"dropout_rate": 0.0}},
@@ -92,3 +96,35 @@ def questions(model: Any, source: Any) -> dict[str, Any]:
         "num_options": torch.tensor([[2, 3]]),
         "question_type_ids": torch.tensor([[0, 1]]),
     }
+
+
+@inputs("bros")
+def page(model: Any, source: Any) -> dict[str, Any]:
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[0, -4:] = 0
+    return {"input_ids": source.ids(2, 13), "attention_mask": mask, "bbox": source(2, 13, 4).sigmoid()}
+
+
+@inputs("perceiver")
+def tokens_for_latents(model: Any, source: Any) -> dict[str, Any]:
+    length = model.config.max_position_embeddings
+    mask = torch.ones(2, length, dtype=torch.long)
+    mask[0, -4:] = 0
+    return {"inputs": source.ids(2, length), "attention_mask": mask}
+
+
+@inputs("fsmt")
+def translation(model: Any, source: Any) -> dict[str, Any]:
+    """Without a cache: with one its decoder, given several tokens, shows all to each."""
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[0, -4:] = 0
+    ids, translated = source.ids(2, 13), source.ids(2, 7)
+    return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": translated, "use_cache": False}
+
+
+@inputs("lxmert")
+def text_about_regions(model: Any, source: Any) -> dict[str, Any]:
+    mask = torch.ones(2, 13, dtype=torch.long)
+    mask[0, -4:] = 0
+    regions = {"visual_feats": source(2, 5, model.config.visual_feat_dim), "visual_pos": source(2, 5, 4).sigmoid()}
+    return {"input_ids": source.ids(2, 13), "attention_mask": mask, **regions}

@@ -2,12 +2,15 @@
 
 import pytest
 import tiny
+import torch
+import transformers as tf
 from torch import nn
 from transformers.models.bart import modeling_bart
 from transformers.models.bert import modeling_bert
 from transformers.models.llama import modeling_llama
 from transformers.models.t5 import modeling_t5
 
+import attn_plugins as ap
 from attn_plugins.hf.discovery import by_code
 from attn_plugins.hf.discovery.declared import declared_dispatch, declares_cross_attention
 from attn_plugins.hf.discovery.modules import role_of
@@ -50,3 +53,9 @@ def test_a_role_is_what_is_declared_where_no_name_tells(own, role, monkeypatch):
     declared = dict.fromkeys((*own, "cross_attentions"), modeling_llama.LlamaAttention)
     monkeypatch.setattr(modeling_llama.LlamaModel, "_can_record_outputs", declared)
     assert role_of(model, path, module) == role
+
+
+def test_an_encoder_of_sound_that_calls_itself_causal_is_none():
+    with torch.device("meta"):
+        model = tf.Phi4MultimodalAudioModel(tf.Phi4MultimodalAudioConfig(num_blocks=2))
+    assert {row.role for row in ap.describe_attention(model)} == {"encoder"}
