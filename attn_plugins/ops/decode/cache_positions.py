@@ -31,6 +31,23 @@ def rotate_to(
     return rotary.apply(q_BHQD, by_cos.to(q_BHQD.dtype), by_sin.to(q_BHQD.dtype))
 
 
+def unrotated(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys of the same tokens without their rotary positions.
+
+    Raises:
+        ValueError: there are other keys than queries, whose positions are not known.
+    """
+    if q_BHQD.shape[2] != k_BGKD.shape[2]:
+        raise ValueError(
+            f"positions='none' got {q_BHQD.shape[2]} queries and {k_BGKD.shape[2]} keys; allowed: as many keys as "
+            "queries, or a cache of the default kind that was empty when the attention was put in"
+        )
+    cos, sin = (x.to(accumulation_dtype(x)) for x in (rotary.cos_BQR, rotary.sin_BQR))
+    size = cos.square() + sin.square()  # some models scale both
+    back = [(x / size).to(q_BHQD.dtype) for x in (cos, -sin)]
+    return rotary.apply(q_BHQD, *back), rotary.apply(k_BGKD, *back)
+
+
 def two_keyed(
     q_BHQD: torch.Tensor, rotated_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, num_first: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
