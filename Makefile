@@ -27,7 +27,12 @@ PIP_INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-comp
 PYTEST_IN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -n $(WORKERS)
 PYTEST = $(call PYTEST_IN,$(VENV))
 
-.PHONY: help setup fix check test test-slow test-real test-peers test-browser test-oldest test-kernels test-architectures fuzz architectures demo leaderboard bench bench-decode gpu-check docs try dist site clean
+# Compiled kernels of a test run are nobody else's.
+CPP = ATTN_PLUGINS_CPP=1 ATTN_PLUGINS_CACHE="$(CURDIR)/build/cache"
+SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1
+SANITIZED = ASAN_OPTIONS=detect_leaks=0
+
+.PHONY: help setup fix check test test-cpp test-cpp-sanitized wheel-cpp test-slow test-real test-peers test-browser test-oldest test-kernels test-architectures fuzz architectures demo leaderboard bench bench-decode gpu-check docs try dist site clean
 .DELETE_ON_ERROR:
 
 help:
@@ -73,6 +78,16 @@ test-peers: setup ## numbers beside published implementations; installs them int
 test-browser: setup ## report.html and the page of inspect in headless Chromium, which has to be there; installs playwright
 	$(PIP_INSTALL) --quiet -e ".[dev,browser]"
 	$(PYTEST) -m browser -n 0
+
+test-cpp: setup ## build the kernels in C++ into build/, and hold them to the dense forms, with every instruction set
+	$(CPP) $(BIN)/attn-plugins build
+	$(CPP) $(PYTEST) -m cpp
+
+# Without the leaks of Python itself; the library that sanitizers need comes before all others.
+test-cpp-sanitized: setup ## the same under the address and undefined-behaviour sanitizers: minutes
+	$(SANITIZED) $(CPP) $(BIN)/attn-plugins build --flags "$(SANITIZE)"
+	$(SANITIZED) $(CPP) LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+		$(PYTEST) -m cpp -n 0 -k "not compiles and not traced"
 
 test-architectures: setup ## the flag on every model type of transformers: minutes
 	$(PYTEST) -m architectures
@@ -140,6 +155,14 @@ dist: setup ## dist/: the sdist, and the wheel that is built from it, as a packa
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
+
+# For this machine's processor, C library and torch; a user of another torch builds them: attn-plugins build.
+wheel-cpp: setup ## dist/: a wheel that brings the kernels in C++, compiled here
+	rm -rf dist attn_plugins/csrc/built
+	$(BIN)/attn-plugins build --into attn_plugins/csrc/built
+	$(BIN)/python -m build --no-isolation --wheel "-C--build-option=--plat-name=$$($(BIN)/python -c \
+		'import platform; print("manylinux", *platform.libc_ver()[1].split("."), platform.machine(), sep="_")')"
+	rm -rf attn_plugins/csrc/built
 
 site: setup ## build/site: the pages and the API reference as a web site; a broken link is an error
 	rm -rf build/pages build/site && mkdir -p build/pages

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 VERBS = [
     "bench",
+    "build",
     "check",
     "choose",
     "compare",

@@ -64,7 +64,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     there = {name for name in wheel.namelist() if ".dist-info/" not in name}
     configs = {f"attn_plugins/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
     assert "attn_plugins/configs/suites/quick.yaml" in configs
-    here |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "attn_plugins").rglob("templates/*")}
+    for pattern in ("templates/*", "csrc/*.h", "csrc/*.cpp"):
+        here |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "attn_plugins").rglob(pattern)}
     assert there == here | configs | {"attn_plugins/py.typed", "attn_plugins/backends/checked.json"}
 
 
@@ -148,11 +149,14 @@ def test_the_citation_is_of_this_version():
 
 
 def test_the_public_workflow_runs_targets_that_exist_on_every_python():
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf8"))
+    workflow, wheels = (
+        yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf8"))
+        for name in ("ci.yml", "wheels.yml")
+    )
     targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf8"), re.MULTILINE))
-    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    steps = [step for one in (workflow, wheels) for job in one["jobs"].values() for step in job["steps"]]
     run = {step["run"].split()[1] for step in steps if "run" in step}
-    assert {"check", "dist", "fuzz", "site", "test", "test-oldest"} == run
+    assert {"check", "dist", "fuzz", "site", "test", "test-cpp", "test-oldest", "wheel-cpp"} == run
     assert run <= targets
     assert all(re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]) for step in steps if "uses" in step)
     project = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]

@@ -78,6 +78,10 @@ class BlockTopkAttention(Attention):
         attend = self.attend if self.chosen(q_BHQD) == "torch" else self.attend_batched
         return attention_from_blocks(q_BHQD, k_BGKD, v_BGKV, mask, state, attend, self._attend_few, **options)
 
+    def blocks_chosen(self, q_BHQD, k_BGKD, mask):
+        """As :class:`attn_plugins.ops.blocks.gather.ChoosesBlocks` says."""
+        return self._choose(q_BHQD, k_BGKD, mask), block_layout(mask, self.config.block_size)
+
     def _choose(self, q_BHQD, k_BGKD, mask, **options):
         config, blocks = self.config, block_layout(mask, self.config.block_size)
         return choose_blocks(q_BHQD, k_BGKD, blocks, config.topk, init_blocks=config.init_blocks, **options)

@@ -122,3 +122,21 @@ def check(
     print(f"{len(results) - len(failed)} of {len(results)} passed; remembered in {file}")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def build(
+    into: Annotated[
+        Path | None, typer.Option("--into", help="A folder for the library, instead of the cache in which it is found.")
+    ] = None,
+    flags: Annotated[str, typer.Option("--flags", help="More flags of the compiler, such as -fsanitize=address.")] = "",
+) -> None:
+    """Compile the kernels in C++ for CPUs, once for each version of torch; auto takes them from then on.
+
+    Needs a C++ compiler ($CXX, else g++, clang++ or c++) and about ten seconds. They are kept in $ATTN_PLUGINS_CACHE,
+    else ~/.cache/attn-plugins. ATTN_PLUGINS_CPP=0 leaves them alone; =avx2, =avx512 or =generic has those used.
+    """
+    from attn_plugins.core.backend import get_backend
+
+    with one_line_errors():
+        print(*get_backend("cpp").build(into=into, flags=flags), sep="\n")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +59,7 @@ def compare(
     With --suite: several such comparisons with one report. Over several processes, each runs cells of its own. Exit
     status 1 if a cell failed.
     """
+    _large_pages()
     from attn_plugins.benchmark.results.shares import shares
     from attn_plugins.benchmark.suites.config import Suite, attention_flags, labelled
 
@@ -180,9 +182,11 @@ def bench(
     With --decode: a whole model that generates with a long context in its cache, against the dense model.
     With --launches: how many operations a layer starts on a GPU, counted without one.
     With --roofline: what a GPU's published rates allow at best, and from which length that beats flash attention.
+    On a CPU: time of the process on one thread, beside it several by the clock (--set wall_threads=2).
     A killed run goes on where it was. Exit status 1 if a cell failed.
     """
     found: Any
+    _large_pages()
     with one_line_errors():
         flags = {"output_dir": output_dir, "device": device, "model": model}
         tree = settings(config, flags | {"contexts" if decode else "lengths": length or None}, assignments)
@@ -247,3 +251,11 @@ def _on_paper(tree: dict[str, Any], roofline: str | None) -> None:
         show(*write_launches(counted, run_launches(counted)))
     else:
         show(*write_roofline(paper, heads, layers, costs(paper, heads)))
+
+
+def _large_pages() -> None:
+    """Large tensors in large pages, for all that is compared: else a pass over long texts is a tenth page faults.
+
+    torch reads it once, when it first allocates.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

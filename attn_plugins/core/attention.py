@@ -337,8 +337,8 @@ class Attention(nn.Module):
         chosen = self.chosen(q_BHQD, k_BGKD, v_BGKV)
         if "gates_of_BGKV" in options:  # libraries make gates of v itself
             return "batched" if self.prefers_batched(q_BHQD) else "torch"
-        if chosen == "auto":
-            return fastest(self, q_BHQD, k_BGKD, v_BGKV, **options) or "batched"
+        if self.backend == "auto" and chosen in ("auto", "torch"):
+            return fastest(self, q_BHQD, k_BGKD, v_BGKV, **options) or chosen.replace("auto", "batched")
         return chosen if chosen in FORMS else forced(chosen, self, q_BHQD, k_BGKD, v_BGKV, **options)
 
     def prefers_batched(self, tensor: torch.Tensor) -> bool:

@@ -6,6 +6,7 @@ this kind of device, the fastest first.
 """
 
 import abc
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -33,6 +34,22 @@ class Backend(abc.ABC):
     """Types of device that it runs on."""
     traceable: ClassVar[bool] = False
     """Whether torch.compile takes it into its graph; ``auto`` takes no other there."""
+
+    own: ClassVar[bool] = False
+    """Whether it is part of this package, whose tests hold it to the reference: ``auto`` takes it first, wherever it is
+    built and serves a call, without a record of a check."""
+
+    def serves(self, attention: Any) -> bool:
+        """Whether there are calls of an attention that it honours."""
+        return True
+
+    def build(self, **options: Any) -> list[str]:
+        """Make what is missing, where this package can; what is to be said of it.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        raise ValueError(f"backend {self.name!r} is nothing that is built here")
 
     @abc.abstractmethod
     def missing(self) -> str | None:
@@ -124,7 +141,7 @@ def forced(name: str, attention: Any, *tensors: torch.Tensor, **options: Any) ->
 
 
 def fastest(attention: Any, *tensors: torch.Tensor, **options: Any) -> Backend | None:
-    """What ``auto`` takes on a device that is not a CPU; None for the attention's own batched form."""
+    """What ``auto`` takes on a device; None for the attention's own form there."""
     device = tensors[0].device
     for name in _tried_first(attention.name, device.type, device.index or 0):
         backend = _instances[name]
@@ -137,16 +154,23 @@ def fastest(attention: Any, *tensors: torch.Tensor, **options: Any) -> Backend |
 
 @torch.compiler.assume_constant_result  # it reads files, which a graph cannot
 def _tried_first(attention: str, device: str, index: int) -> tuple[str, ...]:
-    """Names of the backends that are faster than the batched form on a device, the fastest first; each is made."""
-    checked = checked_backends(attention, device, index)
+    """Names of the backends that are faster than the attention's own form, the fastest first; each is made."""
+    checked = checked_backends(attention, device, index) if device != "cpu" else ()
     names = checked[: checked.index("batched")] if "batched" in checked else checked
     for name in names:
         get_backend(name)
-    return names
+    return (*_own(device), *names)
 
 
-def usual(attention: str, device: torch.device) -> str:
+@functools.cache
+def _own(device: str) -> tuple[str, ...]:
+    """Names of this package's own backends for a type of device; each is made."""
+    return tuple(name for name in list_backends() if get_backend(name).own and device in get_backend(name).devices)
+
+
+def usual(attention: Any, device: torch.device) -> str:
     """Name of what ``auto`` tries first for an attention on a device."""
-    if device.type == "cpu":
-        return "torch"
-    return next(iter(checked_backends(attention, device.type, device.index or 0)), "batched")
+    for name in _tried_first(attention.name, device.type, device.index or 0):
+        if not _instances[name].own or (_instances[name].missing() is None and _instances[name].serves(attention)):
+            return name
+    return "torch" if device.type == "cpu" else "batched"

@@ -148,7 +148,7 @@ def form_of(slot: Attention, module: nn.Module) -> str:
     if slot.backend != "auto":
         return slot.backend
     weight = next(module.parameters(), None)
-    return usual(slot.name, torch.device("cpu") if weight is None or weight.is_meta else weight.device)
+    return usual(slot, torch.device("cpu") if weight is None or weight.is_meta else weight.device)
 
 
 def attach_from_config(model: PreTrainedModel) -> None:

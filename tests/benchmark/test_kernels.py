@@ -59,6 +59,10 @@ def test_results_are_kept_and_not_measured_again(tmp_path, monkeypatch):
     for record in written:
         assert record["status"] == "ok"
         assert record["result"]["lowest"] <= record["result"]["times_as_fast"] <= record["result"]["highest"]
+        wall = record["result"]["wall"]
+        assert wall["lowest"] <= wall["times_as_fast"] <= wall["highest"]
+        assert record["result"]["threads"] == 1
+        assert min(record["result"]["gflops"].values()) > 0
         assert record["result"]["bytes"] > 0
         assert record["result"]["computed_by"] == "torch"
         n, heads = record["settings"]["length"], 2 * (2 + 1)  # q and out have two heads, k and v one

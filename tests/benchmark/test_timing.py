@@ -1,5 +1,7 @@
 """What is measured is what is said to be measured. Nothing here asserts a time."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -63,6 +65,27 @@ def test_parts_count_as_often_as_they_occur(monkeypatch):
     monkeypatch.setattr(timing, "seconds_of", lambda run, device: run)
     seconds = timing.interleaved({"a": [Workload(run=1.0, count=3), Workload(run=5.0, count=1)]}, 2, CPU)
     assert seconds == {"a": [2.0, 2.0]}
+
+
+def test_times_on_a_cpu_are_those_of_the_process_on_one_thread():
+    """A pause takes none; on several threads the clock counts."""
+    before, pause = torch.get_num_threads(), {"": [Workload(run=lambda: time.sleep(0.05), count=1)]}
+    seen = []
+    watched = {"": [Workload(run=lambda: seen.append(torch.get_num_threads()), count=1)]}
+    assert max(timing.interleaved(pause, 2, CPU)[""]) < 0.04
+    assert min(timing.interleaved(pause, 2, CPU, threads=before + 1)[""]) >= 0.05
+    timing.interleaved(watched, 1, CPU)
+    timing.interleaved(watched, 1, CPU, threads=before + 1)
+    assert seen == [1, 1, before + 1, before + 1]
+    assert torch.get_num_threads() == before
+
+
+def test_rates_of_a_cpu_are_of_one_thread_and_count_what_causal_attention_sees(monkeypatch):
+    monkeypatch.setattr(timing, "seconds_of", lambda run, device: 0.5)
+    rates = timing.cpu_rates()
+    assert rates["mm"] == pytest.approx(2 * 1024**3 / 0.5 / 1e9)
+    pairs = 2048 * 2049 / 2
+    assert rates["attention"] == pytest.approx(2 * 2 * 8 * 64 * pairs / 0.5 / 1e9, rel=1e-3)
 
 
 def test_ratios_are_taken_within_a_round():

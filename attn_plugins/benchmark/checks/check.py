@@ -90,7 +90,9 @@ def _what(backend: str, device: str) -> str:
 def taken(attention: str, device: str) -> str:
     """In a sentence, what ``auto`` takes for an attention on a type of device."""
     if _known(device).type == "cpu":
-        return "auto takes torch, the form for CPUs"
+        here = [name for name, refused in candidates(attention) if not refused and name in list_backends()]
+        own = "".join(f"{name} where it can honour a call, else " for name in here if get_backend(name).own)
+        return f"auto takes {own}torch, the form for CPUs"
     if not _results(device):
         return f"auto takes batched: nothing was checked on this device; say attn-plugins check --device {device}"
     first = [row.backend for row in standings(attention, device) if row.passed]

@@ -2,7 +2,8 @@
 
 What is timed is one attention of one layer, mask included, on random queries, keys and values laid out as transformers
 lays them out. Contenders take turns with ``scaled_dot_product_attention`` in the same rounds, so that a machine that
-slows down slows all of them, and what counts is the ratio within a round.
+slows down slows all of them, and what counts is the ratio within a round. On a CPU that is one thread's; beside it
+stands what several threads make of it by the clock.
 """
 
 import time
@@ -72,6 +73,8 @@ class BenchConfig:
     """Rounds of timing; each runs every contender once. 0 measures memory alone."""
     together: int = 4
     """Contenders that share rounds with one run of torch's own attention."""
+    wall_threads: int = 2
+    """On a CPU, threads of a second series of rounds, by the clock; 0 leaves it out."""
     patience: float = 30.0
     """Seconds. A length at which a pass may take longer, judged by the length before, is left out for a contender."""
     memory: bool = True
@@ -93,6 +96,8 @@ class BenchConfig:
             raise ValueError(f"lengths={self.lengths}; allowed: at least one, each at least 1")
         if not self.passes:
             raise ValueError(f"passes={self.passes}; allowed: at least one of {', '.join(typing.get_args(Pass))}")
+        if self.wall_threads < 0:
+            raise ValueError(f"wall_threads={self.wall_threads}; allowed: 0 or more")
         if self.patience <= 0:
             raise ValueError(f"patience={self.patience}; allowed: seconds above 0")
         check_place(self.dtype, self.device)
@@ -322,7 +327,13 @@ def _measure(config: BenchConfig, group: list[KernelCell]) -> Iterator[tuple[Ker
     if config.memory:
         bytes_of = {label: timing.peak_bytes(parts, device) for label, parts in ready.items()}
         bytes_of[""] = timing.peak_bytes(baseline, device)
-    seconds = timing.interleaved({"": baseline, **ready}, config.rounds, device) if ready and config.rounds else {}
+    timed = bool(ready and config.rounds)
+    seconds = timing.interleaved({"": baseline, **ready}, config.rounds, device) if timed else {}
+    wall, rates = {}, {}
+    if timed and device.type == "cpu":
+        rates = timing.cpu_rates()
+        if config.wall_threads:
+            wall = timing.interleaved({"": baseline, **ready}, config.rounds, device, config.wall_threads)
     for cell in group:
         label = cell.contender.label
         if label in errors:
@@ -331,6 +342,10 @@ def _measure(config: BenchConfig, group: list[KernelCell]) -> Iterator[tuple[Ker
         result: dict[str, Any] = {"seconds": first[label]}
         if config.rounds:
             result = dict(timing.compared(seconds[label], seconds[""]))
+        if wall:
+            result["wall"] = timing.compared(wall[label], wall[""])
+        if rates:
+            result |= {"threads": 1, "gflops": rates}
         if cell.contender.by is not None:
             result["computed_by"] = cell.contender.by(*tensors)
         if config.memory:

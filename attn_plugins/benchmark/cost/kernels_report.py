@@ -44,6 +44,20 @@ class KernelResults:
         return found
 
     @property
+    def by_clock(self) -> bool:
+        """Whether there are times on several threads too."""
+        return any("wall" in record["result"] for record in self.record.values() if record["status"] == "ok")
+
+    def rates(self) -> dict[str, tuple[float, float]]:
+        """Name -> lowest and highest GFLOP/s of one thread of the CPU beside these times."""
+        results = [record["result"] for record in self.record.values() if record["status"] == "ok"]
+        found: dict[str, list[float]] = {}
+        for result in results:
+            for name, rate in result.get("gflops", {}).items():
+                found.setdefault(name, []).append(rate)
+        return {name: (min(rates), max(rates)) for name, rates in found.items()}
+
+    @property
     def failed(self) -> bool:
         """Whether an attention of ours failed for another reason than that it does not serve a length or shape."""
         errors = self.errors()
@@ -94,6 +108,8 @@ def bench_tables(found: KernelResults) -> list[Table]:
     """Speed for each pass, memory for each pass where it was measured, and what failed."""
     config = found.config
     tables = [_speed(found, which) for which in config.passes if config.rounds]
+    if found.by_clock:
+        tables += [_speed_by_clock(found, which) for which in config.passes]
     tables += [_memory(found, which) for which in config.passes if config.memory]
     errors = found.errors()
     if errors:
@@ -119,6 +135,23 @@ def _speed(found: KernelResults, which: str) -> Table:
             result = found.result(contender.label, which, length)
             row.append(_ratio(result) if result else _why(found, contender.label, which, length))
         table.rows.append([*row, says_pays_from(found.ratios(contender.label, which, "lowest"))])
+    return table
+
+
+def _speed_by_clock(found: KernelResults, which: str) -> Table:
+    lengths, threads = sorted(found.config.lengths), found.config.wall_threads
+    table = Table(
+        f"Speed, {PASSES[which]}, {threads} threads by the clock",
+        f"The same on {threads} threads, by the clock. What else the machine does is in it, most where operations are "
+        "many.",
+        ["attention", "family", *map(str, lengths)],
+        detail=f"In brackets the lowest and highest of {found.config.rounds} rounds, and the median time of a pass.",
+        aside=("family",),
+    )
+    for contender in contenders(found.config):
+        results = [found.result(contender.label, which, length) for length in lengths]
+        told = [_ratio(result["wall"]) if result and "wall" in result else "" for result in results]
+        table.rows.append([contender.label, _family(contender), *told])
     return table
 
 
@@ -214,6 +247,9 @@ def _facts(found: KernelResults) -> list[str]:
     if config.num_key_value_heads != config.num_heads:
         shape += f" that share {config.num_key_value_heads} key/value heads"
     lines = [f"- {shape}, {config.dtype}, on {config.device}; one attention alone, its mask included"]
+    if rates := found.rates():
+        told = ", ".join(f"{name} {low:.0f} to {high:.0f} GFLOP/s" for name, (low, high) in rates.items())
+        lines.append(f"- times are those of the process on one thread; this CPU's rates beside them: {told}")
     lines += found.results.provenance(record["key"] for record in found.record.values())
     if len(found.record) < found.number:
         lines.append(f"- {found.number - len(found.record)} of {found.number} cells have no result")

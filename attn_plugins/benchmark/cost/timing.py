@@ -1,21 +1,25 @@
 """Time and peak memory of a pass, through a whole model or through its attention layers alone.
 
 Times are taken side by side: each round runs every contender once, the order turns round from one round to the next,
-and what counts is the ratio within a round, so that a machine that slows down slows all of them. Memory is the peak of
+and what counts is the ratio within a round, so that a machine that slows down slows all of them. On a CPU it is the
+time of the process on one thread: with several, each small operation waits for the slower of them, so that what else
+the machine does would be measured, and most where operations are many. Memory is the peak of
 what torch's allocator handed out during one pass, above what was there before it: weights and inputs are not in it.
 """
 
+import contextlib
 import inspect
 import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from attn_plugins.hf.swap import describe_attention
 from attn_plugins.training.models import in_slot
@@ -58,23 +62,56 @@ def parts(model: nn.Module, input_ids: torch.Tensor, scope: Scope, which: Pass) 
 
 
 def interleaved(
-    contenders: Mapping[Name, list[Workload]], rounds: int, device: torch.device
+    contenders: Mapping[Name, list[Workload]], rounds: int, device: torch.device, threads: int = 1
 ) -> dict[Name, list[float]]:
     """Seconds of each contender in each of ``rounds`` rounds, after one round that is thrown away.
 
     Several parts count as the mean of a part, weighted by how often each occurs.
+
+    Args:
+        threads: of torch, where the device is a CPU: with one it is the time of the process, else that of the clock.
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}; allowed: at least 1")
     seconds: dict[Name, list[float]] = {name: [] for name in contenders}
     order = list(contenders)
-    for number in range(rounds + 1):
-        for name in order if number % 2 else reversed(order):
-            total = sum(part.count for part in contenders[name])
-            elapsed = sum(seconds_of(part.run, device) * part.count for part in contenders[name]) / total
-            if number > 0:
-                seconds[name].append(elapsed)
+    with on_threads(threads) if device.type == "cpu" else contextlib.nullcontext():
+        for number in range(rounds + 1):
+            for name in order if number % 2 else reversed(order):
+                total = sum(part.count for part in contenders[name])
+                elapsed = sum(seconds_of(part.run, device) * part.count for part in contenders[name]) / total
+                if number > 0:
+                    seconds[name].append(elapsed)
     return seconds
+
+
+@contextlib.contextmanager
+def on_threads(number: int) -> Iterator[None]:
+    """So many threads of torch's for what runs within."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def cpu_rates() -> dict[str, float]:
+    """GFLOP/s of one thread of this CPU in float32, here and now: what ratios of times depend on beside the code.
+
+    ``mm`` is of a product of matrices of 1024, ``attention`` of causal ``scaled_dot_product_attention``, forward, of 8
+    heads of 64 and 2048 tokens, of which half the pairs are counted.
+    """
+    a = torch.randn(1024, 1024)
+    q = torch.randn(1, 8, 2048, 64)
+    work = {
+        "mm": [Workload(run=lambda: _done(torch.mm(a, a)), count=1)],
+        "attention": [Workload(run=lambda: _done(scaled_dot_product_attention(q, q, q, is_causal=True)), count=1)],
+    }
+    operations = {"mm": 2 * 1024**3, "attention": 2 * 2 * 8 * 64 * 2048**2 / 2}
+    with torch.no_grad():
+        seconds = interleaved(work, 3, torch.device("cpu"))
+    return {name: operations[name] / statistics.median(found) / 1e9 for name, found in seconds.items()}
 
 
 def compared(seconds: list[float], baseline: list[float]) -> dict[str, float]:
@@ -122,13 +159,18 @@ def _peak_on_cuda(run: Run) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def _done(_: torch.Tensor) -> None:
+    """For a run, which returns nothing."""
+
+
 def seconds_of(run: Run, device: torch.device) -> float:
-    """Seconds of one run, until the device has done all of it."""
+    """Seconds of one run, until the device has done all of it; of the process, on a CPU with one thread."""
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     _synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     run()
     _synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _synchronize(device: torch.device) -> None:

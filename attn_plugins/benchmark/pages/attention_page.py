@@ -63,9 +63,11 @@ def measured_on(results: Results) -> list[str]:
     found = []
     for record in results.records.values():
         shape, made = record["settings"], record["versions"]
+        number = int(record.get("result", {}).get("threads", made["threads"]))
+        threads = f"{number} thread{'' if number == 1 else 's'}"
         found.append(
             f"{spelled_own(made)}, batch {shape['batch_size']}, {shape['num_heads']} heads of {shape['head_dim']}, "
-            f"{shape['dtype']}, on {made['device']}, {made['threads']} threads, torch {made['torch']}"
+            f"{shape['dtype']}, on {made['device']}, {threads}, torch {made['torch']}"
         )
     return list(dict.fromkeys(found)) or ["not measured yet"]
 

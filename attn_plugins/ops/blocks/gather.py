@@ -11,6 +11,7 @@ Where one is, the maximum is computed after all.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -25,6 +26,19 @@ SCORES_AT_ONCE = 2**17
 """Scores worked on at a time, few enough for the CPU's cache and enough to hide what an operation costs by itself."""
 LARGEST_TOTAL = 1e20
 """Sum of exponentials up to which no product with values overflows."""
+
+
+@runtime_checkable
+class ChoosesBlocks(Protocol):
+    """An attention that is softmax attention over the visible keys of blocks that each query chooses, and no more.
+
+    A capability, not a base: kernels that take numbers of blocks serve whatever has it.
+    """
+
+    def blocks_chosen(
+        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask
+    ) -> tuple[torch.Tensor, "BlockLayout"]:
+        """Numbers of blocks (B, H, Q, T), as :func:`choose_blocks` returns them, and where these lie."""
 
 
 @dataclass(frozen=True)

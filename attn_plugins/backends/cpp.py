@@ -1,0 +1,114 @@
+"""Kernels in C++ for CPUs, of this package's own: built where a compiler is, by ``attn-plugins build``."""
+
+import functools
+import os
+
+import torch
+
+from attn_plugins.backends import cpp_build
+from attn_plugins.core.backend import Backend, register_backend
+from attn_plugins.ops.blocks.gather import ChoosesBlocks
+from attn_plugins.ops.linear.attention import FeatureAttention
+from attn_plugins.ops.softmax.attention import PatternAttention, by_heads
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def load(library: str) -> None:
+    """Load a library that was built, once a process, and say what its operators' shapes and gradients are."""
+    from attn_plugins.backends import cpp_blocks, cpp_linear, cpp_tiles
+
+    torch.ops.load_library(library)
+    cpp_tiles.register()
+    cpp_linear.register()
+    cpp_blocks.register()
+    asked = os.environ.get(cpp_build.SWITCH)
+    if asked and asked != "1":
+        use_instruction_set(asked)
+
+
+def instruction_sets() -> list[str]:
+    """Those that this machine has compiled kernels for, the one in use first. The library has to be loaded."""
+    return torch.ops.attn_plugins_cpp.instruction_sets().split(",")
+
+
+def use_instruction_set(name: str) -> None:
+    """Use another of :func:`instruction_sets`, in all threads.
+
+    Raises:
+        ValueError: there are no kernels of that name for this machine.
+    """
+    if name not in instruction_sets():
+        raise ValueError(f"instruction set {name!r} ({cpp_build.SWITCH}); allowed: {', '.join(instruction_sets())}")
+    torch.ops.attn_plugins_cpp.use_instruction_set(name)
+
+
+@register_backend("cpp")
+class Cpp(Backend):
+    """Softmax attention over a pattern, or over blocks that queries choose, and linear attention.
+
+    Softmax: one operator goes through all tiles of a pattern. Scores stay in registers and cache, keys that are slices
+    are read where they are, and of a block of 64 queries and 64 keys only what is visible is computed. Blocks that
+    queries choose: tiles of queries that share one, head by head. Linear attention, over features of a token: chunks of
+    64 tokens and a state between them, a text of a packed row at a time; or one state for all of a text.
+
+    AVX-512, AVX2 or vectors of 128 bits, as the machine has them. Sums are float32; half precision is converted on the
+    way in and out. Long rows are shared among threads where there are fewer heads than these.
+    """
+
+    what = "kernels in C++ for CPUs: softmax over patterns and over blocks that queries choose, linear attention"
+    devices = ("cpu",)
+    own = True
+
+    def build(self, into=None, flags=""):
+        """Compile the kernels unless they are there: arguments of :func:`attn_plugins.backends.cpp_build.build`."""
+        lines = [str(cpp_build.build(into, flags))]
+        if into is not None:
+            return lines
+        if cpp_build.built() is None:
+            return [*lines, f"left alone: {cpp_build.SWITCH}=0"]
+        if "sanitize" not in flags:  # whose library has to come before all others
+            load(str(cpp_build.built()))
+            lines.append(f"auto takes it on CPUs; instruction sets: {', '.join(instruction_sets())}")
+        return lines
+
+    def serves(self, attention):
+        """Whether it is one of these as they are: what attends in a way of its own knows more than its tiles say."""
+        kinds = (PatternAttention, FeatureAttention)
+        return isinstance(attention, ChoosesBlocks) or any(type(attention).attend is kind.attend for kind in kinds)
+
+    def missing(self):
+        if cpp_build.built() is None:
+            return f"its kernels are not built for this torch: {cpp_build.COMMAND}"
+        return None
+
+    def refuses(self, attention, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout=0.0, **options):
+        dtypes = {x.dtype for x in (q_BHQD, k_BGKD, v_BGKV)}
+        if not dtypes <= set(DTYPES):
+            allowed, got = (", ".join(sorted(map(str, found))) for found in (DTYPES, dtypes))
+            return f"queries, keys and values must be of {allowed}, got {got}"
+        if not isinstance(scale, (int, float)):
+            return "the scale must be a number"
+        if not self.serves(attention):
+            return "it serves softmax attention over a pattern or over blocks that queries choose, and linear attention"
+        if isinstance(attention, FeatureAttention):
+            from attn_plugins.backends.cpp_linear import why_not
+
+            return why_not(attention, q_BHQD.shape[3], mask)
+        return None
+
+    def attend(self, attention, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, rotary=None, grid_size=None, **options):
+        from attn_plugins.backends.cpp_blocks import compiled_blocks
+        from attn_plugins.backends.cpp_linear import compiled_linear
+        from attn_plugins.backends.cpp_tiles import compiled_attention
+
+        load(str(cpp_build.built()))
+        if isinstance(attention, FeatureAttention):
+            return compiled_linear(attention.prepare(q_BHQD, k_BGKD, mask, scale), v_BGKV, mask)
+        if isinstance(attention, ChoosesBlocks):
+            chosen, blocks = attention.blocks_chosen(q_BHQD, k_BGKD, mask)
+            return compiled_blocks(q_BHQD, k_BGKD, v_BGKV, mask, chosen, blocks, scale=scale, **options)
+        q_BHQD, k_BGKD = attention.place(q_BHQD, k_BGKD, mask, rotary)
+        parts = attention.patterns(q_BHQD.shape[1], mask, grid_size)
+        return by_heads(compiled_attention, q_BHQD, k_BGKD, v_BGKV, mask, parts, scale=scale, **options)

@@ -1,0 +1,16 @@
+// The kernels for one instruction set, which -DISA=name names; compiled once for each.
+#include "chosen.h"
+#include "kernels.h"
+#include "linear.h"
+#include "softmax.h"
+
+#define NAME_OF(isa) NAME(isa)
+#define NAME(isa) isa##_kernels
+#define WORD_OF(isa) WORD(isa)
+#define WORD(isa) #isa
+
+namespace attn_plugins {
+extern const Kernels NAME_OF(ISA);
+const Kernels NAME_OF(ISA) = {WORD_OF(ISA), &ISA::softmax_forward, &ISA::softmax_backward,
+                              &ISA::chosen_forward, &ISA::chosen_backward, &ISA::linear_forward, &ISA::linear_backward};
+}  // namespace attn_plugins

@@ -1,0 +1,115 @@
+// What kernels are called with. No header of torch is needed to compile them.
+#pragma once
+
+#include <cstdint>
+
+namespace attn_plugins {
+
+// Runs work(context, begin, end) over 0..number in parts of at least `grain`, on threads.
+using Work = void (*)(void* context, int64_t begin, int64_t end);
+using Parallel = void (*)(int64_t number, int64_t grain, Work work, void* context);
+
+// (batch, heads, tokens, size), in elements; the last dimension is dense.
+struct View {
+  float* data;
+  int64_t batch, head, token;
+  float* at(int64_t b, int64_t h, int64_t t) const { return data + b * batch + h * head + t * token; }
+};
+
+constexpr int TILE = 64;                    // queries of a tile, and keys of a block
+constexpr int GROUPS = (TILE + 5) / 6;      // sets of rows that a matrix product does at once
+constexpr int RANGES = 4 * GROUPS;          // bytes of a mask's ranges: of keys among queries, then of queries among keys
+
+// Queries and the blocks of keys that they see.
+struct Tile {
+  int32_t query, query_step, rows;  // a slice of the queries, or
+  int32_t query_index, query_row;   // where its indices are, -1 for a slice; and how far those of the batch's next row are
+  int32_t first_block, blocks;
+};
+
+// At most TILE keys.
+struct Block {
+  int32_t key, key_step, keys;
+  int32_t key_index, key_row;  // as of queries
+  int32_t mask, mask_row;      // which mask, -1 where all is visible; 1 where each row of the batch has its own
+};
+
+struct Tiles {
+  const Tile* tiles;
+  const Block* blocks;
+  const int32_t* index;
+  const uint8_t* masks;   // (number, TILE keys, TILE queries), 1 where visible
+  const uint8_t* ranges;  // (number, RANGES)
+  int64_t number;
+  bool merged;  // a query may see keys in several tiles
+};
+
+struct Softmax {
+  int64_t batch, heads, groups, queries, keys, size, value_size;  // sizes are multiples of 16
+  Tiles tiles;
+  View q, k, v, out;
+  float* lse;  // (batch, heads, queries), infinite where nothing is seen
+  float* top;  // the same, where tiles are merged
+  const float* sinks;
+  const float* bias;
+  int64_t bias_batch, bias_head, bias_query, bias_key;
+  float scale, softcap, dropout;
+  uint64_t seed;
+};
+
+struct SoftmaxBackward {
+  Softmax forward;
+  View grad, dq, dk, dv;  // dk and dv: a part's own begin `parts_k` and `parts_v` further
+  int64_t parts, parts_k, parts_v;
+  const float* grad_lse;  // or null
+  float* d_bias;          // (batch or 1, heads, queries, keys), or null
+  int64_t d_bias_batch;   // 0: rows of the batch share it, and a thread does all of them
+};
+
+// Blocks of keys that each query of each head has chosen, its own first; those of a row are numbered.
+struct Chosen {
+  const int64_t* chosen;  // (batch, heads, queries, width), -1 for none
+  int64_t width, number;
+  const int32_t *first, *keys;  // (batch, number): where a block begins, and how many keys it has
+  const uint8_t* padding;       // (batch, keys), 0 for a key that nobody sees; or null
+  bool causal;
+  int64_t before;  // keys before the first query
+};
+
+enum Map { ELU = 0, RELU = 1, RELU2 = 2, HEDGEHOG = 3, IDENTITY = 4 };
+
+// A sequence of tokens of one row of the batch, which sees nothing of the others.
+struct Run {
+  int32_t row, start, length, first_chunk;  // the chunk of its first token among those of all runs
+};
+
+struct Linear {
+  int64_t batch, heads, groups, size, features, value_size;  // features and value_size are multiples of 16
+  Map map;
+  bool causal;
+  float eps;
+  const Run* runs;
+  int64_t number, chunks;
+  const uint8_t* padding;  // (batch, tokens), 0 for a key that nobody sees; or null
+  int64_t tokens;
+  View q, k, v, out;
+  float* den;     // (batch, heads, tokens)
+  float* states;  // (chunks or runs, groups, features (value_size + 1)): what comes before a chunk, or all of a run
+};
+
+struct LinearBackward {
+  Linear forward;
+  View grad, dq, dk, dv;
+};
+
+struct Kernels {
+  const char* name;
+  void (*softmax_forward)(const Softmax&, Parallel);
+  void (*softmax_backward)(const SoftmaxBackward&, Parallel);
+  void (*chosen_forward)(const Softmax&, const Chosen&, Parallel);
+  void (*chosen_backward)(const SoftmaxBackward&, const Chosen&, Parallel);
+  void (*linear_forward)(const Linear&, Parallel, int threads);
+  void (*linear_backward)(const LinearBackward&, Parallel, int threads);
+};
+
+}  // namespace attn_plugins

@@ -1,0 +1,294 @@
+"""Kernels in C++ hold the contract, with every instruction set of this machine; marked cpp where they are built."""
+
+import os
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    Case,
+    assert_forms_agree,
+    assert_same,
+    cotangent_for,
+    inputs,
+    left_padding,
+    outcome,
+    rounds,
+    seeded,
+)
+
+from attn_plugins.backends import cpp, cpp_build
+from attn_plugins.backends.cpp_tiles import tables_of
+from attn_plugins.core.backend import fastest, usual
+from attn_plugins.core.mask import AttentionMask
+from attn_plugins.core.registry import get_attention, list_attentions
+from attn_plugins.ops.blocks.gather import ChoosesBlocks
+from attn_plugins.ops.linear.attention import FeatureAttention
+from attn_plugins.ops.softmax.attention import PatternAttention
+
+LENGTH = 150
+"""Several blocks of 64, and one that is not full."""
+HEADS = {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "value_dim": 16}
+FLOAT = {"dtype": torch.float32, "tolerance": 3e-5, "backend": "cpp", **HEADS}
+PATTERNS = [case for case in CASES if case.cls.attend is PatternAttention.attend]
+CHOOSING = [case for case in CASES if isinstance(case.module(), ChoosesBlocks)]
+FEATURES = [case for case in CASES if case.cls.attend is FeatureAttention.attend]
+GRIDS = [cls for cls in map(get_attention, list_attentions()) if issubclass(cls, PatternAttention) and cls.wants_grid]
+SERVED = {"elu", "relu", "relu2", "hedgehog", "t2r", "cosformer"}
+
+
+@pytest.fixture(scope="module")
+def built():
+    library = cpp_build.built()
+    if os.environ["ATTN_PLUGINS_CPP"] == "0":
+        pytest.skip("compiled kernels are left alone: make test-cpp")
+    assert library is not None, "the kernels are not built"
+    cpp.load(str(library))
+    return cpp.instruction_sets()
+
+
+@pytest.fixture(params=["avx512", "avx2", "generic"])
+def isa(request, built):
+    if request.param not in built:
+        pytest.skip(f"this machine has no {request.param}")
+    cpp.use_instruction_set(request.param)
+    yield request.param
+    cpp.use_instruction_set(built[0])
+
+
+def masks(case):
+    yield case.mask(2, LENGTH, LENGTH)
+    yield case.mask(2, LENGTH, LENGTH, padding_BK=left_padding([LENGTH, 41], LENGTH))
+    if case.cls.segments:
+        index = torch.arange(LENGTH)
+        padding = left_padding([LENGTH, LENGTH - 9], LENGTH).flip(1)
+        yield case.mask(2, LENGTH, LENGTH, segments_BK=torch.stack([index // 30, index // 70]), padding_BK=padding)
+
+
+def served(case):
+    return case not in FEATURES or case.cls.Config(**case.options).feature_map in SERVED
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("case", [case for case in [*PATTERNS, *CHOOSING, *FEATURES] if served(case)], ids=str)
+def test_equals_reference_by_every_instruction_set(isa, case):
+    for mask in masks(case):
+        assert_forms_agree(case, inputs(2, LENGTH, **HEADS), mask, **FLOAT)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("case", [case for case in PATTERNS if case.cls.softcap], ids=str)
+def test_equals_reference_with_all_extras_for_fewer_queries_compiled(isa, case):
+    """A softcap, a bias and sinks with their gradients; the bias is that of all rows, or of all heads."""
+    queries, bias_of = (13, (1, 4)) if case.causal else (LENGTH, (2, 1))
+    given = inputs(2, queries, LENGTH, **HEADS)
+    bias = torch.randn(*bias_of, queries, LENGTH, generator=seeded(2), dtype=torch.float64)
+    extras = {
+        "position_bias": bias,
+        "softcap": 0.5,
+        "sinks": torch.randn(4, generator=seeded(3), dtype=torch.float64),
+    }
+    given.extras = {name: extra for name, extra in extras.items() if getattr(case.cls, name)}
+    mask = case.mask(2, queries, LENGTH, padding_BK=left_padding([LENGTH, 41], LENGTH))
+    assert_forms_agree(case, given, mask, **FLOAT)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("case", [case for case in PATTERNS if case.cls.any_mask], ids=str)
+def test_equals_reference_for_a_mask_of_no_shape(built, case):
+    dense_BQK = torch.rand(2, LENGTH, LENGTH, generator=seeded(4)) < 0.3
+    mask = case.mask(2, LENGTH, LENGTH, plain=False, dense_BQK=dense_BQK.tril() if case.causal else dense_BQK)
+    assert_forms_agree(case, inputs(2, LENGTH, **HEADS), mask, **FLOAT)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("cls", GRIDS, ids=lambda cls: cls.name)
+def test_equals_reference_on_grids_compiled(built, cls):
+    for options in cls.examples:
+        case = Case(cls, {**options, "grid_size": (9, 8)}, False)
+        length = 72 + options.get("num_prefix_tokens", 1)
+        assert_forms_agree(case, inputs(1, length, **HEADS), case.mask(1, length, length), **FLOAT)
+
+
+@pytest.mark.cpp
+@rounds("shape", [(3, 1, 24, 40), (8, 8, 64, 64), (2, 2, 17, 5)])
+def test_sizes_that_are_no_multiples_are_filled_up(built, shape):
+    shape = dict(zip(HEADS, shape, strict=True))
+    case = Case(get_attention("local"), {"window_size": 70, "num_sink_tokens": 3}, True)
+    given = inputs(1, LENGTH, **shape)
+    assert_forms_agree(case, given, case.mask(1, LENGTH, LENGTH), **{**FLOAT, **shape})
+
+
+@pytest.mark.cpp
+@rounds("feature_map", ["relu", "relu2", "cosformer"])
+def test_features_of_zero_are_filled_up_too(built, feature_map):
+    shape = {**HEADS, "head_dim": 9}
+    case = Case(get_attention("linear"), {"feature_map": feature_map}, True)
+    assert_forms_agree(case, inputs(1, LENGTH, **shape), case.mask(1, LENGTH, LENGTH), **{**FLOAT, **shape})
+
+
+@pytest.mark.cpp
+@rounds("name", ["local", "bigbird", "linear"])
+def test_threads_change_nothing_but_the_order_of_sums(built, name):
+    """One head on two threads: tiles, and chunks, are shared."""
+    shape = {**HEADS, "num_heads": 1, "num_key_value_heads": 1}
+    case = Case(get_attention(name), {"window_size": 40} if name == "local" else {}, name != "bigbird")
+    given, mask = inputs(1, 700, **shape, dtype=torch.float32), case.mask(1, 700, 700)
+    module, cotangent, before = case.module(backend="cpp", dtype=torch.float32, **shape), None, torch.get_num_threads()
+    cotangent = cotangent_for(given, mask).float()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(outcome(module, given, mask, cotangent))
+    finally:
+        torch.set_num_threads(before)
+    assert_same(found[1], found[0], 1e-5)
+
+
+@pytest.mark.cpp
+def test_dropped_weights_are_dropped_again_in_the_backward(built):
+    case, n = Case(get_attention("local"), {"window_size": 100}, True), 128
+    shape = {"num_heads": 1, "num_key_value_heads": 1, "head_dim": 16, "value_dim": n}
+    given, mask = inputs(1, n, **shape, dtype=torch.float32), case.mask(1, n, n)
+    given.v = torch.eye(n).view(1, 1, n, n).requires_grad_()
+    module = case.module(backend="cpp", dtype=torch.float32, **shape)
+    whole = given.run(module, mask)[0, :, 0].detach()
+    dropped = given.run(module, mask, dropout=0.25)[0, :, 0]
+    kept = dropped.detach() != 0
+    torch.testing.assert_close(dropped.detach(), torch.where(kept, whole / 0.75, 0.0))
+    share = (kept & (whole > 1e-6)).sum() / (whole > 1e-6).sum()
+    assert abs(share - 0.75) < 0.02, share
+    cotangent = torch.randn(n, n, generator=seeded(1))
+    (dv,) = torch.autograd.grad((dropped * cotangent).sum(), given.v)
+    torch.testing.assert_close(dv[0, 0], dropped.detach().mT @ cotangent, rtol=1e-4, atol=1e-5)
+    other = given.run(module, mask, dropout=0.25)[0, :, 0]
+    assert ((other != 0) != kept).any(), "the same weights are dropped in every call"
+
+
+@pytest.mark.cpp
+@rounds("name", ["local", "linear"])
+def test_half_precision_is_that_of_the_values(built, name):
+    case = Case(get_attention(name), {}, True)
+    given, mask = inputs(1, LENGTH, **HEADS), case.mask(1, LENGTH, LENGTH)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert_forms_agree(case, given, mask, **{**FLOAT, "dtype": dtype, "tolerance": 2e-2})
+
+
+@pytest.mark.cpp
+def test_auto_takes_what_is_built_and_can_honour_a_call(built):
+    case = Case(get_attention("local"), {}, True)
+    given, mask = inputs(1, 40, **HEADS, dtype=torch.float32), case.mask(1, 40, 40)
+    module = case.module(backend="auto", dtype=torch.float32, **HEADS)
+
+    def taken(given):
+        chosen = module.computed_by(given.q, given.k, given.v, mask=mask, scale=1.0, dropout=0.0)
+        return chosen if isinstance(chosen, str) else chosen.name
+
+    assert (taken(given), taken(given.to(torch.float64))) == ("cpp", "torch")
+    assert usual(module, torch.device("cpu")) == "cpp"
+    other = Case(get_attention("topk"), {}, True).module(backend="auto", dtype=torch.float32, **HEADS)
+    assert usual(other, torch.device("cpu")) == "torch"
+    assert fastest(other, given.q, given.k, given.v, mask=mask, scale=1.0, dropout=0.0) is None
+
+
+@pytest.mark.cpp
+def test_what_is_not_served_is_refused_with_a_reason(built):
+    given, plain = inputs(1, 40, **HEADS, dtype=torch.float32), AttentionMask(1, 40, 40, causal=True)
+    for name, options, reason in (
+        ("topk", {}, "it serves softmax attention over a pattern or over blocks"),
+        ("graph", {}, "it serves softmax attention over a pattern or over blocks"),
+        ("linear", {"feature_map": "favor"}, "feature maps that come down to"),
+    ):
+        case = Case(get_attention(name), options, name != "graph")
+        module = case.module(backend="cpp", dtype=torch.float32, **HEADS)
+        with pytest.raises(ValueError, match=f"backend 'cpp' cannot serve this call.*{reason}"):
+            given.run(module, plain if case.causal else case.mask(1, 40, 40))
+    module = Case(get_attention("linear"), {}, True).module(backend="cpp", dtype=torch.float32, **HEADS)
+    odd = {**HEADS, "head_dim": 9}
+    small, given_small = Case(get_attention("linear"), {}, True), inputs(1, 40, **odd, dtype=torch.float32)
+    small = small.module(backend="cpp", dtype=torch.float32, **odd)
+    with pytest.raises(ValueError, match="heads whose size is a multiple of 16, got 9"):
+        given_small.run(small, plain)
+    with pytest.raises(ValueError, match="as many queries as keys"):
+        given.queries(slice(-4, None)).run(module, AttentionMask(1, 4, 40, causal=True, q_offset=36))
+    module = Case(get_attention("local"), {}, True).module(backend="cpp", dtype=torch.float64, **HEADS)
+    with pytest.raises(ValueError, match=r"must be of .*torch\.float32, got torch\.float64"):
+        given.to(torch.float64).run(module, plain)
+
+
+@pytest.mark.cpp
+def test_tables_leave_out_what_is_hidden_and_keep_masks_of_edges_alone(built):
+    """A window of 64 over 640 tokens: of each tile one block of its own and one before, and two looks of masks."""
+    (_, pattern), *_ = (
+        Case(get_attention("local"), {"window_size": 64, "num_sink_tokens": 0}, True)
+        .module()
+        .patterns(4, mask := AttentionMask(1, 640, 640, causal=True))
+    )
+    tables = tables_of(pattern.tiles(mask), pattern.merged)
+    assert len(tables.tiles) == 10
+    assert len(tables.blocks) == 19
+    assert len(tables.masks) <= 4
+
+
+@pytest.mark.cpp
+def test_operators_are_what_torch_asks_of_operators(built):
+    """Schemas, shapes without data, gradients that are registered."""
+    case = Case(get_attention("local"), {"window_size": 20}, True)
+    mask = case.mask(1, 70, 70)
+    (_, pattern), *_ = case.module().patterns(2, mask)
+    tables = tables_of(pattern.tiles(mask), pattern.merged)
+    q, k, v = (torch.randn(1, 2, 70, 16, generator=seeded(i), requires_grad=True) for i in range(3))
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    softmax = torch.ops.attn_plugins_cpp.softmax_forward.default
+    torch.library.opcheck(softmax, (q, k, v, *tables, None, None, 0.3, 0.0, 0.0, 0), test_utils=checks)
+    linear, runs = torch.ops.attn_plugins_cpp.linear_forward.default, torch.tensor([[0, 0, 70, 0]], dtype=torch.int32)
+    torch.library.opcheck(linear, (q, k, v, runs, None, 0, True, 1e-6), test_utils=checks)
+    torch.library.opcheck(linear, (q, k, v, runs, None, 3, False, 1e-6), test_utils=checks)
+
+
+@pytest.mark.cpp
+def test_another_instruction_set_is_refused(built):
+    with pytest.raises(ValueError, match=r"instruction set 'sse9' .*allowed: "):
+        cpp.use_instruction_set("sse9")
+
+
+def test_kernels_that_are_not_built_are_asked_for_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(cpp_build, "built", lambda: None)
+    case = Case(get_attention("local"), {}, True)
+    module = case.module(backend="cpp", dtype=torch.float32)
+    with pytest.raises(ValueError, match="its kernels are not built for this torch: attn-plugins build"):
+        inputs(1, 20, dtype=torch.float32).run(module, case.mask(1, 20, 20))
+
+
+def test_a_machine_without_a_compiler_is_told_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(cpp_build, "COMPILERS", ("no-such-compiler",))
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler: got none of no-such-compiler; install one"):
+        cpp_build.build(tmp_path)
+    monkeypatch.setenv("CXX", "/no/such/g++ -m64")
+    with pytest.raises(ValueError, match=r"got CXX='/no/such/g\+\+ -m64', which is not there"):
+        cpp_build.build(tmp_path)
+    assert not list(tmp_path.iterdir()), "something is left of a build that failed"
+
+
+def test_what_a_compiler_says_is_told(monkeypatch, tmp_path):
+    failing = tmp_path / "cxx"
+    failing.write_text("#!/bin/sh\necho kernels.cpp:1: this is wrong\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setenv("CXX", str(failing))
+    with pytest.raises(ValueError, match=r"compiling failed: (.|\n)*kernels\.cpp:1: this is wrong"):
+        cpp_build.build(tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.so"))
+
+
+def test_kernels_are_left_alone_where_a_variable_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("ATTN_PLUGINS_CACHE", str(tmp_path))
+    library = cpp_build.places()[-1]
+    library.parent.mkdir(parents=True)
+    library.touch()
+    for value, found in (("0", None), ("1", library), ("avx2", library)):
+        cpp_build.built.cache_clear()
+        monkeypatch.setenv(cpp_build.SWITCH, value)
+        assert cpp_build.built() == found
+    cpp_build.built.cache_clear()
