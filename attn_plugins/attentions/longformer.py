@@ -1,3 +1,4 @@
+import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -20,7 +21,9 @@ class LongformerAttention(PatternAttention):
 
     Deviations from the paper: global tokens are the first ones, not chosen by the task, and go through the model's own
     projections, not through a second set; so it starts from the pretrained model's weights as they are. The paper's
-    window of w counts both sides: it is ``window_size = w / 2 + 1`` here.
+    window of w counts both sides: it is ``window_size = w / 2 + 1`` here. In Longformer and LED models it is the
+    pretrained function: the window is that of each layer, global tokens are those of ``global_attention_mask``, and
+    these attend through the model's second set of projections.
 
     Limit case: equals softmax attention when window_size >= K.
     """
@@ -40,17 +43,21 @@ class LongformerAttention(PatternAttention):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AttentionConfig):
-        window_size: int = 257
-        """Keys that a query sees up to and including itself; as many after it where the mask is not causal."""
+        window_size: int | None = field(default=None, metadata={"settled": lambda prefix: 257})
+        """Keys that a query sees up to and including itself; as many after it where the mask is not causal. None is
+        257, and in Longformer and LED models each layer's own."""
         num_global_tokens: int | None = field(
             default=None, metadata={"settled": lambda prefix: max(1, sink_tokens(prefix))}
         )
         """First real tokens of a row or packed segment that see, and are seen by, all others; None is 4 in causal
-        models, and elsewhere as many as stand first, such as [CLS] and registers, at least 1."""
+        models, in Longformer and LED models 0, and elsewhere as many as stand first, such as [CLS] and registers, at
+        least 1."""
 
         def __post_init__(self):
             super().__post_init__()
-            self.require(self.window_size >= 1, "window_size", "an integer from 1 on")
+            self.require(
+                self.window_size is None or self.window_size >= 1, "window_size", "None or an integer from 1 on"
+            )
             self.require((self.num_global_tokens or 0) >= 0, "num_global_tokens", "None or an integer from 0 on")
 
     def reach(self, causal):
@@ -58,7 +65,8 @@ class LongformerAttention(PatternAttention):
         return Reach(window, 0 if causal else window, self.config.num_global_tokens, first_see_all=not causal)
 
     def patterns(self, heads, mask, grid_size=None):
-        return [(slice(0, heads), self._pattern())]
+        marked = mask.own is not None and mask.own.marked_BK is not None
+        return [(slice(0, heads), dataclasses.replace(self._pattern(), marked=marked))]
 
     def new_state(self, fixed_length=None):
         return KeyWindow(self.config.num_global_tokens, self.config.window_size - 1, fixed_length)

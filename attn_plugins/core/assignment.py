@@ -36,6 +36,8 @@ class Target:
     """Capability -> why the module needs it."""
     prefix_tokens: int | None = None
     """As in HeadShape."""
+    own_options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of its own attention, for those of a rule that are None: its window, the size of its blocks."""
     num_heads: int | None = None
     """Query heads, where they are known."""
     num_key_value_heads: int | None = None
@@ -96,10 +98,10 @@ def assign(
 
 def settled(assigned: Mapping[str, Sequence[Share]], targets: Sequence[Target]) -> dict[str, list[Share]]:
     """The same with the options of each rule settled, unless they are others in other modules that it serves."""
-    prefixes = {target.path: target.prefix_tokens for target in targets}
+    told = {target.path: (target.prefix_tokens, target.own_options) for target in targets}
     known: dict[int, Rule] = {}
     for rule in rules_that_serve(assigned):
-        found = {rule.config.settled(prefixes[path]) for path in served_by(rule, assigned)}
+        found = {rule.config.settled(*told[path]) for path in served_by(rule, assigned)}
         known[id(rule)] = dataclasses.replace(rule, config=found.pop()) if len(found) == 1 else rule
     return {
         path: [dataclasses.replace(share, rule=known[id(share.rule)]) for share in shares]

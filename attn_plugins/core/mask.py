@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from attn_plugins.core.own_pattern import OwnPattern
+
 if TYPE_CHECKING:
     from attn_plugins.core.relations import Edges
     from attn_plugins.core.structure import Structure
@@ -43,6 +45,7 @@ class AttentionMask:
             instead of ``kv_offset``; ``first_B`` is then absolute too.
         cross: keys belong to another sequence than queries.
         structure: which tokens see which, in absolute positions, beside all else.
+        own: what the model's own sparse attention adds to its options here. It hides nothing.
         device: where ``rule`` can be evaluated and results are wanted; None is torch's default device.
     """
 
@@ -65,6 +68,7 @@ class AttentionMask:
         positions_BK: torch.Tensor | None = None,
         cross: bool = False,
         structure: "Structure | None" = None,
+        own: OwnPattern | None = None,
         device: torch.device | str | None = None,
     ):
         if not plain and rule is None and dense_BQK is None:
@@ -74,6 +78,7 @@ class AttentionMask:
         self.padding_BK, self.segments_BK = padding_BK, segments_BK
         self.rule, self.vectorised, self.dense_BQK = rule, vectorised, dense_BQK
         self.kv_offset, self.first_B, self.positions_BK = kv_offset, first_B, positions_BK
+        self.own = own
         self.q_offset = kv_offset + kv_length - q_length if q_offset is None else q_offset
         self.device = self.rule_device = torch.get_default_device() if device is None else torch.device(device)
         self.memo: dict[Hashable, Any] = {}
@@ -110,7 +115,7 @@ class AttentionMask:
         held: dict[str, Any] = {
             name: getattr(self, name) for name in ("padding_BK", "segments_BK", "dense_BQK", "first_B", "positions_BK")
         }
-        held["structure"] = self.structure
+        held |= {"structure": self.structure, "own": self.own}
         return self._copy(device=device, **{name: None if t is None else t.to(device) for name, t in held.items()})
 
     def as_cross(self) -> "AttentionMask":
@@ -313,6 +318,7 @@ class AttentionMask:
             "positions_BK": self.positions_BK,
             "cross": self.cross,
             "structure": self.structure,
+            "own": self.own,
             "device": self.device,
         }
 

@@ -38,7 +38,8 @@ class AttentionConfig:
     size that float32 can compute with, 1e-30 to 1e30.
 
     A field's metadata may hold ``"settled"``, a function of a module's ``HeadShape.prefix_tokens`` that says what None
-    stands for there, and ``"before"``, what rules meant that were saved when there was no such option.
+    stands for there unless the model's own attention has that option, and ``"before"``, what rules meant that were
+    saved when there was no such option.
 
     Raises:
         ValueError: a value is not of the annotated type; the message names the option, the value and what is allowed.
@@ -51,11 +52,18 @@ class AttentionConfig:
 
     require = require
 
-    def settled(self, prefix_tokens: int | None) -> "AttentionConfig":
-        """The same, with what None stands for in a module of so many ``HeadShape.prefix_tokens``."""
+    def settled(self, prefix_tokens: int | None, own: Mapping[str, Any] | None = None) -> "AttentionConfig":
+        """The same, with what None stands for in a module.
+
+        Args:
+            prefix_tokens: as in ``HeadShape``.
+            own: options of the module's own attention, where it is one with the same options.
+        """
         asked = {field.name: field.metadata.get("settled") for field in dataclasses.fields(self)}
         found = {
-            name: of(prefix_tokens) for name, of in asked.items() if of is not None and getattr(self, name) is None
+            name: own[name] if own and name in own else of(prefix_tokens)
+            for name, of in asked.items()
+            if of is not None and getattr(self, name) is None
         }
         return dataclasses.replace(self, **found) if found else self
 

@@ -60,7 +60,7 @@ def wanted_parts(shares: Sequence[Share], target: Target) -> list[tuple[tuple[in
     """(key/value heads, rule) of each part that a module is to have, last the heads that no rule matches."""
     wanted: list[tuple[tuple[int, ...] | None, Rule | None]] = []
     for share in shares:
-        options = share.rule.config.settled(target.prefix_tokens)
+        options = share.rule.config.settled(target.prefix_tokens, target.own_options)
         wanted.append((share.kv_heads, dataclasses.replace(share.rule, config=options)))
     named = {head for share in shares for head in share.kv_heads or ()}
     left = tuple(head for head in range(target.num_key_value_heads or 0) if head not in named)

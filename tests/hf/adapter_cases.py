@@ -4,6 +4,7 @@ from typing import Any
 
 import adapter_cases_speech
 import adapter_cases_text
+import long_adapter_cases
 import tiny
 import torch
 import transformers as tf
@@ -284,6 +285,7 @@ CASES = {
         role="encoder",
         given=lambda: tiny.inputs("bert"),
     ),
+    **long_adapter_cases.CASES,
     **vision_adapter_cases.CASES,
 }
 CASES |= adapter_cases_text.CASES | adapter_cases_speech.CASES

@@ -12,7 +12,9 @@ An adapter may state what its module's attributes don't, as class attributes or 
 that it is given, and ``cannot``: why its module cannot be swapped, or None. ``mask_given(mask)`` does what the model
 does to a mask before its modules get it, for those that run the family's own ``forward``; ``bool_given(mask)`` does it
 to a boolean tensor, where the model makes one of the mask that it has asked for. ``hidden_given(hidden)`` puts the
-input of its forward into (B, N, size), where it arrives otherwise.
+input of its forward into (B, N, size), where it arrives otherwise. ``missing_mask`` makes the mask that the model does
+not make in some calls, of the module's arguments. ``own_options`` are those with which an attention of the registry is
+the module's own, for rules that leave them None.
 """
 
 import ast

@@ -152,13 +152,18 @@ def _needs_its_layer(slot: Attention | None) -> bool:
     return slot is not None and (type(slot).new_state is not Attention.new_state or not slot.unwritten_keys)
 
 
-def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Note the state in the module's call, and how to give it up."""
+def before_attention(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Note the state in the module's call, and how to give it up; give it the mask that its adapter misses."""
     call, slot = call_of(module), slot_of(module)
     cache = None if call is None else call.find(Cache)
     if call is None or slot is None or cache is None:
-        return
-    mask = call.find(LazyMask)
+        return None
+    mask, make, changed = call.find(LazyMask), getattr(module, "missing_mask", None), None
+    if mask is None and make is not None and (mask := make(*args, **kwargs)) is not None:
+        call.kwargs = {**kwargs, "attention_mask": mask}
+        changed = args, call.kwargs
     layer = None if mask is None else layer_of(module, cache, weights_wanted(module, kwargs))
     causal = mask is not None and (mask.causal or getattr(module, "makes_causal", False))
     if mask is None or not causal or mask.segments_BK is not None:
@@ -169,6 +174,7 @@ def before_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         call.release = functools.partial(give_up, module, cache)
     elif not slot.unwritten_keys and static_room(module, cache) is not None:
         call.release = functools.partial(refuse_static, module, slot)
+    return changed
 
 
 def layer_of(module: nn.Module, cache: Cache, need_weights: bool = False) -> StateLayer | None:

@@ -173,9 +173,10 @@ def prepare(model: nn.Module, config: Any, adapters: dict[str, Any] | None) -> b
     if declined(model):
         return False  # load_state_dict tells what is left out
     saved, targets = parse_saved_rules(rules), discovery.targets(model)
-    assigned, prefixes = assign(saved, targets), {target.path: target.prefix_tokens for target in targets}
+    told = {target.path: (target.prefix_tokens, target.own_options) for target in targets}
+    assigned = assign(saved, targets)
     if held == {
-        path: [(share.kv_heads, share.rule.type, share.rule.config.settled(prefixes[path])) for share in shares]
+        path: [(share.kv_heads, share.rule.type, share.rule.config.settled(*told[path])) for share in shares]
         for path, shares in assigned.items()
     }:
         return False

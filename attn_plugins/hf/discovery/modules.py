@@ -92,6 +92,7 @@ def targets(model: PreTrainedModel) -> list[Target]:
                 main=main,
                 needs=_needs(module, role, text, main),
                 prefix_tokens=prefix_tokens(outwards(model, path)) if role == "encoder" else None,
+                own_options=getattr(module, "own_options", {}),
                 num_heads=numbers[0],
                 num_key_value_heads=numbers[1],
             )

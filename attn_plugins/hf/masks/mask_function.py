@@ -58,6 +58,13 @@ class LazyMask(AttentionMask):
 
     def __getitem__(self, index: Any) -> Any:
         self.touch()
+        if isinstance(index, tuple) and len(index) == 4 and isinstance(index[2], int):
+            # One query's row, as eager attention adds it to scores: Longformer marks global tokens in it by numbers.
+            row = torch.full((1, 1, 1), index[2], device=self.device)
+            seen = self.visible(row, torch.arange(self.kv_length, device=self.device).view(1, 1, -1))
+            dtype = self.arguments.get("dtype", torch.get_default_dtype())
+            row = additive(seen.expand(self.batch_size, 1, -1).unsqueeze(1), dtype)
+            return row[index[0], index[1], 0, index[3]]
         return self if takes_all(index, self.shape) else self.as_tensor()[index]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:

@@ -121,6 +121,8 @@ class Band:
     """This many keys from the first real one on are seen from everywhere."""
     first_see_all: bool = False
     """Whether the first tokens also see everything."""
+    marked: bool = False
+    """Whether all see the tokens that ``mask.own`` marks."""
     merged: ClassVar[bool] = False
 
     def sees(self, mask: AttentionMask, q_index: torch.Tensor, k_index: torch.Tensor) -> torch.Tensor:
@@ -133,6 +135,8 @@ class Band:
             seen = seen | (in_row(mask, k_index) < self.num_first)
         if self.first_see_all:
             seen = seen | self._of_the_first(mask, q_index)
+        if self.marked:
+            seen = seen | mask.look_up(_marked_BK(mask), k_index)
         return seen
 
     def tiles(self, mask: AttentionMask, but: "Band | None" = None) -> Iterator[Tile]:
@@ -165,10 +169,12 @@ class Band:
                     keys.stop - part.start,
                     min(keys.start, self.num_first),
                 )
-                if mask.plain and not mask.row_starts and same_shape in known:
+                if mask.plain and not mask.row_starts and not self.marked and same_shape in known:
                     yield dataclasses.replace(known[same_shape], queries=queries, keys=(keys,))
                     continue
                 extra = first_keys(mask, part, self.num_first) if self.num_first else None
+                if self.marked:
+                    extra = _with_marked(mask, self, extra)
                 known[same_shape] = make_tile(mask, sees, queries, (keys,), extra)
                 yield known[same_shape]
         if global_queries:
@@ -189,8 +195,10 @@ class Band:
         else:
             k_1TC = ((first + phase) % step + counted(keys, device) * step).expand(-1, len(begin), -1)
         k_BTC = k_1TC.flatten(0, 1).unsqueeze(0)
-        if self.num_first:
-            extra = first_columns(mask, q_1TR, self.num_first)
+        if self.num_first or self.marked:
+            extra = first_columns(mask, q_1TR, self.num_first) if self.num_first else k_BTC.new_empty(1, 1, 0)
+            if self.marked:
+                extra = _with_marked(mask, self, extra)
             low, high = k_BTC[..., :1], k_BTC[..., -1:]
             extra = extra.masked_fill((extra >= low) & (extra <= high) & ((extra - low) % step == 0), -1)
             k_BTC = torch.cat([extra, k_BTC.expand(len(extra), -1, -1)], dim=2)
@@ -207,6 +215,31 @@ class Band:
 
     def _of_the_first(self, mask: AttentionMask, q_index: torch.Tensor) -> torch.Tensor:
         return query_in_row(mask, q_index) < self.num_first
+
+
+def _marked_BK(mask: AttentionMask) -> torch.Tensor:
+    assert mask.own is not None
+    assert mask.own.marked_BK is not None
+    return mask.own.marked_BK
+
+
+def _with_marked(mask: AttentionMask, band: Band, extra: torch.Tensor | None) -> torch.Tensor:
+    """(..., S) keys that all see, -1 for none: the first, and those that are marked and not among them."""
+
+    def build() -> torch.Tensor:
+        marked_BK = _marked_BK(mask)
+        index = torch.arange(mask.kv_length, device=mask.device).unsqueeze(0)
+        if band.num_first:
+            marked_BK = marked_BK & (in_row(mask, index) >= band.num_first)
+        found = where_true(marked_BK, most(marked_BK.sum(dim=1), mask.kv_length))
+        return found.masked_fill(found >= mask.kv_length, -1)
+
+    marked = mask.cached((band, "marked"), build)
+    if extra is None:
+        return marked
+    marked = marked if extra.ndim == 2 else marked.unsqueeze(1)
+    sizes = [max(a, b) for a, b in zip(extra.shape[:-1], marked.shape[:-1], strict=True)]
+    return torch.cat([extra.expand(*sizes, -1), marked.expand(*sizes, -1)], dim=-1)
 
 
 def global_tiles(mask: AttentionMask, sees: Sees, num_global: int) -> Iterator[Tile]:

@@ -104,7 +104,7 @@ class RandomBlocks:
             else:
                 near = range(max(0, block - before), block + after + 1)
                 needed = sorted({*range(self.num_global), *near, *(number for number in chosen[low] if number >= 0)})
-            keys = _joined([slice(n * size, min((n + 1) * size, stop)) for n in needed if n * size < stop])
+            keys = joined([slice(n * size, min((n + 1) * size, stop)) for n in needed if n * size < stop])
             # The own block comes last where not everything that a tile holds is visible, which is where it is causal.
             same_shape = (high - low, into, sum(part.stop - part.start for part in keys))
             if mask.plain and same_shape in known:
@@ -249,7 +249,7 @@ class RandomBlocks:
         return in_row(mask, k_index) // self.block_size
 
 
-def _joined(parts: list[slice]) -> tuple[slice, ...]:
+def joined(parts: list[slice]) -> tuple[slice, ...]:
     """The same indices in as few slices as there can be."""
     joined: list[slice] = []
     for part in parts:
