@@ -290,5 +290,5 @@ CASES = {
 }
 CASES |= adapter_cases_text.CASES | adapter_cases_speech.CASES
 if not hasattr(modeling_roformer, "create_causal_mask"):  # transformers 5.17: these attend to what follows, told or not
-    for decoder in ("megatron_bert-decoder", "rembert-cross", "roformer-decoder", "roformer-cross"):
+    for decoder in ("megatron_bert-decoder", "rembert-cross", "roformer-decoder", "roformer-cross", "big_bird-decoder"):
         CASES.pop(decoder, None)

@@ -6,6 +6,7 @@ import tiny
 import torch
 import transformers as tf
 from adapter_case import Case
+from transformers.models.bigbird_pegasus import modeling_bigbird_pegasus
 
 NARROW = {**tiny.SMALL, "max_position_embeddings": 128}
 HALVES = {
@@ -61,6 +62,11 @@ CASES = {
     ),
     "big_bird": Case(
         made=lambda: (tf.BigBirdForMaskedLM, big_bird()), role="encoder", given=lambda: tiny.inputs("bert")
+    ),
+    "bigbird_pegasus": Case(
+        made=lambda: (modeling_bigbird_pegasus.BigBirdPegasusEncoder, bigbird_pegasus()),
+        role="encoder",
+        given=lambda: tiny.inputs("bert"),
     ),
     "big_bird-decoder": Case(
         made=lambda: (
