@@ -6,7 +6,6 @@ short, and a slot would go with it.
 
 from typing import Any
 
-import numpy as np
 import torch
 from transformers.models.big_bird import modeling_big_bird
 from transformers.models.bigbird_pegasus import modeling_bigbird_pegasus
@@ -159,6 +158,8 @@ def drawn_blocks(inner: Any, length: int) -> tuple[Any, ...]:
     size, number = inner.block_size, inner.num_random_blocks
     if not inner.training:
         return (((0,) * number,) * (length // size - 2),)
+    import numpy as np
+
     heads, state = inner.num_attention_heads, np.random.get_state()
     np.random.seed(inner.seed)
     try:
