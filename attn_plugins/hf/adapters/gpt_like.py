@@ -59,7 +59,10 @@ class ImageGPTAttention(modeling_imagegpt.ImageGPTAttention):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pixels as tokens. Its cross-attention is given the mask of the pixels, whatever that of the encoder is."""
-        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        root = self.head_dim**0.5
+        if not self.reorder_and_upcast_attn:
+            root = float(modeling_imagegpt.torch_float(root))  # on transformers 5.17 it is the whole part of it
+        scale = 1 / root if self.scale_attn_weights else 1.0
         if self.scale_attn_by_inverse_layer_idx:
             assert self.layer_idx is not None
             scale = scale / (self.layer_idx + 1)
@@ -69,13 +72,14 @@ class ImageGPTAttention(modeling_imagegpt.ImageGPTAttention):
             key, value = _heads(self.c_attn(encoder_hidden_states), self.num_heads, 2)
         else:
             query, key, value = _heads(self.c_attn(hidden_states), self.num_heads, 3)
+            attention_mask = _causal(attention_mask, query, _tokens_in(layer_past, self.layer_idx))
         key, value = cached(layer_past, self.layer_idx, cross, lambda: (key, value))
         out, weights = attend(
             self,
             query,
             key,
             value,
-            attention_mask if cross else _causal(attention_mask, query),
+            attention_mask,
             scaling=scale,
             dropout=self.attn_dropout.p,
             output_attentions=bool(output_attentions),
@@ -105,8 +109,7 @@ class BarkSelfAttention(modeling_bark.BarkSelfAttention):
         """With a cache the model itself loses sight of padding, which is hidden here."""
         query, key, value = _heads(self.att_proj(hidden_states), self.num_heads, 3)
         if self.is_causal:
-            before = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
-            attention_mask = _causal(attention_mask, query, before)
+            attention_mask = _causal(attention_mask, query, _tokens_in(past_key_values, self.layer_idx))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         out, weights = attend(
@@ -131,15 +134,20 @@ def _heads(fused: torch.Tensor, number: int, parts: int) -> tuple[Heads, ...]:
     return tuple(part.unflatten(-1, (number, -1)).transpose(1, 2) for part in fused.chunk(parts, dim=-1))
 
 
-def _causal(mask: Any, query: Heads, before: int | None = None) -> AttentionMask:
+def _tokens_in(cache: Any, layer_idx: int | None) -> int:
+    cache = getattr(cache, "self_attention_cache", cache)
+    return 0 if cache is None else cache.get_seq_length(layer_idx)
+
+
+def _causal(mask: Any, query: Heads, before: int = 0) -> AttentionMask:
     """The causal mask of queries, with the padding that a mask of another kind knows of.
 
     Args:
-        before: how many tokens a cache holds, where the mask was made without a look at it.
+        before: how many tokens a cache holds, which the mask may have been made without a look at.
     """
     if isinstance(mask, LazyMask):
         asked = {**mask.arguments, "mask_function": causal_mask_function}
-        if before is not None:
+        if before and not mask.fixed_length and mask.q_offset != before:
             asked |= {"kv_length": before + query.shape[2], "q_offset": before}
         return mask.cached(("causal", before), lambda: lazy_mask(**asked))
     sizes: dict[str, Any] = {"padding_BK": None if mask is None else mask[:, 0, -1] >= 0, "device": query.device}
