@@ -35,6 +35,12 @@ class TextToTextConfig(TaskConfig):
     """Language of the sources, as the tokenizer of a model of many languages calls it: en_XX, eng_Latn, en."""
     target_lang: str | None = None
     """Language of the targets."""
+    leave_out_longer: bool = False
+    """Rows to train on that are longer than a limit are left out, not cut: cut apart, source and target say different
+    things."""
+    lengths: list[int] | None = None
+    """``by_length`` has the task's figure for rows by the words of their sources: up to the first of these numbers, to
+    the next, ..., and beyond the last; null for none."""
     metrics: list[str] = field(default_factory=list)
     """More metrics: sacrebleu, chrf, rouge, or others that ``evaluate`` knows."""
     max_rows: int | None = None
@@ -46,6 +52,9 @@ class TextToTextConfig(TaskConfig):
         self.require(self.max_target_length >= 2, "max_target_length", "at least 2: a token and the end")
         self.require(self.num_beams is None or self.num_beams >= 1, "num_beams", "at least 1, or null")
         self.require(self.max_rows is None or self.max_rows >= 1, "max_rows", "at least 1, or null")
+        edges = [1] if self.lengths is None else self.lengths
+        rising = bool(edges) and sorted({*edges}) == edges and edges[0] >= 1
+        self.require(rising, "lengths", "numbers of words from 1 on, each more than the one before, or null")
         once = self.prompt is None or self.prompt.count(SOURCE) == 1
         self.require(once, "prompt", f"a text with {SOURCE} in it, once, or null")
 
@@ -73,12 +82,22 @@ class TextToText:
         """The prompt of decoder-only models, unless the options have one."""
 
     def examples(self, data, tokenizer, model):
-        return self._encoded(data, tokenizer, model).remove_columns(list(CUT))
+        rows = self._encoded(data, tokenizer, model)
+        if self.config.leave_out_longer:
+            rows = rows.filter(lambda cut, also: not (cut or also), input_columns=list(CUT), desc="leaving out")
+            if len(rows) == 0:
+                raise ValueError(
+                    f"leave_out_longer: every row is longer than max_source_length={self.config.max_source_length} or "
+                    f"max_target_length={self.config.max_target_length} tokens; allowed: larger limits"
+                )
+        return rows.remove_columns(list(CUT))
 
     def limits(self):
         return {"input_ids": "max_source_length", "labels": "max_target_length"}
 
     def lengths(self, rows):
+        if self.config.leave_out_longer:
+            return {}  # none has been cut
         given = [labels.count(IGNORED) for labels in rows["labels"]]  # of a decoder's row, in which the target follows
         return {
             "max_source_length": [number or len(ids) for number, ids in zip(given, rows["input_ids"], strict=True)],
@@ -140,9 +159,10 @@ class TextToText:
         batches = []
         for start in range(0, len(rows), self.config.batch_size):
             part = list(rows.select(range(start, min(start + self.config.batch_size, len(rows)))))
-            targets = data[start : start + len(part)]["target"]
+            texts = data[start : start + len(part)]
+            targets, words = texts["target"], [len(text.split()) for text in texts["source"]]
             cut = {name: torch.tensor(sum(row.pop(name) for row in part)) for name in CUT}
-            batch = {**collate(part), **cut, "targets": targets, "tokenizer": tokenizer}
+            batch = {**collate(part), **cut, "targets": targets, "words": words, "tokenizer": tokenizer}
             prompt, mask, ends = batch["input_ids"], batch["attention_mask"], {}
             if not model.config.is_encoder_decoder:
                 ids = [row["input_ids"][: row["labels"].count(IGNORED)] for row in part]
@@ -173,6 +193,7 @@ class TextToText:
             **{name: batch[name] for name in CUT},
             "written": decoded(batch["tokenizer"], written[:, given:]),
             "wanted": [text.strip() for text in batch["targets"]],
+            "words": batch["words"],
         }
 
     def finish(self, sums):
@@ -181,7 +202,19 @@ class TextToText:
             "loss": float(sums["loss"] / sums["tokens"]),
             "rows": len(sums["written"]),
             **{name: int(sums[name]) for name in CUT},
+            **({} if self.config.lengths is None else {"by_length": self._by_length(self.config.lengths, sums)}),
         }
+
+    def _by_length(self, lengths: list[int], sums: dict[str, Any]) -> list[dict[str, Any]]:
+        """Figure and number of rows by the words of a source, such as "11-20", or "41-" for all longer ones."""
+        found = []
+        for first, last in zip([0, *lengths], [*lengths, None], strict=True):
+            chosen = [n for n, words in enumerate(sums["words"]) if words > first and (last is None or words <= last)]
+            if chosen:
+                written, wanted = ([sums[name][n] for n in chosen] for name in ("written", "wanted"))
+                figures = compute_metrics([self._metrics()[0]], written, wanted)
+                found.append({"length": f"{first + 1}-{'' if last is None else last}", **figures, "rows": len(chosen)})
+        return found
 
 
 def _padded(rows: list[list[int]], fill: int, left: bool = False) -> torch.Tensor:

@@ -42,6 +42,7 @@ from attn_plugins.training.recall import prepare_recall, report
 from attn_plugins.training.resume import METRICS, check_resume, check_rows, note_settings, settings_of, steps_of
 from attn_plugins.training.stop import train
 from attn_plugins.training.streaming import classes, endless, train_no_more
+from attn_plugins.training.trained_tokenizer import texts_of
 
 CARD = "README.md"
 
@@ -189,6 +190,7 @@ def prepare_finetune(config: FinetuneConfig, *, resume: bool = False, quiet: boo
         seed=config.seed,
         trainable=True,
         quantization=config.quantization,
+        texts=texts_of(first),
     )
     if config.loss != "task":
         _check_teacher(config, loaded)

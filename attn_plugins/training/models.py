@@ -3,7 +3,7 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +119,7 @@ def load(
     trainable: bool = False,
     processing: str | None = None,
     quantization: dict[str, Any] | None = None,
+    texts: Iterable[str] | None = None,
 ) -> Loaded:
     """Load a model, or the base model of a PEFT adapter and the adapter on top, with its tokenizer or processor.
 
@@ -133,13 +134,14 @@ def load(
         trainable: the weights of an adapter are to train.
         processing: kind of model whose inputs are to be made; None for ``kind``.
         quantization: of a base model, as a fine-tune names it; that of an adapter comes back without.
+        texts: what the tokenizer of a model without weights is trained on, where its config asks for that.
 
     Raises:
         ValueError: there is no such model, or the attention does not fit it.
     """
     if is_new(source):
         transformers.set_seed(seed)
-        return _new(source, attention, kind, labels, dtype)
+        return _new(source, attention, kind, labels, dtype, texts)
     folder = resolve(source)
     adapter = read_adapter(folder)
     base, attention = (
@@ -178,19 +180,26 @@ def load(
     return Loaded(model=model, processing=made_by, source=base, auto=cls.__name__, fresh=fresh)
 
 
-def _new(source: str, attention: Any, kind: str, labels: list[str] | None, dtype: Dtype) -> Loaded:
+def _new(
+    source: str,
+    attention: Any,
+    kind: str,
+    labels: list[str] | None,
+    dtype: Dtype,
+    texts: Iterable[str] | None = (),
+) -> Loaded:
     """A model without weights, at its initial values.
 
     Raises:
         ValueError: transformers makes no such model, it lacks a tokenizer, or the attention does not fit it.
     """
     new = new_model(source)
-    processing = made_tokenizer(new, lambda name: read_processing("causal-lm", resolve(name), resolve(name)))
+    processing = made_tokenizer(new, lambda name: read_processing("causal-lm", resolve(name), resolve(name)), texts)
     wanted = KINDS[kind] if kind in KINDS else KINDS["causal-tokens"]
     if wanted.processing == "AutoTokenizer" and processing is None:
         raise ValueError(
             f"model {shown(source)} names no tokenizer, and a {kind} model needs one; allowed: tokenizer: bytes, a "
-            "folder, or a name on the hub"
+            "folder, a name on the hub, or {train: bpe}"
         )
     if wanted.processing not in (None, "AutoTokenizer") or wanted.library != "transformers":
         raise ValueError(f"model {shown(source)} has no weights, and a {kind} model needs more than a config")

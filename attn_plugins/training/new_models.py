@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from attn_plugins.config.yaml import parse_yaml, read_yaml_file
 from attn_plugins.core.options import did_you_mean, mismatch, shown
+from attn_plugins.training.trained_tokenizer import TrainedTokenizer, read_settings, train_tokenizer
 
 FILES = (".yaml", ".yml")
 TOKENIZER = "tokenizer"
@@ -26,8 +28,8 @@ class NewModel:
     config: Any
     given: frozenset[str]
     """Names of the fields that it was told."""
-    tokenizer: str | None
-    """``bytes``, a folder, or a name on the hub; None where tasks make tokens themselves."""
+    tokenizer: str | TrainedTokenizer | None
+    """``bytes``, a folder, a name on the hub, or how one is trained; None where tasks make tokens themselves."""
 
 
 def spelled_model(value: Any) -> str:
@@ -83,8 +85,12 @@ def _read(given: dict[str, Any]) -> NewModel:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         near = did_you_mean(kind, CONFIG_MAPPING)
         raise ValueError(f"model_type={shown(kind)}{near}; allowed: a type of model that transformers knows, as llama")
-    if tokenizer is not None and not isinstance(tokenizer, str):
-        raise ValueError(f"{mismatch(tokenizer, str, TOKENIZER)}; {BYTES!r} needs no files")
+    if isinstance(tokenizer, dict):
+        tokenizer = read_settings(tokenizer)
+        fields.setdefault("vocab_size", tokenizer.vocab_size)
+    elif tokenizer is not None and not isinstance(tokenizer, str):
+        allowed = f"{BYTES!r} needs no files, {{train: bpe, vocab_size: 4000}} makes one of the rows to train on"
+        raise ValueError(f"{mismatch(tokenizer, str, TOKENIZER)}; {allowed}")
     cls: Any = CONFIG_MAPPING[kind]
     known = cls()
     for name in fields:
@@ -98,15 +104,27 @@ def _read(given: dict[str, Any]) -> NewModel:
     return NewModel(config=config, given=frozenset(fields), tokenizer=tokenizer)
 
 
-def made_tokenizer(new: NewModel, load: Any) -> Any:
+def made_tokenizer(new: NewModel, load: Any, texts: Iterable[str] | None) -> Any:
     """The tokenizer of a new model, whose number of tokens and ids the config gets where it was told none.
 
     Args:
         load: (name) -> tokenizer, for one that is read.
+        texts: for one that is trained; none at all for one of bytes, where sizes are all that is asked.
+
+    Raises:
+        ValueError: it is to be trained, and there are no rows to train on.
     """
     if new.tokenizer is None:
         return None
-    made = transformers.ByT5Tokenizer(extra_ids=0) if new.tokenizer == BYTES else load(new.tokenizer)
+    if isinstance(new.tokenizer, TrainedTokenizer):
+        if texts is None:
+            raise ValueError(
+                "the tokenizer of this model is trained on the rows of a fine-tune, and there are none here; allowed: "
+                f"the folder of a model that was trained, or {TOKENIZER}: {BYTES}"
+            )
+        made = train_tokenizer(new.tokenizer, texts)
+    else:
+        made = transformers.ByT5Tokenizer(extra_ids=0) if new.tokenizer == BYTES else load(new.tokenizer)
     found = {"vocab_size": len(made), **{name: getattr(made, name) for name in IDS}}
     for name, value in found.items():
         if name not in new.given:
