@@ -373,9 +373,10 @@ def test_initial_weights_open_forget_gates_and_come_from_the_seed():
     assert encoder.pooling_query.std() > 0.3
 
 
-def test_auto_classes_know_them_where_transformers_is_imported_later():
+def test_auto_classes_know_them_where_transformers_comes_after_the_models():
     program = (
-        "import attn_plugins, transformers as tf\n"
+        "import attn_plugins.models.seq2seq\n"
+        "import transformers as tf\n"
         "config = tf.AutoConfig.for_model('recurrent_seq2seq', vocab_size=9, hidden_size=4)\n"
         "print(type(tf.AutoModelForSeq2SeqLM.from_config(config)).__name__)\n"
     )

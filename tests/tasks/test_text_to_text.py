@@ -195,6 +195,35 @@ def test_how_many_rows_reach_the_limits(bart, llama):
         assert rows_cut(made, rows) == dict(zip(names, reach, strict=True))
 
 
+def test_longer_rows_are_left_out_where_that_is_asked(bart):
+    model, maker = AutoModelForSeq2SeqLM.from_pretrained(bart), tokenizer(encoder=True)
+    made = task(max_source_length=5, max_target_length=6, leave_out_longer=True)
+    rows = made.examples(ROWS, maker, model)
+    assert rows["input_ids"] == [maker(text)["input_ids"] for text in ROWS["source"][:2]]
+    assert rows_cut(made, rows) == {}, "none was cut"
+    with pytest.raises(ValueError, match="every row is longer than max_source_length=2 or max_target_length=6 tokens"):
+        task(max_source_length=2, max_target_length=6, leave_out_longer=True).examples(ROWS, maker, model)
+    measured = task(max_source_length=5, leave_out_longer=True).prepare(ROWS, maker, model)
+    assert sum(len(batch["targets"]) for batch in measured) == 4, "all rows are measured"
+
+
+def test_figures_by_the_words_of_a_source(bart):
+    torch.manual_seed(1)
+    model, maker = AutoModelForSeq2SeqLM.from_pretrained(bart).eval(), tokenizer(encoder=True)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with torch.no_grad():
+        given = [maker(text, return_tensors="pt") for text in ROWS["source"]]
+        ids = [model.generate(**one, max_length=8, num_beams=1, do_sample=False) for one in given]
+    texts = [maker.decode(one[0], skip_special_tokens=True).strip() for one in ids]
+    measure = task(lengths=[3, 4, 6], num_beams=1, batch_size=3)
+    parts = run_task(measure, model, measure.prepare(ROWS, maker, model))["by_length"]
+    assert [(part["length"], part["rows"]) for part in parts] == [("1-3", 2), ("4-4", 1), ("7-", 1)]
+    for part, rows in zip(parts, ([0, 1], [3], [2]), strict=True):
+        wanted = [[ROWS["target"][row] for row in rows]]
+        assert part["sacrebleu"] == pytest.approx(sacrebleu.corpus_bleu([texts[row] for row in rows], wanted).score)
+
+
 @pytest.mark.parametrize("family", ["bart", "t5", "pegasus"])
 def test_figures_of_an_encoder_decoder_are_those_of_its_own_texts(family, bart, tmp_path):
     torch.manual_seed(1)
@@ -306,6 +335,9 @@ def test_languages_in_a_prompt(llama):
         ({"max_target_length": 1}, "max_target_length=1; allowed: at least 2"),
         ({"num_beams": 0}, "num_beams=0; allowed: at least 1, or null"),
         ({"max_rows": 0}, "max_rows=0; allowed: at least 1, or null"),
+        ({"lengths": []}, r"lengths=\[\]; allowed: numbers of words from 1 on, each more than the one before, or null"),
+        ({"lengths": [5, 5]}, r"lengths=\[5, 5\]; allowed: numbers of words from 1 on"),
+        ({"lengths": [0, 5]}, r"lengths=\[0, 5\]; allowed: numbers of words from 1 on"),
         ({"prompt": "Summary:"}, "prompt='Summary:'; allowed: a text with {source} in it, once, or null"),
     ],
 )

@@ -116,6 +116,51 @@ def test_bytes_are_tokens_without_any_file(labelled, tmp_path):
     assert found["result"] == pytest.approx(metrics["evaluation"]["after"], rel=1e-5)
 
 
+LSTM = {
+    "model_type": "recurrent_seq2seq",
+    "hidden_size": 64,
+    "dropout": 0.0,
+    "tokenizer": {"train": "bpe", "vocab_size": 280},
+}
+
+
+def test_a_tokenizer_is_trained_on_the_rows_of_a_fine_tune(tmp_path):
+    pairs = [
+        {"translation": {"en": f"{one} {other}", "fr": f"{other} naïve {one}"}}
+        for one in ("reading", "writing", "telling")
+        for other in ("letters", "numbers", "pictures")
+    ]
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf8")
+    columns = {"source_column": "translation.en", "target_column": "translation.fr"}
+    changes = {
+        "model": LSTM,
+        "attention": {"type": "additive", "initial_gate": 1.0, "roles": ["cross"]},
+        "task": "translation",
+        "options": {"max_source_length": 32, "max_target_length": 32, "lengths": [1]},
+        "data": {"source": str(rows), "eval_source": str(rows), **columns},
+        "training": {**TRAINING, "max_steps": 80, "per_device_train_batch_size": 9, "learning_rate": 0.02},
+    }
+    plan = make_plan(settings(tmp_path / "out", **changes), Machines())
+    metrics = prepare_finetune(settings(tmp_path / "out", **changes)).run(None)
+    assert plan.parameters == metrics["parameters"]
+    after = metrics["evaluation"]["after"]
+    assert after["chrf"] > 90, "it has learnt nine pairs"
+    assert [(part["length"], part["rows"]) for part in after["by_length"]] == [("2-", 9)]
+    maker = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "naïve letters telling 中"
+    assert maker.decode(maker(text).input_ids, skip_special_tokens=True) == text
+    assert maker(text).input_ids[-1] == maker.eos_token_id == 2
+    assert len(maker("letters").input_ids) < len("letters"), "what comes often is a token"
+    assert maker.convert_ids_to_tokens([0, 1, 2]) == ["<pad>", "<s>", "</s>"]
+    tree = {"model": str(tmp_path / "out"), "data": changes["data"]}
+    tree["evaluation"] = {"task": "translation", **changes["options"]}
+    found = prepare_evaluation(build(EvaluateConfig, tree)).run()
+    assert found["result"]["chrf"] == pytest.approx(after["chrf"])
+    with pytest.raises(ValueError, match="trained on the rows of a fine-tune, and there are none here"):
+        load(json.dumps(LSTM), kind="text-to-text")
+
+
 def test_a_tokenizer_of_a_folder_and_fields_that_were_given_stay(llama):
     named = {**LLAMA, "tokenizer": llama, "vocab_size": 64, "pad_token_id": 7}
     model, maker = (lambda made: (made.model, made.processing))(load(json.dumps(named)))
@@ -177,6 +222,8 @@ def test_it_is_looked_at_and_planned_without_weights(tmp_path):
         ({**LLAMA, "_name": 8}, "model: llama has no field '_name'"),
         ({**LLAMA, "hidden_size": "wide"}, "model: transformers makes no config of llama: .*hidden_size"),
         ({**LLAMA, "tokenizer": 3}, "model: tokenizer=3 is of type int; allowed: str; 'bytes' needs no files"),
+        ({**LLAMA, "tokenizer": {"train": "wordpiece"}}, "tokenizer.train='wordpiece'"),
+        ({**LLAMA, "tokenizer": {"train": "bpe", "vocab_size": 99}}, "vocab_size=99; allowed: at least 259"),
         (3, "model=3 is of type int; allowed: str"),
         ("none.yaml", "cannot read model none.yaml: No such file"),
         ("{a: [}", "model: not valid YAML"),

@@ -5,7 +5,7 @@ import math
 import torch
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.query_chunks import in_large_chunks, in_query_chunks
+from attn_plugins.ops.query_chunks import bias_of, in_large_chunks, in_query_chunks, visible_pairs
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads, masked_softmax, scores, with_dropout
 
 
@@ -88,7 +88,7 @@ def windowed(
     softcap: float | None = None,
     position_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same over the keys of each query's window alone, which are gathered: out_BHQV.
+    """The same over the keys of each query's window alone, gathered unless it is as wide as the row: out_BHQV.
 
     Args:
         chunk_size: queries treated at a time; None for as many as a device takes at once.
@@ -99,6 +99,21 @@ def windowed(
     offsets = torch.arange(width, device=q_BHQD.device) - half_window
 
     def attend(queries: slice, keys: slice) -> torch.Tensor:
+        if width >= number:
+            whole = slice(0, number)
+            return dense_window(
+                q_BHQD[:, :, queries],
+                k_BHKD,
+                v_BHKV,
+                visible_pairs(mask, queries, whole),
+                centre_BHQ[:, :, queries],
+                half_window=half_window,
+                gaussian=gaussian,
+                scale=scale,
+                dropout=dropout,
+                softcap=softcap,
+                position_bias=bias_of(position_bias, queries, whole),
+            )[0]
         q, centre = q_BHQD[:, :, queries].to(dtype), centre_BHQ[:, :, queries].expand(len(q_BHQD), -1, -1)
         # From floor(p) - D to floor(p) + D + 1, which holds every key within D of p, however p - D is rounded.
         index = centre.detach().floor().long().unsqueeze(3) + offsets
