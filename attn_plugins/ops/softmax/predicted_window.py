@@ -96,7 +96,7 @@ def windowed(
     heads, dtype = q_BHQD.shape[1], accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
     k_BHKD, v_BHKV = (expand_heads(x, heads).to(dtype) for x in (k_BGKD, v_BGKV))
     number, width = k_BGKD.shape[2], 2 * half_window + 2
-    offsets = torch.arange(width, device=q_BHQD.device) - half_window
+    offsets = torch.arange(min(width, number), device=q_BHQD.device) - half_window
 
     def attend(queries: slice, keys: slice) -> torch.Tensor:
         if width >= number:
