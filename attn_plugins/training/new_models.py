@@ -89,8 +89,8 @@ def _read(given: dict[str, Any]) -> NewModel:
         tokenizer = read_settings(tokenizer)
         fields.setdefault("vocab_size", tokenizer.vocab_size)
     elif tokenizer is not None and not isinstance(tokenizer, str):
-        allowed = f"{BYTES!r} needs no files, {{train: bpe, vocab_size: 4000}} makes one of the rows to train on"
-        raise ValueError(f"{mismatch(tokenizer, str, TOKENIZER)}; {allowed}")
+        others = f"{BYTES!r} needs no files, {{train: bpe, vocab_size: 4000}} makes one of the rows to train on"
+        raise ValueError(f"{mismatch(tokenizer, str, TOKENIZER)}; {others}")
     cls: Any = CONFIG_MAPPING[kind]
     known = cls()
     for name in fields:

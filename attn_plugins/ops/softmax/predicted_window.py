@@ -1,6 +1,7 @@
 """Softmax over a window of keys around a centre that each query has of its own, and Gaussian weights around that."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def _ends(mask: AttentionMask) -> torch.Tensor:
     """For each key the index of the last real key of its row or segment: where it starts, read from behind."""
 
     def build() -> torch.Tensor:
-        turned = {
+        turned: dict[str, Any] = {
             name: None if table is None else table.flip(1)
             for name, table in (("padding_BK", mask.padding_BK), ("segments_BK", mask.segments_BK))
         }
