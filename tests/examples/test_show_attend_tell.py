@@ -41,8 +41,8 @@ def test_captioners_are_trained_measured_drawn_and_saved(folders, place, monkeyp
         "--attention=additive",
         "--seed=3",
         "--image-size=42",
-        "--hidden-size=8",
-        "--epochs=2",
+        "--hidden-size=32",
+        "--epochs=20",
     ]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given, "--vocabulary=300", "--look=validation1.png"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
