@@ -32,7 +32,7 @@ def folders(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # of tokens that are control characters
-@pytest.mark.parametrize("place", ["luong", "bahdanau"])
+@pytest.mark.parametrize("place", ["luong", pytest.param("bahdanau", marks=pytest.mark.slow)])
 def test_captioners_are_trained_measured_drawn_and_saved(folders, place, monkeypatch, capsys):
     out = folders / "out"
     given = [f"--encoder={folders / 'encoder'}", f"--data={folders / 'data'}", f"--out={out}", f"--place={place}"]
@@ -43,6 +43,7 @@ def test_captioners_are_trained_measured_drawn_and_saved(folders, place, monkeyp
         "--image-size=42",
         "--hidden-size=32",
         "--epochs=20",
+        "--learning-rate=0.05",
     ]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given, "--vocabulary=300", "--look=validation1.png"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
