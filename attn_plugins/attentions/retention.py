@@ -1,5 +1,6 @@
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,6 +19,10 @@ class RetentionAttention(RecurrentAttention):
     ``out_t = sum_j gamma_h^(t - j) (a scale q_t . k_j + b) v_j / sum_j gamma_h^(t - j)`` over the visible keys j, with
     ``gamma_h = 1 - 2^(-5 - h)`` for query head h = 0, 1, ... Sums run in chunks that carry a state of (D + 1) x V
     numbers a query head, in float32 whatever the model's dtype. Padding has no place in the distance t - j.
+
+    ``decay="lightning"`` fades as MiniMax-01 does (arXiv:2501.08313), the more slowly the later a layer:
+    ``gamma_h = exp(-2^(-8 (h + 1) / H) (1 - l / (L - 1 + 1e-5) + 1e-5))`` in layer l of L, as transformers has it.
+    Heads that are of no model fade as in a first layer.
 
     Differs from the paper, whose output is normalised to unit size for each head and token, which the output projection
     of a pretrained model does not expect. Here the decayed number of tokens takes that place, and ``b`` adds their
@@ -42,10 +47,12 @@ class RetentionAttention(RecurrentAttention):
     )
     causal = segments = True
     convex = False
-    examples = ({"chunk_size": 4},)
+    examples = ({"chunk_size": 4}, {"chunk_size": 4, "decay": "lightning"})
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AttentionConfig):
+        decay: Literal["retnet", "lightning"] = "retnet"
+        """What a head fades by: its number, or its number and that of its layer."""
         chunk_size: int = 64
         """Tokens whose weights are formed outright, a power of two; changes the speed and not the result."""
 
@@ -68,15 +75,24 @@ class RetentionAttention(RecurrentAttention):
 
     def prepare(self, scale):
         assert self.heads is not None
-        return functools.partial(tokens, scale=scale, first_head=self.heads.first_head)
+        heads, lightning = self.heads, None
+        if self.config.decay == "lightning":
+            share = 1 - (heads.layer or 0) / ((heads.layers or 1) - 1 + 1e-5) + 1e-5
+            lightning = (heads.all_heads or heads.num_heads, share)
+        return functools.partial(tokens, scale=scale, first_head=heads.first_head, lightning=lightning)
 
     def weights(self):
         return [self.score_weight, self.average_weight]
 
 
-def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, *, scale, first_head=0):
+def tokens(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, *, scale, first_head=0, lightning=None):
     q, k = with_average(q_BHTD, k_BGTD, v_BGTV, score_weight_H, average_weight_H, scale=scale)
     heads = q.shape[1]
-    rate = torch.arange(heads, dtype=q.dtype, device=q.device).add(5 + first_head).neg().exp2()
-    log_gate = torch.log1p(-rate).view(1, heads, 1, 1)
-    return Tokens(q, expand_heads(k, heads), expand_heads(v_BGTV.to(q.dtype), heads), log_gate, None)
+    number = torch.arange(first_head, first_head + heads, dtype=q.dtype, device=q.device)
+    if lightning is None:
+        log_gate = torch.log1p(-number.add(5).neg().exp2())
+    else:
+        all_heads, share = lightning
+        log_gate = -share * number.add(1).mul(-8 / all_heads).exp2()
+    k, v = (expand_heads(x, heads) for x in (k, v_BGTV.to(q.dtype)))
+    return Tokens(q, k, v, log_gate.view(1, heads, 1, 1), None)

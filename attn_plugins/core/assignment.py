@@ -28,6 +28,8 @@ class Target:
     """What it is numbered within, such as ``model.layers``."""
     layer: int
     """Its number in its stack, from 0."""
+    layers: int | None = None
+    """How many its stack has."""
     path_in_whole: str | None = None
     """Its path in a model that has this one for its base, for rules that were written by one."""
     main: bool = True

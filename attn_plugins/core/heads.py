@@ -22,6 +22,8 @@ class HeadShape:
     """Size E of the hidden states that queries are made of; None where it is not known."""
     layer: int | None = None
     """Number of the layer, from 0 in its stack, as in ``layers`` of a rule; None where the heads are of no model."""
+    layers: int | None = None
+    """How many layers its stack has; None where the heads are of no model."""
     prefix_tokens: int | None = None
     """Tokens that stand before the rest in every input of an encoder, such as [CLS] and registers; None where attention
     is causal, or the heads are of no model."""

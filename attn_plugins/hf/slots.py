@@ -34,7 +34,10 @@ def build(shares: Sequence[Share], module: nn.Module, model: PreTrainedModel, ta
     heads, heads_error = None, None
     try:
         heads = dataclasses.replace(
-            head_sizes.head_shape(module, config), layer=target.layer, prefix_tokens=target.prefix_tokens
+            head_sizes.head_shape(module, config),
+            layer=target.layer,
+            layers=target.layers,
+            prefix_tokens=target.prefix_tokens,
         )
     except ValueError as error:
         heads_error = error

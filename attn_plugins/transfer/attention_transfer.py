@@ -16,6 +16,7 @@ from transformers.utils import logging
 from attn_plugins.config.extras import need
 from attn_plugins.config.output import check_folder
 from attn_plugins.core.attention import Attention
+from attn_plugins.core.learned_choice import LearnsChoice
 from attn_plugins.hf.split import attentions_in, parts_of
 from attn_plugins.hf.swap import describe_attention, unwrap
 from attn_plugins.training.config import check_training
@@ -84,7 +85,8 @@ def transfer_attention(
         steps: updates of the weights.
         loss: output: squared error of a head's outputs over the squared length of the model's own. weights:
             cross-entropy of its weights against the model's own, both N x N. Each is a mean over real queries of a
-            row, then over rows and heads.
+            row, then over rows and heads. Weights that only choose keys, as ``dsa``'s, learn by the cross-entropy of
+            their scores' softmax against the model's own weights, averaged over heads, whatever is said here.
         learning_rate: of AdamW without decay; falls to a tenth as a cosine.
         held_out: batches to measure errors on, before and after; without any, the first four of ``batches``.
         body_dtype: "bfloat16" or "float16" runs the model in it by autocast; slots and losses stay in float32.
@@ -182,6 +184,19 @@ def checked(model: Any, loss: Loss) -> tuple[Any, dict[str, Attention]]:
         raise ValueError(
             f"nothing could learn: what is in the slots ({names}) has no weights of its own; choose an attention or an "
             "option that has some, such as linear with feature_map: hedgehog"
+        )
+    choosing = sorted(
+        {
+            one.name
+            for slot in slots.values()
+            for one in attentions_in(slot)
+            if isinstance(one, LearnsChoice) and one is not slot
+        }
+    )
+    if choosing:
+        raise ValueError(
+            f"{', '.join(choosing)} learns its choice of keys from all heads of a module, and serves some of them; "
+            "allowed: a rule without kv_heads"
         )
     weights = {path: weight for path, slot in slots.items() for weight in slot.parameters()}
     for path, weight in weights.items():

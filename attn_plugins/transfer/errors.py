@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from attn_plugins.core.attention import Attention
+from attn_plugins.core.learned_choice import LearnsChoice
 from attn_plugins.hf.names import ROLE
 from attn_plugins.hf.observe import Observed, own_attention
 from attn_plugins.transfer.body import run_body
@@ -46,12 +47,35 @@ def output_error(out_BQHV: torch.Tensor, own_BQHV: torch.Tensor, real_BQ: torch.
 
 def weights_error(weights_BHQK: torch.Tensor, own_BHQK: torch.Tensor, real_BQ: torch.Tensor | None) -> Error:
     """Cross-entropy of weights against the model's own, the mean over real queries."""
-    entropy_BHQ = -(own_BHQK.to(weights_BHQK.dtype) * weights_BHQK.clamp_min(TINY).log()).sum(-1)
+    return _cross_entropy(weights_BHQK.clamp_min(TINY).log(), own_BHQK, real_BQ)
+
+
+def _cross_entropy(log_weights_BHQK: torch.Tensor, own_BHQK: torch.Tensor, real_BQ: torch.Tensor | None) -> Error:
+    entropy_BHQ = -(own_BHQK.to(log_weights_BHQK.dtype) * log_weights_BHQK).sum(-1)
     if real_BQ is None:
         return Error(entropy_BHQ.mean(-1), torch.ones_like(entropy_BHQ[..., 0], dtype=torch.bool))
     real_BHQ = real_BQ[:, None].expand_as(entropy_BHQ)
     queries_BH = real_BHQ.sum(-1)
     return Error(entropy_BHQ.where(real_BHQ, 0).sum(-1) / queries_BH.clamp_min(1), queries_BH > 0)
+
+
+def choice_error(observed: Observed, real_BQ: torch.Tensor | None, dtype: torch.dtype) -> Error | None:
+    """Cross-entropy of the softmax of a slot's scores of keys against the model's own weights, averaged over its heads.
+
+    Of one head (B, 1), with gradients to the slot's weights; None where these do not choose keys.
+    """
+    slot = observed.slot
+    if not isinstance(slot, LearnsChoice):
+        return None
+    seen = observed.in_dtype(dtype)
+    options: dict[str, Any] = {"mask": seen.mask, "scale": seen.scale}
+    if slot.wants_hidden:
+        options["hidden_BQE"] = seen.options["hidden"]
+    scores_BQK = slot.choice_scores(seen.query_BHQD, seen.key_BGKD, **options)
+    hidden = scores_BQK == -torch.inf
+    # A query that sees nothing is not a number, and nothing of it is let through, neither here nor in backward.
+    log_weights_BQK = scores_BQK.log_softmax(-1).masked_fill(hidden, 0.0)
+    return _cross_entropy(log_weights_BQK.unsqueeze(1), observed.own_weights().mean(1, keepdim=True), real_BQ)
 
 
 def real_queries(observed: Observed, batch: Mapping[str, Any]) -> torch.Tensor | None:

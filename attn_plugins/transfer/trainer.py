@@ -14,7 +14,15 @@ from attn_plugins.core.attention import Attention
 from attn_plugins.hf.names import SLOT
 from attn_plugins.hf.observe import Observed, own_attention
 from attn_plugins.transfer.body import heads_that_learn, run_body
-from attn_plugins.transfer.errors import Error, Loss, computed_in, output_error, real_queries, weights_error
+from attn_plugins.transfer.errors import (
+    Error,
+    Loss,
+    choice_error,
+    computed_in,
+    output_error,
+    real_queries,
+    weights_error,
+)
 
 
 class NewWeights(nn.Module):
@@ -109,7 +117,13 @@ class TransferTrainer(transformers.Trainer):
         return share * torch.stack(losses).mean().to(torch.float32)
 
     def _error(self, observed: Observed, real_BQ: torch.Tensor | None) -> Error:
-        """Errors of a slot on what it was shown, with gradients to its weights."""
+        """Errors of a slot on what it was shown, with gradients to its weights.
+
+        Those of its choice, where its weights choose keys: nothing else has a gradient to them then.
+        """
+        error = choice_error(observed, real_BQ, computed_in(observed))
+        if error is not None:
+            return error
         if self.loss == "output":
             out_BQHV, _ = observed.attend(grad=True, dtype=computed_in(observed))
             return output_error(out_BQHV, observed.own_BQHV, real_BQ)

@@ -57,9 +57,9 @@ class Case:
 
 
 def head_shape(num_heads=4, num_key_value_heads=2, head_dim=8, value_dim=8):
-    """Heads as those of :func:`inputs`, in the second layer of a model."""
+    """Heads as those of :func:`inputs`, in the second of three layers of a model."""
     sizes = {"num_heads": num_heads, "num_key_value_heads": num_key_value_heads, "head_dim": head_dim}
-    return HeadShape(**sizes, value_dim=value_dim, hidden_size=HIDDEN_SIZE, layer=1)
+    return HeadShape(**sizes, value_dim=value_dim, hidden_size=HIDDEN_SIZE, layer=1, layers=3)
 
 
 def _cases() -> list[Case]:
@@ -268,6 +268,14 @@ def kept_for_backward(module, given: Inputs, mask):
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         leaves.run(module, mask)
     return sum(kept.values())
+
+
+def choice_loss(module, given, mask):
+    """A loss of the scores by which an attention chooses keys."""
+    hidden = {"hidden_BQE": given.hidden.squeeze(1)} if module.wants_hidden else {}
+    scores = module.choice_scores(given.q, given.k, mask=mask, scale=SCALE, **hidden)
+    assert torch.equal(scores.isfinite(), mask.dense().squeeze(1).expand_as(scores)), "-inf for keys out of sight alone"
+    return scores.softmax(-1).square().sum()
 
 
 EXACT = 1e-9

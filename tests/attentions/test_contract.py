@@ -14,6 +14,7 @@ from cases import (
     assert_forms_agree,
     assert_same,
     cases_together,
+    choice_loss,
     cotangent_for,
     every_case,
     every_class,
@@ -27,6 +28,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from attn_plugins.core.learned_choice import LearnsChoice
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.rules import parse_rules
 from attn_plugins.ops.reference import dense_attention
@@ -358,6 +360,9 @@ def test_every_weight_gets_a_gradient(case):
         if not list(module.parameters()):
             return
         (out * cotangent_for(given, mask)).sum().backward()
+        if isinstance(module, LearnsChoice):  # whose weights have a gradient of zero there, and learn from this alone
+            assert not any(weight.grad is None or weight.grad.any() for weight in module.parameters())
+            choice_loss(module, given, mask).backward()
         with torch.no_grad():
             for weight in module.parameters():
                 weight.sub_(0.1 * weight.grad)

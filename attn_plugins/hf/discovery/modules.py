@@ -1,5 +1,6 @@
 """Find the attention modules of a model, and what each is: its role, its place, what it needs of an attention."""
 
+import dataclasses
 import inspect
 import operator
 import re
@@ -97,7 +98,7 @@ def targets(model: PreTrainedModel) -> list[Target]:
                 num_key_value_heads=numbers[1],
             )
         )
-    return found
+    return [dataclasses.replace(one, layers=len(places[one.stack + one.role])) for one in found]
 
 
 def role_of(model: nn.Module, path: str, module: nn.Module) -> str:

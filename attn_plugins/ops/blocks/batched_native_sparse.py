@@ -49,7 +49,7 @@ def native_sparse_attention(
     k_BGMD = compress_at_once(k_BGKD, weights.key_weight_GC, compression)
     v_BGMV = compress_at_once(v_BGKV, weights.value_weight_GC, compression)
     options: dict[str, Any] = {"scale": scale, "dropout": dropout}
-    seen = _Seen(mask, compression, k_BGMD.shape[2])
+    seen = Seen(mask, compression, k_BGMD.shape[2])
     chosen_BGQT = choose_at_once(q_BHQD, k_BGMD.detach(), seen, sizes, scale)
     compressed = compressed_attention(q_BHQD, k_BGMD, v_BGMV, mask, seen, **options)
     own = {"block_size": sizes.block_size, "out_dtype": weights.gates_BHQ3.dtype, **options}
@@ -59,7 +59,7 @@ def native_sparse_attention(
     return gated_sum(weights.gates_BHQ3, (compressed, selected, window)).to(v_BGKV.dtype)
 
 
-class _Seen:
+class Seen:
     """Which compressed blocks queries see, as a table that is added to scores."""
 
     def __init__(self, mask: AttentionMask, compression: Compression, columns: int):
@@ -92,7 +92,7 @@ def compressed_attention(
     k_BGMD: torch.Tensor,
     v_BGMV: torch.Tensor,
     mask: AttentionMask,
-    seen: _Seen,
+    seen: Seen,
     *,
     scale: float,
     dropout: float,
@@ -113,7 +113,7 @@ def compressed_attention(
 
 @torch.no_grad()
 def choose_at_once(
-    q_BHQD: torch.Tensor, k_BGMD: torch.Tensor, seen: _Seen, sizes: NativeSparseSizes, scale: float
+    q_BHQD: torch.Tensor, k_BGMD: torch.Tensor, seen: Seen, sizes: NativeSparseSizes, scale: float
 ) -> torch.Tensor:
     """(B, G, Q, topk) blocks, as :func:`attn_plugins.ops.blocks.native_sparse.choose_by_weights` chooses them."""
     (batch, heads, queries, size), (groups, columns) = q_BHQD.shape, k_BGMD.shape[1:3]
@@ -126,7 +126,7 @@ def choose_at_once(
         p_BHTM = torch.softmax(
             torch.add(bias, product_with_sums(q, k).view(batch, heads, -1, columns), alpha=scale), dim=-1
         )
-        return block_scores(p_BHTM, groups, seen.compression, number).masked_fill_(~some, 0.0)
+        return block_scores(p_BHTM, groups, seen.compression, number, sizes).masked_fill_(~some, 0.0)
 
     # Of a few queries the weights, of more the scores of blocks, which are fewer.
     few, more = (max(1, at_once // (batch * each)) for each in (2 * heads * columns, 3 * groups * number))

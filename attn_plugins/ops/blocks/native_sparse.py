@@ -66,12 +66,22 @@ class NativeSparseSizes:
     topk: int
     init_blocks: int
     local_blocks: int
-    window_size: int
+    window_size: int = 0
+    dense_len: int = 0
+    """Tokens from the start of a row or segment that select all blocks before them."""
+    largest: bool = False
+    """Whether a block's score is the largest of the weights of what it shares keys with, else what these give to it."""
 
     @classmethod
-    def of(cls, config: Any) -> "NativeSparseSizes":
-        """From an object with attributes of these names."""
-        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+    def of(cls, config: Any, **others: Any) -> "NativeSparseSizes":
+        """From an object with attributes of these names, as far as it has them, and others."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: getattr(config, name) for name in names if hasattr(config, name)}, **others)
+
+    @property
+    def width(self) -> int:
+        """The most blocks that a query selects."""
+        return max(self.topk, -(-self.dense_len // self.block_size))
 
 
 @dataclass(frozen=True)
@@ -216,17 +226,25 @@ def choose_by_weights(
     """
     blocks = compression.blocks
     until = blocks.past(at.indices(len(blocks.position_Q))[1]) if blocks.causal else blocks.start_BN.shape[1]
-    return choose_by_scores(block_scores(p_BHTM, groups, compression, until), at, compression, sizes)
+    return choose_by_scores(block_scores(p_BHTM, groups, compression, until, sizes), at, compression, sizes)
 
 
-def block_scores(p_BHTM: torch.Tensor, groups: int, compression: Compression, until: int) -> torch.Tensor:
+def block_scores(
+    p_BHTM: torch.Tensor, groups: int, compression: Compression, until: int, sizes: NativeSparseSizes
+) -> torch.Tensor:
     """(B, G, T, N): the score of each of the first ``until`` blocks by the weights of queries."""
     number = p_BHTM.shape[3]
     p_BGTM = p_BHTM if p_BHTM.shape[1] == groups else p_BHTM.unflatten(1, (groups, -1)).sum(dim=2)
     over, share = compression.over_BNW[:, :until], compression.share_BNW[:, :until].to(p_BGTM.dtype)
     share = share.masked_fill(over >= number, 0.0)  # what no query of these sees
     index = over.clamp(max=number - 1).flatten(1)[:, None, None].expand(*p_BGTM.shape[:3], -1)
-    return p_BGTM.gather(-1, index).unflatten(-1, over.shape[1:]).mul_(share[:, None, None]).sum(dim=-1)
+    given = p_BGTM.gather(-1, index).unflatten(-1, over.shape[1:])
+    return _of_blocks(given, share[:, None, None], sizes)
+
+
+def _of_blocks(given: torch.Tensor, share: torch.Tensor, sizes: NativeSparseSizes) -> torch.Tensor:
+    """A block's score by what each compressed block is given, and the share of that one's keys that lies in it."""
+    return given.mul_(share > 0).amax(dim=-1) if sizes.largest else given.mul_(share).sum(dim=-1)
 
 
 def choose_by_scores(
@@ -239,7 +257,7 @@ def choose_by_scores(
     blocks, (batch, groups, queries, number) = compression.blocks, score_BGTN.shape
     own = blocks.block_BK[:, blocks.position_Q[at]].unsqueeze(2)
     start = blocks.start_BN.gather(1, own.squeeze(2)).unsqueeze(2)
-    chosen = own.new_full((batch, groups, queries, min(sizes.topk, blocks.start_BN.shape[1])), -1)
+    chosen = own.new_full((batch, groups, queries, min(sizes.width, blocks.start_BN.shape[1])), -1)
     chosen[..., 0] = own.squeeze(2).unsqueeze(1)
     if not number or chosen.shape[-1] == 1:
         return chosen
@@ -249,10 +267,22 @@ def choose_by_scores(
     there &= (block < own) if blocks.causal else (block != own)
     near = (own - block).abs() < sizes.local_blocks
     near |= (blocks.keys_BNC[:, None, seen, 0] - start) < sizes.init_blocks * blocks.keys_BNC.shape[-1]
-    score = score_BGTN.masked_fill(near.unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
-    best = score.topk(min(chosen.shape[-1] - 1, number), dim=-1)
-    chosen[..., 1 : 1 + best.indices.shape[-1]] = best.indices.masked_fill(best.values == 0, -1)
+    dense = blocks.position_Q[at].view(1, -1, 1) - start < sizes.dense_len
+    score = score_BGTN.masked_fill((near | dense).unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
+    best = _best(score, min(chosen.shape[-1] - 1, number), dense, sizes)
+    chosen[..., 1 : 1 + best.shape[-1]] = best
     return chosen
+
+
+def _best(score_BGTN: torch.Tensor, number: int, dense_BT1: torch.Tensor, sizes: NativeSparseSizes) -> torch.Tensor:
+    """The blocks of highest score beside a query's own, -1 for none: what dense queries may have, topk of others"""
+    if sizes.largest:  # neighbours share means, so that scores are often equal: the earlier comes first
+        value, index = (x[..., :number] for x in score_BGTN.sort(dim=-1, descending=True, stable=True))
+    else:
+        value, index = score_BGTN.topk(number, dim=-1)
+    beyond_topk = torch.arange(number, device=value.device) >= sizes.topk - 1
+    none = (value == 0) | (beyond_topk & ~dense_BT1.unsqueeze(1))
+    return index.masked_fill(none, -1)
 
 
 @torch.compiler.disable(reason="its loop over tiles would be unrolled into a graph of thousands of operations")
@@ -275,7 +305,7 @@ def compressed_attention(
     groups, number = k_BGMD.shape[1:3]
     blocks = compression.blocks
     chosen_BGQT = torch.full(
-        (batch, groups, queries, min(sizes.topk, blocks.start_BN.shape[1])), -1, device=q_BHQD.device
+        (batch, groups, queries, min(sizes.width, blocks.start_BN.shape[1])), -1, device=q_BHQD.device
     )
 
     def tiles() -> Iterator[Tile]:
@@ -365,14 +395,9 @@ def gather_native_sparse_attention(
     Returns:
         out_BHQV in at least float32.
     """
-    held, at_Q1 = state.tensors, position_Q.unsqueeze(1)
-    kernel_size, kernel_stride, window_size = sizes.kernel_size, sizes.kernel_stride, sizes.window_size
-    number = state.blocks_seen(kernel_stride, held["whole"].shape[1])
-    k_BGMD, v_BGMV = (held[name][:, :, :number] for name in ("k_compressed", "v_compressed"))
-    last_M = torch.arange(number, device=at_Q1.device) * kernel_stride + kernel_size - 1
-    visible_BQM = held["whole"][:, None, :number] & (last_M + state.starts().view(-1, 1, 1) <= at_Q1)
+    held, at_Q1, window_size = state.tensors, position_Q.unsqueeze(1), sizes.window_size
     options = {"scale": scale, "dropout": dropout}
-    compressed, p_BHQM = grouped_attention(q_BHQD, k_BGMD, v_BGMV, visible_BQM[:, None, None], **options)
+    compressed, p_BHQM = gather_compressed_attention(q_BHQD, position_Q, state, sizes, **options)
     chosen_BGQT = gather_choose(p_BHQM, position_Q, state, sizes)
     selected = chosen_attention(q_BHQD, position_Q, state, chosen_BGQT, **options)
     k, v, near_K = state.last(window_size + len(position_Q) - 1)
@@ -381,6 +406,18 @@ def gather_native_sparse_attention(
         visible = visible & held["not_padding"].index_select(1, near_K.clamp(min=0))[:, None, None, None]
     window, _ = grouped_attention(q_BHQD, k, v, visible, **options)
     return gated_sum(weights.gates_BHQ3, (compressed, selected, window))
+
+
+def gather_compressed_attention(
+    q_BHQD: torch.Tensor, position_Q: torch.Tensor, state: KeyBlocks, sizes: NativeSparseSizes, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a few queries to the compressed blocks of a state, and their weights."""
+    held, at_Q1 = state.tensors, position_Q.unsqueeze(1)
+    number = state.blocks_seen(sizes.kernel_stride, held["whole"].shape[1])
+    k_BGMD, v_BGMV = (held[name][:, :, :number] for name in ("k_compressed", "v_compressed"))
+    last_M = torch.arange(number, device=at_Q1.device) * sizes.kernel_stride + sizes.kernel_size - 1
+    visible_BQM = held["whole"][:, None, :number] & (last_M + state.starts().view(-1, 1, 1) <= at_Q1)
+    return grouped_attention(q_BHQD, k_BGMD, v_BGMV, visible_BQM[:, None, None], **options)
 
 
 @torch.no_grad()
@@ -396,7 +433,7 @@ def gather_choose(
     own_BQ1 = own_blocks(position_Q, state).unsqueeze(2)
     own_BGQ1 = own_BQ1.unsqueeze(1).expand(-1, groups, -1, -1)
     number = state.blocks_seen(size, state.tensors["filled"].shape[1])
-    width = min(sizes.topk - 1, number)
+    width = min(sizes.width - 1, number)
     if not width:
         return own_BGQ1
     # Blocks and compressed blocks count from the same start: which of them share keys is the same in every row.
@@ -413,12 +450,12 @@ def gather_choose(
     # What begins behind the last compressed block shares keys only with blocks that no query chooses.
     # As a matrix: index_select of its columns is ten times as fast as that of a last dimension.
     given = p_BGQM.flatten(0, 2).index_select(1, over_NW.clamp(max=compressed - 1).flatten())
-    score = (given.view(*p_BGQM.shape[:3], *over_NW.shape) * share_NW).sum(dim=4)
+    score = _of_blocks(given.view(*p_BGQM.shape[:3], *over_NW.shape), share_NW, sizes)
     there = state.tensors["filled"][:, None, :number] & (block < own_BQ1)
     near = (own_BQ1 - block < sizes.local_blocks) | (block < sizes.init_blocks)
-    score = score.masked_fill(near.unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
-    best = score.topk(width, dim=-1)
-    return torch.cat([own_BGQ1, best.indices.masked_fill(best.values == 0, -1)], dim=3)
+    dense = (position_Q - state.starts().unsqueeze(1)).unsqueeze(2) < sizes.dense_len
+    score = score.masked_fill((near | dense).unsqueeze(1), torch.inf).masked_fill(~there.unsqueeze(1), 0.0)
+    return torch.cat([own_BGQ1, _best(score, width, dense, sizes)], dim=3)
 
 
 def dense_native_sparse_attention(

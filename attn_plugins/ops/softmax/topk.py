@@ -123,7 +123,7 @@ def batched_topk_attention(
     def attend(queries: slice, keys: slice) -> torch.Tensor:
         bias = bias_of(position_bias, queries, keys)
         s_BHQK = tie_stable_scores(q[:, :, queries], k[:, :, keys], position_bias=bias, **options)
-        chosen = _chosen(s_BHQK.detach(), visible_pairs(mask, queries, keys), topk)
+        chosen = topk_of_visible(s_BHQK.detach(), visible_pairs(mask, queries, keys), topk)
         weights_BHQK = softmax_of_visible(s_BHQK, chosen, sinks)
         weights_BHQK = with_dropout(weights_BHQK, dropout)
         return weights_BHQK @ v[:, :, keys]
@@ -131,7 +131,7 @@ def batched_topk_attention(
     return in_large_chunks(attend, mask, heads, dropout=dropout).to(v_BGKV.dtype)
 
 
-def _chosen(s_BHQK: torch.Tensor, visible: torch.Tensor, topk: int) -> torch.Tensor:
+def topk_of_visible(s_BHQK: torch.Tensor, visible: torch.Tensor, topk: int) -> torch.Tensor:
     """:func:`attn_plugins.ops.softmax.tile_engine.topk_mask` of the visible scores, without a look at them."""
     s_BHQK = torch.where(visible, s_BHQK, -torch.inf).nan_to_num_(torch.inf, torch.inf, -torch.inf)
     lowest = s_BHQK.topk(min(topk, s_BHQK.shape[3]), dim=3).values[..., -1:].clamp(min=MASKED_SCORE / 2)
