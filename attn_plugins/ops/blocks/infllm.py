@@ -4,6 +4,7 @@ It is that of native sparse attention's compressed branch, with means in the pla
 weight in the place of the sum; here the branch has no output.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from attn_plugins.ops.blocks.batched import batched_block_attention
 from attn_plugins.ops.blocks.batched_native_sparse import Seen, choose_at_once, compress_at_once
 from attn_plugins.ops.blocks.gather import block_attention, chosen_keys
 from attn_plugins.ops.blocks.native_sparse import (
+    Compression,
     NativeSparseSizes,
     choose_by_weights,
     compress,
@@ -24,6 +26,12 @@ from attn_plugins.ops.blocks.native_sparse import (
 )
 from attn_plugins.ops.decode.block_cache import KeyBlocks, chosen_attention
 from attn_plugins.ops.reference import dense_attention, expand_heads, masked_softmax, scores
+
+
+def _means(mask: AttentionMask, sizes: NativeSparseSizes) -> tuple[NativeSparseSizes, Compression]:
+    """Where means are taken; of a kernel that is longer than the text there is none, however long it is."""
+    sizes = dataclasses.replace(sizes, kernel_size=min(sizes.kernel_size, mask.kv_length + 1))
+    return sizes, compression_of(mask, sizes)
 
 
 def mean_kernel(k_BGKD: torch.Tensor, sizes: NativeSparseSizes) -> torch.Tensor:
@@ -44,7 +52,7 @@ def dense_infllm_attention(
     """The definition, through the whole matrix: (out_BHQV, weights_BHQK)."""
     (heads, groups), everywhere = (q_BHQD.shape[1], k_BGKD.shape[1]), slice(None)
     with torch.no_grad():
-        compression = compression_of(mask, sizes)
+        sizes, compression = _means(mask, sizes)
         k_BGMD = compress(k_BGKD, mean_kernel(k_BGKD, sizes), compression.keys_BMC)
         visible = visible_blocks(everywhere, k_BGMD.shape[2], compression).unsqueeze(1)
         p_BHQM = masked_softmax(scores(q_BHQD, k_BGMD, scale=scale), visible)
@@ -65,7 +73,7 @@ def infllm_attention(
 ) -> torch.Tensor:
     """out_BHQV in the dtype of v, in tiles, for CPUs."""
     with torch.no_grad():
-        compression = compression_of(mask, sizes)
+        sizes, compression = _means(mask, sizes)
         k_BGMD = compress(k_BGKD, mean_kernel(k_BGKD, sizes), compression.keys_BMC)
         options: dict[str, Any] = {"scale": scale, "dropout": 0.0}
         chosen_BGQT = compressed_attention(q_BHQD, k_BGMD, k_BGMD[..., :1], compression, sizes, **options)[1]
@@ -86,7 +94,7 @@ def batched_infllm_attention(
 ) -> torch.Tensor:
     """The same in a fixed number of operations."""
     with torch.no_grad():
-        compression = compression_of(mask, sizes)
+        sizes, compression = _means(mask, sizes)
         k_BGMD = compress_at_once(k_BGKD, mean_kernel(k_BGKD, sizes), compression)
         seen = Seen(mask, compression, k_BGMD.shape[2])
         chosen_BGQT = choose_at_once(q_BHQD, k_BGMD, seen, sizes, scale)
@@ -98,6 +106,8 @@ def gather_infllm_attention(
     q_BHQD: torch.Tensor, position_Q: torch.Tensor, state: KeyBlocks, *, sizes: NativeSparseSizes, **options: Any
 ) -> torch.Tensor:
     """The same for a few queries, the last tokens of a state: out_BHQV in at least float32."""
+    seen = state.length if state.fixed_length is None else state.fixed_length
+    sizes = dataclasses.replace(sizes, kernel_size=min(sizes.kernel_size, seen + 1))  # as in :func:`_means`
     with torch.no_grad():
         p_BHQM = gather_compressed_attention(q_BHQD, position_Q, state, sizes, scale=options["scale"])[1]
         chosen_BGQT = gather_choose(p_BHQM, position_Q, state, sizes)
