@@ -32,8 +32,9 @@ def hidden_states_of(module: nn.Module, call: Call | None, query: torch.Tensor) 
         hidden = call.args[place] if place < len(call.args) else call.kwargs.get(name)
         if isinstance(hidden, torch.Tensor) and (change := getattr(module, "hidden_given", None)) is not None:
             hidden = change(hidden)
-    if isinstance(hidden, torch.Tensor) and hidden.ndim == 4:  # images or windows in rows and columns (SAM)
-        hidden = hidden.flatten(1, 2)
+    if isinstance(hidden, torch.Tensor) and hidden.ndim == 4:  # images or windows in rows and columns, or prompts (SAM)
+        prompts = hidden.shape[0] * hidden.shape[1] == rows and hidden.shape[2] == queries
+        hidden = hidden.flatten(0, 1) if prompts else hidden.flatten(1, 2)
     if (
         not isinstance(hidden, torch.Tensor)
         or hidden.ndim != 3

@@ -108,7 +108,10 @@ def role_of(model: nn.Module, path: str, module: nn.Module) -> str:
         return "cross"
     # Two levels are read, so that .crossattention.self (BERT) and T5LayerCrossAttention's .EncDecAttention count.
     names = [type(module).__name__, *path.split(".")[-2:]]
-    spelled = any(re.search(r"cross|enc_?dec_?att|encoder_attn", name, re.IGNORECASE) for name in names)
+    spelled = any(
+        re.search(r"cross|enc_?dec_?att|encoder_attn|token_to_image|image_to_token", name, re.IGNORECASE)
+        for name in names
+    )
     spelled = spelled or type(model.get_submodule(path.rpartition(".")[0])).__name__.endswith(
         ("CrossAttention", "CrossAttentionLayer")
     )
