@@ -4,6 +4,7 @@ The results are those of configs/compare/recurrent_translation.yaml and recurren
 attn-plugins results merge docs/benchmarks/recurrent runs/recurrent_translation runs/recurrent_translation_none
 """
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,12 @@ def draw(target: Path, found: dict[str, list[dict[str, Any]]]) -> None:
     plt.close(figure)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     measured = rows()
     PAGE.write_text(with_table(PAGE.read_text(encoding="utf8"), measured), encoding="utf8")
     draw(Path(__file__).parent / "figure.png", measured)
+
+
+if __name__ == "__main__":
+    main()
