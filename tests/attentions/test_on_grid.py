@@ -32,7 +32,7 @@ OPTIONS = {
     "neighborhood_3d": [
         {"kernel_size": (3, 3, 3)},
         {"kernel_size": (2, 3, 4), "dilation": (1, 2, 2)},
-        {"kernel_size": (2, 5, 1), "dilation": (2, 1, 1), "causal_time": True},
+        {"kernel_size": (3, 5, 1), "dilation": (2, 1, 1), "causal_time": True},
     ],
     "axial": [{}, {"axes": ("width", "time")}, {"axes": ("height",)}, {"axes": ("height+width", "time")}],
     "window_2d": [
