@@ -42,11 +42,10 @@ def video() -> dict[str, torch.Tensor]:
     return {"pixel_values": torch.randn(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
 
 
-def reader(family: str, model: str, **options: Any) -> tuple[type, tf.PreTrainedConfig]:
+def reader(family: str, model: str, config: str, **options: Any) -> tuple[type, tf.PreTrainedConfig]:
     """A copy of SAM's encoder in a model that reads pages."""
     modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    cls = getattr(modeling, model)
-    return cls, cls.config_class(**ON_GRID, **options)
+    return getattr(modeling, model), getattr(modeling, config)(**ON_GRID, **options)
 
 
 def _detr(cls: Any) -> tf.PreTrainedConfig:
@@ -150,14 +149,26 @@ CASES = {
         given=pixels,
         **BIASED,
     ),
-    "got_ocr2": Case(made=lambda: reader("got_ocr2", "GotOcr2VisionEncoder"), given=pixels, **BIASED),
+    "got_ocr2": Case(
+        made=lambda: reader("got_ocr2", "GotOcr2VisionEncoder", "GotOcr2VisionConfig"), given=pixels, **BIASED
+    ),
     "pp_formulanet": Case(
-        made=lambda: reader("pp_formulanet", "PPFormulaNetVisionModel", post_conv_in_channels=16),
+        made=lambda: reader(
+            "pp_formulanet", "PPFormulaNetVisionModel", "PPFormulaNetVisionConfig", post_conv_in_channels=16
+        ),
         given=pixels,
         **BIASED,
     ),
-    "deepseek_ocr2": Case(made=lambda: reader("deepseek_ocr2", "DeepseekOcr2SamVisionEncoder"), given=pixels, **BIASED),
-    "unlimited_ocr": Case(made=lambda: reader("unlimited_ocr", "UnlimitedOcrSamVisionEncoder"), given=pixels, **BIASED),
+    "deepseek_ocr2": Case(
+        made=lambda: reader("deepseek_ocr2", "DeepseekOcr2SamVisionEncoder", "DeepseekOcr2SamVisionConfig"),
+        given=pixels,
+        **BIASED,
+    ),
+    "unlimited_ocr": Case(
+        made=lambda: reader("unlimited_ocr", "UnlimitedOcrSamVisionEncoder", "UnlimitedOcrSamVisionConfig"),
+        given=pixels,
+        **BIASED,
+    ),
     "vitdet": Case(
         made=lambda: (
             tf.VitDetModel,
