@@ -67,6 +67,6 @@ def _windowed(mask: Any, window: int) -> LazyMask:
         )
 
     def build() -> LazyMask:
-        return mask._copy(plain=False, rule=and_masks(mask.arguments["mask_function"], sliding_window_overlay(window)))
+        return mask._copy(ruled=True, rule=and_masks(mask.arguments["mask_function"], sliding_window_overlay(window)))
 
     return mask.cached(("window", window), build)
