@@ -177,12 +177,12 @@ def stacked(relations: "list[Relation | None]", length: int) -> Relation:
     """One relation of as many rows as there are, each of one row; None shows nothing."""
     given = next(one for one in relations if one is not None)
     if isinstance(given, Groups):
-        none = torch.full((1, length), -1)
+        none = torch.full((1, length), -1, device="cpu")
         rows = [(none, none) if one is None else (one.q_BN, one.k_BN) for one in relations]  # type: ignore[union-attr]
         q_BN, k_BN = (torch.cat(tables) for tables in zip(*rows, strict=True))
         return replace(given, q_BN=q_BN, k_BN=k_BN)
-    nothing = torch.zeros(1, 1, dtype=torch.long)
-    empty = Edges(torch.zeros(1, length + 1, dtype=torch.long), nothing, nothing, 2)
+    nothing = torch.zeros(1, 1, dtype=torch.long, device="cpu")
+    empty = Edges(torch.zeros(1, length + 1, dtype=torch.long, device="cpu"), nothing, nothing, 2)
     edges: list[Any] = [empty if one is None else one for one in relations]
     most = max(one.columns_BE.shape[1] for one in edges)
     starts = torch.cat([one.starts_BN for one in edges])
@@ -202,20 +202,23 @@ def within(
         length: number of nodes.
     """
     near = torch.unique(q_E * length + k_E)
-    starts = torch.searchsorted(near, torch.arange(length + 1) * length)
+    starts = torch.searchsorted(near, torch.arange(length + 1, device="cpu") * length)
     keys = near % length
-    seen = torch.arange(length) * (length + 1)
+    seen = torch.arange(length, device="cpu") * (length + 1)
     found = [(seen, torch.zeros_like(seen))]
     reached = seen
     for distance in range(1, most + 1):
         q, through = reached // length, reached % length
         number = starts[through + 1] - starts[through]
         first = (starts[through] - number.cumsum(0) + number).repeat_interleave(number)
-        more = torch.unique(q.repeat_interleave(number) * length + keys[first + torch.arange(int(number.sum()))])
+        through_E = first + torch.arange(len(first), device="cpu")
+        more = torch.unique(q.repeat_interleave(number) * length + keys[through_E])
         reached = more[~torch.isin(more, seen, assume_unique=True)]
+        if not len(reached):
+            break
         seen = torch.cat([seen, reached])
         found.append((reached, torch.full_like(reached, distance)))
-    pairs, distances = (torch.cat(parts) for parts in zip(*found[1:], strict=True))
+    pairs, distances = (torch.cat(parts)[length:] for parts in zip(*found, strict=True))  # the first are nodes alone
     return pairs // length, pairs % length, distances
 
 

@@ -5,7 +5,7 @@ of every mask of self-attention there, and is never made N x N.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -33,10 +33,12 @@ class Structure:
     relations: tuple[Relation, ...]
     num_tokens: int
     """N, tokens of a row, padding among them."""
-    held: dict[Hashable, Any] = field(init=False, repr=False, default_factory=dict)
-    """What was made of it: copies on other devices, tables."""
 
     def __post_init__(self):
+        # What was made of it: copies on other devices, tables. It is no field: FSDP's mixed precision makes dataclasses
+        # among the inputs anew of their fields.
+        self.held: dict[Hashable, Any]
+        object.__setattr__(self, "held", {})
         edges = [one for one in self.relations if isinstance(one, Edges)]
         if len(edges) > 1:
             raise ValueError("a structure has one list of edges; put those of both into one")
@@ -92,7 +94,7 @@ class Structure:
             q_E, k_E, labels_E = torch.cat([q_E, k_E]), torch.cat([k_E, q_E]), labels_E.repeat(2)
         if max_distance > 1:
             q_E, k_E, labels_E = within(q_E, k_E, num_nodes, max_distance)
-        node_N = torch.arange(num_nodes)
+        node_N = torch.arange(num_nodes, device="cpu")
         q_E, k_E = torch.cat([node_N, q_E]), torch.cat([node_N, k_E])
         labels_E = torch.cat([torch.zeros_like(node_N), labels_E])
         return Structure((Edges.of(q_E, k_E, labels_E, num_nodes),), num_nodes).with_global(num_global)
@@ -112,7 +114,7 @@ class Structure:
     @staticmethod
     def dense(num_tokens: int) -> "Structure":
         """All tokens see all: of a row without a structure in a batch of others."""
-        return Structure.blocks(torch.zeros(num_tokens, dtype=torch.long))
+        return Structure.blocks(torch.zeros(num_tokens, dtype=torch.long, device="cpu"))
 
     @staticmethod
     def table(rows: Integers, columns: Integers, headers: Integers | None = None) -> "Structure":
@@ -129,7 +131,7 @@ class Structure:
         rows_N, columns_N = _of_tokens("rows", rows), _of_tokens("columns", columns)
         headers_N = torch.zeros_like(rows_N, dtype=torch.bool)
         if headers is not None:
-            headers_N = torch.as_tensor(headers).cpu().bool()
+            headers_N = torch.as_tensor(headers, device="cpu").bool()
         if not rows_N.shape == columns_N.shape == headers_N.shape:
             sizes = ", ".join(str(tuple(x.shape)) for x in (rows_N, columns_N, headers_N))
             raise ValueError(f"rows, columns and headers are of shapes {sizes}; allowed: (N,) for all")
@@ -156,8 +158,10 @@ class Structure:
         if types.ndim not in (2, 3) or types.shape[-1] < 3:
             raise ValueError(f"token_type_ids is of shape {tuple(types.shape)}; allowed: (N, 7) or (B, N, 7)")
         types_BNT = types if types.ndim == 3 else types.unsqueeze(0)
-        real_BN = torch.ones_like(types_BNT[..., 0]) if attention_mask is None else torch.as_tensor(attention_mask)
-        real_BN = real_BN.cpu().bool().reshape(-1, real_BN.shape[-1])
+        real_BN = torch.ones_like(types_BNT[..., 0])
+        if attention_mask is not None:
+            real_BN = torch.as_tensor(attention_mask, device="cpu")
+        real_BN = real_BN.bool().reshape(-1, real_BN.shape[-1])
         if real_BN.shape != types_BNT.shape[:2]:
             raise ValueError(
                 f"attention_mask is of shape {tuple(real_BN.shape)} beside token_type_ids {tuple(types.shape)}; "
@@ -196,11 +200,12 @@ class Structure:
         parents_N = _of_tokens("parents", parents)
         number = len(parents_N)
         if number and not (int(parents_N.min()) >= -1 and int(parents_N.max()) < number):
-            raise ValueError(f"parents has {int(parents_N.max())}; allowed: -1 for a root, or 0 to {number - 1}")
+            low, high = int(parents_N.min()), int(parents_N.max())
+            raise ValueError(f"parents has {low} to {high}; allowed: -1 for a root, or 0 to {number - 1}")
         for name, levels in (("ancestors", ancestors), ("descendants", descendants)):
             if levels is not None and levels < 0:
                 raise ValueError(f"{name}={levels}; allowed: None or an integer from 0 on")
-        node_N = torch.arange(number)
+        node_N = torch.arange(number, device="cpu")
         pairs = [(node_N, node_N, torch.zeros_like(node_N))]
         node, above, level = node_N, parents_N, 1
         while len(node := node[above >= 0]):
@@ -247,7 +252,7 @@ class Structure:
                 raise ValueError(f"section_tokens={section_tokens!r}; allowed: 'first', None, or (N,) booleans")
             standing_N = _first_of_each(ids_N)
         elif section_tokens is not None:
-            standing_N = torch.as_tensor(section_tokens).cpu().bool()
+            standing_N = torch.as_tensor(section_tokens, device="cpu").bool()
             if standing_N.shape != ids_N.shape:
                 raise ValueError(f"section_tokens is of shape {tuple(standing_N.shape)}; allowed: {tuple(ids_N.shape)}")
         standing_N = standing_N & (ids_N >= 0)
@@ -375,7 +380,7 @@ class Structure:
         if not number:
             return self
         padded = self.pad(self.num_tokens + number, "left")
-        first_N = torch.arange(padded.num_tokens) < number
+        first_N = torch.arange(padded.num_tokens, device="cpu") < number
         return replace(padded, relations=(*_global(first_N, torch.ones_like(first_N)), *padded.relations))
 
     def pad(self, num_tokens: int, side: Literal["left", "right"] = "right") -> "Structure":
@@ -415,6 +420,13 @@ class Structure:
         )
 
 
+def is_structure(given: Any) -> bool:
+    """Whether that is a structure, or one for each row."""
+    if isinstance(given, (list, tuple)):
+        return len(given) > 0 and all(isinstance(one, Structure) for one in given)
+    return isinstance(given, Structure)
+
+
 def structure_of(given: Any) -> Structure:
     """What a caller gave as ``structure=``: one, or one for each row, to be stacked.
 
@@ -423,8 +435,14 @@ def structure_of(given: Any) -> Structure:
     """
     if isinstance(given, Structure):
         return given
-    if isinstance(given, (list, tuple)) and given and all(isinstance(one, Structure) for one in given):
+    if is_structure(given):
         return Structure.stack(given)
+    if isinstance(given, (list, tuple)):
+        kinds = ", ".join(dict.fromkeys(type(one).__name__ for one in given)) or "nothing"
+        raise ValueError(
+            f"structure is a {type(given).__name__} of {kinds}; allowed: an attn_plugins.Structure, or a list of them, "
+            "one a row (Structure.dense of a row that has none)"
+        )
     raise ValueError(
         f"structure is a {type(given).__name__}; allowed: an attn_plugins.Structure, or a list of them, one a row"
     )
@@ -448,7 +466,7 @@ def _first_of_each(ids_N: torch.Tensor) -> torch.Tensor:
 
 
 def _integers(name: str, given: Integers) -> torch.Tensor:
-    tensor = torch.as_tensor(given).detach().cpu()
+    tensor = torch.as_tensor(given, device="cpu").detach()
     if tensor.is_floating_point() and tensor.numel():
         raise ValueError(f"{name} is of dtype {tensor.dtype}; allowed: whole numbers")
     return tensor.long()

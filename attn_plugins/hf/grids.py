@@ -58,6 +58,8 @@ class Patches:
     """Height and width of each image in pixels, where a model takes images of several sizes and was told."""
     model: nn.Module | None = None
     """Whose forward pass it is, if it takes such images or patches."""
+    trains = False
+    """Whether gradients may be wanted of it; checkpointing that is reentrant turns them off for the layers."""
 
     def __init__(self) -> None:
         self.chunks: dict[tuple[int, ...], list[Grid]] = {}
@@ -143,7 +145,7 @@ def grid_of(module: nn.Module, query: torch.Tensor) -> Told | None:
     if (grid := made.of_rows(batch_size, tokens)) is not None:
         if window is not None and isinstance(grid, tuple) and math.prod(window) == tokens != math.prod(grid):
             return window
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if made.trains and not torch.compiler.is_compiling():
             grids.trained[tokens] = grid if grids.trained.get(tokens, grid) == grid else None
         return grid
     if window is not None and math.prod(window) == tokens:
@@ -217,6 +219,7 @@ def _takes(cls: type[nn.Module]) -> set[str]:
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     made = _thread.patches
     made.clear()
+    made.trains = torch.is_grad_enabled()
     takes = _takes(type(model))
     if not {"grid_thw", "image_sizes"} & takes:
         return
@@ -265,7 +268,7 @@ def _chunk(grids: Grids, made: Patches, name: str) -> Grid:
         if known is None:
             known = grids_of_chunks(chunks.lengths, made.images, made.model, chunks.rotary, name)
             made.chunks[chunks.lengths] = known
-        if torch.is_grad_enabled():
+        if made.trains:
             before = grids.trained_chunks.get(chunks.lengths, known)
             grids.trained_chunks[chunks.lengths] = known if before == known else None
     elif torch._C._current_graph_task_id() >= 0 and chunks.lengths in grids.trained_chunks:

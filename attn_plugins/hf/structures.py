@@ -18,7 +18,7 @@ from transformers.masking_utils import and_masks
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.relations import ReaderOfRows
-from attn_plugins.core.structure import Structure, structure_of
+from attn_plugins.core.structure import Structure, is_structure, structure_of
 from attn_plugins.hf.names import SLOT
 
 ARGUMENT = "structure"
@@ -34,6 +34,8 @@ class Given:
     """The part of the model whose tokens it is about: the encoder of one that has a decoder too."""
     running: bool
     """Whether that part is running."""
+    trains: bool
+    """Whether the call is one that gradients may be wanted of; within it checkpointing may turn them off."""
     used: bool = False
     masks: dict[Any, tuple[Any, AttentionMask]] = field(default_factory=dict)
     """Masks that the model made itself, with the structure in them."""
@@ -51,9 +53,12 @@ def call(original: Callable[..., Any], self: PreTrainedModel, *args: Any, **kwar
     """
     given = innermost()
     if ARGUMENT in kwargs and ARGUMENT not in _named(type(self)):
+        swapped = any(hasattr(module, SLOT) for module in self.modules())
+        if not (swapped or is_structure(kwargs[ARGUMENT])):
+            return original(self, *args, **kwargs)  # some other thing of that name
         structure = kwargs.pop(ARGUMENT)
         if structure is not None:
-            return _with(structure_of(structure), given, original, self, *args, **kwargs)
+            return _with(structure_of(structure), swapped, given, original, self, *args, **kwargs)
     if given is None or given.stack is not self or given.running:
         return original(self, *args, **kwargs)
     given.running = True
@@ -65,6 +70,7 @@ def call(original: Callable[..., Any], self: PreTrainedModel, *args: Any, **kwar
 
 def _with(
     structure: Structure,
+    swapped: bool,
     outer: Given | None,
     original: Callable[..., Any],
     self: PreTrainedModel,
@@ -72,7 +78,7 @@ def _with(
     **kwargs: Any,
 ) -> Any:
     name = type(self).__name__
-    if not any(hasattr(module, SLOT) for module in self.modules()):
+    if not swapped:
         raise ValueError(
             f"structure= was given to {name}, none of whose modules has an attention of attn_plugins; swap it first, "
             'for instance attn_plugins.swap_attention(model, "graph")'
@@ -86,7 +92,7 @@ def _with(
             "of all tokens of a call: give them all, without past_key_values"
         )
     own = self.get_encoder() if getattr(self.config, "is_encoder_decoder", False) else self
-    _given.call = here = Given(self, structure, own, own is self)
+    _given.call = here = Given(self, structure, own, own is self, self.training and torch.is_grad_enabled())
     try:
         out = original(self, *args, **kwargs)
     finally:

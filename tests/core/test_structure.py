@@ -5,10 +5,12 @@ import itertools
 import pytest
 import torch
 from cases import seeded
+from torch.distributed.utils import _apply_to_tensors
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.relations import ReaderOfRows
 from attn_plugins.core.structure import Structure
+from attn_plugins.ops.softmax import structured
 
 
 def pairs(structure):
@@ -245,6 +247,44 @@ def test_it_moves_with_the_mask_and_keeps_its_tables_on_the_host():
     assert AttentionMask(1, 8, 8, causal=False).with_structure(structure).to("meta").structure is moved
 
 
+def test_it_is_made_on_the_host_whatever_device_is_the_default():
+    """As under torch.set_default_device; on meta whatever is read from such a tensor raises."""
+
+    def made():
+        parts = [
+            Structure.graph(EDGES, 8, max_distance=2, num_global=1),
+            Structure.table([-1, 0, 0], [-1, 0, 1], [0, 1, 1]),
+            Structure.table_from_tapas([[0] * 7, [1, 1, 1, 0, 0, 0, 0]], [1, 1]),
+            Structure.tree([-1, 0, 0]),
+            Structure.sections([0, 0, 1, 1], window_size=2, section_tokens=[1, 0, 1, 0]),
+            Structure.dense(2),
+        ]
+        return Structure.stack(parts)
+
+    mask = AttentionMask(6, 9, 9, causal=False, device="cpu")
+    want = mask.with_structure(made())
+    with torch.device("meta"):
+        got = mask.with_structure(made())
+        places = structured._places(got.structure)
+    assert got.structure.num_pairs == want.structure.num_pairs
+    assert torch.equal(got.dense(), want.dense())
+    for one, other in zip(places, structured._places(want.structure), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[1:], other[1:], strict=True))
+
+
+def test_fsdp_casts_what_is_among_a_models_inputs():
+    """It takes dataclasses apart, and makes them anew."""
+    structure = Structure.graph(EDGES, 8)
+    again = _apply_to_tensors(lambda tensor: tensor.clone(), {"structure": structure})["structure"]
+    assert torch.equal(pairs(again), pairs(structure))
+
+
+def test_paths_end_where_all_nodes_are_reached():
+    far = Structure.graph(EDGES, 8, max_distance=10**9)
+    assert torch.equal(pairs(far), pairs(Structure.graph(EDGES, 8, max_distance=8)))
+    assert torch.equal(pairs(Structure.graph([], 3, max_distance=2)), torch.eye(3, dtype=torch.bool)[None])
+
+
 @pytest.mark.parametrize(
     ("make", "error"),
     [
@@ -260,7 +300,8 @@ def test_it_moves_with_the_mask_and_keeps_its_tables_on_the_host():
         (lambda: Structure.table([0, 1], [0]), r"rows, columns and headers are of shapes \(2,\), \(1,\), \(2,\)"),
         (lambda: Structure.table_from_tapas([1, 2]), r"token_type_ids is of shape \(2,\); allowed: \(N, 7\)"),
         (lambda: Structure.table_from_tapas([[0] * 7], [[1, 1]]), r"attention_mask is of shape \(1, 2\) beside"),
-        (lambda: Structure.tree([5]), "parents has 5; allowed: -1 for a root, or 0 to 0"),
+        (lambda: Structure.tree([5]), "parents has 5 to 5; allowed: -1 for a root, or 0 to 0"),
+        (lambda: Structure.tree([-2, 0]), "parents has -2 to 0; allowed: -1 for a root, or 0 to 1"),
         (lambda: Structure.tree([1, 0]), "parents has a circle that node"),
         (lambda: Structure.tree([-1], ancestors=-2), "ancestors=-2; allowed: None or an integer from 0 on"),
         (lambda: Structure.sections([0], window_size=0), "window_size=0; allowed: None or an integer from 1 on"),

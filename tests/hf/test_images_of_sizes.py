@@ -212,13 +212,18 @@ def test_chunks_computed_again_in_the_backward_have_their_grids():
 
     def gradients():
         model.zero_grad()
-        model(patches, grid_thw=torch.tensor(IMAGES)).last_hidden_state.square().sum().backward()
+        out = model(patches.clone().requires_grad_(), grid_thw=torch.tensor(IMAGES)).last_hidden_state
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     want = gradients()
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    for got, expected in zip(gradients(), want, strict=True):
-        torch.testing.assert_close(got, expected)
+    for reentrant in (False, True):
+        swap_attention(model, {"type": "axial"})  # anew, so that nothing is known of earlier calls
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(
+            {"use_reentrant": reentrant}
+        )
+        for got, expected in zip(gradients(), want, strict=True):
+            torch.testing.assert_close(got, expected)
 
 
 def test_chunks_that_are_no_images_and_orders_that_are_not_told_are_refused():

@@ -186,11 +186,16 @@ def test_without_an_image_the_grid_of_the_config_counts_where_it_fits():
         layer(torch.randn(2, 26, 32))
 
 
-def test_layers_computed_again_in_the_backward_have_the_grid_of_the_image():
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_computed_again_in_the_backward_have_the_grid_of_the_image(reentrant):
+    """Reentrant checkpointing runs the layers without gradients in the forward."""
+
     def gradients(model, *images):
         torch.manual_seed(0)
         model.zero_grad()
-        sum(seen(model, image).square().sum() for image in images).backward()
+        # Not the sum of squares, which the last LayerNorm makes the same whatever was attended to.
+        outs = [seen(model, image.requires_grad_()) for image in images]
+        sum((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() for out in outs).backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     torch.manual_seed(0)
@@ -198,7 +203,7 @@ def test_layers_computed_again_in_the_backward_have_the_grid_of_the_image():
     want = gradients(on_grid(model, 1, grid_size=(2, 8)), pixels(8, 32))
     on_grid(model, 1)
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable()
+    enable({"use_reentrant": reentrant})
     for got, expected in zip(gradients(model, pixels(8, 32)), want, strict=True):
         torch.testing.assert_close(got, expected)
     with pytest.raises(ValueError, match="images of several shapes of 17 tokens, and gradient checkpointing does not"):

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from attn_plugins.core.mask import AttentionMask
@@ -41,7 +40,7 @@ def _refuse_lost(given: Given) -> None:
                 f"{name} makes its masks itself, and {path} has no attention of attn_plugins to heed structure=; "
                 'give those modules one too, for instance "softmax"'
             )
-    if model.training and torch.is_grad_enabled() and getattr(model, "is_gradient_checkpointing", False):
+    if given.trains and getattr(model, "is_gradient_checkpointing", False):
         raise ValueError(
             f"{name} makes its masks itself: with gradient checkpointing its layers run again without structure=; "
             "turn it off (gradient_checkpointing_disable)"

@@ -135,7 +135,7 @@ def _places(structure: Structure) -> list[tuple[int, torch.Tensor, torch.Tensor]
                 chosen.append((queries, _taken(row.keys, row.k_begin[here], row.k_end[here])))
             q_TR, k_TC = zip(*chosen, strict=True)
             found.append((number, _together(q_TR), _together(k_TC)))
-    nobody = torch.full((1, 1, 1), -1)
+    nobody = torch.full((1, 1, 1), -1, device="cpu")
     return found or [(0, nobody, nobody)]
 
 
@@ -165,14 +165,14 @@ def _rows(relation: Relation, length: int) -> Iterator[_Chunks]:
     if isinstance(relation, Edges):
         for starts, columns in zip(relation.starts_BN, relation.columns_BE, strict=True):
             seeing = (starts[1:] > starts[:-1]).nonzero().flatten()
-            at = torch.arange(len(seeing))
+            at = torch.arange(len(seeing), device="cpu")
             yield _Chunks(seeing, at, at + 1, columns, starts[seeing], starts[seeing + 1])
         return
     for q_N, k_N in zip(relation.q_BN, relation.k_BN, strict=True):
         queries, q_group = _by_group(q_N)
         keys, k_group = _by_group(k_N)
         first = torch.searchsorted(q_group, q_group)  # of each group, among the sorted queries
-        at = torch.arange(len(queries))
+        at = torch.arange(len(queries), device="cpu")
         begin = ((at - first) % ROWS == 0).nonzero().flatten()
         end = torch.searchsorted(q_group, q_group[begin], right=True).minimum(begin + ROWS)
         low, high = (torch.searchsorted(k_group, q_group[begin], right=right) for right in (False, True))
@@ -196,14 +196,14 @@ def _by_group(group_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _taken(tokens: torch.Tensor, begin: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
     """(T, most) parts of a list from each beginning to its end, -1 behind it."""
     most = int((end - begin).max()) if len(begin) else 0
-    at = begin.unsqueeze(1) + torch.arange(most)
+    at = begin.unsqueeze(1) + torch.arange(most, device="cpu")
     return tokens[at.clamp(max=max(len(tokens) - 1, 0))].masked_fill(at >= end.unsqueeze(1), -1)
 
 
 def _together(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """(B, T, most) of tables of the rows of a batch, -1 where a row has less."""
     tiles, most = (max(part.shape[side] for part in parts) for side in (0, 1))
-    joined = torch.full((len(parts), tiles, most), -1)
+    joined = torch.full((len(parts), tiles, most), -1, device="cpu")
     for row, part in enumerate(parts):
         joined[row, : part.shape[0], : part.shape[1]] = part
     return joined
