@@ -18,8 +18,8 @@ class LengthScaledAttention(Attention):
     """Softmax attention whose scores grow with the logarithm of the position, without rotary positions if asked.
 
     ``out_i = sum_j softmax_j(scale q_i . k_j log(t_i + a) / log(a)) v_j`` over the visible keys, with t_i the place of
-    the query among the real tokens of its row or packed segment, from 0, and a as ``log_base``: the more keys, the
-    sharper. The factor is 1 at the start of a text.
+    the query, counted from the first token of its row or packed segment that is not padding, from 0, and a as
+    ``log_base``: the more keys, the sharper. The factor is 1 at the start of a text.
 
     With ``positions="none"`` queries and keys are rotated back by their rotary positions first. These are HyPE's dense
     layers; its linear ones keep rotary positions, as they do here: HyPE is a list of two rules. A pretrained model has

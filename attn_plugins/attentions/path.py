@@ -35,7 +35,7 @@ class PathAttention(Attention):
 
     family = "dense"
     cost = "O(N^2 D + N D^2 log N), memory O(N D log N)"
-    keeps = "all keys, in float32, and values"
+    keeps = "all keys, in float32, and values; with forget_gate a log gate of each for every query head"
     paper = "Yang et al. 2025, PaTH Attention, arXiv:2505.16381, eq. 2 to 7"
     when = "To fine-tune from exactly what the model computes, where what a token means depends on what came between."
     causal = any_mask = segments = softcap = sinks = dropout = True

@@ -89,8 +89,9 @@ def test_padding_between_tokens_adds_no_decay(form):
 
 @torch.no_grad()
 def test_long_texts_lose_no_digits_to_what_the_gates_add_up_to():
-    """In float32 sums of 20000 gates have 4 digits behind the point at most, differences of near ones keep all."""
-    case = Case(ForgettingAttention, {"form": "paper", "initial_memory": 0.2}, True)
+    """In float32 a sum of 13000 has 3 digits behind the point at most, differences of near ones keep all."""
+    # Gates of -10/3: multiples of a whole number would be exact in float32 too.
+    case = Case(ForgettingAttention, {"form": "paper", "initial_memory": 0.3}, True)
     given = inputs(1, 4000, num_heads=1, num_key_value_heads=1)
     shape = {"num_heads": 1, "num_key_value_heads": 1}
     last = given.tokens(slice(3900, 4000))
@@ -127,12 +128,15 @@ def test_a_memory_that_is_none_is_refused():
         ForgettingAttention.Config(initial_memory=0.0)
 
 
-@pytest.mark.parametrize("model_name", ["mistral", "gemma3"])
+@pytest.mark.parametrize(
+    ("model_name", "some"), [("mistral", {}), ("gemma3", {}), ("mistral", {"heads": "0-1"})], ids=str
+)
 @torch.no_grad()
-def test_gates_of_hidden_states_generate_beside_a_sliding_window(model_name):
+def test_gates_of_hidden_states_generate_beside_a_sliding_window(model_name, some):
     """An ordinary layer of the cache would hold the window's keys alone, without their hidden states."""
     model, given = tiny.build(model_name), tiny.inputs(model_name)
-    ap.swap_attention(model, "forgetting", gate_input="hidden", form="paper", initial_memory=4.0)
+    rule = {"type": "forgetting", "gate_input": "hidden", "form": "paper", "initial_memory": 4.0, **some}
+    ap.swap_attention(model, rule)
     how = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(**given, **how), model.generate(**given, **how, use_cache=False))
     with pytest.raises(ValueError, match="a cache of keys and values does not have them; use a new cache, of the def"):
