@@ -8,6 +8,7 @@ CELLS = ("lstm", "gru", "rnn")
 ATTENTIONS = ("luong", "bahdanau", "none")
 INITIAL_STATES = ("mean", "last", "ends")
 POOLINGS = ("attention", "mean", "max", "last")
+SWITCHES = ("bidirectional", "self_attention", "input_feeding", "add_cross_attention")
 
 
 class RecurrentConfig(PreTrainedConfig):
@@ -39,15 +40,22 @@ class RecurrentConfig(PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # first, since it sets what goes by another name: num_hidden_layers
         for name, allowed in self._choices().items():
             _refuse(getattr(self, name) not in allowed, name, getattr(self, name), ", ".join(allowed))
         for name in ("vocab_size", "hidden_size", "num_layers", "num_attention_heads"):
-            _refuse(getattr(self, name) < 1, name, getattr(self, name), "an integer from 1 on")
+            got = getattr(self, name)
+            _refuse(type(got) is not int or got < 1, name, got, "an integer from 1 on")
+        for name in ("dropout", "attention_dropout"):
+            got = getattr(self, name)
+            _refuse(type(got) not in (int, float) or not 0 <= got < 1, name, got, "a probability from 0 to below 1")
+        for name in SWITCHES:
+            got = getattr(self, name, False)
+            _refuse(type(got) is not bool, name, got, "True, False")
         heads, halves = self.num_attention_heads, 2 if getattr(self, "bidirectional", False) else 1
         for parts, why in ((heads, f"num_attention_heads={heads}"), (halves, "the two directions")):
             wrong = self.hidden_size % parts != 0
             _refuse(wrong, "hidden_size", self.hidden_size, f"a multiple of {parts}, for {why}")
-        super().__post_init__(**kwargs)
 
     def _choices(self) -> dict[str, tuple[str, ...]]:
         """Fields that are one of a few words, with these."""
@@ -128,6 +136,9 @@ class RecurrentSeq2SeqConfig(RecurrentConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if "initial_state" in kwargs:
+            follows = "nothing, since it follows from bidirectional"
+            _refuse(True, "initial_state", kwargs["initial_state"], follows)
         super().__post_init__(**kwargs)
         _check_feeding(self)
 

@@ -187,7 +187,8 @@ class RecurrentEncoderForSequenceClassification(RecurrentPreTrainedModel):
             return ends(states, mask, self.config.bidirectional), None
         if self.config.pooling == "max":
             hidden = states if mask is None else states.masked_fill(~mask.bool().unsqueeze(2), -torch.inf)
-            return hidden.amax(dim=1), None
+            largest = hidden.amax(dim=1)
+            return largest.masked_fill(largest == -torch.inf, 0.0), None  # of a row of padding alone
         assert self.pooling is not None
         assert self.pooling_query is not None
         query = self.pooling_query.expand(states.shape[0], 1, -1)

@@ -153,10 +153,10 @@ def test_lora_trains_linear_layers_and_the_slot_whole(tmp_path):
 # torch's own recurrent layers hold their weights in a list too, which export sees change
 @pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export:UserWarning")
 @pytest.mark.parametrize(
-    ("form", "attention"), [("luong", None), ("bahdanau", {"type": "additive", "roles": ["cross", "encoder"]})]
+    ("form", "attention"), [("luong", None), ("bahdanau", {"type": "additive", "roles": ["cross"]})]
 )
 def test_export_records_it_for_other_batches_and_paddings(form, attention):
-    model = seq2seq(form)
+    model = seq2seq(form, num_layers=1 if attention else 2)
     if attention:
         ap.swap_attention(model, attention)
 
@@ -172,10 +172,10 @@ def test_export_records_it_for_other_batches_and_paddings(form, attention):
     ids, mask = padded(source(), left=False)
     batch = torch.export.Dim("batch", min=2, max=64)
     shapes = ({0: batch}, {0: batch}, {0: batch})
-    program = torch.export.export(Step(), (ids, mask, source(length=3, seed=2)), dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(Step(), (ids, mask, source(length=2, seed=2)), dynamic_shapes=shapes, strict=False)
     more, other = padded(source(3, seed=5), left=True)
     other[0, :7] = 0
-    written = source(3, 3, seed=6)
+    written = source(3, 2, seed=6)
     close(program.module()(more, other, written), Step()(more, other, written))
 
 

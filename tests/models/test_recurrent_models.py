@@ -263,6 +263,8 @@ def test_a_classifier_does_not_see_padding(pooling):
     for left in (True, False):
         ids, mask = padded(source(), left)
         close(model(ids, attention_mask=mask).logits, wanted)
+    mask[1] = 0
+    assert model(ids, attention_mask=mask).logits.isfinite().all(), "a row of padding alone"
     roles = [row.role for row in ap.describe_attention(model)]
     assert roles == ["encoder", "cross"][: 2 if pooling == "attention" else 1]
     loss = nn.functional.cross_entropy(wanted, torch.tensor([0, 2]))
@@ -345,6 +347,14 @@ def test_every_weight_gets_a_gradient():
         ({"hidden_size": 10, "num_attention_heads": 4}, r"hidden_size=10; allowed: a multiple of 4"),
         ({"hidden_size": 9}, r"hidden_size=9; allowed: a multiple of 2, for the two directions"),
         ({"num_layers": 0}, r"num_layers=0; allowed: an integer from 1 on"),
+        ({"num_hidden_layers": 0}, r"num_layers=0; allowed: an integer from 1 on"),
+        ({"initial_state": "mean"}, r"initial_state='mean'; allowed: nothing, since it follows from bidirectional"),
+        ({"num_layers": 1.5}, r"num_layers=1.5; allowed: an integer from 1 on"),
+        ({"vocab_size": None}, r"vocab_size=None; allowed: an integer from 1 on"),
+        ({"dropout": -0.1}, r"dropout=-0.1; allowed: a probability from 0 to below 1"),
+        ({"attention_dropout": 1.5}, r"attention_dropout=1.5; allowed: a probability from 0 to below 1"),
+        ({"bidirectional": "no"}, r"bidirectional='no'; allowed: True, False"),
+        ({"input_feeding": "false"}, r"input_feeding='false'; allowed: True, False"),
         ({"attention": "bahdanau", "input_feeding": True}, r"input_feeding=True; allowed: False, where attention="),
     ],
 )
