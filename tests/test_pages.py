@@ -96,6 +96,10 @@ def test_the_guide_to_images_runs():
     assert plugins(python("docs/images.md", None)["model"]) == {"axial"}
 
 
+def test_the_guide_to_recurrent_models_runs():
+    assert plugins(python("docs/recurrent.md", None)["model"]) == {"additive"}
+
+
 def test_the_guide_to_transfer_runs(model_folder):
     names = python("docs/transfer.md", model_folder)
     assert names["report"].after < names["report"].before
@@ -131,7 +135,7 @@ SKETCHES = {"docs/design.md"}
 def test_every_block_is_tested():
     run = {"README.md", "docs/python.md", "docs/own_attention.md", "docs/generation.md", "docs/transfer.md"}
     run |= {"docs/scale.md", "docs/inspect.md", "docs/torch_modules.md"}
-    run |= {"docs/scale.md", "docs/inspect.md", "docs/structures.md", "docs/images.md"}
+    run |= {"docs/scale.md", "docs/inspect.md", "docs/structures.md", "docs/images.md", "docs/recurrent.md"}
     for page in PAGES:
         for block in blocks(page):
             assert block.language in ("python", "sh", "toml"), f"{page}: nothing tests {block.language!r}\n{block.text}"

@@ -77,7 +77,8 @@ class RetentionAttention(RecurrentAttention):
         assert self.heads is not None
         heads, lightning = self.heads, None
         if self.config.decay == "lightning":
-            share = 1 - (heads.layer or 0) / ((heads.layers or 1) - 1 + 1e-5) + 1e-5
+            layer, layers = (0, 1) if heads.layer is None or heads.layers is None else (heads.layer, heads.layers)
+            share = 1 - layer / (layers - 1 + 1e-5) + 1e-5
             lightning = (heads.all_heads or heads.num_heads, share)
         return functools.partial(tokens, scale=scale, first_head=heads.first_head, lightning=lightning)
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from cases import Case, Inputs, every_case, every_class, inputs, rounds
 
+from attn_plugins.core.learned_choice import LearnsChoice
+
 
 @every_class()
 def test_attentions_of_this_package_declare_which_weights_go_by_head(cls):
@@ -14,6 +16,8 @@ def test_attentions_of_this_package_declare_which_weights_go_by_head(cls):
         pytest.skip("of another package, which need not")
     for options in cls.examples:
         module = Case(cls, options, cls.causal).module()
+        if isinstance(module, LearnsChoice):
+            continue  # all heads make one choice: it is refused where processes share them
         assert module.head_weights is not None or not module.needs_all_heads
 
 

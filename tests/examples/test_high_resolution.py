@@ -98,7 +98,7 @@ def test_a_run(example, objects, model, tmp_path, monkeypatch, capsys, one_threa
         linear = found[size, "linear", "before"]
         assert linear["keys_seen"] is None
         assert linear["agreement"] < 0.999
-        assert all(record["peak_bytes_of_a_layer"] > 0 for record in records)
+        assert all(record["peak_bytes_of_a_layer"] > 0 for record in records if record["stage"] != "after")
     # In one of two layers patches see 4 of 36 and the class token, of the queries that are counted.
     assert 0.5 < found[84, "windows", "before"]["keys_seen"] < 0.75
     text = (out / "high_resolution.md").read_text("utf-8")

@@ -132,6 +132,11 @@ def texts_to_texts(name):
     return case
 
 
+def from_scratch(folder):
+    """A case of ``data/translation-fr`` for a model, and a tokenizer, that learn from these rows alone."""
+    return {f"data.{of}": [str(on_disk("data", "translation-fr", file))] for of, file in PAIRS.items()}
+
+
 PAIRS = {"source": "train.jsonl", "eval_source": "validation.jsonl"}
 CASES = {
     "captioning": captioning,
@@ -149,6 +154,7 @@ CASES = {
     "summarization": texts_to_texts("summaries"),
     "token_classification": token_classification,
     "translation": texts_to_texts("translation-fr"),
+    "translation_recurrent": from_scratch,
 }
 """Name of a config -> what is set over it, of a folder to write into."""
 
