@@ -103,7 +103,7 @@ def dense_recurrent_attention(
     """
     k_BGKD, v_BGKV = of_keys[:2]
     with torch.autocast(q_BHQD.device.type, enabled=False):
-        before, end = _reach(q_BHQD, k_BGKD, mask)
+        before, end = reach(q_BHQD, k_BGKD, mask)
         not_padding, segment_start = _rows(mask)
         q = pad(q_BHQD, (0, 0, before, 0))
         new = [x[:, :, :end] for x in of_keys]
@@ -197,7 +197,7 @@ def beginning(
     Returns:
         ((an empty state, q_BHQD, of_keys up to the last query, which are no padding, which start a segment), weights).
     """
-    _, end = _reach(q_BHQD, of_keys[0], mask)
+    _, end = reach(q_BHQD, of_keys[0], mask)
     new = [x[:, :, :end] for x in of_keys]
     rows = [None if x is None else x[:, :, :end] for x in _rows(mask)]
     dtype = accumulation_dtype(q_BHQD, *new)
@@ -254,7 +254,7 @@ def step_of(prepare: Prepare, chunk_size: int, rules: Rules, num_heads: int) -> 
     return step
 
 
-def _reach(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask) -> tuple[int, int]:
+def reach(q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask) -> tuple[int, int]:
     """Keys before the first query, and keys up to the last: a cache of fixed length has room for keys to come."""
     queries, keys, before = q_BHQD.shape[2], k_BGKD.shape[2], mask.q_offset - mask.kv_offset
     if not 0 <= before <= keys - queries:
