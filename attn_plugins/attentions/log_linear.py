@@ -112,7 +112,7 @@ class LogLinearAttention(Attention):
         return self.attend(*tensors, batched=True, **options)
 
     def new_state(self, fixed_length=None):
-        return log_linear.LevelSums(fixed_length)
+        return log_linear.level_sums(fixed_length)
 
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout, hidden_BKE=None):
         new, mask, *recurrence = self._given(k_BGKD, v_BGKV, mask, scale, hidden_BKE)

@@ -28,6 +28,7 @@ class Sums(State):
         window_size: of tokens that are not summed up yet.
         num_first: first real tokens of each row that are kept for good.
         max_length: most tokens that a row may have, where the attention's options set a limit (cosformer).
+        grows: whether what is held grows with the text, as the logarithm of its length does.
     """
 
     supports_fixed_length = True
@@ -39,8 +40,10 @@ class Sums(State):
         window_size: int = 0,
         num_first: int = 0,
         max_length: int | None = None,
+        grows: bool = False,
     ):
         super().__init__(fixed_length)
+        self.grows = grows
         self.num_first = num_first
         self.window = window_size if fixed_length is None else min(window_size, fixed_length)
         self.max_length = max_length

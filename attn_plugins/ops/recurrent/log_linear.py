@@ -82,14 +82,13 @@ Prepare = Callable[..., LevelTokens]
 """(q_BHTD, *of_keys, *weights) -> LevelTokens, each token from its own query, key, value and hidden state."""
 
 
-class LevelSums(Sums):
-    """Sums for each level, as many as the length so far has bits.
+def level_sums(fixed_length: int | None) -> Sums:
+    """A state at its beginning: a sum for each level, as many as the length so far has bits.
 
-    ``tensors``: those of :class:`Sums`, seen (B, 1), the tokens of each row that were no padding, and memory
+    Its ``tensors`` are those of :class:`Sums`, seen (B, 1), the tokens of each row that were no padding, and memory
     (B, G, L F + 1, V), the sums S of all levels and, in the last row, n.
     """
-
-    grows = True
+    return Sums(fixed_length, grows=True)
 
 
 def num_levels(length: int) -> int:
@@ -160,7 +159,7 @@ def log_linear_attention_from(
     q_BHQD: torch.Tensor,
     of_keys: OfKeys,
     mask: AttentionMask,
-    state: LevelSums,
+    state: Sums,
     prepare: Prepare,
     weights: Sequence[torch.Tensor],
     *,
