@@ -114,7 +114,7 @@ class _Builder:
 def tables_of(tiles: Iterable[Tile], merged: bool) -> TileTables:
     """Tables of tiles; blocks in which nothing is visible are left out."""
     builder = _Builder()
-    for tile in tiles:
+    for tile in tuple(tiles):  # all alive at once: masks that tiles share are told by their identity
         builder.add(tile)
     return builder.tables(merged)
 
@@ -138,7 +138,7 @@ def compiled_attention(
     """
 
     def build() -> TileTables:
-        return tables_of(mask.cached(pattern, lambda: tuple(pattern.tiles(mask))), pattern.merged)
+        return tables_of(pattern.tiles(mask), pattern.merged)
 
     tables = mask.cached(("compiled", pattern), build)
     q, k, v = (dense(x) for x in (q_BHQD, k_BGKD, v_BGKV))
