@@ -4,7 +4,7 @@ from typing import ClassVar
 from attn_plugins.core.attention import Attention, AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.blocks.batched import batched_block_attention
-from attn_plugins.ops.blocks.gather import block_attention, block_layout, choose_blocks, chosen_keys
+from attn_plugins.ops.blocks.gather import PLAIN, block_layout, choose_blocks, chosen_keys
 from attn_plugins.ops.decode.block_cache import KeyBlocks, attention_from_blocks, choose_by_means, chosen_attention
 from attn_plugins.ops.reference import dense_attention
 from attn_plugins.ops.sizes import scores_at_once
@@ -34,7 +34,7 @@ class BlockTopkAttention(Attention):
     paper = "Lu et al. 2025, MoBA: Mixture of Block Attention for Long-Context LLMs, arXiv:2502.13189"
     when = "For decoders with long contexts: every query finds its own far blocks, without new weights."
     causal = bidirectional = segments = dropout = True
-    clean_padding = True
+    clean_padding = chooses_blocks = True
     limit: ClassVar = {"block_size": 10, "topk": 5}
     examples = (
         {"block_size": 4, "topk": 2, "init_blocks": 0},
@@ -62,9 +62,9 @@ class BlockTopkAttention(Attention):
         chosen, blocks = self._choose(q_BHQD, k_BGKD, mask), block_layout(mask, self.config.block_size)
         return dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense() & chosen_keys(chosen, blocks), **options)
 
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
+    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, forms=PLAIN, **options):
         options |= {"block_size": self.config.block_size}
-        return block_attention(q_BHQD, k_BGKD, v_BGKV, mask, self._choose(q_BHQD, k_BGKD, mask), **options)
+        return forms.over_blocks(q_BHQD, k_BGKD, v_BGKV, mask, self._choose(q_BHQD, k_BGKD, mask), **options)
 
     def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, *, mask, **options):
         chosen = self._choose(q_BHQD, k_BGKD, mask, at_once=scores_at_once(q_BHQD.device), look=False)
@@ -77,10 +77,6 @@ class BlockTopkAttention(Attention):
     def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, **options):
         attend = self.attend if self.chosen(q_BHQD) == "torch" else self.attend_batched
         return attention_from_blocks(q_BHQD, k_BGKD, v_BGKV, mask, state, attend, self._attend_few, **options)
-
-    def blocks_chosen(self, q_BHQD, k_BGKD, mask):
-        """As :class:`attn_plugins.ops.blocks.gather.ChoosesBlocks` says."""
-        return self._choose(q_BHQD, k_BGKD, mask), block_layout(mask, self.config.block_size)
 
     def _choose(self, q_BHQD, k_BGKD, mask, **options):
         config, blocks = self.config, block_layout(mask, self.config.block_size)

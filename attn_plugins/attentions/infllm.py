@@ -33,7 +33,7 @@ class InfllmAttention(Attention):
     when = (
         "For pretrained decoders with long contexts: short texts are exact, long ones see their best blocks, untrained."
     )
-    causal = segments = dropout = True
+    causal = segments = dropout = chooses_blocks = True
     limit: ClassVar = {"dense_len": 50, "topk": 3, "local_blocks": 1, "block_size": 8}
     examples = (
         {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "topk": 4, "local_blocks": 2, "dense_len": 0},

@@ -39,7 +39,7 @@ class NativeSparseAttention(Attention):
     keeps = "all keys and values, of which it reads topk blocks and a window; compressed blocks"
     paper = "Yuan et al. 2025, Native Sparse Attention, arXiv:2502.11089, eq. 5 to 12"
     when = "For long contexts with training: a summary of everything, the best blocks in full, and a window."
-    causal = bidirectional = segments = dropout = True
+    causal = bidirectional = segments = dropout = chooses_blocks = True
     convex, head_weights = False, ("*",)
     examples = (
         {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "topk": 4, "local_blocks": 1, "window_size": 5},

@@ -7,7 +7,7 @@ import torch
 
 from attn_plugins.backends import cpp_build
 from attn_plugins.core.backend import Backend, register_backend
-from attn_plugins.ops.blocks.gather import ChoosesBlocks
+from attn_plugins.ops.blocks.gather import ChoosesBlocks, SoftmaxForms
 from attn_plugins.ops.linear.attention import FeatureAttention
 from attn_plugins.ops.softmax.attention import PatternAttention, by_heads
 
@@ -50,7 +50,8 @@ class Cpp(Backend):
 
     Softmax: one operator goes through all tiles of a pattern. Scores stay in registers and cache, keys that are slices
     are read where they are, and of a block of 64 queries and 64 keys only what is visible is computed. Blocks that
-    queries choose: tiles of queries that share one, head by head. Linear attention, over features of a token: chunks of
+    queries choose: tiles of queries that share one, head by head; what else such an attention has, as the choice and
+    native sparse attention's compressed branch, is plain PyTorch. Linear attention, over features of a token: chunks of
     64 tokens and a state between them, a text of a packed row at a time; or one state for all of a text.
 
     AVX-512, AVX2 or vectors of 128 bits, as the machine has them. Sums are float32; half precision is converted on the
@@ -107,8 +108,8 @@ class Cpp(Backend):
         if isinstance(attention, FeatureAttention):
             return compiled_linear(attention.prepare(q_BHQD, k_BGKD, mask, scale), v_BGKV, mask)
         if isinstance(attention, ChoosesBlocks):
-            chosen, blocks = attention.blocks_chosen(q_BHQD, k_BGKD, mask)
-            return compiled_blocks(q_BHQD, k_BGKD, v_BGKV, mask, chosen, blocks, scale=scale, **options)
+            forms = SoftmaxForms(compiled_blocks, compiled_attention)
+            return attention.attend(q_BHQD, k_BGKD, v_BGKV, mask=mask, scale=scale, forms=forms, **options)
         q_BHQD, k_BGKD = attention.place(q_BHQD, k_BGKD, mask, rotary)
         parts = attention.patterns(q_BHQD.shape[1], mask, grid_size)
         return by_heads(compiled_attention, q_BHQD, k_BGKD, v_BGKV, mask, parts, scale=scale, **options)

@@ -6,7 +6,7 @@ import torch
 
 from attn_plugins.backends.cpp_tiles import dense
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.blocks.gather import BlockLayout
+from attn_plugins.ops.blocks.gather import block_layout
 from attn_plugins.ops.reference import outside_autocast
 
 
@@ -16,12 +16,13 @@ def compiled_blocks(
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
     chosen_BHQT: torch.Tensor,
-    blocks: BlockLayout,
     *,
+    block_size: int,
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """As :func:`attn_plugins.ops.blocks.gather.block_attention`, by compiled kernels: out_BHQV in the dtype of v."""
+    blocks = block_layout(mask, block_size)
 
     def find() -> tuple[torch.Tensor, torch.Tensor]:
         number = torch.zeros(blocks.start_BN.shape, dtype=torch.int32)

@@ -14,7 +14,7 @@ struct HeadTiles {
   std::vector<uint8_t> masks, ranges;
 
   HeadTiles(const Softmax& c, const Chosen& x, int64_t b, int64_t h) {
-    const int64_t* chosen = x.chosen + (b * c.heads + h) * c.queries * x.width;
+    const int64_t* chosen = x.chosen + (b * x.heads + h / (c.heads / x.heads)) * c.queries * x.width;
     std::vector<int32_t> start(x.number + 1, 0);
     for (int64_t i = 0; i < c.queries * x.width; i++)
       if (chosen[i] >= 0) start[chosen[i] + 1]++;

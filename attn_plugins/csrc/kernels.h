@@ -68,8 +68,8 @@ struct SoftmaxBackward {
 
 // Blocks of keys that each query of each head has chosen, its own first; those of a row are numbered.
 struct Chosen {
-  const int64_t* chosen;  // (batch, heads, queries, width), -1 for none
-  int64_t width, number;
+  const int64_t* chosen;  // (batch, heads, queries, width), -1 for none; a choice may be that of several query heads
+  int64_t heads, width, number;
   const int32_t *first, *keys;  // (batch, number): where a block begins, and how many keys it has
   const uint8_t* padding;       // (batch, keys), 0 for a key that nobody sees; or null
   bool causal;

@@ -160,8 +160,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> softmax_backward(
 Chosen chosen_blocks(const Softmax& c, const at::Tensor& chosen, const at::Tensor& first, const at::Tensor& keys,
                      const std::optional<at::Tensor>& padding, bool causal, int64_t before) {
   Chosen x{};
-  TORCH_CHECK(chosen.dim() == 4 && chosen.size(0) == c.batch && chosen.size(1) == c.heads && chosen.size(2) == c.queries,
+  TORCH_CHECK(chosen.dim() == 4 && chosen.size(0) == c.batch && chosen.size(1) > 0 && c.heads % chosen.size(1) == 0 &&
+                  chosen.size(2) == c.queries,
               "chosen must be (batch, heads, queries, width), got ", chosen.sizes());
+  x.heads = chosen.size(1);
   TORCH_CHECK(first.dim() == 2 && first.size(0) == c.batch && first.sizes() == keys.sizes(), "first and keys must be (batch, blocks)");
   x.chosen = table<int64_t>(chosen, at::kLong, 1, "chosen"), x.width = chosen.size(3), x.number = first.size(1);
   x.first = table<int32_t>(first, at::kInt, 1, "first"), x.keys = table<int32_t>(keys, at::kInt, 1, "keys");

@@ -111,6 +111,36 @@ def test_equals_reference_on_grids_compiled(built, cls):
 
 
 @pytest.mark.cpp
+@rounds("block_size", [64, 100])
+def test_blocks_as_large_as_tiles_and_larger(built, block_size):
+    """Of several tiles of queries each, in packed rows and beside padding."""
+    for name, options in (("block_topk", {}), ("infllm", {"local_blocks": 1, "dense_len": 150}), ("native_sparse", {})):
+        options = {"block_size": block_size, "topk": 4, **options}
+        case, length = Case(get_attention(name), options, True), 600
+        segments_BK = torch.stack([torch.arange(length) // 350, torch.zeros(length, dtype=torch.long)])
+        padding_BK = left_padding([length, length - 30], length)
+        mask = case.mask(2, length, length, segments_BK=segments_BK, padding_BK=padding_BK)
+        assert_forms_agree(case, inputs(2, length, **HEADS), mask, **FLOAT)
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("case", [case for case in CHOOSING if not case.options], ids=str)
+def test_what_chooses_blocks_attends_to_them_in_operators(built, case):
+    """``auto``, forward and backward; a window beside them too."""
+    given, mask = inputs(1, 40, **HEADS, dtype=torch.float32), case.mask(1, 40, 40)
+    given.q.requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        out = given.run(case.module(backend="auto", dtype=torch.float32, **HEADS), mask)
+        out.sum().backward()
+    name = "attn_plugins_cpp::"
+    called = sorted(x.key.removeprefix(name) for x in profile.key_averages() if x.key.startswith(name))
+    parts = ("chosen", "softmax") if case.cls.name == "native_sparse" else ("chosen",)
+    assert [x for x in called if x != "cut_mask"] == [
+        f"{part}_{way}" for part in parts for way in ("backward", "forward")
+    ]
+
+
+@pytest.mark.cpp
 @rounds("shape", [(3, 1, 24, 40), (8, 8, 64, 64), (2, 2, 17, 5)])
 def test_sizes_that_are_no_multiples_are_filled_up(built, shape):
     shape = dict(zip(HEADS, shape, strict=True))

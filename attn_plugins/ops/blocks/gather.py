@@ -11,14 +11,15 @@ Where one is, the maximum is computed after all.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import readable
-from attn_plugins.ops.reference import accumulation_dtype, outside_autocast
+from attn_plugins.ops.reference import accumulation_dtype, expand_heads, outside_autocast
+from attn_plugins.ops.softmax.tiles import tiled_attention
 
 LARGEST_TILE = 128
 """Pairs that are multiplied with one block at a time."""
@@ -28,17 +29,27 @@ LARGEST_TOTAL = 1e20
 """Sum of exponentials up to which no product with values overflows."""
 
 
+class SoftmaxForms(NamedTuple):
+    """What computes the softmax attention that an attention is made of, once it has chosen blocks."""
+
+    over_blocks: Callable[..., torch.Tensor]
+    """With the arguments of :func:`block_attention`."""
+    over_pattern: Callable[..., torch.Tensor]
+    """With those of :func:`attn_plugins.ops.softmax.tiles.tiled_attention`."""
+
+
 @runtime_checkable
 class ChoosesBlocks(Protocol):
-    """An attention that is softmax attention over the visible keys of blocks that each query chooses, and no more.
+    """An attention that is, or is in part, softmax attention over the visible keys of blocks that each query chooses.
 
-    A capability, not a base: kernels that take numbers of blocks serve whatever has it.
+    A capability, not a base: kernels that take numbers of blocks serve whatever has it. All else may be plain PyTorch.
     """
 
-    def blocks_chosen(
-        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask
-    ) -> tuple[torch.Tensor, "BlockLayout"]:
-        """Numbers of blocks (B, H, Q, T), as :func:`choose_blocks` returns them, and where these lie."""
+    chooses_blocks: bool
+    """That it has it: its ``attend`` takes ``forms=``, which are :data:`PLAIN` else."""
+
+    def attend(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any) -> torch.Tensor:
+        """As :meth:`attn_plugins.core.attention.Attention.attend`."""
 
 
 @dataclass(frozen=True)
@@ -204,12 +215,13 @@ def block_attention(
     Args:
         mask: causal or bidirectional, padding, segments; no other rule.
         chosen_BHQT: blocks of :func:`block_layout`, each at most once a query, -1 for none. The first is the query's
-            own, and where attention is causal the others lie before it.
+            own, and where attention is causal the others lie before it. Of a key/value head, (B, G, Q, T), where the
+            query heads that share it share the choice.
 
     Returns:
         out_BHQV in the dtype of v. Sums are taken in at least float32. Differentiable once.
     """
-    blocks = block_layout(mask, block_size)
+    blocks, chosen_BHQT = block_layout(mask, block_size), expand_heads(chosen_BHQT, q_BHQD.shape[1])
     batch, heads, queries, width = chosen_BHQT.shape
     groups, number = k_BGKD.shape[1], blocks.start_BN.shape[1]
     # Numbers of blocks, keys and queries go by row, head and position.
@@ -233,6 +245,10 @@ def block_attention(
             rows_TR, block_T = tiles_by_block(rows, chosen[pairs] + rows // (queries * heads // groups) * number)
             parts.append(PairTiles(rows_TR, keys_XC, not_padding_XC, block_T, hidden))
     return gathered_attention(q_BHQD, k_BGKD, v_BGKV, mask, parts, scale=scale, dropout=dropout)
+
+
+PLAIN = SoftmaxForms(block_attention, tiled_attention)
+"""The forms for CPUs in plain PyTorch."""
 
 
 def tiles_by_block(rows_P: torch.Tensor, block_P: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

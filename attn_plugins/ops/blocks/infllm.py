@@ -12,7 +12,7 @@ import torch
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.blocks.batched import batched_block_attention
 from attn_plugins.ops.blocks.batched_native_sparse import Seen, choose_at_once, compress_at_once
-from attn_plugins.ops.blocks.gather import block_attention, chosen_keys
+from attn_plugins.ops.blocks.gather import PLAIN, SoftmaxForms, chosen_keys
 from attn_plugins.ops.blocks.native_sparse import (
     Compression,
     NativeSparseSizes,
@@ -67,6 +67,7 @@ def infllm_attention(
     v_BGKV: torch.Tensor,
     mask: AttentionMask,
     *,
+    forms: SoftmaxForms = PLAIN,
     sizes: NativeSparseSizes,
     scale: float,
     dropout: float,
@@ -77,9 +78,8 @@ def infllm_attention(
         k_BGMD = compress(k_BGKD, mean_kernel(k_BGKD, sizes), compression.keys_BMC)
         options: dict[str, Any] = {"scale": scale, "dropout": 0.0}
         chosen_BGQT = compressed_attention(q_BHQD, k_BGMD, k_BGMD[..., :1], compression, sizes, **options)[1]
-    chosen = expand_heads(chosen_BGQT, q_BHQD.shape[1])
     options = {"block_size": sizes.block_size, "scale": scale, "dropout": dropout}
-    return block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, **options)
+    return forms.over_blocks(q_BHQD, k_BGKD, v_BGKV, mask, chosen_BGQT, **options)
 
 
 def batched_infllm_attention(

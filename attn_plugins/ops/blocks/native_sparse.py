@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from attn_plugins.core.mask import AttentionMask
-from attn_plugins.ops.blocks.gather import BlockLayout, block_attention, block_layout, chosen_keys
+from attn_plugins.ops.blocks.gather import PLAIN, BlockLayout, SoftmaxForms, block_layout, chosen_keys
 from attn_plugins.ops.decode.block_cache import (
     KeyBlocks,
     attention_from_blocks,
@@ -32,7 +32,7 @@ from attn_plugins.ops.reference import (
 )
 from attn_plugins.ops.softmax.patterns.band import Band
 from attn_plugins.ops.softmax.tile_engine import Tile, attend_tiles, slices, visible_tile
-from attn_plugins.ops.softmax.tiles import dense_pattern, tiled_attention
+from attn_plugins.ops.softmax.tiles import dense_pattern
 from attn_plugins.ops.softmax.topk import round_up
 
 SCORES_AT_ONCE = 2**19
@@ -331,6 +331,7 @@ def native_sparse_attention(
     weights: NativeSparseWeights,
     sizes: NativeSparseSizes,
     *,
+    forms: SoftmaxForms = PLAIN,
     scale: float,
     dropout: float,
 ) -> torch.Tensor:
@@ -344,9 +345,9 @@ def native_sparse_attention(
     v_BGMV = compress(v_BGKV, weights.value_weight_GC, compression.keys_BMC)
     options = {"scale": scale, "dropout": dropout}
     compressed, chosen_BGQT = compressed_attention(q_BHQD, k_BGMD, v_BGMV, compression, sizes, **options)
-    chosen = expand_heads(chosen_BGQT, q_BHQD.shape[1])
-    selected = block_attention(q_BHQD, k_BGKD, v_BGKV, mask, chosen, block_size=sizes.block_size, **options)
-    window = tiled_attention(q_BHQD, k_BGKD, v_BGKV, mask, Band(sizes.window_size, sizes.window_size - 1), **options)
+    tokens, near = (q_BHQD, k_BGKD, v_BGKV, mask), Band(sizes.window_size, sizes.window_size - 1)
+    selected = forms.over_blocks(*tokens, chosen_BGQT, block_size=sizes.block_size, **options)
+    window = forms.over_pattern(*tokens, near, **options)
     return gated_sum(weights.gates_BHQ3, (compressed, selected, window)).to(v_BGKV.dtype)
 
 
