@@ -17,6 +17,7 @@ SEED := $(shell date +%s)
 
 OLDEST := .venv-oldest
 KERNELS := .venv-kernels
+TIMM := .venv-timm
 BIN := $(VENV)/bin
 # Compiling every module at install takes longer than installing. Python does it for those that are imported, once, if
 # it is let.
@@ -32,7 +33,7 @@ CPP = ATTN_PLUGINS_CPP=1 ATTN_PLUGINS_CACHE="$(CURDIR)/build/cache"
 SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1
 SANITIZED = ASAN_OPTIONS=detect_leaks=0
 
-.PHONY: help setup fix check test test-cpp test-cpp-sanitized wheel-cpp test-slow test-real test-peers test-browser test-oldest test-kernels test-architectures fuzz architectures demo leaderboard bench bench-decode gpu-check docs try dist site clean
+.PHONY: help setup fix check test test-cpp test-cpp-sanitized wheel-cpp test-slow test-real test-peers test-browser test-oldest test-kernels test-timm test-architectures fuzz architectures architectures-timm demo leaderboard bench bench-decode gpu-check docs try dist site clean
 .DELETE_ON_ERROR:
 
 help:
@@ -102,11 +103,16 @@ test-oldest: $(OLDEST)/.installed ## tests of the bridge on the oldest transform
 test-kernels: $(KERNELS)/.installed ## kernels for GPUs, interpreted on a CPU and compiled for GPUs that need not be there: minutes
 	TRITON_INTERPRET=1 $(call PYTEST_IN,$(KERNELS)) -m kernels tests/kernels
 
+test-timm: $(TIMM)/.installed ## modules of timm and torchvision, and model types that are made with timm or torchaudio
+	$(call PYTEST_IN,$(TIMM)) tests/torch_modules
+	$(call PYTEST_IN,$(TIMM)) -m packages tests/architectures
+
 # Venvs of their own for the few packages that differ; all others are looked up in the first one.
-$(OLDEST)/.installed $(KERNELS)/.installed: .venv-%/.installed: $(VENV)/.installed constraints-%.txt
+$(OLDEST)/.installed $(KERNELS)/.installed $(TIMM)/.installed: .venv-%/.installed: $(VENV)/.installed constraints-%.txt
 	@rm -rf .venv-$*
 	@$(BIN)/python -m venv --without-pip .venv-$*
-	$(BIN)/python -m pip --python .venv-$*/bin/python install --quiet --no-compile --no-deps -r constraints-$*.txt
+	$(BIN)/python -m pip --python .venv-$*/bin/python install --quiet --no-compile --no-deps \
+		$(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -r constraints-$*.txt
 	@folder=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		.venv-$*/bin/python -c 'import pathlib, sys, sysconfig; \
 		pathlib.Path(sysconfig.get_path("purelib"), "base.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' "$$folder"
@@ -142,6 +148,9 @@ docs: setup ## write docs/attentions.md from the docstrings, and the tables of a
 architectures: setup ## the flag on every model type: docs/architectures.md and .json; goes on where it was
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/architectures/matrix.py --workers $(WORKERS)
 
+architectures-timm: $(TIMM)/.installed ## the same of model types that need timm or torchaudio alone, into the same page
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(TIMM)/bin/python tests/architectures/matrix.py --update --workers $(WORKERS)
+
 # Tests over the registry, and the attention's own. The environment is made where there is none, and not made anew.
 try: | $(VENV)/.installed ## NAME=local: all that CI asks of one attention, its part of the pages too, in seconds
 	@test -n "$(NAME)" || { echo "error: which attention? say make try NAME=local" >&2; exit 1; }
@@ -170,5 +179,5 @@ site: setup ## build/site: the pages and the API reference as a web site; a brok
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean: ## remove what make made, except results in runs/
-	rm -rf .venv .venv-oldest .venv-kernels build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-kernels .venv-timm build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find attn_plugins tests examples -name __pycache__ -prune -exec rm -rf {} +

@@ -2,8 +2,10 @@
 
 import copy
 import functools
+import importlib.metadata
 import inspect
 import re
+import sys
 import tempfile
 import time
 import traceback
@@ -15,6 +17,7 @@ from typing import Any
 import tiny_model
 import torch
 from corrections import REASONS
+from matrix import NEEDS
 from subject import TOLERANCE, Modules, Subject, compare, distance, inline_attention, named_tensors
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,6 +29,8 @@ from attn_plugins.hf.discovery import modules as discovery
 LONGEST = 6
 """Tokens of a text that is packed."""
 LARGE = 1e9
+PACKAGES = ("timm", "torchaudio")
+"""What some models are made with and `make setup` does not bring: `make test-timm` does."""
 REFUSALS = ("cannot honour", "cannot tell the number and size of the heads")
 """Of messages with which an attention is refused: the module needs what it does not have, or has no fixed heads."""
 
@@ -44,6 +49,8 @@ class Row:
     """Classes of the model that attend without transformers' interface and are not reached."""
     checks: dict[str, str] = field(default_factory=dict)
     """Check -> "passed", "not applicable: why" or "failed: why"."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Of the packages among PACKAGES that the model is made with."""
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,9 +67,10 @@ def examine(model_type: str) -> Row:
     try:
         model = tiny_model.build(model_type)
         row.model_class = type(model).__name__
+        row.versions = made_with(model)
         row.inline = inline_attention(model)
         if not discovery.targets(model):
-            row.status, known = "inline attention" if row.inline else "no attention", inline.REASONS
+            row.status, known = "inline attention" if row.inline else "no attention", inline.reasons(model)
             row.reason = "; ".join(f"{name}: {known[name]}" if name in known else name for name in row.inline)
         else:
             given = tiny_model.inputs_of(model_type, model)
@@ -78,7 +86,10 @@ def examine(model_type: str) -> Row:
                 row.checks = {name: outcome(check, subject) for name, check in CHECKS.items()}
     except ImportError as error:
         package = re.search(r"requires the (\w+) library|import name '\w+' from '(\w+)", str(error))
-        row.status, row.reason = "not built", f"needs {package.group(1) or package.group(2)}" if package else str(error)
+        row.status, row.reason = (
+            "not built",
+            f"{NEEDS}{package.group(1) or package.group(2)}" if package else str(error),
+        )
     except Exception as error:
         row.status, row.reason = "not built", f"{type(error).__name__}: {error}"
     if row.status == "not built":
@@ -89,6 +100,14 @@ def examine(model_type: str) -> Row:
     row.reason = " ".join(row.reason.split())[:300]
     row.seconds = round(time.perf_counter() - start, 2)
     return row
+
+
+def made_with(model: nn.Module) -> dict[str, str]:
+    """Versions of those of PACKAGES whose modules a model holds, or whose functions the code of its class has."""
+    files = {sys.modules[type(module).__module__] for module in model.modules()}
+    found = {file.__name__.partition(".")[0] for file in files}
+    found |= {name for name in PACKAGES for file in files if inspect.ismodule(vars(file).get(name))}
+    return {name: importlib.metadata.version(name) for name in PACKAGES if name in found}
 
 
 def ours(error: Exception) -> bool:
@@ -295,12 +314,27 @@ def saves(subject: Subject) -> None:
     wanted = subject.outputs()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        loaded = type(model).from_pretrained(folder).eval()
+        try:
+            loaded = type(model).from_pretrained(folder).eval()
+        except Exception:
+            raise_own(subject)
+            raise
     for tensor in (*loaded.parameters(), *loaded.buffers()):
         tensor.data = tensor.data.clone()  # a file's tensors lie at odd addresses, for which kernels round otherwise
     told, again = ap.describe_attention(model), ap.describe_attention(loaded)
     assert list(told) == list(again), "the attentions are described otherwise when loaded"
     compare(subject.outputs(loaded), wanted, tolerance=0.0)
+
+
+def raise_own(subject: Subject) -> None:
+    """Raise NotApplicableError where transformers does not load what it saves of the model with its own attention."""
+    ap.restore_attention(subject.model)
+    with tempfile.TemporaryDirectory() as folder:
+        subject.model.save_pretrained(folder)
+        try:
+            type(subject.model).from_pretrained(folder)
+        except Exception as error:
+            raise NotApplicableError(f"its own from_pretrained raises {type(error).__name__}: {error}") from None
 
 
 def packed(subject: Subject) -> None:

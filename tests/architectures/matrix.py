@@ -1,6 +1,9 @@
 """Run every check on every model type and write docs/architectures.md and .json: ``make architectures``.
 
 A run that was stopped goes on where it was, from the lines that it has appended to the file of results.
+
+Some model types need a package that the environment of most runs lacks. Their rows stay as they were measured where it
+is there, by ``make architectures-timm``, which runs these alone and writes them into the same page.
 """
 
 import argparse
@@ -9,12 +12,15 @@ import concurrent.futures
 import json
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 Rows = list[dict[str, Any]]
 
+NEEDS = "needs "
+"""Begins the reason of what is not built for want of a package."""
 MARKS = {"passed": "✓", "not applicable": "·", "failed": "✗"}
 ORDER = ("passed", "failed", "refused", "inline attention", "no attention", "not built")
 MEANINGS = {
@@ -29,9 +35,12 @@ MEANINGS = {
 
 def prepare() -> None:
     """Quiet, one thread: the processes are what runs side by side."""
+    sys.path.append(str(Path(__file__).parents[1]))
     import torch
+    import torchvision_on_cpu
     import transformers
 
+    torchvision_on_cpu.make_importable()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -64,6 +73,17 @@ def run(model_types: list[str], results: Path, workers: int) -> Rows:
     return [rows[name] for name in model_types]
 
 
+def lacks_package(row: dict[str, Any]) -> bool:
+    """Whether a model type was not built here for want of a package."""
+    return row["status"] == "not built" and row["reason"].startswith(NEEDS)
+
+
+def with_held(rows: Rows, held: Rows) -> Rows:
+    """``rows``, but those of ``held`` of model types that are not built now for want of a package, and were built."""
+    known = {row["model_type"]: row for row in held if not lacks_package(row)}
+    return [known.get(row["model_type"], row) if lacks_package(row) else row for row in rows]
+
+
 def versions() -> dict[str, str]:
     import torch
     import transformers
@@ -91,6 +111,7 @@ def document(rows: Rows, told: dict[str, str]) -> str:
         f"In {whole} of the {counts['passed']} that pass, every attention module was called; elsewhere the column "
         "*modules* says how many were.",
         "",
+        *beyond_setup(rows),
         "The checks, each on every attention module that was called, with padded inputs where the model takes any:",
         "",
         "- **shapes**: the sizes of heads that are read off the modules are those that arrive.",
@@ -134,6 +155,28 @@ def document(rows: Rows, told: dict[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def beyond_setup(rows: Rows) -> list[str]:
+    """What is made with packages that `make setup` does not bring."""
+    made: dict[str, Rows] = collections.defaultdict(list)
+    for row in rows:
+        for name, version in row.get("versions", {}).items():
+            made[f"{name} {version}"].append(row)
+    if not made:
+        return []
+    told = [
+        f"{len(found)} with {package}, of which {sum(row['status'] == 'passed' for row in found)} pass "
+        f"({', '.join(row['model_type'] for row in found)})"
+        for package, found in made.items()
+    ]
+    return [
+        f"Some need packages that `make setup` does not bring: {'; '.join(told)}. `make architectures-timm` measures "
+        "these alone; `make architectures` leaves their rows as they are where the packages are absent. The flag does not "
+        "reach attention inside timm's own modules: `ap.swap_attention` swaps a part that is timm's by itself "
+        "([Any torch module](torch_modules.md)).",
+        "",
+    ]
+
+
 def modules(row: dict[str, Any]) -> str:
     """Such as ``2 text decoder, 1 of 2 vision encoder (adapter)``."""
     found = []
@@ -153,27 +196,65 @@ def heads(row: dict[str, Any]) -> str:
 
 
 def write(rows: Rows, told: dict[str, str], folder: Path) -> None:
-    kept = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    """Versions stand at a row where they are those of packages beyond `make setup`."""
+    kept = [
+        {key: value for key, value in row.items() if key != "seconds" and (key, value) != ("versions", {})}
+        for row in rows
+    ]
     text = json.dumps({"versions": told, "rows": kept}, indent=1, ensure_ascii=False)
     (folder / "architectures.json").write_text(text + "\n", encoding="utf8")
     (folder / "architectures.md").write_text(document(rows, told), encoding="utf8")
 
 
+def read(folder: Path) -> tuple[Rows, dict[str, str]]:
+    """What :func:`write` has written, if anything."""
+    file = folder / "architectures.json"
+    held = json.loads(file.read_text(encoding="utf8")) if file.exists() else {"rows": [], "versions": {}}
+    return held["rows"], held["versions"]
+
+
+def update(model_types: list[str], folder: Path, results: Path, workers: int) -> None:
+    """Run these model types, or those that need a package beyond `make setup`, and write their rows into the page.
+
+    Raises:
+        ValueError: the page is of other versions of transformers and torch than those at hand.
+    """
+    held, told = read(folder)
+    if told != versions():
+        raise ValueError(f"{folder}/architectures.json is of {told}, and here are {versions()}; run all model types")
+    names = model_types or [row["model_type"] for row in held if row.get("versions") or lacks_package(row)]
+    rows = {row["model_type"]: row for row in held}
+    rows.update({row["model_type"]: row for row in with_held(run(names, results, workers), held)})
+    write([rows[name] for name in sorted(rows)], told, folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model_types", nargs="*", help="only these, and write nothing; default: all")
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="write the rows of these model types into the page; default: those that need packages beyond make setup",
+    )
     parser.add_argument("--folder", type=Path, default=Path("docs"), help="where the page and the JSON go")
     parser.add_argument("--results", type=Path, default=Path("runs/architectures.jsonl"), help="one line a model type")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     prepare()
+    if given.update:
+        results = given.results.with_stem(f"{given.results.stem}-update")
+        update(given.model_types, given.folder, results, given.workers)
+        results.unlink()
+        return
     if given.model_types:
         for name in given.model_types:
             print(json.dumps(examine(name), indent=1))
         return
     import tiny_model
 
-    write(run(tiny_model.model_types(), given.results, given.workers), versions(), given.folder)
+    held, _ = read(given.folder)
+    rows = with_held(run(tiny_model.model_types(), given.results, given.workers), held)
+    write(rows, versions(), given.folder)
     given.results.unlink()  # the next run begins anew
 
 

@@ -160,8 +160,9 @@ def videos(
     if "pixel_values_videos" not in takes:
         return
     size, channels = find(config, "image_size") or 32, find(config, "num_channels", "in_channels") or 3
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
     for frames in (find(config, "num_frames") or 4, 8):
-        yield {"pixel_values_videos": source(BATCH, frames, channels, size, size)}
+        yield {"pixel_values_videos": source(BATCH, frames, channels, height, width)}
 
 
 def sounds(

@@ -158,7 +158,7 @@ def named_tensors(made: Any, given: dict[str, Any], name: str = "") -> dict[str,
 def real_rows(made: torch.Tensor, given: dict[str, Any]) -> torch.Tensor | None:
     """Which rows (B, N) of an output are no padding, where it has a row for each token, or for some tokens of sound."""
     mask = given.get("attention_mask")
-    if mask is None or mask.ndim != 2 or made.ndim < 3 or len(made) != len(mask):
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or made.ndim < 3 or len(made) != len(mask):
         return None
     if made.shape[1] == mask.shape[1]:
         return mask

@@ -267,6 +267,10 @@ VIT = {**IMAGE, "embed_dim": 16, "depth": 2, "num_heads": 4}
             "swin_tiny_patch4_window7_224",
             {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)},
         ),
+        # The towers of models of transformers: Perception Encoder's, Gemma 3n's, FastVLM's.
+        ("vit_pe_core_large_patch14_336", {**VIT, "ref_feat_shape": (4, 4), "attn_pool_num_heads": 2}),
+        ("mobilenetv5_300m_enc", {"channel_multiplier": 0.0625}),
+        ("fastvit_mci3", {"layers": (1,) * 5, "embed_dims": (8, 16, 32, 32, 32)}),
     ],
 )
 @torch.no_grad()

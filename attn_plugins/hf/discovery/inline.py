@@ -32,6 +32,14 @@ def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def reasons(model: nn.Module) -> dict[str, str]:
-    """Those of the classes of a model's modules."""
-    names = dict.fromkeys(type(module).__name__ for _, module in modules(model))
-    return {name: REASONS[name] for name in names}
+    """Those of the classes of a model's modules, and of classes of timm, which attend inside a part that is timm's."""
+    found, outer = {}, ""
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if type(module).__module__.startswith("timm."):
+            outer = outer if f"{path}.".startswith(f"{outer}.") and outer else path
+            if "Attention" in name or "Attn" in name:
+                found[name] = f"timm's: swap that part by itself, ap.swap_attention(model.{outer}, ...)"
+        elif name in REASONS:
+            found[name] = REASONS[name]
+    return found

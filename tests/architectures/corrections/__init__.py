@@ -15,11 +15,11 @@ CONFIGS: dict[str, dict[str, Any]] = {}
 """Model type -> fields of its config; a dict for a part goes into that part's own."""
 
 REASONS: dict[str, str] = {
+    "dinat": "needs natten with natten2dqkrpb and natten2dav, which its newer versions (0.21) have no more",
     "gemma4_assistant": "transformers builds none: it wants all layers to share keys, and refuses that",
     "gemma4_unified_assistant": "transformers builds none: it wants all layers to share keys, and refuses that",
-    "pp_ocrv5_server_det": "its default config lacks intraclass_block_config",
-    "pp_ocrv6_medium_det": "its default config lacks intraclass_block_config",
     "qwen2_5_omni": "has no forward; its parts are model types of their own",
+    "qwen3_omni_moe": "has no forward; its parts are model types of their own",
     "sam3_video": "takes sessions with text prompts alone, which these checks have none of",
 }
 """Model type -> why no tiny model or no inputs are made, where the error that is met does not say it."""

@@ -74,18 +74,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "spatial_target_layers": [1],
         "image_grid_pinpoints": [[64, 64]],
         "downsample_rate": "1/2",
-        "qformer_config": {
-            "model_type": "blip_2_qformer",
-            "hidden_size": 32,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 1,
-            "intermediate_size": 48,
-            "encoder_hidden_size": 32,
-            "cross_attention_frequency": 1,
-        },
+        "vision_config": {"hidden_size": 128},  # its Q-Former's heads are of 64 each
     },
     "mllama": {"vision_config": {"intermediate_layers_indices": [0], "vision_output_dim": 64}},
-    "molmo2": {"adapter_config": {"vision_feature_layer": [-1, -2]}},
+    "molmo2": {
+        "image_patch_id": 100,
+        "vision_config": {"num_position_embeddings": 16},
+        "adapter_config": {"vision_feature_layer": [-1, -2]},
+    },
     "aria": {"projector_patch_to_query_dict": {16: 8}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3": {"mm_tokens_per_image": 4},
@@ -220,10 +216,28 @@ def _(config: Any, source: Any) -> dict[str, Any]:
     }
 
 
+@media("image", "molmo2")
+def _(config: Any, source: Any) -> dict[str, Any]:
+    """Two images of 16 patches, which the pooling attends by four, and the last of them by two."""
+    pooled = torch.arange(16 * B).view(-1, 4)
+    pooled[-1, 2:] = -1
+    return {
+        "pixel_values": source(B, 16, 3 * config.vision_config.patch_size**2),
+        "image_token_pooling": pooled,
+        "image_grids": torch.tensor([[2, 2, 0, 0]] * B),
+    }
+
+
 @inputs("muse_glimmer_assistant")
 def _(model: Any, source: Any) -> dict[str, Any]:
-    context = source(B, 6, model.encoder.fc.in_features if hasattr(model.encoder, "fc") else 32)
-    return {"noise_embeds": source(B, 5, model.config.hidden_size), "context_hidden_states": context}
+    """With masks: those that it makes are as long as the noise, while its keys are those of the context too."""
+    context, seen = source(B, 6, model.encoder.fc.in_features), torch.ones(B, 1, 5, 11, dtype=torch.bool)
+    seen[0, :, :, :2] = False
+    return {
+        "noise_embeds": source(B, 5, model.config.hidden_size),
+        "context_hidden_states": context,
+        "attention_mask": {"full_attention": seen, "sliding_attention": seen},
+    }
 
 
 @media("audio", "muse_spark")

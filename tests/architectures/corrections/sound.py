@@ -91,6 +91,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "acoustic_tokenizer_chunk_size": 64,
     },
     "vits": {**VOCODER, "vocab_size": 128, "noise_scale": 0.0, "use_stochastic_duration_prediction": False},
+    "higgs_audio_v2_tokenizer": {
+        "acoustic_model_config": {
+            "encoder_hidden_size": 4,
+            "decoder_hidden_size": 32,
+            "downsampling_ratios": [8, 5, 4, 6],  # by default its two parts make different numbers of frames
+            "upsampling_ratios": [8, 5, 4, 6],
+        }
+    },
     "xcodec": {"acoustic_model_config": {"encoder_hidden_size": 4}, "codebook_dim": 96},
     "xcodec2": {"encoder_hidden_size": 4, "quantization_dim": 64, **ALL_HEADS},
 }
@@ -216,6 +224,11 @@ def realtime(model: Any, source: Any) -> dict[str, Any]:
 def timed(model: Any, source: Any) -> dict[str, Any]:
     given = {"input_ids": source.ids(2, 13), "attention_mask": padded(13).flip(1)}
     return {**given, "t_cond": source(1, 1, model.config.hidden_size)}
+
+
+@inputs("higgs_audio_v2_tokenizer")
+def whole_frames(model: Any, source: Any) -> dict[str, Any]:
+    return {"input_values": source(2, 1, 10 * model.config.hop_length)}
 
 
 @inputs("xcodec")

@@ -109,7 +109,24 @@ MEMORY = {
 """The models have the number of channels of their memory, 64, in their code, and want more than that of images."""
 SAM3_VIT = {"window_size": 3, "global_attn_indexes": [1]}
 
+INTRACLASS = {
+    "reduce_channel": [1, 1, 0],
+    "return_channel": [1, 1, 0],
+    "vertical_long_to_small_conv_longratio": [[7, 1], [1, 1], [3, 0]],
+    "vertical_long_to_small_conv_midratio": [[5, 1], [1, 1], [2, 0]],
+    "vertical_long_to_small_conv_shortratio": [[3, 1], [1, 1], [1, 0]],
+    "horizontal_small_to_long_conv_longratio": [[1, 7], [1, 1], [0, 3]],
+    "horizontal_small_to_long_conv_midratio": [[1, 5], [1, 1], [0, 2]],
+    "horizontal_small_to_long_conv_shortratio": [[1, 3], [1, 1], [0, 1]],
+    "symmetric_conv_long_longratio": [[7, 7], [1, 1], [3, 3]],
+    "symmetric_conv_long_midratio": [[5, 5], [1, 1], [2, 2]],
+    "symmetric_conv_long_shortratio": [[3, 3], [1, 1], [1, 1]],
+}
+"""Kernel, stride and padding of convolutions, for which a config has no default."""
+
 CONFIGS: dict[str, dict[str, Any]] = {
+    "pp_ocrv5_server_det": {"intraclass_block_config": INTRACLASS, "kernel_list": [3, 2, 2]},
+    "pp_ocrv6_medium_det": {"intraclass_block_config": INTRACLASS},
     "exaone4_5_vision": {"window_size": 32, "fullatt_block_indexes": (1,)},
     "qwen2_5_vl_vision": {"window_size": 32, "fullatt_block_indexes": (1,)},
     "muse_glimmer_vision": {"pos_emb_height": 4, "pos_emb_width": 4},
@@ -345,7 +362,7 @@ def pairs_of_images(model: Any, source: Random) -> dict[str, Any]:
     return {"pixel_values": source(2, 2, 1, 64, 64)}
 
 
-@inputs("sam", "sam_hq", "sam2", "edgetam", "sam3_tracker")
+@inputs("sam", "sam_hq", "sam2", "sam3_tracker")
 def images_with_points(model: Any, source: Random) -> dict[str, Any]:
     size = model.config.prompt_encoder_config.image_size
     return {
