@@ -107,12 +107,14 @@ test-timm: $(TIMM)/.installed ## modules of timm and torchvision, and model type
 	$(call PYTEST_IN,$(TIMM)) tests/torch_modules
 	$(call PYTEST_IN,$(TIMM)) -m packages tests/architectures
 
-# Venvs of their own for the few packages that differ; all others are looked up in the first one.
+# Venvs of their own for the few packages that differ; all others are looked up in the first one. torchaudio does without its
+# compiled parts, which package indexes have for CUDA alone: they do not load beside a torch for CPUs.
 $(OLDEST)/.installed $(KERNELS)/.installed $(TIMM)/.installed: .venv-%/.installed: $(VENV)/.installed constraints-%.txt
 	@rm -rf .venv-$*
 	@$(BIN)/python -m venv --without-pip .venv-$*
 	$(BIN)/python -m pip --python .venv-$*/bin/python install --quiet --no-compile --no-deps \
 		$(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") -r constraints-$*.txt
+	@rm -f .venv-$*/lib/python*/site-packages/torchaudio/lib/*.so
 	@folder=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 		.venv-$*/bin/python -c 'import pathlib, sys, sysconfig; \
 		pathlib.Path(sysconfig.get_path("purelib"), "base.pth").write_text(f"import site; site.addsitedir({sys.argv[1]!r})\n")' "$$folder"

@@ -12,7 +12,7 @@ import tempfile
 
 import pytest
 import torch
-import torchvision_on_cpu
+import torchvision_on_cpu  # noqa: F401, before transformers imports torchvision
 from asked_attributes import pytest_runtest_call  # noqa: F401, pytest finds it here
 from browsing import browser  # noqa: F401, pytest finds it here
 from exact_names import pytest_collection_modifyitems  # noqa: F401, pytest finds it here
@@ -27,8 +27,6 @@ from transformers import (
 )
 
 from attn_plugins.core.checked import cache_folder
-
-torchvision_on_cpu.make_importable()
 
 # Before a test imports datasets and evaluate, which read them once: tests leave nothing in the user's cache.
 CACHE = tempfile.mkdtemp(prefix="attn-plugins-tests-")

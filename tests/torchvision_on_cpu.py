@@ -1,7 +1,7 @@
 """torchvision beside a torch for CPUs.
 
 Package indexes have the build for CUDA, whose operators do not load there, and its import then fails where it describes
-two of them. Nothing that is tested calls these: they are declared, without a body.
+two of them. Nothing that is tested calls these: the import of this file declares them, without a body.
 """
 
 import importlib.util
@@ -11,14 +11,15 @@ import torch
 
 OPERATORS = ("nms", "qnms")
 
-_declared: list[torch.library.Library] = []
-"""What is declared lasts as long as the library that declares it."""
 
+def make_importable() -> torch.library.Library | None:
+    """Declare the operators that the import of torchvision asks for, where it is installed and does not bring them.
 
-def make_importable() -> None:
-    """Declare the operators that the import of torchvision asks for, where it is installed and does not bring them."""
-    if _declared or importlib.util.find_spec("torchvision") is None:
-        return
+    Returns:
+        what they are declared in, and last as long as.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return None
     try:
         import torchvision  # noqa: F401
     except RuntimeError as error:
@@ -29,4 +30,8 @@ def make_importable() -> None:
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in OPERATORS:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)
+        return library
+    return None
+
+
+LIBRARY = make_importable()

@@ -37,10 +37,9 @@ def prepare() -> None:
     """Quiet, one thread: the processes are what runs side by side."""
     sys.path.append(str(Path(__file__).parents[1]))
     import torch
-    import torchvision_on_cpu
+    import torchvision_on_cpu  # noqa: F401, before transformers imports torchvision
     import transformers
 
-    torchvision_on_cpu.make_importable()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -170,8 +169,8 @@ def beyond_setup(rows: Rows) -> list[str]:
     ]
     return [
         f"Some need packages that `make setup` does not bring: {'; '.join(told)}. `make architectures-timm` measures "
-        "these alone; `make architectures` leaves their rows as they are where the packages are absent. The flag does not "
-        "reach attention inside timm's own modules: `ap.swap_attention` swaps a part that is timm's by itself "
+        "these alone; `make architectures` leaves their rows as they are where the packages are absent. The flag does "
+        "not reach attention inside timm's own modules: `ap.swap_attention` swaps a part that is timm's by itself "
         "([Any torch module](torch_modules.md)).",
         "",
     ]

@@ -108,6 +108,16 @@ def test_a_model_without_swappable_attention():
         ap.swap_attention(model, "local")
 
 
+def test_a_model_whose_attention_is_inside_a_part_of_timm_says_which():
+    tower = type("Tower", (torch.nn.Sequential,), {"__module__": "timm.models.tower"})
+    attention = type("WindowAttention", (torch.nn.Linear,), {"__module__": "timm.layers.attention"})
+    model = ConvNextModel(ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1]))
+    model.encoder.tower = tower(tower(attention(2, 2)), attention(2, 2))
+    said = r"WindowAttention: timm's: swap that part by itself, ap\.swap_attention\(model\.encoder\.tower, \.\.\.\)$"
+    with pytest.raises(ValueError, match=said):
+        ap.swap_attention(model, "local")
+
+
 def test_something_that_is_not_a_model():
     with pytest.raises(ValueError, match="got a Linear; allowed: a transformers PreTrainedModel"):
         ap.swap_attention(torch.nn.Linear(2, 2), "local")

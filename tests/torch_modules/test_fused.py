@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
+from transformers import AutoModel, TimmWrapperConfig
 
 import attn_plugins as ap
 
@@ -294,6 +295,25 @@ def test_first_tokens_and_patches_of_timm_are_known():
     assert options["num_prefix_tokens"] == 3
     assert model.blocks[0].attn.attn_plugin.heads.grid_size == (4, 4)
     assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+@torch.no_grad()
+def test_timm_inside_a_model_of_transformers_is_swapped_by_itself():
+    pytest.importorskip("timm", reason="timm is not installed")
+    sizes = {name: value for name, value in VIT.items() if name != "num_classes"}
+    config = TimmWrapperConfig(architecture="vit_tiny_patch16_224", model_args=sizes)
+    model, image = AutoModel.from_config(config).eval(), torch.randn(2, 3, 32, 32)
+    with pytest.raises(
+        ValueError, match=r"Attention: timm's: swap that part by itself, .*\(model\.timm_model, \.\.\.\)"
+    ):
+        ap.swap_attention(model, "local")
+    want = model(image).last_hidden_state
+    ap.swap_attention(model.timm_model, "softmax")
+    close(model(image).last_hidden_state, want)
+    ap.swap_attention(model.timm_model, "local", window_size=1)
+    assert (model(image).last_hidden_state - want).abs().max() > 1e-5
+    ap.restore_attention(model.timm_model)
+    assert torch.equal(model(image).last_hidden_state, want)
 
 
 @torch.no_grad()
