@@ -9,7 +9,7 @@ from torch import nn
 from attn_plugins.core.options import AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.recurrent.attention import RecurrentAttention
-from attn_plugins.ops.recurrent.chunked import Tokens, unit
+from attn_plugins.ops.recurrent.chunked import Tokens, by_token, unit
 
 
 @register_attention("delta")
@@ -99,5 +99,5 @@ def tokens(q_BHTD, k_BGTD, v_BGTV, *hidden_and_weights, scale):
     q = q * (scale * score_weight_H.to(q.dtype)).view(-1, 1, 1)
     k, v = unit(k_BGTD).to(q.dtype), v_BGTV.to(q.dtype)
     x = hidden[0].to(q.dtype) if hidden else v
-    beta = torch.sigmoid(x @ beta_weight_GX.to(q.dtype).unsqueeze(2) + beta_bias_G.to(q.dtype).view(-1, 1, 1))
+    beta = torch.sigmoid(by_token(x, beta_weight_GX.to(q.dtype)) + beta_bias_G.to(q.dtype).view(-1, 1, 1))
     return Tokens(q, k, v, None, beta, average_weight_H.to(q.dtype))

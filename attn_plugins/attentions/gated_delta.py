@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 from attn_plugins.core.options import AttentionConfig
 from attn_plugins.core.registry import register_attention
 from attn_plugins.ops.recurrent.attention import RecurrentAttention
-from attn_plugins.ops.recurrent.chunked import Tokens, unit
+from attn_plugins.ops.recurrent.chunked import Tokens, by_token, unit
 
 
 @register_attention("gated_delta")
@@ -115,6 +115,6 @@ def tokens(q_BHTD, k_BGTD, v_BGTV, *hidden_and_weights, scale):
     k, v = unit(k_BGTD).to(q.dtype), v_BGTV.to(q.dtype)
     w, bias, u, dt_bias, a_log = (x.to(q.dtype) for x in (w_GX, bias_G, u_GX, dt_bias_G, a_log_G))
     x = hidden[0].to(q.dtype) if hidden else v
-    beta = torch.sigmoid(x @ w.unsqueeze(2) + bias.view(-1, 1, 1))
-    log_gate = -a_log.exp().view(-1, 1, 1) * softplus(x @ u.unsqueeze(2) + dt_bias.view(-1, 1, 1))
+    beta = torch.sigmoid(by_token(x, w) + bias.view(-1, 1, 1))
+    log_gate = -a_log.exp().view(-1, 1, 1) * softplus(by_token(x, u) + dt_bias.view(-1, 1, 1))
     return Tokens(q, k, v, log_gate, beta, average_weight_H.to(q.dtype))

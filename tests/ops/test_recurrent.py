@@ -186,6 +186,19 @@ def test_recurrent_chunked_and_quadratic_forms_agree_over_4096_tokens(name):
     torch.testing.assert_close(chunked, matrix, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_size", [32, 64])
+def test_corrections_of_keys_that_are_alike_keep_their_digits(chunk_size):
+    """Each then corrects what the last one wrote. The terms of a power series of such a chunk grow to 2^chunk_size."""
+    module = attention("delta", 1, 1, initial_beta=0.995, chunk_size=chunk_size, noise=0.0)
+    q, k, v = tensors(1, 150, 150, 1, 1)
+    k = k[:, :, :1] + 0.01 * k
+    cotangent = torch.randn(1, 150, 1, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    want = outcome_of(module, (q, k, v), None, cotangent, "reference")
+    single = outcome_of(module.float(), [x.float() for x in (q, k, v)], None, cotangent.float())
+    for name, x in single.items():
+        torch.testing.assert_close(x.double(), want[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @both_forms
 @every_name
 def test_neither_chunks_nor_spans_change_anything(monkeypatch, name, form):

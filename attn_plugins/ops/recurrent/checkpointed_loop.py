@@ -56,7 +56,9 @@ class _Scan(torch.autograd.Function):
         tensors, states = saved[: len(needed)], saved[len(needed) :]
         gradients: list[torch.Tensor | None] = [None] * len(tensors)
         if len(ctx.spans) > 1:
-            gradients = [torch.zeros_like(x) if need else None for x, need in zip(tensors, needed, strict=True)]
+            # Spans fill the sequences' gradients, and add to those of the weights.
+            empty = [torch.empty_like] * ctx.count + [torch.zeros_like] * (len(tensors) - ctx.count)
+            gradients = [make(x) if need else None for make, x, need in zip(empty, tensors, needed, strict=True)]
         done = d_out.shape[2]
         for at, state in zip(reversed(ctx.spans), reversed(states), strict=True):
             parts = [*_cut(tensors[: ctx.count], at), *tensors[ctx.count :]]
@@ -77,8 +79,10 @@ class _Scan(torch.autograd.Function):
                 part = next(found) if need else None
                 if total is None:
                     gradients[place] = part
+                elif place < ctx.count:
+                    total[:, :, at] = 0.0 if part is None else part
                 elif part is not None:
-                    (total[:, :, at] if place < ctx.count else total).add_(part)
+                    total.add_(part)
         return None, None, None, d_state if ctx.needs_input_grad[3] else None, *gradients
 
 

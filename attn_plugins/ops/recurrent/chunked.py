@@ -28,13 +28,14 @@ from torch.nn.functional import pad
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.linear.attention import contiguous_segments
 from attn_plugins.ops.recurrent.checkpointed_loop import Step, scan
+from attn_plugins.ops.recurrent.corrections import inverse_of_unit_lower, write
 from attn_plugins.ops.recurrent.decays import (
     Decay,
     between_tokens,
     decay_by_halves,
-    of_memory_and_sums,
     products,
     read_by_keys_and_queries,
+    shared_decays,
 )
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
@@ -81,6 +82,13 @@ def with_average(
     q = q_BHTD.to(dtype) * (scale * score_weight_H.to(dtype)).view(-1, 1, 1)
     average = average_weight_H.to(dtype).view(-1, 1, 1).expand(*q.shape[:3], 1)
     return torch.cat([q, average], dim=3), pad(k_BGTD.to(dtype), (0, 1), value=1.0)
+
+
+def by_token(x_BGTX: torch.Tensor, w_GX: torch.Tensor) -> torch.Tensor:
+    """w . x of each token, (B, G, T, 1)."""
+    if x_BGTX.device.type == "cpu":  # where a matrix times a column takes five times as long
+        return (x_BGTX * w_GX.unsqueeze(1)).sum(-1, keepdim=True)
+    return x_BGTX @ w_GX.unsqueeze(2)
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -333,7 +341,8 @@ def _to_chunks(tokens: Tokens, counts: torch.Tensor | None, chunk_size: int) -> 
     b = tokens.average_weight
     b = None if b is None else b.view(tokens.k.shape[1], -1)
     log_gate, beta, counts = (None if x is None else tile(x) for x in (log_gate, tokens.beta, counts))
-    return Chunks(q, tile(tokens.k), tile(tokens.v), log_gate, beta, counts, b)
+    q, k, v = (x.contiguous() for x in (q, tile(tokens.k), tile(tokens.v)))
+    return Chunks(q, k, v, log_gate, beta, counts, b)
 
 
 def from_chunks(out_BGNCRV: torch.Tensor) -> torch.Tensor:
@@ -380,47 +389,71 @@ def _delta(tiles: Chunks, state: torch.Tensor, silent: bool) -> tuple[torch.Tens
     q, k, v, log_gate, beta, counts, average_weight = tiles
     assert beta is not None
     assert average_weight is not None
-    chunk_size = k.shape[3]
-    since = until = whole = sums_since = sums_until = sums_whole = k.new_ones(())
-    sums_between = k.new_ones(chunk_size, chunk_size).tril_()
-    between: torch.Tensor | Decay = sums_between
+    sums = _sums(v, log_gate, counts, state[..., -1:, :])
+    between: torch.Tensor | Decay = sums.between
+    since = until = whole = None
     if log_gate is not None:
-        own, sums = of_memory_and_sums(decay_by_halves(log_gate, None))
-        since, until, whole = own.since, own.until, own.whole.unsqueeze(-1)
-        sums_since, sums_until, sums_whole = sums.since, sums.until, sums.whole.unsqueeze(-1)
-        sums_between = between_tokens(sums)
-        between = sums_between if own is sums else own
+        since, until = sums.since, sums.until
+        if log_gate.shape[-1] > 1:
+            between = decay_by_halves(log_gate[..., :-1], None)
+            since, until = between.since, between.until
+        whole = since[..., -1, :].unsqueeze(-1)
     among_keys, weights = read_by_keys_and_queries(None if silent else q, k, between)
-    # (I + strict lower triangle)^-1; the solver takes the diagonal for ones and doesn't read what is above.
-    system = beta * among_keys
-    right = beta * torch.cat([v, k * since], dim=-1)
-    u, w = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True).split(
-        [v.shape[-1], k.shape[-1]], dim=-1
-    )
-    counted = pad(v, (0, 1), value=1.0)
-    counted = counted if counts is None else counted * counts
-    added = (counted * sums_until).sum(dim=-2, keepdim=True)
-    whole, sums_whole = (x.expand(*k.shape[:3], x.shape[-2] if x.ndim else 1, 1) for x in (whole, sums_whole))
-    memory, total = state[..., :-1, :-1], state[..., -1:, :]
-    memories, totals, written = [], [], []
-    of_chunks = zip(*(x.unbind(2) for x in (u, w, k * until, added, whole, sums_whole)), strict=True)
-    for u_n, w_n, k_n, more, gate, sums_gate in of_chunks:
-        memories.append(memory)
-        totals.append(total)
-        written.append(u_n - w_n @ memory)
-        memory, total = gate * memory + k_n.mT @ written[-1], sums_gate * total + more
-    state = torch.cat([pad(memory, (0, 1)), total], dim=-2)
+    solved = inverse_of_unit_lower(beta * among_keys) * beta.mT
+    u, w = solved @ v, solved @ _times(k, since)
+    written, memories, memory = write(u, w, _times(k, until), whole, state[..., :-1, :-1])
+    state = torch.cat([pad(memory, (0, 1)), sums.after], dim=-2)
     if silent:
         return v.new_empty(v.shape[0], v.shape[1], 0, v.shape[-1]), state
 
     assert weights is not None
-    recalled = weights.flatten(3, 4) @ torch.stack(written, dim=2)
-    q_since = q if log_gate is None else q * since.unsqueeze(-2)
-    recalled = recalled + q_since.flatten(3, 4) @ torch.stack(memories, dim=2)
-    so_far = sums_between @ counted + sums_since * torch.stack(totals, dim=2)
-    average = so_far[..., :-1] / so_far[..., -1:].clamp_min(1.0)
+    q_since = _times(q, None if since is None else since.unsqueeze(-2))
+    recalled = weights.flatten(3, 4) @ written + q_since.flatten(3, 4) @ memories
+    average = sums.average(v)
     out = recalled.unflatten(3, q.shape[3:5]) + average_weight[:, None, None, :, None] * average.unsqueeze(-2)
     return from_chunks(out), state
+
+
+def _times(x: torch.Tensor, decay: torch.Tensor | None) -> torch.Tensor:
+    return x if decay is None else x * decay
+
+
+class _Sums(NamedTuple):
+    """Beside the memory of a delta rule: decayed sums of values, and the numbers of them, in the last column."""
+
+    between: torch.Tensor
+    """Decays between the tokens of a chunk, (..., C, C), zero above the diagonal."""
+    counted: torch.Tensor
+    """The same, zero too for what is padding."""
+    since: torch.Tensor
+    """(..., C, 1)"""
+    until: torch.Tensor
+    """(..., C, 1)"""
+    before: torch.Tensor
+    """(B, G, N, 1, V + 1), the sums before each chunk."""
+    after: torch.Tensor
+    """(B, G, 1, V + 1)"""
+
+    def average(self, v: torch.Tensor) -> torch.Tensor:
+        """(B, G, N, C, V): of all values up to each."""
+        number = self.counted.sum(-1, keepdim=True) + self.since * self.before[..., -1:]
+        share = number.clamp_min(1.0).reciprocal()
+        return (self.counted * share) @ v + (self.since * share) * self.before[..., :-1]
+
+
+def _sums(v: torch.Tensor, log_gate: torch.Tensor | None, counts: torch.Tensor | None, before: torch.Tensor) -> _Sums:
+    chunks, size = v.shape[2:4]
+    if log_gate is None:
+        log_gate = v.new_zeros(1, 1, 1, size, 1)
+    between, since, until = shared_decays(log_gate[..., -1:])
+    counted = between if counts is None else between * counts.mT
+    last = counted[..., -1:, :].expand(-1, -1, chunks, -1, -1)
+    added = torch.cat([last @ v, last.sum(-1, keepdim=True).expand(*v.shape[:3], 1, 1)], dim=-1).squeeze(-2)
+    # From chunk to chunk as from token to token.
+    of_chunks = log_gate[..., -1:].sum(-2).expand(-1, -1, chunks, -1)
+    between_chunks, since_first, _ = shared_decays(of_chunks)
+    sums = torch.cat([before, between_chunks @ added + since_first * before], dim=2)
+    return _Sums(between, counted, since, until, sums[:, :, :-1].unsqueeze(-2), sums[:, :, -1:])
 
 
 def _span(q_BHQD: torch.Tensor, chunk_size: int) -> int:

@@ -76,17 +76,6 @@ def products(q: torch.Tensor, k: torch.Tensor, decay: Decay) -> torch.Tensor:
     return _triangle((q * k.unsqueeze(-2)).sum(-1), lower)
 
 
-def of_memory_and_sums(decay: Decay) -> tuple[Decay, Decay]:
-    """Decays of a delta rule's memory and of the sums beside it, which go by the last channel where there are many."""
-    if decay.since.shape[-1] == 1:
-        return decay, decay
-    memory, sums = (
-        Decay([(after[..., at], before[..., at]) for after, before in decay.halves], *(x[..., at] for x in decay[1:]))
-        for at in (slice(None, -1), slice(-1, None))
-    )
-    return memory, sums
-
-
 def shared_decays(log_gate: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same in a few operations where one gate (..., C, 1) serves all channels, by a sum for each pair of tokens.
 
