@@ -281,7 +281,7 @@ class RecurrentDecoder(RecurrentPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **_counted(kwargs)
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **counted(kwargs)
             )
         weighed = made.weights is not None and asked(self.config, "output_attentions", output_attentions)
         shown = asked(self.config, "output_hidden_states", output_hidden_states)
@@ -294,6 +294,6 @@ class RecurrentDecoder(RecurrentPreTrainedModel, GenerationMixin):
         )
 
 
-def _counted(kwargs: dict[str, Any]) -> dict[str, Any]:
+def counted(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What Trainer says of the number of tokens that a loss is a mean over."""
     return {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}

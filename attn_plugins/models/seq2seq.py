@@ -9,7 +9,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils.generic import can_return_tuple
 
 from attn_plugins.models.configs import RecurrentSeq2SeqConfig
-from attn_plugins.models.decoder import RecurrentDecoderStack
+from attn_plugins.models.decoder import RecurrentDecoderStack, counted
 from attn_plugins.models.encoder import RecurrentEncoderStack, asked
 from attn_plugins.models.pretrained import RecurrentPreTrainedModel
 
@@ -130,8 +130,9 @@ class RecurrentSeq2Seq(RecurrentPreTrainedModel, GenerationMixin):
         logits = self.lm_head(made.hidden)
         loss = None
         if labels is not None:
-            counted = {name: kwargs[name] for name in ("num_items_in_batch",) if name in kwargs}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **counted)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **counted(kwargs)
+            )
         weighed = made.weights is not None and asked(self.config, "output_attentions", output_attentions)
         shown = asked(self.config, "output_hidden_states", output_hidden_states)
         return Seq2SeqLMOutput(

@@ -9,6 +9,7 @@ from cases import SCALE, Case, inputs, left_padding
 
 from attn_plugins.attentions.luong_local import LuongLocalAttention
 from attn_plugins.core.mask import AttentionMask
+from attn_plugins.ops.softmax.predicted_window import dense_window, windowed
 
 PREDICTED = Case(LuongLocalAttention, {"half_window": 3, "hidden_dim": 4, "chunk_size": 4}, False)
 MONOTONIC = Case(LuongLocalAttention, {"half_window": 2, "center": "monotonic", "chunk_size": 4}, False)
@@ -90,6 +91,18 @@ def test_a_query_reads_its_window_alone():
     given.k, given.v = given.k.clone(), given.v.clone()
     given.k[:, :, 10:] = given.v[:, :, 10:] = torch.inf
     torch.testing.assert_close(given.run(module, mask), wanted)
+
+
+def test_a_key_at_the_edge_counts_however_its_distance_rounds():
+    """From p = 1 - 2^-24 key 4 is more than 3 away, and 3 as float32 has it."""
+    given, mask = inputs(1, 5, 20).to(torch.float32), AttentionMask(1, 5, 20, causal=False, cross=True)
+    centre = torch.full((1, 4, 5), 1 - 2.0**-24)
+    how = {"half_window": 3, "gaussian": True, "scale": SCALE, "dropout": 0.0}
+    tensors = given.q, given.k, given.v
+    want, weights = dense_window(*tensors, torch.ones(1, dtype=torch.bool), centre, **how)
+    assert (weights > 0).sum(-1).eq(5).all()
+    for chunk_size in (2, None):
+        torch.testing.assert_close(windowed(*tensors, mask, centre, chunk_size=chunk_size, **how), want)
 
 
 def test_the_place_learns():

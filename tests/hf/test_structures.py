@@ -283,13 +283,14 @@ def test_weights_can_be_seen():
 
 
 def rows(number=8):
+    """Two graphs of each length: a path, and a star around the last node."""
+
+    def edges(length, star):
+        return [(i, length - 1 if star else i + 1) for i in range(length - 1)]
+
     return [
-        {
-            "input_ids": tokens(1, length)[0].tolist(),
-            "edges": [(i, i + 1) for i in range(length - 1)],
-            "labels": length % 2,
-        }
-        for length in range(4, 4 + number)
+        {"input_ids": tokens(1, n // 2)[0].tolist(), "edges": edges(n // 2, n % 2), "labels": n % 2}
+        for n in range(8, 8 + number)
     ]
 
 
@@ -338,4 +339,11 @@ def test_trainer_trains_and_evaluates_with_a_collator_of_structures(tmp_path):
     kept.train()
     assert model.bert.encoder.layer[0].attention.self.attn_plugin.bias_HL.any()
     assert kept.evaluate()["eval_loss"] > 0
-    assert kept.predict(rows()).predictions.shape == (8, 2)
+    shown = [ap.Structure.graph(row["edges"], len(row["input_ids"])) for row in rows()]
+    with torch.no_grad():
+        alone = [
+            model.eval()(torch.tensor([row["input_ids"]]), structure=one).logits[0]
+            for row, one in zip(rows(), shown, strict=True)
+        ]
+    assert all((one - other).abs().max() > 1e-3 for one, other in zip(alone[::2], alone[1::2], strict=True))
+    same(torch.from_numpy(kept.predict(rows()).predictions), torch.stack(alone))

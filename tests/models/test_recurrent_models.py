@@ -102,33 +102,107 @@ def test_cached_steps_of_one_or_more_tokens_equal_one_pass(form, attention):
     assert cache.get_seq_length() == 6
 
 
-@pytest.mark.parametrize("form", ["input_feeding", "bahdanau"])
-def test_a_step_is_what_the_paper_says(form):
-    """Written out with torch's cells, for one layer, without a mask."""
-    model, ids, written = seq2seq(form, num_layers=1, num_attention_heads=1), source(), source(length=4, seed=2)
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("form", ["luong", "input_feeding", "bahdanau"])
+def test_a_step_is_what_the_paper_says(form, num_layers):
+    """Written out with torch's cells, without a mask: the last layer's state asks, the first layer reads the answer."""
+    model = seq2seq(form, num_layers=num_layers, num_attention_heads=1)
+    ids, written = source(), source(length=4, seed=2)
     states = model.encoder(ids).last_hidden_state
     decoder, attention = model.decoder, model.decoder.cross_attention
     half = states.shape[2] // 2
     known = torch.cat([states[:, -1, :half], states[:, 0, half:]], dim=1)
-    hidden, cell = torch.tanh(decoder.initial(known)).chunk(2, dim=1)
-    names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
-    weights = [getattr(decoder.layers, name) for name in names]
-    fed, logits = torch.zeros_like(hidden), []
+    made = torch.tanh(decoder.initial(known)).chunk(2 * num_layers, dim=1)
+    state = list(zip(made[:num_layers], made[num_layers:], strict=True))  # of each layer
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    fed, logits = torch.zeros_like(made[0]), []
 
     def context(asking):
         scores = attention.q_proj(asking).unsqueeze(1) @ attention.k_proj(states).transpose(1, 2) / 4
         return attention.o_proj(scores.softmax(-1) @ attention.v_proj(states)).squeeze(1)
 
     for token in decoder.embed_tokens(written).unbind(1):
-        if form == "bahdanau":
-            answer = context(hidden)
-            hidden, cell = torch.lstm_cell(torch.cat([token, answer], dim=1), (hidden, cell), *weights)
-        else:
-            hidden, cell = torch.lstm_cell(torch.cat([token, fed], dim=1), (hidden, cell), *weights)
-            answer = context(hidden)
-        fed = torch.tanh(decoder.readout(torch.cat([answer, hidden], dim=1)))
+        answer = context(state[-1][0])
+        beside = {"luong": [], "input_feeding": [fed], "bahdanau": [answer]}[form]
+        read = torch.cat([token, *beside], dim=1)
+        for layer in range(num_layers):
+            weights = [getattr(decoder.layers, f"{name}_l{layer}") for name in names]
+            state[layer] = torch.lstm_cell(read, state[layer], *weights)
+            read = state[layer][0]
+        answer = answer if form == "bahdanau" else context(read)
+        fed = torch.tanh(decoder.readout(torch.cat([answer, read], dim=1)))
         logits.append(model.lm_head(fed))
     close(model(input_ids=ids, decoder_input_ids=written).logits, torch.stack(logits, dim=1))
+
+
+def is_zero(x):
+    """The share of zeros."""
+    return (x == 0).double().mean().item()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_dropped_in_training_and_kept_otherwise(form):
+    """Halves of embeddings, of self-attention and of what the head reads; not of what is fed, nor of answers."""
+    model, plain = seq2seq(form, dropout=0.5), seq2seq(form)
+    given = {"input_ids": source(4, 20), "decoder_input_ids": source(4, 20, seed=2)}
+    assert torch.equal(model(**given).logits, plain(**given).logits)
+    dropped, read = [], []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            module.register_forward_hook(lambda module, given, out, path=path: dropped.append((path, given[0])))
+    for layers_of in (model.encoder.layers, model.decoder.layers):
+        layers_of.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+        assert layers_of.dropout == 0.5
+    model.lm_head.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    model.train()(**given)
+    tokens = [model.encoder.embed_tokens(given["input_ids"]), model.decoder.embed_tokens(given["decoder_input_ids"])]
+    assert [path for path, _ in dropped] == [
+        "encoder.dropout",
+        "encoder.self_attention.dropout",
+        "decoder.dropout",
+        "decoder.dropout",
+    ]
+    assert torch.equal(dropped[0][1], tokens[0])
+    assert torch.equal(dropped[2][1], tokens[1])
+    by_encoder, *by_decoder, by_head = read
+    by_decoder = torch.cat(by_decoder, dim=1)
+    assert by_decoder.shape[:2] == by_head.shape[:2] == (4, 20)
+    for x in (by_encoder, by_decoder[..., :16], by_head):
+        assert 0.4 < is_zero(x) < 0.6
+    assert is_zero(by_decoder[:, 1:, 16:]) == 0 or form in ("luong", "none")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_are_dropped_in_training_alone(form):
+    model, given = seq2seq(form, attention_dropout=0.5), {"decoder_input_ids": source(length=5, seed=2)}
+    states = model.encoder(source()).last_hidden_state
+    assert torch.equal(states, model.encoder(source()).last_hidden_state)
+    wanted = model(encoder_outputs=(states,), **given).logits
+    assert torch.equal(wanted, seq2seq(form)(encoder_outputs=(states,), **given).logits)
+    model.train()
+    assert not torch.equal(model.encoder(source()).last_hidden_state, states)
+    assert torch.equal(model(encoder_outputs=(states,), **given).logits, wanted) == (form == "none")
+
+
+def test_a_classifiers_own_dropout_is_of_what_is_pooled():
+    for fields, wanted in (({"dropout": 0.5}, 0.5), ({"dropout": 0.5, "classifier_dropout": 0.0}, 0.0)):
+        model, read = build(RecurrentEncoderConfig(**{**SMALL, **fields}, num_labels=3)).train(), []
+        model.score.register_forward_pre_hook(lambda module, given, read=read: read.append(given[0]))
+        model(source(40))
+        assert abs(is_zero(read[0]) - wanted) < 0.1
+
+
+def test_between_layers_a_recorded_graph_drops_in_training_alone():
+    torch.manual_seed(0)
+    two, one = (
+        layers.make_layers(RecurrentEncoderConfig(**{**SMALL, "num_layers": n, "dropout": 0.5}), 16) for n in (2, 1)
+    )
+    inputs, number = torch.randn(2, 5, 16), torch.tensor([5, 3])
+    for module, random in ((two, True), (one, False)):
+        made = [layers._turned(module, inputs, number, None) for _ in range(2)]
+        assert torch.equal(*made) != random
+        module.eval()
+        assert torch.equal(*(layers._turned(module, inputs, number, None) for _ in range(2)))
 
 
 def test_luong_asks_with_all_states_at_once():
@@ -235,6 +309,18 @@ def test_a_causal_decoder_reads_prompts_with_padding(form):
             model(ids)
     with pytest.raises(ValueError, match=r"attention_mask of shape \(2, 3\)"):
         model(ids, attention_mask=mask[:, :3], **beside)
+
+
+@pytest.mark.parametrize("initial_state", ["mean", "last", "ends"])
+@pytest.mark.parametrize("form", ["luong", "none"])
+def test_a_causal_decoder_does_not_see_padding_of_the_states_it_is_given(form, initial_state):
+    model, ids = build(RecurrentDecoderConfig(**SMALL, **FORMS[form], initial_state=initial_state)), source()
+    states = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    wanted = model(ids, encoder_hidden_states=states).logits
+    for before, behind in ((3, 0), (0, 3)):
+        more = nn.functional.pad(states, (0, 0, before, behind), value=9.0)
+        mask = nn.functional.pad(torch.ones(2, 5), (before, behind)).long()
+        close(model(ids, encoder_hidden_states=more, encoder_attention_mask=mask).logits, wanted)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])

@@ -46,6 +46,17 @@ def test_one_argument_is_self_attention_with_and_without_a_batch():
     close(layer(X, is_causal=True)[0], layer(X, attn_mask=CAUSAL)[0])
 
 
+@pytest.mark.parametrize(("queries", "keys"), [(5, LENGTH), (LENGTH, 5)])
+@torch.no_grad()
+def test_causality_between_sequences_counts_both_from_their_first_tokens(queries, keys):
+    """As scaled_dot_product_attention has it, whatever their lengths."""
+    layer = ap.AttentionLayer(WIDTH, HEADS, attn_plugin="softmax").eval()
+    later = torch.arange(keys) > torch.arange(queries).unsqueeze(1)
+    want = layer(X[:, :queries], X[:, :keys], attn_mask=later)[0]
+    close(layer(X[:, :queries], X[:, :keys], is_causal=True)[0], want)
+    close(want[:, 1], layer(X[:, 1:2], X[:, :2])[0][:, 0])
+
+
 @torch.no_grad()
 def test_keys_may_have_fewer_heads():
     layer = ap.AttentionLayer(WIDTH, HEADS, num_key_value_heads=2, attn_plugin="softmax").eval()

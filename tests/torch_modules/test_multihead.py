@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import attn_plugins as ap
+from attn_plugins.hf.split import parts_of
 
 WIDTH, HEADS, LENGTH = 16, 4, 12
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(LENGTH)
@@ -45,6 +46,14 @@ MASKS = {
     "a bias": {"attn_mask": torch.linspace(-3, 3, LENGTH * LENGTH).view(LENGTH, LENGTH)},
     "for each head, bool": {"attn_mask": PER_HEAD},
     "for each head, added": {"attn_mask": torch.where(PER_HEAD, -torch.inf, 0.5)},
+    "padding in both": {
+        "attn_mask": (torch.arange(LENGTH) == 3).expand(2 * HEADS, LENGTH, LENGTH),
+        "key_padding_mask": HIDDEN,
+    },
+    "biases in both": {
+        "attn_mask": torch.linspace(-3, 3, LENGTH * LENGTH).view(LENGTH, LENGTH),
+        "key_padding_mask": torch.linspace(-2, 2, 2 * LENGTH).view(2, LENGTH),
+    },
 }
 
 
@@ -102,6 +111,19 @@ def test_a_causal_mask_is_known_as_one(mask):
 def test_a_mask_beside_is_causal_is_not_read():
     swapped, x = ap.swap_attention(module(), "linear"), sequence()
     close(swapped(x, x, x, attn_mask=PER_HEAD, is_causal=True)[0], swapped(x, x, x, is_causal=True)[0])
+
+
+def test_a_mask_of_zeros_that_learns_gets_its_gradient():
+    own, x = module(), sequence()
+    swapped, found = ap.swap_attention(copy.deepcopy(own), "softmax"), []
+    for model in (own, swapped):
+        for name, sizes in (("key_padding_mask", (2, LENGTH)), ("attn_mask", (LENGTH, LENGTH))):
+            mask = torch.zeros(sizes, requires_grad=True)
+            model(x, x, x, **{name: mask})[0].square().sum().backward()
+            found.append(mask.grad)
+    for got, want in zip(found[2:], found[:2], strict=True):
+        assert want.abs().max() > 1e-4
+        close(got, want)
 
 
 @torch.no_grad()
@@ -242,6 +264,18 @@ def test_the_same_rule_keeps_weights_and_another_one_does_not():
     assert swapped.layers[0].self_attn.attn_plugin.name == "local"
     ap.swap_attention(swapped, "local", layers=1)
     assert [row.plugin for row in ap.describe_attention(swapped)] == [None, "local"]
+
+
+@torch.no_grad()
+def test_heads_whose_rule_stays_keep_their_weights():
+    learned = {"type": "linear", "feature_map": "hedgehog", "kv_heads": [0, 1]}
+    swapped = ap.swap_attention(module(), [learned, {"type": "local", "window_size": 2, "kv_heads": [2]}])
+    before = {part.kv_heads: part.attention for part in parts_of(swapped.attn_plugin)}
+    ap.swap_attention(swapped, [learned, {"type": "local", "window_size": 3, "kv_heads": [2]}])
+    after = {part.kv_heads: part.attention for part in parts_of(swapped.attn_plugin)}
+    assert after[(0, 1)] is before[(0, 1)]
+    assert after[(2,)] is not before[(2,)]
+    assert after[(2,)].config.window_size == 3
 
 
 def test_under_peft_the_same_rule_keeps_what_is_trained():

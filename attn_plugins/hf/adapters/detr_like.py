@@ -1,5 +1,7 @@
 """DETR's kin, which add positions to the states that queries and keys are made of, and not to those of values."""
 
+from typing import Any
+
 import torch
 from transformers.models.dab_detr import modeling_dab_detr
 from transformers.models.table_transformer import modeling_table_transformer
@@ -17,6 +19,37 @@ def placed(states: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor
     return states if positions is None else states + positions
 
 
+def attend_placed(
+    module: Any,
+    states: torch.Tensor,
+    positions: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    *,
+    source: torch.Tensor | None = None,
+    source_positions: torch.Tensor | None = None,
+    dropout: float,
+    output_attentions: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The output (B, N, width), and the weights.
+
+    Args:
+        source: (B, K, width), what keys and values are made of; None is ``states``.
+    """
+    queries = placed(states, positions)
+    keys = queries if source is None else placed(source, source_positions)
+    out, weights = attend(
+        module,
+        by_heads(module.q_proj(queries), module.num_heads),
+        by_heads(module.k_proj(keys), module.num_heads),
+        by_heads(module.v_proj(states if source is None else source), module.num_heads),
+        mask,
+        scaling=module.scaling,
+        dropout=dropout,
+        output_attentions=output_attentions,
+    )
+    return module.out_proj(out.flatten(2)), weights
+
+
 class TableTransformerAttention(modeling_table_transformer.TableTransformerAttention):
     is_causal = False
 
@@ -31,19 +64,9 @@ class TableTransformerAttention(modeling_table_transformer.TableTransformerAtten
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Over an image, over queries of objects, or from these to the image."""
-        queries, states = placed(hidden_states, object_queries), key_value_states
-        keys = queries if states is None else placed(states, spatial_position_embeddings)
-        out, weights = attend(
-            self,
-            by_heads(self.q_proj(queries), self.num_heads),
-            by_heads(self.k_proj(keys), self.num_heads),
-            by_heads(self.v_proj(hidden_states if states is None else states), self.num_heads),
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.dropout,
-            output_attentions=output_attentions,
-        )
-        return self.out_proj(out.flatten(2)), weights
+        beside = {"source": key_value_states, "source_positions": spatial_position_embeddings}
+        how: dict[str, Any] = {"dropout": self.dropout, "output_attentions": output_attentions}
+        return attend_placed(self, hidden_states, object_queries, attention_mask, **beside, **how)
 
 
 class DetrAttention(modeling_dab_detr.DetrAttention):
@@ -59,18 +82,8 @@ class DetrAttention(modeling_dab_detr.DetrAttention):
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Over an image; it makes nothing of states of another."""
-        states = placed(hidden_states, object_queries)
-        out, weights = attend(
-            self,
-            by_heads(self.q_proj(states), self.num_heads),
-            by_heads(self.k_proj(states), self.num_heads),
-            by_heads(self.v_proj(hidden_states), self.num_heads),
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.attention_dropout,
-            output_attentions=output_attentions,
-        )
-        return self.out_proj(out.flatten(2)), weights
+        how: dict[str, Any] = {"dropout": self.attention_dropout, "output_attentions": output_attentions}
+        return attend_placed(self, hidden_states, object_queries, attention_mask, **how)
 
 
 class DabDetrAttention(modeling_dab_detr.DabDetrAttention):

@@ -38,6 +38,11 @@ def on_grid(states: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return states.transpose(1, 2).unflatten(2, (height, width))
 
 
+def reduced(module: Any, reduce: torch.nn.Module, states: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """(B, K, channels): tokens of a smaller grid, with the module's norm."""
+    return module.layer_norm(reduce(on_grid(states, height, width)).flatten(2).transpose(1, 2))
+
+
 class GLPNEfficientSelfAttention(modeling_glpn.GLPNEfficientSelfAttention):
     is_causal = False
 
@@ -47,7 +52,7 @@ class GLPNEfficientSelfAttention(modeling_glpn.GLPNEfficientSelfAttention):
     ) -> tuple[torch.Tensor | None, ...]:
         pooled = hidden_states
         if self.sr_ratio > 1:
-            pooled = self.layer_norm(self.sr(on_grid(hidden_states, height, width)).flatten(2).transpose(1, 2))
+            pooled = reduced(self, self.sr, hidden_states, height, width)
         out, weights = attend_to_pooled(self, hidden_states, pooled, self.dropout.p, output_attentions)
         return (out, weights) if output_attentions else (out,)
 
@@ -61,8 +66,7 @@ class PvtEfficientSelfAttention(modeling_pvt.PvtEfficientSelfAttention):
     ) -> tuple[torch.Tensor | None, ...]:
         pooled = hidden_states
         if self.sequences_reduction_ratio > 1:
-            smaller = self.sequence_reduction(on_grid(hidden_states, height, width))
-            pooled = self.layer_norm(smaller.flatten(2).transpose(1, 2))
+            pooled = reduced(self, self.sequence_reduction, hidden_states, height, width)
         out, weights = attend_to_pooled(self, hidden_states, pooled, self.dropout.p, output_attentions)
         return (out, weights) if output_attentions else (out,)
 
@@ -80,8 +84,7 @@ class PvtV2SelfAttention(modeling_pvt_v2.PvtV2SelfAttention):
             smaller = self.spatial_reduction(self.pool(on_grid(hidden_states, height, width)))
             pooled = self.act(self.layer_norm(smaller.flatten(2).transpose(1, 2)))
         elif self.spatial_reduction_ratio > 1:
-            smaller = self.spatial_reduction(on_grid(hidden_states, height, width))
-            pooled = self.layer_norm(smaller.flatten(2).transpose(1, 2))
+            pooled = reduced(self, self.spatial_reduction, hidden_states, height, width)
         out, weights = attend_to_pooled(self, hidden_states, pooled, self.attn_drop.p, output_attentions)
         out = self.proj_drop(self.proj(out))
         return (out, weights) if output_attentions else (out,)

@@ -39,12 +39,7 @@ class ProphetNetAttention(modeling_prophetnet.ProphetNetAttention):
 
         cross = key_value_states is not None
         source = key_value_states if cross else hidden_states
-        key, value = cached(
-            past_key_values,
-            self.layer_idx,
-            cross,
-            lambda: (heads(self.key_proj(source)), heads(self.value_proj(source))),
-        )
+        key, value = cached(past_key_values, self.layer_idx, cross, made)
         out, weights = attend(
             self,
             heads(self.query_proj(hidden_states)),

@@ -24,21 +24,14 @@ class GatedKeys(State):
     def __init__(self, fixed_length: int | None = None, *, moving: bool = False):
         super().__init__(fixed_length)
         self.moving = moving
-        self.padded = False
-        """Whether there ever was padding."""
 
     def flush_pending(self, *new: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The new tokens; unless keys move, none are ever pending, and nothing has to be recorded for a crop."""
         return super().flush_pending(*new) if self.moving else new
 
-    def reset(self) -> None:
-        super().reset()
-        self.padded = False
-
     def append(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, gate_BHK: torch.Tensor, mask: AttentionMask) -> None:
         """Take the next tokens in, of which ``mask`` tells whether they are padding."""
         new = k_BGKD.shape[2]
-        self.padded = self.padded or mask.padding_BK is not None
         position = torch.arange(new, device=k_BGKD.device) + self.position
         not_padding_BK = position.new_ones(len(k_BGKD), new, dtype=torch.bool)
         if mask.padding_BK is not None:
