@@ -45,18 +45,16 @@ def run(
         outputs, after = layers(inputs, _given(layers, state))
         return outputs, _tuple(after)
     mask = mask.bool()
-    order = torch.argsort((~mask).to(torch.uint8), dim=1, stable=True)  # real tokens first
     number = mask.sum(dim=1)
-    inputs = inputs.gather(1, order.unsqueeze(2).expand_as(inputs))
-    outputs, found = (
-        _packed(layers, inputs, number, state)
-        if readable(mask)
-        else (
-            _turned(layers, inputs, number, state),
-            None,
-        )
-    )
-    outputs = torch.zeros_like(outputs).scatter(1, order.unsqueeze(2).expand_as(outputs), outputs)
+    # Real tokens first, each in its order; without a sort, which ONNX has in no stable form.
+    place = torch.where(mask, mask.cumsum(1), number.unsqueeze(1) + (~mask).cumsum(1)).sub(1).unsqueeze(2)
+    inputs = torch.zeros_like(inputs).scatter(1, place.expand_as(inputs), inputs)
+    found: State | None = None
+    if readable(mask):
+        outputs, found = _packed(layers, inputs, number, state)
+    else:
+        outputs = _turned(layers, inputs, number, state)
+    outputs = outputs.gather(1, place.expand_as(outputs))
     return outputs * mask.unsqueeze(2).to(outputs.dtype), found
 
 

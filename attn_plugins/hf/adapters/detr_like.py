@@ -64,9 +64,16 @@ class TableTransformerAttention(modeling_table_transformer.TableTransformerAtten
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Over an image, over queries of objects, or from these to the image."""
-        beside = {"source": key_value_states, "source_positions": spatial_position_embeddings}
-        how: dict[str, Any] = {"dropout": self.dropout, "output_attentions": output_attentions}
-        return attend_placed(self, hidden_states, object_queries, attention_mask, **beside, **how)
+        return attend_placed(
+            self,
+            hidden_states,
+            object_queries,
+            attention_mask,
+            source=key_value_states,
+            source_positions=spatial_position_embeddings,
+            dropout=self.dropout,
+            output_attentions=output_attentions,
+        )
 
 
 class DetrAttention(modeling_dab_detr.DetrAttention):
@@ -82,8 +89,14 @@ class DetrAttention(modeling_dab_detr.DetrAttention):
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Over an image; it makes nothing of states of another."""
-        how: dict[str, Any] = {"dropout": self.attention_dropout, "output_attentions": output_attentions}
-        return attend_placed(self, hidden_states, object_queries, attention_mask, **how)
+        return attend_placed(
+            self,
+            hidden_states,
+            object_queries,
+            attention_mask,
+            dropout=self.attention_dropout,
+            output_attentions=output_attentions,
+        )
 
 
 class DabDetrAttention(modeling_dab_detr.DabDetrAttention):
