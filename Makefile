@@ -30,8 +30,11 @@ PYTEST = $(call PYTEST_IN,$(VENV))
 
 # Compiled kernels of a test run are nobody else's.
 CPP = ATTN_PLUGINS_CPP=1 ATTN_PLUGINS_CACHE="$(CURDIR)/build/cache"
-SANITIZE = -fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1
-SANITIZED = ASAN_OPTIONS=detect_leaks=0
+# $(1) names the sanitizers, which have a library each; what they need comes before all others. Without the leaks of Python
+# itself, and without what goes on inside libraries that no thread sanitizer has compiled.
+SANITIZED = ATTN_PLUGINS_CPP=1 ATTN_PLUGINS_CACHE="$(CURDIR)/build/cache-$(1)" ASAN_OPTIONS=detect_leaks=0 \
+	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
+PRELOAD = $(foreach name,$(1),$$($${CXX:-g++} -print-file-name=lib$(name).so))
 
 .PHONY: help setup fix check test test-cpp test-cpp-sanitized wheel-cpp test-slow test-real test-peers test-browser test-oldest test-kernels test-timm test-architectures fuzz architectures architectures-timm demo leaderboard bench bench-decode gpu-check docs try dist site clean
 .DELETE_ON_ERROR:
@@ -82,13 +85,14 @@ test-browser: setup ## report.html and the page of inspect in headless Chromium,
 
 test-cpp: setup ## build the kernels in C++ into build/, and hold them to the dense forms, with every instruction set
 	$(CPP) $(BIN)/attn-plugins build
-	$(CPP) $(PYTEST) -m cpp
+	$(CPP) $(PYTEST) -m cpp tests/backends/test_cpp.py
 
-# Without the leaks of Python itself; the library that sanitizers need comes before all others.
-test-cpp-sanitized: setup ## the same under the address and undefined-behaviour sanitizers: minutes
-	$(SANITIZED) $(CPP) $(BIN)/attn-plugins build --flags "$(SANITIZE)"
-	$(SANITIZED) $(CPP) LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
-		$(PYTEST) -m cpp -n 0 -k "not compiles and not traced"
+test-cpp-sanitized: setup ## the same under sanitizers of addresses, undefined behaviour and threads: minutes
+	$(call SANITIZED,address) $(BIN)/attn-plugins build \
+		--flags "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1"
+	$(call SANITIZED,address) LD_PRELOAD="$(call PRELOAD,asan ubsan)" $(PYTEST) -m cpp -n 0 tests/backends/test_cpp.py
+	$(call SANITIZED,thread) $(BIN)/attn-plugins build --flags "-fsanitize=thread -g -O1"
+	$(call SANITIZED,thread) LD_PRELOAD="$(call PRELOAD,tsan)" $(PYTEST) -m cpp -n 0 -k threads tests/backends/test_cpp.py
 
 test-architectures: setup ## the flag on every model type of transformers: minutes
 	$(PYTEST) -m architectures
@@ -169,7 +173,7 @@ dist: setup ## dist/: the sdist, and the wheel that is built from it, as a packa
 
 # For this machine's processor, C library and torch; a user of another torch builds them: attn-plugins build.
 wheel-cpp: setup ## dist/: a wheel that brings the kernels in C++, compiled here
-	rm -rf dist attn_plugins/csrc/built
+	rm -rf dist attn_plugins/csrc/built build/lib
 	$(BIN)/attn-plugins build --into attn_plugins/csrc/built
 	$(BIN)/python -m build --no-isolation --wheel "-C--build-option=--plat-name=$$($(BIN)/python -c \
 		'import platform; print("manylinux", *platform.libc_ver()[1].split("."), platform.machine(), sep="_")')"

@@ -77,15 +77,17 @@ def build(folder: Path | None = None, flags: str = "") -> Path:
     """Compile the kernels, unless they are there already; about ten seconds of one processor, more where it is busy.
 
     Args:
-        folder: where to; None is the cache, where they are found.
-        flags: more of the compiler's, such as sanitizers.
+        folder: where to; None is the cache, where they are found. A wheel may have brought them.
+        flags: more of the compiler's, such as sanitizers; what is there was made with others, and is made again.
 
     Raises:
         ValueError: there is no compiler, or it fails; the message ends with what it said.
     """
-    target = places()[-1] if folder is None else folder / key() / NAME
-    if target.is_file():
-        return target
+    targets = places() if folder is None else [folder / key() / NAME]
+    there = next((place for place in targets if place.is_file()), None)
+    if there is not None and not flags:
+        return there
+    target = targets[-1]
     cxx, root = shlex.split(compiler()), Path(torch.__file__).parent
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as work:

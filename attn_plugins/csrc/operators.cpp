@@ -8,6 +8,7 @@
 #include <array>
 #include <cstring>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -56,9 +57,20 @@ void use_instruction_set(std::string name) {
   TORCH_CHECK(false, "no kernels for '", name, "' on this machine; allowed: ", instruction_sets());
 }
 
+#if defined(__SANITIZE_THREAD__)
+// Threads whose beginning and end the sanitizer sees, which those of OpenMP hide from it.
+void on_threads(int64_t number, int64_t grain, Work work, void* context) {
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), number / std::max<int64_t>(1, grain)));
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < parts; i++)
+    threads.emplace_back([=] { work(context, number * i / parts, number * (i + 1) / parts); });
+  for (auto& thread : threads) thread.join();
+}
+#else
 void on_threads(int64_t number, int64_t grain, Work work, void* context) {
   at::parallel_for(0, number, grain, [&](int64_t low, int64_t high) { work(context, low, high); });
 }
+#endif
 
 View view(const at::Tensor& x, const char* name) {
   TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu() && (x.stride(3) == 1 || x.size(3) == 1),

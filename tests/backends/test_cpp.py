@@ -158,11 +158,13 @@ def test_features_of_zero_are_filled_up_too(built, feature_map):
 
 
 @pytest.mark.cpp
-@rounds("name", ["local", "bigbird", "linear"])
-def test_threads_change_nothing_but_the_order_of_sums(built, name):
-    """One head on two threads: tiles, and chunks, are shared."""
-    shape = {**HEADS, "num_heads": 1, "num_key_value_heads": 1}
-    case = Case(get_attention(name), {"window_size": 40} if name == "local" else {}, name != "bigbird")
+@rounds("of", [("local", True), ("bigbird", False), ("linear", True), ("linear", False), ("block_topk", True)])
+def test_threads_change_nothing_but_the_order_of_sums(built, of):
+    """One head on two threads: tiles, and chunks, are shared; where blocks are chosen it is heads."""
+    name, causal = of
+    heads = 2 if name == "block_topk" else 1
+    shape = {**HEADS, "num_heads": heads, "num_key_value_heads": heads}
+    case = Case(get_attention(name), {"window_size": 40} if name == "local" else {}, causal)
     given, mask = inputs(1, 700, **shape, dtype=torch.float32), case.mask(1, 700, 700)
     module, cotangent, before = case.module(backend="cpp", dtype=torch.float32, **shape), None, torch.get_num_threads()
     cotangent = cotangent_for(given, mask).float()
@@ -289,6 +291,29 @@ def test_kernels_that_are_not_built_are_asked_for_by_name(monkeypatch, tmp_path)
     module = case.module(backend="cpp", dtype=torch.float32)
     with pytest.raises(ValueError, match="its kernels are not built for this torch: attn-plugins build"):
         inputs(1, 20, dtype=torch.float32).run(module, case.mask(1, 20, 20))
+
+
+def test_without_a_library_auto_is_plain_pytorch(monkeypatch):
+    monkeypatch.setattr(cpp_build, "built", lambda: None)
+    case = Case(get_attention("local"), {}, True)
+    module, given = case.module(backend="auto", dtype=torch.float32), inputs(1, 20, dtype=torch.float32)
+    mask = case.mask(1, 20, 20)
+    assert module.computed_by(given.q, given.k, given.v, mask=mask, scale=1.0, dropout=0.0) == "torch"
+    assert usual(module, torch.device("cpu")) == "torch"
+
+
+def test_a_library_that_a_wheel_brought_needs_no_compiler(monkeypatch, tmp_path):
+    """It is found before that of the cache; with flags of one's own there is something to be made."""
+    monkeypatch.setattr(cpp_build, "SOURCES", tmp_path)
+    monkeypatch.setattr(cpp_build, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.delenv("CXX", raising=False)
+    brought = cpp_build.places()[0]
+    brought.parent.mkdir(parents=True)
+    brought.touch()
+    assert brought.is_relative_to(tmp_path)
+    assert cpp_build.build() == brought
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler"):
+        cpp_build.build(flags="-g")
 
 
 def test_a_machine_without_a_compiler_is_told_what_is_missing(monkeypatch, tmp_path):
