@@ -102,7 +102,7 @@ fuzz: setup ## random flags, shapes, schedules of caches and damaged files; ROUN
 	ATTN_PLUGINS_FUZZ_ROUNDS=$(ROUNDS) $(PYTEST) -m fuzz --hypothesis-seed=$(SEED) tests/fuzz
 
 test-oldest: $(OLDEST)/.installed ## tests of the bridge on the oldest transformers that is supported
-	$(call PYTEST_IN,$(OLDEST)) tests/hf tests/architectures
+	$(call PYTEST_IN,$(OLDEST)) tests/hf tests/architectures tests/models tests/torch_modules
 
 test-kernels: $(KERNELS)/.installed ## kernels for GPUs, interpreted on a CPU and compiled for GPUs that need not be there: minutes
 	TRITON_INTERPRET=1 $(call PYTEST_IN,$(KERNELS)) -m kernels tests/kernels

@@ -15,6 +15,9 @@ from attn_plugins.hf.discovery import by_code
 from attn_plugins.torch_modules.fused import FusedAttention
 from attn_plugins.torch_modules.layer import AttentionLayer
 from attn_plugins.torch_modules.multihead import MultiheadAttention
+from attn_plugins.torch_modules.shifted_windows import ShiftedWindowAttention, attends_in_windows
+
+ADAPTERS = (MultiheadAttention, FusedAttention, ShiftedWindowAttention)
 
 USES_FUSED = "fused_attn"
 """Attribute by which timm's modules choose between torch's fused attention and their own products."""
@@ -27,8 +30,11 @@ def adapter_of(cls: type[nn.Module]) -> type | None:
     """What gives modules of a class a slot, or None where nothing does."""
     if issubclass(cls, AttentionLayer):
         return AttentionLayer
-    if issubclass(cls, (MultiheadAttention, FusedAttention)):
-        return MultiheadAttention if issubclass(cls, MultiheadAttention) else FusedAttention
+    for adapter in ADAPTERS:
+        if issubclass(cls, adapter):
+            return adapter
+    if attends_in_windows(cls):
+        return ShiftedWindowAttention
     if cls.forward is nn.MultiheadAttention.forward:
         return MultiheadAttention
     if cls.__module__.startswith("torch.") or not by_code.calls(cls, scaled_dot_product_attention):
@@ -86,7 +92,7 @@ def to_adapter(module: nn.Module) -> None:
 def to_own_class(module: nn.Module) -> None:
     """Undo :func:`to_adapter`."""
     adapter = adapter_of(type(module))
-    if adapter in (MultiheadAttention, FusedAttention) and isinstance(module, adapter):
+    if adapter in ADAPTERS and isinstance(module, adapter):
         exchange(module, type(module).__mro__[2])
         if HELD in vars(module):
             vars(module)[USES_FUSED] = vars(module).pop(HELD)

@@ -58,7 +58,9 @@ def targets(model: nn.Module) -> list[Target]:
                 role=role,
                 stack=stack,
                 layer=len(numbered) - 1,
-                needs={"cross": "it is cross-attention"} if role == "cross" else {},
+                needs={"cross": "it is cross-attention"}
+                if role == "cross"
+                else getattr(adapter_of(type(module)), "needs", {}),
                 prefix_tokens=prefix_tokens(model, path) if role == "encoder" else None,
                 num_heads=None if heads is None else heads.num_heads,
                 num_key_value_heads=None if heads is None else heads.num_key_value_heads,
@@ -112,12 +114,12 @@ def prefix_tokens(model: nn.Module, path: str) -> int | None:
 
 def of_model(shape: HeadShape, model: nn.Module, target: Target) -> HeadShape:
     """Sizes of a module's heads with what the model around it tells."""
-    grid = None
+    grid = shape.grid_size
     for part in _outwards(model, target.path):
-        cut: Any = getattr(part, "patch_embed", None)
-        grid = getattr(cut, "grid_size", None) or grid_size(part)
         if grid is not None:
             break
+        cut: Any = getattr(part, "patch_embed", None)
+        grid = getattr(cut, "grid_size", None) or grid_size(part)
     layer = target.layer if target.path else None
     grid = None if grid is None else (int(grid[0]), int(grid[1]))
     return dataclasses.replace(shape, layer=layer, prefix_tokens=target.prefix_tokens, grid_size=grid)
