@@ -233,12 +233,6 @@ class RecurrentDecoder(RecurrentPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: Any) -> None:
         self.stack.embed_tokens = value
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        self.lm_head = new_embeddings
-
     def create_masks_for_generate(self, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """The mask of padding as it is: a state needs no other, in whatever cache."""
         return attention_mask

@@ -44,12 +44,6 @@ class RecurrentSeq2Seq(RecurrentPreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: Any) -> None:
         self.encoder.embed_tokens = value
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: Any) -> None:
-        self.lm_head = new_embeddings
-
     def get_encoder(self, modality: str | None = None) -> nn.Module:
         return self.encoder
 

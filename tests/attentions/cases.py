@@ -91,6 +91,16 @@ def every_case(**attributes):
     return pytest.mark.parametrize("case", _having(attributes), ids=str)
 
 
+def one_direction(*, causal, **attributes):
+    """As :func:`every_case`, in one direction of attentions that serve both; the other is left to the slow run."""
+    chosen = _having(attributes)
+    served = {case.cls for case in chosen if case.causal == causal}
+    left = [pytest.mark.slow]
+    of_both = [left if case.causal != causal and case.cls in served else [] for case in chosen]
+    params = [pytest.param(case, id=str(case), marks=marks) for case, marks in zip(chosen, of_both, strict=True)]
+    return pytest.mark.parametrize("case", params)
+
+
 def every_class():
     classes = [cls for cls in map(get_attention, list_attentions()) if cls.any_length]
     return pytest.mark.parametrize("cls", classes, ids=lambda cls: cls.name)

@@ -68,25 +68,6 @@ def test_the_papers_gates_fade_over_the_memory_that_is_asked_for():
     torch.testing.assert_close(torch.sigmoid(module.gate_bias).log(), torch.full((4,), -1 / 20).double())
 
 
-@pytest.mark.parametrize("form", ["torch", "batched", "reference", "state"])
-@torch.no_grad()
-def test_padding_between_tokens_adds_no_decay(form):
-    """As a cache has it between the turns of a conversation."""
-    module = Case(ForgettingAttention, {"form": "paper"}, True).module(backend="torch" if form == "state" else form)
-    given, real = inputs(1, 14), torch.ones(1, 14, dtype=torch.bool)
-    real[0, 5:9] = False
-    alone = given.tokens(real[0]).run(module, AttentionMask(1, 10, 10, causal=True))
-    if form != "state":
-        got = given.run(module, AttentionMask(1, 14, 14, causal=True, padding_BK=real))
-    else:
-        state, outs = module.new_state(), []
-        for low, high in ((0, 7), (7, 12), (12, 13), (13, 14)):
-            mask = AttentionMask(1, high - low, high, causal=True, padding_BK=real[:, :high])
-            outs.append(given.tokens(slice(low, high)).run(module, mask, state=state))
-        got = torch.cat(outs, dim=1)
-    torch.testing.assert_close(got[:, real[0]], alone, rtol=0, atol=EXACT)
-
-
 @torch.no_grad()
 def test_long_texts_lose_no_digits_to_what_the_gates_add_up_to():
     """In float32 a sum of 13000 has 3 digits behind the point at most, differences of near ones keep all."""

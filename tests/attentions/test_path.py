@@ -86,25 +86,6 @@ def test_tiles_of_some_queries_are_enough(monkeypatch):
     torch.testing.assert_close(got[mask.padding_BK], want[mask.padding_BK], rtol=0, atol=EXACT)
 
 
-@pytest.mark.parametrize("form", ["torch", "batched", "reference", "state"])
-@torch.no_grad()
-def test_padding_between_tokens_changes_no_key(form):
-    case = Case(PathAttention, {**PAPER, "forget_gate": True}, True)
-    module = case.module(backend="torch" if form == "state" else form)
-    given, real = inputs(1, 14), torch.ones(1, 14, dtype=torch.bool)
-    real[0, 5:9] = False
-    alone = given.tokens(real[0]).run(module, AttentionMask(1, 10, 10, causal=True))
-    if form != "state":
-        got = given.run(module, AttentionMask(1, 14, 14, causal=True, padding_BK=real))
-    else:
-        state, outs = module.new_state(), []
-        for low, high in ((0, 7), (7, 12), (12, 13), (13, 14)):
-            mask = AttentionMask(1, high - low, high, causal=True, padding_BK=real[:, :high])
-            outs.append(given.tokens(slice(low, high)).run(module, mask, state=state))
-        got = torch.cat(outs, dim=1)
-    torch.testing.assert_close(got[:, real[0]], alone, rtol=0, atol=EXACT)
-
-
 @torch.no_grad()
 def test_a_cache_holds_keys_in_float32():
     """Each token changes them again: rounded to bfloat16 as often, they would be lost."""

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from cases import head_shape
 from transformers import DynamicCache
 
 import attn_plugins as ap
@@ -22,12 +23,29 @@ def flag(name):
     return {"type": name, **(attention.examples[-1] if attention.examples else {})}
 
 
-PAIRS = [
-    pytest.param(name, model, id=f"{name}-{model}")
-    for name in CAUSAL
-    for model in (*tiny.DECODERS, *tiny.OWN_PATTERN, *tiny.ENCODER_DECODERS)
-    if serves(name, model)
-]
+def kept(name):
+    """What a cache has to keep for it, which is all that other architectures than LLaMA's see of an attention."""
+    cls, options = ap.get_attention(name), {**flag(name)}
+    options.pop("type")
+    module = cls(cls.Config(**options), head_shape())
+    state = module.new_state()
+    return type(state), getattr(state, "window", None) == 0, module.wants_hidden, module.wants_hidden_of_keys
+
+
+def pairs():
+    """All attentions in LLaMA, and in each other architecture one of those that keep the same; the rest are slow."""
+    kinds = {}
+    for name in CAUSAL:
+        kinds.setdefault(kept(name), []).append(name)
+    for place, model in enumerate((*tiny.DECODERS, *tiny.OWN_PATTERN, *tiny.ENCODER_DECODERS)):
+        for alike in kinds.values():
+            served = [name for name in alike if serves(name, model)]
+            for number, name in enumerate(served):
+                slow = model != "llama" and number != place % len(served)
+                yield pytest.param(name, model, id=f"{name}-{model}", marks=[pytest.mark.slow] if slow else [])
+
+
+PAIRS = list(pairs())
 
 
 def swapped(name, model_name):

@@ -1,6 +1,7 @@
 """Recurrent models with what is around a model: files, Trainer, PEFT, other models, graphs, inspection."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -173,10 +174,64 @@ def test_export_records_it_for_other_batches_and_paddings(form, attention):
     batch = torch.export.Dim("batch", min=2, max=64)
     shapes = ({0: batch}, {0: batch}, {0: batch})
     program = torch.export.export(Step(), (ids, mask, source(length=2, seed=2)), dynamic_shapes=shapes, strict=False)
+    assert not any("sort" in str(node.target) for node in program.graph.nodes), "ONNX has no stable one"
     more, other = padded(source(3, seed=5), left=True)
     other[0, :7] = 0
     written = source(3, 2, seed=6)
     close(program.module()(more, other, written), Step()(more, other, written))
+
+
+NEEDED = ("onnx", "onnxscript", "onnxruntime")
+ONNX = {
+    "seq2seq": lambda: seq2seq(),
+    "bahdanau": lambda: ap.swap_attention(seq2seq("bahdanau", num_layers=1), {"type": "additive", "roles": ["cross"]}),
+    "encoder": lambda: build(RecurrentEncoderConfig(**{**SMALL, "num_labels": 3})),
+    "decoder": lambda: build(RecurrentDecoderConfig(**SMALL, **IDS)),
+}
+
+
+class Scores(nn.Module):
+    """What a recurrent model makes of texts of any padding, and of what stands beside them: a target, or states."""
+
+    def __init__(self, model, beside):
+        super().__init__()
+        self.model, self.beside = model, beside
+
+    def forward(self, ids, mask, beside=None):
+        more = {"use_cache": False, self.beside: beside} if self.beside else {}
+        return self.model(input_ids=ids, attention_mask=mask, **more).logits
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in NEEDED), reason=f"needs {', '.join(NEEDED)}: pip install them"
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:# The axis name:UserWarning")
+@pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export:UserWarning")
+@pytest.mark.parametrize("kind", ONNX)
+@torch.no_grad()
+def test_onnx_computes_the_same(kind, tmp_path):
+    """For another batch with other padding than the file was made with, of an encoder for another length too."""
+    import onnxruntime
+
+    beside = {"encoder": None, "decoder": "encoder_hidden_states"}.get(kind, "decoder_input_ids")
+    model, path, given = Scores(ONNX[kind](), beside).eval(), str(tmp_path / "model.onnx"), []
+    for rows, left in ((2, False), (3, True)):
+        ids, mask = padded(source(rows, 7 if beside else 5 + rows, seed=rows), left=left)
+        mask[0, :6] = 0
+        states = torch.randn(rows, 5, 16, generator=torch.Generator().manual_seed(rows))
+        targets = {"decoder_input_ids": source(rows, 3), "encoder_hidden_states": states}
+        given.append((ids, mask, *([targets[beside]] if beside else [])))
+    names = ["ids", "mask", "beside"][: len(given[0])]
+    batch = torch.export.Dim("batch", min=2, max=64)
+    shapes = tuple({0: batch} if beside else {0: batch, 1: torch.export.Dim("length", min=3, max=100)} for _ in names)
+    torch.onnx.export(model, given[0], path, dynamo=True, dynamic_shapes=shapes, input_names=names)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for tensors in given:
+        (got,) = session.run(None, {name: x.numpy() for name, x in zip(names, tensors, strict=True)})
+        close(torch.from_numpy(got), model(*tensors))
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes .* were assigned during export:UserWarning")

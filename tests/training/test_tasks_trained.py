@@ -282,11 +282,18 @@ def test_it_learns_and_what_it_learned_comes_back(task, folder, tmp_path):
 STREAM = {"streaming": True, "chunk_rows": 7, "shuffle_rows": 9, "max_eval_rows": 6}
 
 
-@pytest.mark.parametrize(
-    ("task", "reading"),
-    [*((task, {}) for task in CASES), *((task, STREAM) for task in READING)],
-    ids=[*CASES, *(f"{task}-streamed" for task in READING)],
-)
+OF_THEIR_OWN = ("induction", "captioning", "masked-lm", "sentence-embedding", "preference", "speech-recognition")
+"""Cases that could go on otherwise than others: they make their rows, draw what is hidden, sample pairs, have another
+library's trainer, or read pictures and sound. The rest is left to the slow run."""
+
+KILLED = [
+    pytest.param(task, how, id=f"{task}{kind}", marks=[] if task in OF_THEIR_OWN else [pytest.mark.slow])
+    for kind, tasks, how in (("", CASES, {}), ("-streamed", READING, STREAM))
+    for task in tasks
+]
+
+
+@pytest.mark.parametrize(("task", "reading"), KILLED)
 def test_a_killed_run_goes_on_to_the_same_numbers(task, reading, folder, tmp_path):
     training = {**TRAINING, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = settings(task, folder, tmp_path / "whole", training=training)
