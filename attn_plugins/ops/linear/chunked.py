@@ -23,6 +23,8 @@ from attn_plugins.ops.sizes import scores_at_once
 
 ROWS_A_BLOCK = {"cpu": 1 << 11}
 """Tokens times query heads of one block where it is to fit a cache, by type of device."""
+LEAST_CHUNKS = 4
+"""Of each head in such a block, as far as the text has them."""
 CHUNKS_A_BLOCK = 512
 """Most chunks of one block: states are summed up over all pairs of them."""
 
@@ -91,11 +93,15 @@ def _block_size(p: _Problem) -> tuple[int, int]:
     """(tokens of a block, whole chunks; pairs of a row and a key/value head that make one)."""
     group, length, size = p.q.shape[2:]
     rows = ROWS_A_BLOCK.get(p.q.device.type)
+    fits_cache = rows is not None and not p.batched
     if rows is None or p.batched:
         features = p.phi.size(size if p.w_q is None else p.w_q.shape[-2])
         rows = scores_at_once(p.q.device) // (4 * max(features, p.chunk_size))
     chunks = max(1, rows // (group * p.chunk_size))
-    span = max(1, min(chunks, CHUNKS_A_BLOCK, -(-length // p.chunk_size)))
+    # Heads side by side: all of a token lies together in memory, and a block that is long in one head reads and writes
+    # a little everywhere.
+    side = min(p.k.shape[1], max(1, chunks // LEAST_CHUNKS)) if fits_cache else 1
+    span = max(1, min(chunks // side, CHUNKS_A_BLOCK, -(-length // p.chunk_size)))
     # Where a whole sequence is less than a block, several heads, then several rows, make one.
     return span * p.chunk_size, max(1, chunks // span)
 
