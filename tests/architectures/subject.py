@@ -186,7 +186,7 @@ def compare(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], toler
 
 
 def distance(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
-    """The largest difference; without end where speech has become of another length."""
-    if any(got[name].shape != tensor.shape for name, tensor in wanted.items()):
+    """The largest difference; without end where speech has become of another length, or other objects are seen."""
+    if got.keys() != wanted.keys() or any(got[name].shape != tensor.shape for name, tensor in wanted.items()):
         return float("inf")
     return max((float((got[name] - tensor).nan_to_num().abs().max()) for name, tensor in wanted.items()), default=0.0)

@@ -20,7 +20,6 @@ REASONS: dict[str, str] = {
     "gemma4_unified_assistant": "transformers builds none: it wants all layers to share keys, and refuses that",
     "qwen2_5_omni": "has no forward; its parts are model types of their own",
     "qwen3_omni_moe": "has no forward; its parts are model types of their own",
-    "sam3_video": "takes sessions with text prompts alone, which these checks have none of",
 }
 """Model type -> why no tiny model or no inputs are made, where the error that is met does not say it."""
 

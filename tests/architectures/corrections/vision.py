@@ -108,6 +108,11 @@ MEMORY = {
 }
 """The models have the number of channels of their memory, 64, in their code, and want more than that of images."""
 SAM3_VIT = {"window_size": 3, "global_attn_indexes": [1]}
+SAM3_MEMORY_VISION = {
+    "fpn_hidden_size": 128,
+    "backbone_config": {**SAM3_VIT, "image_size": 64, "patch_size": 16},
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+}
 
 INTRACLASS = {
     "reduce_channel": [1, 1, 0],
@@ -254,13 +259,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_queries": 7,
     },
     "sam2_video": MEMORY,
-    "sam3_tracker_video": {
-        **MEMORY,
-        "vision_config": {
-            "fpn_hidden_size": 128,
-            "backbone_config": {**SAM3_VIT, "image_size": 64, "patch_size": 16},
-            "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    "sam3_tracker_video": {**MEMORY, "vision_config": SAM3_MEMORY_VISION},
+    "sam3_video": {
+        "detector_config": {
+            "vision_config": SAM3_MEMORY_VISION,
+            "detr_encoder_config": {"hidden_size": 128},
+            "detr_decoder_config": {"hidden_size": 128, "num_queries": 3},
+            "geometry_encoder_config": {"hidden_size": 128},
+            "mask_decoder_config": {"hidden_size": 128},
         },
+        "tracker_config": {**MEMORY, "vision_config": SAM3_MEMORY_VISION},
+        "low_res_mask_size": 16,
+        "fill_hole_area": 0,
+        # Whatever is detected is followed, from the first frame on.
+        **dict.fromkeys(("score_threshold_detection", "det_nms_thresh", "new_det_thresh"), 0.0),
+        "hotstart_delay": 0,
     },
     "edgetam_video": {
         **MEMORY,
@@ -435,6 +448,20 @@ def second_frame(model: Any, source: Random) -> dict[str, Any]:
     session.add_point_inputs(session.obj_id_to_idx(1), 0, points)
     session.obj_with_new_inputs = [1]
     model(session, frame_idx=0)
+    return {"inference_session": session, "frame_idx": 1}
+
+
+@inputs("sam3_video")
+def second_frame_with_a_prompt(model: Any, source: Random) -> dict[str, Any]:
+    """The frame after one in which objects were found by a text, which is read anew."""
+    module = sys.modules[type(model).__module__]
+    video = source(2, 3, 64, 64)
+    session = module.Sam3VideoInferenceSession(video, video_height=64, video_width=64, dtype=torch.float32)
+    prompt = session.add_prompt("a thing")
+    session.prompt_input_ids[prompt] = source.ids(1, 9)
+    session.prompt_attention_masks[prompt] = torch.ones(1, 9, dtype=torch.long)
+    model(session, frame_idx=0)
+    session.prompt_embeddings.clear()
     return {"inference_session": session, "frame_idx": 1}
 
 
