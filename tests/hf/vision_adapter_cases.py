@@ -22,8 +22,14 @@ FEWER_KEYS: dict[str, Any] = {"narrow": {"type": "topk", "topk": 1}}
 RESNET = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 32], "depths": [1, 1, 1, 1], "out_indices": [4]}
 
 
-def pixels(size: int = 16) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))}
+def pixels(size: int = 16, width: int | None = None) -> dict[str, torch.Tensor]:
+    shape = (2, 3, size, width or size)
+    return {"pixel_values": torch.randn(shape, generator=torch.Generator().manual_seed(1))}
+
+
+def wide() -> dict[str, torch.Tensor]:
+    """Of more columns than rows, which modules that lay tokens out on a grid must not exchange."""
+    return pixels(16, 32)
 
 
 def padded_pixels() -> dict[str, torch.Tensor]:
@@ -210,7 +216,7 @@ CASES = {
     "glpn-pooled": Case(
         made=lambda: (tf.GLPNModel, _pyramid(tf.GLPNConfig, sr_ratios=[2, 1])),
         role="encoder",
-        given=pixels,
+        given=wide,
         **FEWER_KEYS,
     ),
     "pvt": Case(
@@ -222,7 +228,7 @@ CASES = {
     "pvt_v2": Case(
         made=lambda: (tf.PvtV2Model, _pyramid(tf.PvtV2Config, sr_ratios=[2, 1])),
         role="encoder",
-        given=pixels,
+        given=wide,
         weighs=False,
         **FEWER_KEYS,
     ),
@@ -234,7 +240,7 @@ CASES = {
         **FEWER_KEYS,
     ),
     "cvt": Case(made=lambda: (tf.CvtModel, _cvt(1)), role="encoder", given=pixels, weighs=False),
-    "cvt-pooled": Case(made=lambda: (tf.CvtModel, _cvt(2)), role="encoder", given=pixels, weighs=False, **FEWER_KEYS),
+    "cvt-pooled": Case(made=lambda: (tf.CvtModel, _cvt(2)), role="encoder", given=wide, weighs=False, **FEWER_KEYS),
     "levit": Case(
         made=lambda: (tf.LevitModel, _levit()),
         given=lambda: pixels(64),
