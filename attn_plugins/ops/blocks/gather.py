@@ -6,7 +6,8 @@ sums of a query are accumulated. Scores stay in the CPU's cache and are computed
 
 A softmax subtracts a number from the scores before the exponential. The row maximum would take a pass of its own over
 all scores; the query's score with its own key does as well, as long as no score is higher by more than floats can hold.
-Where one is, the maximum is computed after all.
+Where one is, the maximum is computed after all. Scores are in units of ln 2, as 2^x takes a third of the time of e^x on
+CPU.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from attn_plugins.core.tracing import readable
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads, outside_autocast
 from attn_plugins.ops.softmax.tiles import tiled_attention
 
+LOG2_E = 1.4426950408889634
 LARGEST_TILE = 128
 """Pairs that are multiplied with one block at a time."""
 SCORES_AT_ONCE = 2**17
@@ -315,7 +317,7 @@ class _Gathered(torch.autograd.Function):
             out, total = call.sums(parts, shift)
         out = out.div_(total.clamp(min=torch.finfo(total.dtype).tiny).unsqueeze(-1))
         out_BHQV = out.to(v_BGKV.dtype).view(*q_BHQD.shape[:3], -1)
-        ctx.save_for_backward(q_BHQD, k_BGKD, v_BGKV, out_BHQV, shift + total.log())
+        ctx.save_for_backward(q_BHQD, k_BGKD, v_BGKV, out_BHQV, shift + total.log2())
         ctx.parts, ctx.options = parts, options
         return out_BHQV
 
@@ -327,12 +329,15 @@ class _Gathered(torch.autograd.Function):
         call = _Inputs(q_BHQD, k_BGKD, v_BGKV, ctx.options)
         grad = grad_BHQV.to(call.dtype).reshape(len(call.q), -1)
         delta = torch.einsum("nv,nv->n", grad, out_BHQV.to(call.dtype).view(grad.shape))
-        # exp(score - inf) = 0: what sees nothing has no weights.
+        # 2^(score - inf) = 0: what sees nothing has no weights.
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         dq, dk, dv = (torch.zeros_like(x) for x in (call.q, call.k, call.v))
         for part in ctx.parts:
             k_XCD, v_XCV = call.blocks(part)
-            dk_XCD, dv_XCV = torch.zeros_like(k_XCD), torch.zeros_like(v_XCV)
+            in_order = call.in_order(part)
+            dk_XCD, dv_XCV = (
+                x.view(of.shape) if in_order else torch.zeros_like(of) for x, of in ((dk, k_XCD), (dv, v_XCV))
+            )
             for tile in call.tiles(part, k_XCD, v_XCV):
                 rows = tile.rows.flatten()
                 g = grad.index_select(0, rows).view(*tile.rows.shape, -1)
@@ -343,12 +348,14 @@ class _Gathered(torch.autograd.Function):
                 ds.sub_(delta.index_select(0, rows).view(*tile.rows.shape, 1)).mul_(weights)
                 dk_XCD.index_add_(0, tile.block, torch.bmm(ds.mT, tile.q))
                 dq.index_add_(0, rows, torch.bmm(ds, tile.k).flatten(0, 1))
+            if in_order:
+                continue
             # Where there is no key the gradient is zero, whatever number stands there.
             dk.index_add_(0, part.keys_XC.flatten(), dk_XCD.flatten(0, 1))
             dv.index_add_(0, part.keys_XC.flatten(), dv_XCV.flatten(0, 1))
         # autograd casts each gradient to the dtype of its input.
         dq = dq.mul_(call.scale).view(q_BHQD.shape)
-        return dq, dk.view(k_BGKD.shape), dv.view(v_BGKV.shape), None, None, None
+        return dq, dk.div_(LOG2_E).view(k_BGKD.shape), dv.view(v_BGKV.shape), None, None, None
 
 
 @dataclass(frozen=True)
@@ -372,24 +379,32 @@ class _TileBatch:
 
 
 class _Inputs:
-    """The inputs of one call by row, head and position, queries scaled; for both directions."""
+    """The inputs of one call by row, head and position, queries scaled by LOG2_E too; for both directions."""
 
     def __init__(self, q_BHQD, k_BGKD, v_BGKV, options):
         self.scale, self.dropout, self.seed = options
         self.dtype = accumulation_dtype(q_BHQD, k_BGKD, v_BGKV)
         self.q, self.k, self.v = (x.to(self.dtype).reshape(-1, x.shape[-1]) for x in (q_BHQD, k_BGKD, v_BGKV))
-        self.q = self.q * self.scale
+        self.q = self.q * (self.scale * LOG2_E)
         self.generator = None
         if self.dropout:
             self.generator = torch.Generator(q_BHQD.device).manual_seed(self.seed)
 
     def blocks(self, part: PairTiles) -> list[torch.Tensor]:
+        if self.in_order(part):
+            return [x.view(*part.keys_XC.shape, -1) for x in (self.k, self.v)]
         found = [x.index_select(0, part.keys_XC.flatten()).view(*part.keys_XC.shape, -1) for x in (self.k, self.v)]
         if part.not_padding_XC is None:
             return found
         # Padding may hold anything, and what stands for no key is another row's: a weight of 0 would not hide a NaN.
         is_padding = ~part.not_padding_XC.unsqueeze(-1)
         return [x.masked_fill_(is_padding, 0.0) for x in found]
+
+    def in_order(self, part: PairTiles) -> bool:
+        """Whether the blocks are the keys as they are, each once."""
+        if part.not_padding_XC is not None or part.keys_XC.numel() != len(self.k):
+            return False
+        return torch.equal(part.keys_XC.flatten(), torch.arange(len(self.k), device=part.keys_XC.device))
 
     def tiles(self, part: PairTiles, k_XCD: torch.Tensor, v_XCV: torch.Tensor) -> Iterator[_TileBatch]:
         step = max(1, SCORES_AT_ONCE // (part.rows_TR.shape[1] * part.keys_XC.shape[1]))
@@ -410,12 +425,12 @@ class _Inputs:
         return scores if tile.hidden is None else scores.masked_fill_(tile.hidden, -torch.inf)
 
     def weights(self, tile: _TileBatch, shift: torch.Tensor) -> torch.Tensor:
-        """exp(score - level of the query), 0 at free places."""
+        """2^(score - level of the query), 0 at free places."""
         shift = shift.index_select(0, tile.rows.flatten()).view(tile.rows.shape).masked_fill_(tile.free, torch.inf)
-        return self.scores(tile).sub_(shift.unsqueeze(-1)).exp_()
+        return self.scores(tile).sub_(shift.unsqueeze(-1)).exp2_()
 
     def sums(self, parts: list[PairTiles], shift: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of exp(score - level) v and of exp(score - level), for each query."""
+        """Of 2^(score - level) v and of 2^(score - level), for each query."""
         if self.generator is not None:
             self.generator.manual_seed(self.seed)
         total = torch.zeros_like(shift)
