@@ -113,8 +113,9 @@ def prefix_tokens(model: nn.Module, path: str) -> int | None:
 
 
 def of_model(shape: HeadShape, model: nn.Module, target: Target) -> HeadShape:
-    """Sizes of a module's heads with what the model around it tells."""
-    grid = shape.grid_size
+    """Sizes of a module's heads with what the model around it tells, and with the grid of a module's own windows."""
+    window = getattr(model.get_submodule(target.path), "window_size", None)
+    grid = window if isinstance(window, (list, tuple)) and len(window) == 2 else None
     for part in _outwards(model, target.path):
         if grid is not None:
             break

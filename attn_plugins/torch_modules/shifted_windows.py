@@ -1,6 +1,5 @@
 """The adapter of the attention of torchvision's Swin and Swin V2, which multiplies queries with keys itself."""
 
-import dataclasses
 from typing import Any, ClassVar
 
 import torch
@@ -33,10 +32,9 @@ class ShiftedWindowAttention:
     needs: ClassVar[dict[str, str]] = {"position_bias": "it adds a relative position bias to the scores"}
 
     def head_shape(self) -> HeadShape:
-        """Sizes of its heads, and the rows and columns of a window."""
+        """Sizes of its heads."""
         module: Any = self
-        rows, columns = module.window_size
-        return dataclasses.replace(head_sizes.head_shape(module, None), grid_size=(rows, columns))
+        return head_sizes.head_shape(module, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The module's own, with another attention.

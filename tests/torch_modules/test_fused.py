@@ -298,6 +298,20 @@ def test_first_tokens_and_patches_of_timm_are_known():
 
 
 @torch.no_grad()
+def test_grids_are_those_of_windows_where_a_module_has_any():
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    sizes = {"img_size": 32, "patch_size": 2, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4)}
+    model = timm.create_model("swin_tiny_patch4_window7_224", window_size=4, **sizes).eval()
+    ap.swap_attention(model, "neighborhood_2d", kernel_size=3)
+    assert {m.attn_plugin.heads.grid_size for m in model.modules() if hasattr(m, "attn_plugin")} == {(4, 4)}
+    assert model(torch.randn(1, 3, 32, 32)).isfinite().all()
+    class_token = timm.create_model("beit_base_patch16_224", **{**VIT, "use_rel_pos_bias": True}).eval()
+    ap.swap_attention(class_token, "neighborhood_2d", kernel_size=3)
+    assert class_token.blocks[0].attn.attn_plugin.heads.grid_size == (4, 4)
+    assert class_token(torch.randn(1, 3, 32, 32)).isfinite().all()
+
+
+@torch.no_grad()
 def test_timm_inside_a_model_of_transformers_is_swapped_by_itself():
     pytest.importorskip("timm", reason="timm is not installed")
     sizes = {name: value for name, value in VIT.items() if name != "num_classes"}
