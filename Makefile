@@ -31,7 +31,8 @@ PYTEST = $(call PYTEST_IN,$(VENV))
 # Compiled kernels of a test run are nobody else's.
 CPP = ATTN_PLUGINS_CPP=1 ATTN_PLUGINS_CACHE="$(CURDIR)/build/cache"
 # $(1) names the sanitizers, which have a library each; what they need comes before all others. Without the leaks of Python
-# itself, and without what goes on inside libraries that no thread sanitizer has compiled.
+# itself, and without what goes on inside libraries that no thread sanitizer has compiled. What they find ends the process:
+# pytest -s has it said.
 SANITIZED = ATTN_PLUGINS_CPP=1 ATTN_PLUGINS_CACHE="$(CURDIR)/build/cache-$(1)" ASAN_OPTIONS=detect_leaks=0 \
 	TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
 PRELOAD = $(foreach name,$(1),$$($${CXX:-g++} -print-file-name=lib$(name).so))
@@ -90,9 +91,9 @@ test-cpp: setup ## build the kernels in C++ into build/, and hold them to the de
 test-cpp-sanitized: setup ## the same under sanitizers of addresses, undefined behaviour and threads: minutes
 	$(call SANITIZED,address) $(BIN)/attn-plugins build \
 		--flags "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1"
-	$(call SANITIZED,address) LD_PRELOAD="$(call PRELOAD,asan ubsan)" $(PYTEST) -m cpp -n 0 tests/backends/test_cpp.py
+	$(call SANITIZED,address) LD_PRELOAD="$(call PRELOAD,asan ubsan)" $(PYTEST) -m cpp -n 0 -s tests/backends/test_cpp.py
 	$(call SANITIZED,thread) $(BIN)/attn-plugins build --flags "-fsanitize=thread -g -O1"
-	$(call SANITIZED,thread) LD_PRELOAD="$(call PRELOAD,tsan)" $(PYTEST) -m cpp -n 0 -k threads tests/backends/test_cpp.py
+	$(call SANITIZED,thread) LD_PRELOAD="$(call PRELOAD,tsan)" $(PYTEST) -m cpp -n 0 -s -k threads tests/backends/test_cpp.py
 
 test-architectures: setup ## the flag on every model type of transformers: minutes
 	$(PYTEST) -m architectures

@@ -22,12 +22,13 @@ struct Triangle {
   }
 };
 
-// f = phi(x), for rows of x.
-static void features(Map map, int n, int E, const float* x, int64_t x_row, float* f) {
+// f = phi(x), for rows of x. The rows that are `further` on are needed next.
+static void features(Map map, int n, int E, const float* x, int64_t x_row, float* f, int64_t further) {
   const int F = map == HEDGEHOG ? 2 * E : E;
   for (int i = 0; i < n; i++) {
     const float* a = x + i * x_row;
     float* o = f + i * F;
+    fetch(a, further, E);
     if (map == HEDGEHOG) {
       vf high = load(a), low = high, sum_plus{}, sum_minus{};
       for (int e = VW; e < E; e += VW) high = larger(high, load(a + e)), low = smaller(low, load(a + e));
@@ -94,10 +95,12 @@ struct Chunks {
   float* state(int64_t x) const {
     return c.states + ((c.causal ? r.first_chunk + x : &r - c.runs) * c.groups + g) * sums;
   }
-  // phi of a chunk's keys, zeros where they are padding; rows after the last are zeros too.
-  void keys(int64_t x, float* f) const {
+  // phi of a chunk's keys, zeros where they are padding; rows after the last are zeros too. `way`: 1 where the chunk
+  // after it is next, -1 where it is the one before.
+  void keys(int64_t x, float* f, int way) const {
     int n = tokens(x);
-    features(c.map, n, c.size, c.k.at(r.row, g, token(x)), c.k.token, f);
+    features(c.map, n, c.size, c.k.at(r.row, g, token(x)), c.k.token, f, way * TILE * c.k.token);
+    for (int i = 0; i < n; i++) fetch(c.v.at(r.row, g, token(x) + i), way * TILE * c.v.token, V);
     for (int i = 0; c.padding && i < n; i++)
       if (!c.padding[r.row * c.tokens + token(x) + i]) memset(f + i * F, 0, sizeof(float) * F);
     memset(f + n * F, 0, sizeof(float) * (TILE - n) * F);
@@ -138,7 +141,7 @@ static void linear_forward(const Linear& c, Parallel parallel, int threads) {
       for (int64_t u = low; u < high; u++) {
         Chunks s(c, u / P / c.groups, u / P % c.groups);
         for (int64_t x = s.number() * (u % P) / P; x < s.number() * (u % P + 1) / P; x++) {
-          s.keys(x, f);
+          s.keys(x, f, 1);
           s.absorb(x, f, before.data() + u * sums);
         }
       }
@@ -165,11 +168,11 @@ static void linear_forward(const Linear& c, Parallel parallel, int threads) {
         int n = s.tokens(x);
         if (c.causal) {
           memcpy(s.state(x), carried, sizeof(float) * sums);
-          s.keys(x, fk);
+          s.keys(x, fk, 1);
           transpose(TILE, F, fk, F, fkT, TILE);
         }
         for (int64_t h = s.g * shared; h < (s.g + 1) * shared; h++) {
-          features(c.map, n, c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq);
+          features(c.map, n, c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq, TILE * c.q.token);
           product(n, V, F, fq, F, 1, carried, V, num, V, false);
           if (c.causal) {
             product(n, TILE, F, fq, F, 1, fkT, TILE, A, TILE, false, {s.triangle.rows});
@@ -199,10 +202,12 @@ static void linear_backward(const LinearBackward& d, Parallel parallel, int thre
   const int64_t F = c.features, V = c.value_size, shared = c.heads / c.groups;
   const int64_t P = pieces(c, threads), units = c.number * c.groups, sums = F * (V + 1);
   // Gradients of numerators (n, V) and denominators (n) of a chunk's outputs.
-  auto of_outputs = [&](const Chunks& s, int64_t x, int64_t h, float* dnum, float* dden) {
+  auto of_outputs = [&](const Chunks& s, int64_t x, int64_t h, float* dnum, float* dden, int way) {
     for (int i = 0; i < s.tokens(x); i++) {
       int64_t t = s.token(x) + i;
       const float *g = d.grad.at(s.r.row, h, t), *o = c.out.at(s.r.row, h, t);
+      fetch(g, way * TILE * d.grad.token, V);
+      fetch(o, way * TILE * c.out.token, V);
       float by = 1.f / (c.den[(s.r.row * c.heads + h) * c.tokens + t] + c.eps);
       vf a{};
       for (int e = 0; e < V; e += VW) {
@@ -229,8 +234,8 @@ static void linear_backward(const LinearBackward& d, Parallel parallel, int thre
         Chunks s(c, u / P / c.groups, u / P % c.groups);
         for (int64_t x = s.number() * (u % P) / P; x < s.number() * (u % P + 1) / P; x++)
           for (int64_t h = s.g * shared; h < (s.g + 1) * shared; h++) {
-            features(c.map, s.tokens(x), c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq);
-            of_outputs(s, x, h, dnum, dden);
+            features(c.map, s.tokens(x), c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq, TILE * c.q.token);
+            of_outputs(s, x, h, dnum, dden, 1);
             absorb(s, s.tokens(x), fq, dnum, dden, after.data() + u * sums);
           }
       }
@@ -259,7 +264,7 @@ static void linear_backward(const LinearBackward& d, Parallel parallel, int thre
       for (int64_t x = s.number() * (u % P + 1) / P - 1; x >= s.number() * (u % P) / P; x--) {
         const int n = s.tokens(x);
         const float *S = s.state(x), *z = S + F * V, *v = c.v.at(s.r.row, s.g, s.token(x));
-        s.keys(x, fk);
+        s.keys(x, fk, -1);
         transpose(F, V, S, V, ST, F);
         transpose(F, V, dS, V, dST, F);
         if (c.causal) {
@@ -277,8 +282,8 @@ static void linear_backward(const LinearBackward& d, Parallel parallel, int thre
           for (int e = 0; e < F; e += VW) store(dfk + i * F + e, load(dfk + i * F + e) + load(dz + e));
         product(n, V, F, fk, F, 1, dS, V, dv, V, false);
         for (int64_t h = s.g * shared; h < (s.g + 1) * shared; h++) {
-          features(c.map, n, c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq);
-          of_outputs(s, x, h, dnum, dden);
+          features(c.map, n, c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq, -TILE * c.q.token);
+          of_outputs(s, x, h, dnum, dden, -1);
           product(n, F, V, dnum, V, 1, ST, F, dfq, F, false);
           for (int i = 0; i < n; i++)
             for (int e = 0; e < F; e += VW)

@@ -178,8 +178,16 @@ static inline void product(int M, int N, int K, const float* A, int64_t am, int6
   }
 }
 
+// Has a row of memory that is needed soon fetched; it need not be there.
+static inline void fetch(const float* row, int64_t further, int size) {
+  for (int i = 0; i < size; i += 16) __builtin_prefetch((const char*)((uintptr_t)row + further * 4 + i * 4), 0, 2);
+}
+
 static inline float* scratch(size_t floats) {
   static thread_local std::vector<float> held;
+#if defined(__SANITIZE_ADDRESS__)
+  held.clear(), held.shrink_to_fit();  // no larger than asked for, so that what is written behind it is seen
+#endif
   if (held.size() < floats + 16) held.resize(floats + 16);
   return (float*)(((uintptr_t)held.data() + 63) / 64 * 64);
 }
