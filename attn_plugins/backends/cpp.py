@@ -2,12 +2,13 @@
 
 import functools
 import os
+from typing import Any
 
 import torch
 
 from attn_plugins.backends import cpp_build
 from attn_plugins.core.backend import Backend, register_backend
-from attn_plugins.ops.blocks.gather import ChoosesBlocks, SoftmaxForms
+from attn_plugins.ops.blocks.gather import SoftmaxForms
 from attn_plugins.ops.linear.attention import FeatureAttention
 from attn_plugins.ops.softmax.attention import PatternAttention, by_heads
 
@@ -76,8 +77,8 @@ class Cpp(Backend):
 
     def serves(self, attention):
         """Whether it is one of these as they are: what attends in a way of its own knows more than its tiles say."""
-        kinds = (PatternAttention, FeatureAttention)
-        return isinstance(attention, ChoosesBlocks) or any(type(attention).attend is kind.attend for kind in kinds)
+        attend = type(attention).attend
+        return attend is PatternAttention.attend or attend is FeatureAttention.attend or _chooses_blocks(attention)
 
     def missing(self):
         if cpp_build.built() is None:
@@ -107,9 +108,14 @@ class Cpp(Backend):
         load(str(cpp_build.built()))
         if isinstance(attention, FeatureAttention):
             return compiled_linear(attention.prepare(q_BHQD, k_BGKD, mask, scale), v_BGKV, mask)
-        if isinstance(attention, ChoosesBlocks):
+        if _chooses_blocks(attention):
             forms = SoftmaxForms(compiled_blocks, compiled_attention)
             return attention.attend(q_BHQD, k_BGKD, v_BGKV, mask=mask, scale=scale, forms=forms, **options)
         q_BHQD, k_BGKD = attention.place(q_BHQD, k_BGKD, mask, rotary)
         parts = attention.patterns(q_BHQD.shape[1], mask, grid_size)
         return by_heads(compiled_attention, q_BHQD, k_BGKD, v_BGKV, mask, parts, scale=scale, **options)
+
+
+def _chooses_blocks(attention: Any) -> bool:
+    """Whether it is :class:`attn_plugins.ops.blocks.gather.ChoosesBlocks`; modules are slow to say what they lack."""
+    return hasattr(type(attention), "chooses_blocks")

@@ -7,7 +7,6 @@
 ``q_BHQD`` is a tensor of shape (B, H, Q, D). Queries are the last Q of the K positions when there is a cache.
 """
 
-import contextlib
 import dataclasses
 import math
 import warnings
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from attn_plugins.core.backend import FORMS, Backend, fastest, forced
-from attn_plugins.core.capabilities import NEEDS, capabilities
+from attn_plugins.core.capabilities import check_numbers, refuse_lacking
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.gradients import with_gradients_to
 from attn_plugins.core.grid import GridSize
@@ -238,12 +237,13 @@ class Attention(nn.Module):
         if sinks is not None:
             extras["sinks"] = sinks
         self._refuse(q_BHQD, k_BGKD, mask, extras)
-        _check_numbers(scale, dropout, softcap)
+        if dropout or softcap is not None or not (isinstance(scale, float) and 0 < scale < math.inf):
+            check_numbers(scale, dropout, softcap)
         if dropout > 0 and not type(self).dropout and not torch.compiler.is_compiling():
             warn_of_dropout(type(self), dropout)
         if state is not None:
             state.check(q_BHQD, k_BGKD, v_BGKV, mask, need_weights=need_weights)
-        backend = self.chosen(q_BHQD, k_BGKD, v_BGKV, state=state)
+        chosen = self.chosen(q_BHQD, k_BGKD, v_BGKV, state=state)
         options = {"mask": mask, "scale": scale, "dropout": dropout, **extras}
         if self.wants_rotary:
             if rotary is None:
@@ -258,6 +258,7 @@ class Attention(nn.Module):
         hidden_B1QE = self._hidden(q_BHQD, k_BGKD, hidden, state) if self.wants_hidden else None
         device = q_BHQD.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
+        how = chosen, state, part, options, need_weights
         if autocast:
             # As torch's own attention does: inputs are cast (rotary positions may leave q and k in float32 beside v in
             # bfloat16), while sums keep the precision that they are written in.
@@ -265,36 +266,49 @@ class Attention(nn.Module):
             q_BHQD, k_BGKD, v_BGKV = (x if x.dtype == torch.float64 else x.to(lower) for x in (q_BHQD, k_BGKD, v_BGKV))
             if hidden_B1QE is not None and hidden_B1QE.dtype != torch.float64:
                 hidden_B1QE = hidden_B1QE.to(lower)
-        weights_BHQK = None
-        with torch.autocast(device, enabled=False) if autocast else contextlib.nullcontext():
-            if part is not None:
-                if hidden_B1QE is not None:
-                    options["hidden_BQE"] = hidden_B1QE.squeeze(1)
-                out_BHQV = self.attend_part(q_BHQD, k_BGKD, v_BGKV, part=part, **options)
-            elif state is not None:
-                state.to(k_BGKD.device)  # it may have been offloaded
-                new = (k_BGKD, v_BGKV) if hidden_B1QE is None else (k_BGKD, v_BGKV, hidden_B1QE)
-                k_BGKD, v_BGKV, *hidden_B1KE = state.flush_pending(*new)
-                if hidden_B1KE:
-                    options["hidden_BKE"] = hidden_B1KE[0].squeeze(1)
-                out_BHQV = self.attend_from(q_BHQD, k_BGKD, v_BGKV, state=state, **options)
-            elif need_weights or backend == "reference":
-                q_BHQD, k_BGKD, v_BGKV = (self._fixed(x) for x in (q_BHQD, k_BGKD, v_BGKV))
-                if hidden_B1QE is not None:
-                    options["hidden_BQE"] = self._fixed(hidden_B1QE).squeeze(1)
-                out_BHQV, weights_BHQK = self.reference(q_BHQD, k_BGKD, v_BGKV, **options)
-            else:
-                if hidden_B1QE is not None:
-                    options["hidden_BQE"] = hidden_B1QE.squeeze(1)
-                by = self.computed_by(q_BHQD, k_BGKD, v_BGKV, **options)
-                if not isinstance(by, str):
-                    out_BHQV = by.attend(self, q_BHQD, k_BGKD, v_BGKV, **options)
-                elif by == "batched":
-                    out_BHQV = self.attend_batched(q_BHQD, k_BGKD, v_BGKV, **options)
-                else:
-                    out_BHQV = self.attend(q_BHQD, k_BGKD, v_BGKV, **options)
+            with torch.autocast(device, enabled=False):
+                out_BHQV, weights_BHQK = self._run_form(q_BHQD, k_BGKD, v_BGKV, hidden_B1QE, *how)
+        else:
+            out_BHQV, weights_BHQK = self._run_form(q_BHQD, k_BGKD, v_BGKV, hidden_B1QE, *how)
         out_BQHV = out_BHQV.transpose(1, 2).contiguous()
-        return with_gradients_to(out_BQHV, self.parameters()), weights_BHQK
+        if torch.is_grad_enabled():
+            out_BQHV = with_gradients_to(out_BQHV, self.parameters())
+        return out_BQHV, weights_BHQK
+
+    def _run_form(
+        self,
+        q_BHQD: torch.Tensor,
+        k_BGKD: torch.Tensor,
+        v_BGKV: torch.Tensor,
+        hidden_B1QE: torch.Tensor | None,
+        chosen: str,
+        state: State | None,
+        part: Part | None,
+        options: dict[str, Any],
+        need_weights: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(out_BHQV, weights_BHQK or None) of a call that has been checked, by the form that serves it."""
+        if state is not None and part is None:
+            state.to(k_BGKD.device)  # it may have been offloaded
+            new = (k_BGKD, v_BGKV) if hidden_B1QE is None else (k_BGKD, v_BGKV, hidden_B1QE)
+            k_BGKD, v_BGKV, *hidden_B1KE = state.flush_pending(*new)
+            if hidden_B1KE:
+                options["hidden_BKE"] = hidden_B1KE[0].squeeze(1)
+            return self.attend_from(q_BHQD, k_BGKD, v_BGKV, state=state, **options), None
+        dense = part is None and (need_weights or chosen == "reference")
+        if dense:
+            q_BHQD, k_BGKD, v_BGKV = (self._fixed(x) for x in (q_BHQD, k_BGKD, v_BGKV))
+        if hidden_B1QE is not None:
+            options["hidden_BQE"] = (self._fixed(hidden_B1QE) if dense else hidden_B1QE).squeeze(1)
+        if dense:
+            return self.reference(q_BHQD, k_BGKD, v_BGKV, **options)
+        if part is not None:
+            return self.attend_part(q_BHQD, k_BGKD, v_BGKV, part=part, **options), None
+        by = self._computed_by(chosen, q_BHQD, k_BGKD, v_BGKV, **options)
+        if not isinstance(by, str):
+            return by.attend(self, q_BHQD, k_BGKD, v_BGKV, **options), None
+        attend = self.attend_batched if by == "batched" else self.attend
+        return attend(q_BHQD, k_BGKD, v_BGKV, **options), None
 
     def chosen(self, *tensors: torch.Tensor, state: State | None = None) -> str:
         """The backend that computes with these tensors: what was asked for, or what ``auto`` is here.
@@ -334,7 +348,12 @@ class Attention(nn.Module):
         Raises:
             ValueError: a backend was asked for that cannot serve the call.
         """
-        chosen = self.chosen(q_BHQD, k_BGKD, v_BGKV)
+        return self._computed_by(self.chosen(q_BHQD, k_BGKD, v_BGKV), q_BHQD, k_BGKD, v_BGKV, **options)
+
+    def _computed_by(
+        self, chosen: str, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, **options: Any
+    ) -> str | Backend:
+        """The same, by what :meth:`chosen` has said."""
         if "gates_of_BGKV" in options:  # libraries make gates of v itself
             return "batched" if self.prefers_batched(q_BHQD) else "torch"
         if self.backend == "auto" and chosen in ("auto", "torch"):
@@ -449,25 +468,14 @@ class Attention(nn.Module):
         return not self.heads_alike or next(self.parameters(), None) is not None
 
     def _refuse(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, extras: dict[str, Any]) -> None:
-        needs = [*extras]
-        if mask.segments_BK is not None:
-            needs.append("segments")
-        if not mask.plain:
-            needs.append("any_mask" if mask.ruled else "structure")
-        if mask.cross:
-            needs.append("cross")
-        elif not mask.ruled:
-            needs.append("causal" if mask.causal else "bidirectional")
-        for capability in needs:
-            if not getattr(type(self), "any_mask" if capability == "structure" else capability):
-                raise ValueError(
-                    f"this call needs {NEEDS[capability]}, which attention {self.name!r} cannot honour; "
-                    f"it can honour: {', '.join(capabilities(type(self)))}"
-                )
-        self._check_heads(q_BHQD.shape[1])
-        if self.heads is not None:
-            got = (q_BHQD.shape[1], k_BGKD.shape[1], q_BHQD.shape[3])
-            want = (self.heads.num_heads, self.heads.num_key_value_heads, self.heads.head_dim)
+        kind = type(self)
+        if extras or not mask.usual or not (kind.causal if mask.causal else kind.bidirectional):
+            refuse_lacking(kind, mask, extras)
+        (_, number, _, size), heads = q_BHQD.shape, self.heads
+        if self.heads_multiple_of > 1:
+            self._check_heads(number)
+        if heads is not None:
+            got, want = (number, k_BGKD.shape[1], size), (heads.num_heads, heads.num_key_value_heads, heads.head_dim)
             if got != want and self.needs_all_heads:
                 raise ValueError(
                     f"attention {self.name!r} was built for "
@@ -480,15 +488,6 @@ class Attention(nn.Module):
                 f"attention {self.name!r} needs a number of query heads that is a multiple of "
                 f"{self.heads_multiple_of}, got {number}"
             )
-
-
-def _check_numbers(scale: Any, dropout: Any, softcap: Any) -> None:
-    if isinstance(scale, (int, float)) and not 0 < scale < math.inf:
-        raise ValueError(f"scale={scale!r}; allowed: a finite number above 0")
-    if isinstance(softcap, (int, float)) and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap!r}; allowed: a finite number above 0")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout!r}; allowed: a probability from 0 to below 1")
 
 
 def warn_of_dropout(attention: type[Attention], dropout: float) -> None:

@@ -145,6 +145,8 @@ def fastest(attention: Any, *tensors: torch.Tensor, **options: Any) -> Backend |
     device = tensors[0].device
     for name in _tried_first(attention.name, device.type, device.index or 0):
         backend = _instances[name]
+        if not backend.serves(attention):
+            continue
         if torch.compiler.is_compiling() and not backend.traceable:
             continue
         if why_not(backend, attention, *tensors, **options) is None:

@@ -71,7 +71,9 @@ class State:
 
     def advance(self, number: int) -> None:
         """Add to the number of tokens that ``tensors`` stand for."""
-        if self._counter is None or not torch.compiler.is_compiling():
+        if self._counter is None:
+            self._length = self.length + number
+        elif not torch.compiler.is_compiling():
             self.length += number
         else:
             self._counter.add_(number)
@@ -85,6 +87,8 @@ class State:
     @property
     def seen(self) -> int:
         """Tokens seen, pending ones counted."""
+        if self.pending is None and self._length is not None:
+            return self._length
         return self.length + self.num_pending
 
     @property
@@ -109,6 +113,8 @@ class State:
         Returns:
             the pending tokens followed by the new ones.
         """
+        if self.pending is None and not self.recording:
+            return new
         if self.pending is not None:
             new = tuple(torch.cat(both, dim=2) for both in zip(self.pending, new, strict=True))
         if self.recording:
@@ -182,6 +188,10 @@ class State:
             itself, as hooks that move the arguments of a module hand on what they get from here (accelerate's).
         """
         device = torch.device(device)
+        if self.pending is None and not self.history and self._counter is None:
+            held = next(iter(self.tensors.values()), None)  # which is where all of them are: they move together
+            if held is not None and held.device == device:
+                return self
         if any(tensor.device != device for tensor in self._held()):
             self.apply(lambda tensor: tensor.to(device))
         if self._counter is not None and self._counter.device != device:
@@ -241,14 +251,20 @@ class State:
             )
         known = self.like()
         if known is not None:
-            got = [(*x.shape[:2], x.shape[3]) for x in (k_BGKD, v_BGKV)]
-            want = [(*x.shape[:2], x.shape[3]) for x in known]
+            (k_rows, k_heads, _, k_size), (v_rows, v_heads, _, v_size) = k_BGKD.shape, v_BGKV.shape
+            (k_rows_held, k_heads_held, _, k_size_held), (v_rows_held, v_heads_held, _, v_size_held) = (
+                known[0].shape,
+                known[1].shape,
+            )
+            got = (k_rows, k_heads, k_size), (v_rows, v_heads, v_size)
+            want = (k_rows_held, k_heads_held, k_size_held), (v_rows_held, v_heads_held, v_size_held)
             if got != want:
                 raise ValueError(
                     f"the cache holds keys and values of (rows, heads, size) = {want[0]} and {want[1]}, "
                     f"got {got[0]} and {got[1]}; it belongs to another model or batch"
                 )
-        self.check_room(q_BHQD.shape[2])
+        if self.fixed_length is not None:
+            self.check_room(q_BHQD.shape[2])
         if not mask.causal:
             raise ValueError(f"a cache needs a causal mask, got {mask}")
         if mask.segments_BK is not None:

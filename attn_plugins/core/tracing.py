@@ -19,7 +19,7 @@ def recorded(*tensors: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         # Not is_exporting(): Dynamo up to torch 2.12 takes that for True in torch.compile too.
         return not torch.compiler.is_dynamo_compiling() or torch.compiler._is_exporting_flag
-    if torch.jit.is_tracing() or get_proxy_mode() is not None:
+    if torch._C._is_tracing() or get_proxy_mode() is not None:
         return True
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False

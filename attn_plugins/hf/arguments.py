@@ -17,9 +17,12 @@ SUPPORTED = {
     *("query", "key", "value", "attention_mask", "scaling", "dropout", "is_causal", "output_attentions"),
     *("position_bias", "softcap", "s_aux", "sinks", "indices", "block_indices"),
     *("sliding_window", "position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
-    "deterministic",
+    *("deterministic", "use_cache"),
 }
 """Keyword arguments of attention functions that are supported, or that say what the mask says as well."""
+
+WITHOUT_EFFECT = frozenset(SUPPORTED - {"output_attentions", "sinks", "indices", "block_indices"})
+"""Those of which the attention function takes no notice."""
 
 SIGNATURE = "_attn_plugin_signature"
 """Attribute of an attention module with a slot: its :class:`Signature`."""

@@ -4,7 +4,6 @@ Hooks around the module's forward note the call for its thread, and for as long 
 arguments reach an attention function in every call, and threads may share a model.
 """
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,24 +13,26 @@ from torch import nn
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.tracing import exporting
 from attn_plugins.hf.hooks import remove_hooks
+from attn_plugins.hf.under_way import thread
 
 
 class Call:
     """The forward of an attention module, under way."""
+
+    state: State | None = None
+    """What a cache holds for the module's attention in place of keys and values."""
+    awaiting_update = False
+    """Whether the cache's layer with the state is still to be given the new keys and values."""
+    consumed = False
+    """Whether the state has taken the new tokens in."""
+    release: Callable[[], None] | None = None
+    """Gives the state up for an ordinary layer: a dense mask would be read beside the keys of all tokens."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outer: "Call | None"):
         self.module, self.args, self.kwargs = module, args, kwargs
         self.outer = outer
         """The call of the module that has called this one, where that is swapped too."""
         self.exported = exporting()
-        self.state: State | None = None
-        """What a cache holds for the module's attention in place of keys and values."""
-        self.awaiting_update = False
-        """Whether the cache's layer with the state is still to be given the new keys and values."""
-        self.consumed = False
-        """Whether the state has taken the new tokens in."""
-        self.release: Callable[[], None] | None = None
-        """Gives the state up for an ordinary layer: a dense mask would be read beside the keys of all tokens."""
 
     def find(self, kind: type) -> Any:
         """The first of the module's arguments of a type, or None."""
@@ -44,51 +45,37 @@ class Call:
             self.state = self.release = None
 
 
-class _Calls:
-    """Those under way."""
-
-    innermost: Call | None = None
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.calls = _Calls()
-
-
-_thread = _Thread()
-"""An attribute of a thread's own object, not of this one, is what torch.compile keeps over the breaks of its graphs."""
-
-
 def innermost() -> Call | None:
     """The innermost call under way in this thread. Those of a failed export are over, without a hook."""
-    calls = _thread.calls
-    while calls.innermost is not None and calls.innermost.exported and not torch.compiler.is_exporting():
-        calls.innermost = calls.innermost.outer
-    return calls.innermost
+    notes = thread.notes
+    while notes.call is not None and notes.call.exported and not torch.compiler.is_exporting():
+        notes.call = notes.call.outer
+    return notes.call
 
 
 def call_of(module: nn.Module) -> Call | None:
     """The call of this module, None where its forward was not called as a module's."""
-    call = _thread.calls.innermost
+    call: Call | None = thread.notes.call
     return call if call is not None and call.module is module else None
 
 
 def watch(module: nn.Module) -> None:
     """Note the calls of a module."""
-    module.register_forward_pre_hook(_begin, with_kwargs=True)
+    module.register_forward_pre_hook(begin, with_kwargs=True)
     module.register_forward_hook(_end, always_call=True)
 
 
 def unwatch(module: nn.Module) -> None:
     """Undo :func:`watch`."""
-    remove_hooks(module, _begin, _end)
+    remove_hooks(module, begin, _end)
 
 
-def _begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    calls = _thread.calls
-    calls.innermost = Call(module, args, kwargs, innermost())
+def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook."""
+    notes = thread.notes
+    notes.call = Call(module, args, kwargs, None if notes.call is None else innermost())
 
 
 def _end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    calls = _thread.calls
-    calls.innermost = None if calls.innermost is None else calls.innermost.outer
+    notes = thread.notes
+    notes.call = None if notes.call is None else notes.call.outer

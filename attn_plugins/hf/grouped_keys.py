@@ -16,6 +16,11 @@ def fitted(
     Raises:
         ValueError: they do not fit; the message begins with the class of the module.
     """
+    shapes = query.shape, key.shape, value.shape
+    if shapes[1] == shapes[2] and query.device == key.device == value.device and len(shapes[0]) == len(shapes[1]) == 4:
+        (rows, heads, _, size), (key_rows, key_heads, _, key_size), _ = shapes
+        if rows == key_rows and size == key_size and key_heads and not heads % key_heads:
+            return query, key, value  # as nearly all models have them
     given = {"queries": query, "keys": key, "values": value}
     if not query.ndim == key.ndim == value.ndim == 4:
         raise _refusal(module, given, "(rows, heads, length, size) each")

@@ -5,7 +5,6 @@ What trains new weights on the model's own outputs, or scores what a swap change
 
 import contextlib
 import dataclasses
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.hf.names import SLOT, slot_of
+from attn_plugins.hf.under_way import thread
 
 Attended = tuple[torch.Tensor, torch.Tensor | None]
 """Outputs (B, Q, H, V) and, where wanted, weights (B, H, Q, K) of an attention function."""
@@ -149,22 +149,6 @@ class Observer:
     """Whether the model goes on with its own attention, else with what slots return."""
 
 
-class _Observers:
-    """Those of a thread, the innermost last."""
-
-    def __init__(self) -> None:
-        self.held: tuple[Observer, ...] = ()
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.observers = _Observers()
-
-
-_thread = _Thread()
-"""As in ``hf/grids.py``, an object of the thread's own, for torch.compile."""
-
-
 @contextlib.contextmanager
 def own_attention(model: nn.Module, see: See | None = None) -> Iterator[None]:
     """While it lasts, swapped modules of ``model`` attend by the model's own attention, in this thread.
@@ -195,19 +179,19 @@ def swapped_attention(model: nn.Module, see: See) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held(model: nn.Module, see: See | None, *, bypasses: bool) -> Iterator[None]:
-    observers = _thread.observers
-    before = observers.held
+    notes = thread.notes
+    before = notes.observers
     modules = frozenset(module for module in model.modules() if slot_of(module) is not None)
-    observers.held = (*before, Observer(modules, see, bypasses))
+    notes.observers = (*before, Observer(modules, see, bypasses))
     try:
         yield
     finally:
-        observers.held = before
+        notes.observers = before
 
 
 def observer_of(module: nn.Module) -> Observer | None:
     """Who sees the calls of a module at present, None where nobody does."""
-    held = _thread.observers.held
+    held: tuple[Observer, ...] = thread.notes.observers
     return next((one for one in reversed(held) if module in one.modules), None) if held else None
 
 

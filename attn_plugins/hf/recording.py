@@ -4,7 +4,6 @@ Few models hand ``output_attentions`` down to their attention modules. Most reco
 transformers has itself return weights under "eager" in every call. Ours cost N x N: they are made where someone waits.
 """
 
-import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,27 +13,10 @@ from transformers import PreTrainedModel
 
 from attn_plugins.core.tracing import exporting
 from attn_plugins.hf.hooks import remove_hooks
+from attn_plugins.hf.under_way import thread
 
 WEIGHED = "_attn_plugin_weighed"
 """Attribute of an attention module: whether weights were wanted of its last call with gradients."""
-
-
-class Wanted:
-    """The weights that calls under way in a thread are to return."""
-
-    by: int | None = None
-    """Identity of the outermost model under way that was asked for weights."""
-    exported = False
-    """Whether an export records it: one that fails runs no hook at the end."""
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.wanted = Wanted()
-
-
-_thread = _Thread()
-"""As in ``hf/grids.py``, an object of the thread's own, for torch.compile."""
 
 
 def watch(model: nn.Module, paths: Iterable[str]) -> None:
@@ -77,8 +59,8 @@ def weights_wanted_of(model: nn.Module, kwargs: dict[str, Any]) -> bool:
 
 def _asking() -> int | None:
     """Identity of the model that asks for weights, unless a failed export has left it."""
-    wanted = _thread.wanted
-    return None if wanted.exported and not torch.compiler.is_exporting() else wanted.by
+    notes = thread.notes
+    return None if notes.asking_exported and not torch.compiler.is_exporting() else notes.asking
 
 
 def _asked(model: Any, kwargs: dict[str, Any]) -> bool:
@@ -87,12 +69,12 @@ def _asked(model: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    wanted = _thread.wanted
+    notes = thread.notes
     if _asking() in (None, id(model)):
-        wanted.by = id(model) if _asked(model, kwargs) else None
-        wanted.exported = exporting()
+        notes.asking = id(model) if _asked(model, kwargs) else None
+        notes.asking_exported = exporting()
 
 
 def _end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if _thread.wanted.by == id(model):
-        _thread.wanted.by = None
+    if thread.notes.asking == id(model):
+        thread.notes.asking = None

@@ -6,7 +6,6 @@ Masks that a model makes itself get it where modules attend.
 """
 
 import inspect
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.relations import ReaderOfRows
 from attn_plugins.core.structure import Structure, is_structure, structure_of
 from attn_plugins.hf.names import SLOT
+from attn_plugins.hf.under_way import thread
 
 ARGUMENT = "structure"
 
@@ -39,10 +39,6 @@ class Given:
     used: bool = False
     masks: dict[Any, tuple[Any, AttentionMask]] = field(default_factory=dict)
     """Masks that the model made itself, with the structure in them."""
-
-
-_given = threading.local()
-"""Threads may share a model."""
 
 
 def call(original: Callable[..., Any], self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -92,11 +88,11 @@ def _with(
             "of all tokens of a call: give them all, without past_key_values"
         )
     own = self.get_encoder() if getattr(self.config, "is_encoder_decoder", False) else self
-    _given.call = here = Given(self, structure, own, own is self, self.training and torch.is_grad_enabled())
+    thread.notes.structure = here = Given(self, structure, own, own is self, self.training and torch.is_grad_enabled())
     try:
         out = original(self, *args, **kwargs)
     finally:
-        _given.call = None
+        thread.notes.structure = None
     if not here.used:
         raise ValueError(
             f"structure= was given to {name}, and no attention in it has asked for the mask of its "
@@ -107,7 +103,7 @@ def _with(
 
 def innermost() -> Given | None:
     """The call under way in this thread."""
-    return getattr(_given, "call", None)
+    return thread.notes.structure
 
 
 def active() -> Given | None:

@@ -14,7 +14,10 @@ MASKED_SCORE = -1e30
 
 def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype in which sums are taken: float32, or float64 where an input is float64."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    for tensor in tensors:
+        if tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def outside_autocast(backward: F) -> F:

@@ -18,6 +18,7 @@ from attn_plugins.core import registry
 from attn_plugins.hf import arguments
 from attn_plugins.hf import call as calls
 from attn_plugins.hf.arguments import Argument, hidden_argument
+from attn_plugins.hf.caches.cache_layers import before_attention
 from attn_plugins.hf.call import innermost
 
 pytestmark = pytest.mark.filterwarnings(
@@ -203,7 +204,7 @@ def test_saved_copied_and_restored_models(tmp_path):
     assert torch.equal(tiny.output(model, given), tiny.output(plain, given))
     assert not hasattr(module, arguments.SIGNATURE)
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    assert not {calls._begin, calls._end} & set(hooks)
+    assert not {calls.begin, calls._end, before_attention} & set(hooks)
 
 
 @torch.no_grad()

@@ -10,7 +10,14 @@ from attn_plugins.attentions.linear import LinearAttention
 from attn_plugins.core.attention import HeadShape
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.linear import chunked as kernel
-from attn_plugins.ops.linear.attention import dense_linear_attention, linear_attention
+from attn_plugins.ops.linear.attention import (
+    absorb,
+    dense_linear_attention,
+    linear_attention,
+    project,
+    projections,
+    sum_keys,
+)
 
 MAPS = {
     "elu": {},
@@ -308,3 +315,29 @@ def test_favor_equals_performer_pytorch():
     # Their maximum over all keys with that 1e-4 lets earlier outputs depend on the last key; ours do not.
     assert (theirs(k, 1e-4, True) - theirs(changed, 1e-4, True))[:, :, :-1].abs().max() > 1e-3
     torch.testing.assert_close(ours(changed, True)[:, :, :-1], ours(k, True)[:, :, :-1])
+
+
+@pytest.mark.parametrize("feature_map", MAPS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_token_alone_has_the_features_that_it_has_among_others(feature_map, dtype):
+    module, (q, k, v) = attention(feature_map).to(dtype), tensors(9, dtype=dtype)
+    mask = AttentionMask(1, 9, 9, causal=True)
+
+    def made(q, k, since):
+        prepared = module.prepare(q, k, mask, SCALE, since)
+        weights = projections(prepared)
+        return [module.phi.features(project(x, w)) for x, w in zip(prepared[:2], weights, strict=True)]
+
+    sums, state = (torch.zeros(1, 1, made(q, k, 0)[1].shape[3], 9, dtype=torch.float64) for _ in range(2))
+    for token in range(9):
+        alone = made(q[:, :, token : token + 1], k[:, :, token : token + 1], token)
+        for one, many in zip(alone, made(q, k, 0), strict=True):
+            torch.testing.assert_close(one, many[:, :, token : token + 1], rtol=1e-5, atol=1e-6)
+        if not module.phi.exponential:
+            given = k[:, :, token : token + 1], v[:, :, token : token + 1].double()
+            prepared = module.prepare(q[:, :, :1], given[0], mask, SCALE, token)
+            what = prepared.k_BGKD, given[1], projections(prepared)[1], prepared.options["feature_map"]
+            seen = torch.tensor([[token != 4]])
+            state, _ = absorb(state, None, *what, seen)
+            sums = sums + sum_keys(*what, seen)[0]
+            torch.testing.assert_close(state, sums.to(state.dtype), rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ from attn_plugins.core.attention import Attention
 from attn_plugins.core.tracing import recorded
 from attn_plugins.hf.caches import rollback
 from attn_plugins.hf.caches.state_layer import StateLayer, description_of, rule_of
-from attn_plugins.hf.call import Call, call_of
+from attn_plugins.hf.call import Call, begin, call_of
 from attn_plugins.hf.discovery.by_code import attends_repeatedly
 from attn_plugins.hf.discovery.modules import biased
 from attn_plugins.hf.hooks import remove_hooks
@@ -39,7 +39,7 @@ from attn_plugins.hf.observe import observer_of
 from attn_plugins.hf.recording import weights_wanted, weights_wanted_of
 
 GENERATING = "_attn_plugin_generating"
-"""Attribute of a model that holds swapped modules: those of them that a cache may serve, by their paths."""
+"""Attribute of a model that holds swapped modules: those of them that a cache may serve, :class:`Served`."""
 
 ORDINARY = "_attn_plugin_ordinary"
 """Attribute of a module whose keys and values have to stay in an ordinary layer of the cache."""
@@ -65,10 +65,11 @@ def watch(model: nn.Module, modules: Iterable[nn.Module], *, ordinary: bool = Fa
         if ordinary or layers[getattr(module, "layer_idx", None)] > 1 or needs_all_keys(module):
             setattr(module, ORDINARY, True)
     watched = [module for module in modules if _needs_its_layer(slot_of(module))]
-    for module in watched:
+    for module in watched:  # one hook in the place of another, since every token goes through it in every layer
+        remove_hooks(module, begin)
         module.register_forward_pre_hook(before_attention, with_kwargs=True)
     if modules:
-        setattr(model, GENERATING, _paths(model, watched))
+        setattr(model, GENERATING, _served(model, watched))
         model.register_forward_pre_hook(before_model, with_kwargs=True)
         model.register_forward_hook(after_model, with_kwargs=True, always_call=True)
 
@@ -83,21 +84,37 @@ def unwatch(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 def swapped_modules(model: nn.Module) -> Collection[nn.Module]:
     """The swapped modules of a model that caches serve: those that are still in it, where layers were cut off since."""
-    held: dict[str, nn.Module] = getattr(model, GENERATING)
-    try:
-        if torch.compiler.is_compiling() or all(model.get_submodule(path) is held[path] for path in held):
-            return held.values()
-    except AttributeError:
-        pass  # a path that is no more
-    held = _paths(model, held.values())
-    setattr(model, GENERATING, held)
-    return held.values()
+    held: Served = getattr(model, GENERATING)
+    if not torch.compiler.is_compiling():
+        for holder, name, module in held.links:
+            if (model if holder is None else holder)._modules.get(name) is not module:
+                held = _served(model, held.modules)
+                setattr(model, GENERATING, held)
+                break
+    return held.modules
 
 
-def _paths(model: nn.Module, modules: Collection[nn.Module]) -> dict[str, nn.Module]:
-    """Those of the modules that are in the model, by their paths."""
+class Served(NamedTuple):
+    """Modules of a model, and where they were found."""
+
+    modules: list[nn.Module]
+    links: list[tuple[nn.Module | None, str, nn.Module]]
+    """Each module on the way to one of them, once: (what holds it, None for the model itself; its name there; it)."""
+
+
+def _served(model: nn.Module, modules: Collection[nn.Module]) -> Served:
+    """Those of the modules that are in the model."""
     wanted = {id(module) for module in modules}
-    return {path: module for path, module in model.named_modules() if id(module) in wanted}
+    found: dict[str, nn.Module] = {path: module for path, module in model.named_modules() if id(module) in wanted}
+    links: dict[str, tuple[nn.Module | None, str, nn.Module]] = {}
+    for path in found:
+        holder = model
+        for end in (at for at in range(len(path) + 1) if at == len(path) or path[at] == "."):
+            name = path[:end].rpartition(".")[2]
+            module = holder.get_submodule(name)
+            links[path[:end]] = None if holder is model else holder, name, module
+            holder = module
+    return Served(list(found.values()), list(links.values()))
 
 
 def before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -112,9 +129,9 @@ def before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     rollback.begin(cache)
     need_weights = weights_wanted_of(model, kwargs)
     layers = [layer_of(module, cache, need_weights) for module in swapped_modules(model)]
-    number = _number(args, kwargs)
+    number = None if torch.compiler.is_compiling() else _number(args, kwargs)
     for layer in layers:
-        if layer is not None and number is not None and not torch.compiler.is_compiling():
+        if layer is not None and number is not None and layer.state.fixed_length is not None:
             layer.state.check_room(number)
 
 
@@ -155,16 +172,25 @@ def _needs_its_layer(slot: Attention | None) -> bool:
 def before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Note the state in the module's call, and how to give it up; give it the mask that its adapter misses."""
+    """Note the call, with the module's state and how to give it up; give it the mask that its adapter misses."""
+    begin(module, args, kwargs)
     call, slot = call_of(module), slot_of(module)
-    cache = None if call is None else call.find(Cache)
+    cache: Cache | None = None
+    mask: LazyMask | None = None
+    for given in (*kwargs.values(), *args):
+        if cache is None and isinstance(given, Cache):
+            cache = given
+        elif mask is None and isinstance(given, LazyMask):
+            mask = given
     if call is None or slot is None or cache is None:
         return None
-    mask, make, changed = call.find(LazyMask), getattr(module, "missing_mask", None), None
-    if mask is None and make is not None and (mask := make(*args, **kwargs)) is not None:
-        call.kwargs = {**kwargs, "attention_mask": mask}
-        changed = args, call.kwargs
-    layer = None if mask is None else layer_of(module, cache, weights_wanted(module, kwargs))
+    changed = None
+    if mask is None and (make := getattr(module, "missing_mask", None)) is not None:
+        mask = make(*args, **kwargs)
+        if mask is not None:
+            call.kwargs = {**kwargs, "attention_mask": mask}
+            changed = args, call.kwargs
+    layer = None if mask is None else _layer_of(module, slot, cache, weights_wanted(module, kwargs))
     causal = mask is not None and (mask.causal or getattr(module, "makes_causal", False))
     if mask is None or not causal or mask.segments_BK is not None:
         give_up(module, cache)  # what a later token sees of the image, prefix or text before it, no state knows
@@ -191,8 +217,14 @@ def layer_of(module: nn.Module, cache: Cache, need_weights: bool = False) -> Sta
     Raises:
         ValueError: the cache cannot serve the module.
     """
-    slot, index = slot_of(module), getattr(module, "layer_idx", None)
-    if slot is None or index is None:
+    slot = slot_of(module)
+    return None if slot is None else _layer_of(module, slot, cache, need_weights)
+
+
+def _layer_of(module: nn.Module, slot: Attention, cache: Cache, need_weights: bool) -> StateLayer | None:
+    """As :func:`layer_of`, of a module with that slot."""
+    index: Any = getattr(module, "layer_idx", None)
+    if index is None:
         return None
     if isinstance(cache, EncoderDecoderCache):
         cache = cache.self_attention_cache

@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from attn_plugins.hf.caches.state_layer import StateLayer
 
 UNDO = "_attn_plugin_undo"
-"""Attribute of a cache while a model runs: what puts each of its layers back."""
+"""Attribute of a cache while a model runs: its layers, each with what puts it back."""
 
 
 def crop(original: Callable[[Cache, int], None], cache: Cache, tokens_to_remove: int) -> None:
@@ -43,54 +43,50 @@ def begin(cache: Cache) -> None:
     if torch.compiler.is_compiling():
         return
     held: Any = getattr(cache, "self_attention_cache", cache)
-    layers = list(held.layers)
-    undo = [undo for layer in layers if (undo := _undo(layer)) is not None]
-
-    def put_back() -> None:
-        held.layers[:] = layers
-
-    setattr(cache, UNDO, [put_back, *undo])
+    setattr(cache, UNDO, [(layer, _before(layer)) for layer in held.layers])
 
 
 def end(cache: Cache, *, failed: bool) -> None:
     """After it: put the layers back where it failed."""
     if torch.compiler.is_compiling():
         return
-    for undo in vars(cache).pop(UNDO, ()):
-        if failed:
-            undo()
+    before = vars(cache).pop(UNDO, None)
+    if not failed or before is None:
+        return
+    held: Any = getattr(cache, "self_attention_cache", cache)
+    held.layers[:] = [layer for layer, _ in before]
+    for layer, was in before:
+        _put_back(layer, was)
 
 
-def _undo(layer: Any) -> Callable[[], None] | None:
+def _before(layer: Any) -> Any:
     """What puts a layer back, at no cost in memory; None where there is nothing that would."""
-    if isinstance(layer, StateLayer):
-        return _undo_state(layer)
-    if type(layer) is StaticLayer:
-        seen = layer.cumulative_length.clone()
-        return lambda: _put(layer.cumulative_length, seen)  # what was written beyond it will be written again
     if type(layer) is DynamicLayer:
-        before = layer.get_seq_length()
-        return lambda: layer.crop(min(0, before - layer.get_seq_length()))
-    if type(layer) is DynamicSlidingWindowLayer:
-        held = _shallow(layer)
-        return lambda: vars(layer).update(held)
-    return None
+        return layer.get_seq_length()
+    if isinstance(layer, StateLayer):
+        return layer.state.seen
+    if type(layer) is StaticLayer:
+        return layer.cumulative_length.clone()
+    return _shallow(layer) if type(layer) is DynamicSlidingWindowLayer else None
 
 
-def _undo_state(layer: StateLayer) -> Callable[[], None]:
-    seen = layer.state.seen
+def _put_back(layer: Any, before: Any) -> None:
+    """Have a layer as it was.
 
-    def undo() -> None:
-        layer.state.return_to(seen)  # where it cannot, the next call finds out that it is ahead of the others
+    Args:
+        before: what :func:`_before` has said of it.
+    """
+    if type(layer) is DynamicLayer:
+        layer.crop(min(0, before - layer.get_seq_length()))
+    elif isinstance(layer, StateLayer):
+        layer.state.return_to(before)  # where it cannot, the next call finds out that it is ahead of the others
         layer.first_tokens = None
-
-    return undo
+    elif type(layer) is StaticLayer:
+        layer.cumulative_length.copy_(before)  # what was written beyond it will be written again
+    elif type(layer) is DynamicSlidingWindowLayer:
+        vars(layer).update(before)
 
 
 def _shallow(layer: Any) -> dict[str, Any]:
     """What a layer has, whose tensors stock layers exchange when they grow or are cropped."""
     return {name: dict(x) if isinstance(x, dict) else x for name, x in vars(layer).items()}
-
-
-def _put(held: torch.Tensor, x: torch.Tensor) -> None:
-    held.copy_(x)

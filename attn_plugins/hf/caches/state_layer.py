@@ -93,7 +93,7 @@ class StateLayer(CacheLayerMixin):
                 "have; use a new cache"
             )
         call.awaiting_update = False
-        if not (self.is_initialized or isinstance(self.replaced, StaticLayer) or torch.compiler.is_compiling()):
+        if not (self.state.begun or isinstance(self.replaced, StaticLayer) or torch.compiler.is_compiling()):
             self.first_tokens = weakref.ref(key_states), weakref.ref(value_states)
         return key_states, value_states
 

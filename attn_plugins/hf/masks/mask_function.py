@@ -102,7 +102,9 @@ class LazyMask(AttentionMask):
             ValueError: it has seen other tokens than the cache that the mask was made for.
         """
         if not torch.compiler.is_compiling():
-            seen, before = state.seen, self.cached("q_offset", lambda: int(self.q_offset))
+            seen, before = state.seen, self.q_offset
+            if isinstance(before, torch.Tensor):
+                before = self.cached("q_offset", lambda: int(self.q_offset))
             if seen != before:
                 raise ValueError(
                     f"the cache has seen {before} tokens, and {seen} in the layer of this attention; it is of "

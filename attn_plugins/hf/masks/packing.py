@@ -6,7 +6,6 @@ forward pass, where a model is given it, and stands in every mask that the model
 """
 
 import inspect
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.tracing import exporting, readable
 from attn_plugins.hf.call import Call
 from attn_plugins.hf.hooks import remove_hooks
+from attn_plugins.hf.under_way import thread
 
 ARGUMENTS = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 """Arguments of a model that may tell of packed texts."""
@@ -52,10 +52,6 @@ class Packing:
     """Whether a mask was made from it."""
     exported: bool = field(default_factory=exporting)
     """Whether a graph is being exported: torch calls no hook there after an error, and the packing would outlive it."""
-
-
-_running = threading.local()
-"""Threads may share a model."""
 
 
 def watch(model: nn.Module) -> None:
@@ -99,7 +95,7 @@ def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         by, texts_BN, anew = "", None, False  # no text begins within one token: nothing to compute in each step
     else:
         by, texts_BN, anew = read(*given)
-    _running.packing = Packing(model, given, by, texts_BN, anew, outer)
+    thread.notes.packing = Packing(model, given, by, texts_BN, anew, outer)
 
 
 def end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -108,12 +104,12 @@ def end(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     while packing is not None and packing.model is not model:
         packing = packing.outer
     if packing is not None:
-        _running.packing = packing.outer
+        thread.notes.packing = packing.outer
 
 
 def running() -> Packing | None:
     """What the innermost model whose forward is running was told."""
-    packing = getattr(_running, "packing", None)  # Dynamo reads no default of a thread-local class
+    packing: Packing | None = thread.notes.packing
     while packing is not None and packing.exported and not torch.compiler.is_exporting():
         packing = packing.outer
     return packing
@@ -147,7 +143,7 @@ def read(
     positions_BN = None if own else _text_positions(positions, length)
 
     starts = {
-        "position_ids": None if positions_BN is None else fallen(positions_BN, real_BN),
+        "position_ids": None if positions_BN is None or length == 1 else fallen(positions_BN, real_BN),
         "cu_seq_lens": _starts_of_lengths(lengths_q, lengths_k, rows, length),
         "seq_idx": _starts_of_numbers(numbers, rows, length),
     }

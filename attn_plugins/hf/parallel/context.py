@@ -80,7 +80,7 @@ def context_parallel(
             yield exchange
     finally:
         _entered.remove(exchange)
-        _running[:] = [held for held in _running if held[1].exchange is not exchange]  # what Ctrl-C left behind
+        RUNNING[:] = [held for held in RUNNING if held[1].exchange is not exchange]  # what Ctrl-C left behind
         torchs._cp_options.enable_load_balance = balanced
 
 
@@ -121,13 +121,13 @@ class WholeRows:
         return self._parts[causal, device]
 
 
-_running: list[tuple[nn.Module, WholeRows]] = []
+RUNNING: list[tuple[nn.Module, WholeRows]] = []
 """The outermost model with swapped modules that is called in a context, while it is."""
 
 
 def whole_rows() -> WholeRows | None:
     """What the running model was told."""
-    return _running[-1][1] if _running else None
+    return RUNNING[-1][1] if RUNNING else None
 
 
 def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
         ValueError: it cannot be served in parts; on every process alike, and before anything has run.
     """
     exchange = entered()
-    if exchange is None or _running:
+    if exchange is None or RUNNING:
         return kwargs
     _refuse_model(model)
     names = _parameters(model)
@@ -178,7 +178,7 @@ def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
             f"position_ids up to {rows.stop - 1} change the rotary frequencies of {type(model).__name__} in all of the "
             f"row, and a part does not see that; allowed: rows of {longest} tokens; {ALONE}"
         )
-    _running.append((model, rows))
+    RUNNING.append((model, rows))
     return {**kwargs, "use_cache": False} if "use_cache" in names else kwargs
 
 
@@ -188,9 +188,9 @@ def end(model: nn.Module, output: Any) -> None:
     Raises:
         ValueError: what it gives is not of each token: a head has pooled what it found in a part.
     """
-    if not _running or _running[-1][0] is not model:
+    if not RUNNING or RUNNING[-1][0] is not model:
         return
-    rows = _running.pop()[1]
+    rows = RUNNING.pop()[1]
     given = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ()
     for name, x in given:
         if isinstance(x, torch.Tensor) and x.ndim and x.shape[:2] != (rows.batch_size, rows.length):

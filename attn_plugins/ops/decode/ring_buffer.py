@@ -91,6 +91,8 @@ class KeyWindow(State):
 
     def reserve(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         """Grow the ring for the next tokens and write those that are first ones of a row; idempotent."""
+        if self.started and (self.complete or not self.num_first) and mask.padding_BK is None and self.full:
+            return  # as in every call from here on
         new = k_BGKD.shape[2]
         self.padded = self.padded or mask.padding_BK is not None
         self._make_room(k_BGKD, v_BGKV, self.ring(new))

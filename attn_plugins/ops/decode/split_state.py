@@ -30,6 +30,10 @@ class SplitState(State):
         return max(part.seen for part in self.parts)
 
     @property
+    def seen(self) -> int:
+        return self.length
+
+    @property
     def position(self) -> Any:
         return self.parts[0].position + self.parts[0].num_pending
 

@@ -183,7 +183,7 @@ def linear_attention_from(
 
     def attend_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         prepared, not_padding_BK = prepare(q, k, mask, scale, state.position), state.not_padding(mask, k.shape[2])
-        held = state.start(k, v, **sums_shapes(prepared, v))
+        held = state.tensors or state.start(k, v, **sums_shapes(prepared, v))
         (q, k, options), (w_q, w_k), before = prepared, projections(prepared), (held["sums"], held.get("running_max"))
         feature_map, eps = options["feature_map"], options["eps"]
         sums, running_max = absorb(*before, k, v, w_k, feature_map, not_padding_BK)
@@ -222,6 +222,8 @@ def linear_attention_of_part(
 
 def projections(prepared: Prepared) -> tuple[Projection, Projection]:
     """Of queries and of keys, in at least float32."""
+    if "query_projection" not in prepared.options:
+        return None, None
     dtype = accumulation_dtype(prepared.q_BHQD, prepared.k_BGKD)
     names = ("query_projection", "key_projection")
     w_q, w_k = (None if name not in prepared.options else prepared.options[name].to(dtype) for name in names)
@@ -247,6 +249,11 @@ def absorb(
     seen_BK: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(sums, running maximum) with these keys too, those that are seen."""
+    phi = FEATURE_MAPS[feature_map]
+    if k_BGKD.shape[2] == 1 and not phi.exponential:  # in decoding: a product of one column and one row
+        fk_BG1F = phi.features(project(k_BGKD, w_k))
+        fk_BG1F = fk_BG1F if seen_BK is None else fk_BG1F * seen_BK[:, None, :, None]
+        return torch.addcmul(sums_BGFV, fk_BG1F.mT, pad(v_BGKV.to(fk_BG1F.dtype), (0, 1), value=1.0)), None
     return add_sums(sums_BGFV, running_max_BGF, *sum_keys(k_BGKD, v_BGKV, w_k, feature_map, seen_BK))
 
 
@@ -363,7 +370,8 @@ def _read(
 ) -> torch.Tensor:
     """What queries read from one state, (B, H, Q, V)."""
     totals = read_sums(q_BHQD, w_q, feature_map, state_BGFV, running_max_BGF)
-    return (totals[..., :-1] / (totals[..., -1:] + eps)).view(*q_BHQD.shape[:3], -1)
+    sums, denominators = totals.split([totals.shape[3] - 1, 1], dim=3)
+    return (sums / (denominators + eps)).view(*q_BHQD.shape[:3], -1)
 
 
 def read_sums(

@@ -23,6 +23,13 @@ LEARNED = ("hedgehog", "t2r", "taylor")
 """Maps with weights of their own."""
 MAP_OF = {"t2r": "relu", "favor": "exp", "cosformer": "identity"}
 """The map after the projection, where it has another name."""
+WEIGHTS = {
+    "hedgehog": ("query_weight", "key_weight"),
+    "taylor": ("query_weight", "key_weight"),
+    "t2r": ("query_weight", "key_weight", "query_bias", "key_bias"),
+    "favor": ("projection",),
+}
+"""Names of a map's weights, and of favor's directions."""
 LOG2_E = 1.4426950408889634
 SMALLEST_FEATURE = 1e-12
 
@@ -161,10 +168,9 @@ def weight_shapes(
     return shapes
 
 
-def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """A module's weights of these names, and favor's directions, read as attributes: they may be parametrised."""
-    names = ("query_weight", "key_weight", "query_bias", "key_bias", "projection")
-    return {name: getattr(module, name) for name in names if hasattr(module, name)}
+def weights(module: Any) -> dict[str, torch.Tensor]:
+    """The weights of a module with that ``config.feature_map``, read as attributes: they may be parametrised."""
+    return {name: getattr(module, name) for name in WEIGHTS.get(module.config.feature_map, ())}
 
 
 def reset_weights(feature_map: str, weights: Mapping[str, torch.Tensor]) -> None:
@@ -246,6 +252,14 @@ def prepare(
         ]
     elif feature_map == "taylor":
         projections = [weights[name].to(dtype) * math.sqrt(scale) for name in ("query_weight", "key_weight")]
+    elif feature_map in LEARNED and since is not None and k_BGKD.shape[2] == 1:
+        # The same as below for one token: what it is multiplied by would take longer to make than to use.
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+        q_BHQD, k_BGKD = (
+            x + x @ weights[f"{name}_weight"].mT for name, x in (("query", q_BHQD.to(dtype)), ("key", k_BGKD.to(dtype)))
+        )
+        if feature_map == "t2r":
+            q_BHQD, k_BGKD = q_BHQD + weights["query_bias"].unsqueeze(1), k_BGKD + weights["key_bias"].unsqueeze(1)
     elif feature_map in LEARNED:
         # Added in float32: steps of bfloat16 near 1 are 1/128, which would swallow what is learned.
         identity = torch.eye(q_BHQD.shape[3], dtype=dtype, device=q_BHQD.device)
