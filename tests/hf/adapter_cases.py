@@ -42,6 +42,14 @@ def states() -> torch.Tensor:
     return torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(3))
 
 
+def read_states() -> dict[str, torch.Tensor]:
+    """States of an encoder, the last two of which are padding in one row."""
+    return {
+        "encoder_hidden_states": states(),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+    }
+
+
 def deberta(cls: Any, **options: Any) -> tf.PreTrainedConfig:
     kind = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8, **options}
     return cls(**tiny.SMALL, type_vocab_size=0, **kind)
@@ -112,7 +120,7 @@ CASES = {
     ),
     "blip-decoder": Case(
         made=lambda: (modeling_blip_text.BlipTextLMHeadModel, tf.BlipTextConfig(**WORDS)),
-        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
+        given=lambda: {**tiny.inputs("llama"), **read_states()},
         generates=True,
     ),
     "blip-captions": Case(
@@ -167,7 +175,7 @@ CASES = {
     # Without a cache: the model's own puts keys of text and of the encoder into the same layer.
     "xglm-cross": Case(
         made=lambda: (tf.XGLMForCausalLM, _xglm(add_cross_attention=True)),
-        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
+        given=lambda: {**tiny.inputs("llama"), **read_states()},
     ),
     "megatron_bert": Case(
         made=lambda: (tf.MegatronBertForMaskedLM, tf.MegatronBertConfig(**tiny.SMALL)),
@@ -182,7 +190,7 @@ CASES = {
     ),
     "rembert-cross": Case(
         made=lambda: (tf.RemBertForCausalLM, _decoder(tf.RemBertConfig, add_cross_attention=True, **REMBERT)),
-        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
+        given=lambda: {**tiny.inputs("llama"), **read_states()},
     ),
     "tapas": Case(
         made=lambda: (tf.TapasForMaskedLM, tf.TapasConfig(**tiny.SMALL)),
@@ -223,7 +231,7 @@ CASES = {
     ),
     "roformer-cross": Case(
         made=lambda: (tf.RoFormerForCausalLM, _decoder(tf.RoFormerConfig, add_cross_attention=True)),
-        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
+        given=lambda: {**tiny.inputs("llama"), **read_states()},
     ),
     "layoutlmv3": Case(
         made=lambda: (tf.LayoutLMv3Model, _layoutlmv3()),
@@ -239,7 +247,7 @@ CASES = {
     ),
     "trocr": Case(
         made=lambda: (tf.TrOCRForCausalLM, _trocr()),
-        given=lambda: {**tiny.inputs("llama"), "encoder_hidden_states": states()},
+        given=lambda: {**tiny.inputs("llama"), **read_states()},
     ),
     "trocr-alone": Case(made=lambda: (tf.TrOCRForCausalLM, _trocr()), generates=True),
     "gpt_neox_japanese": Case(
@@ -286,9 +294,24 @@ CASES = {
         given=lambda: tiny.inputs("bert"),
     ),
     **long_adapter_cases.CASES,
+    # Without a cache: the model's own takes keys of text from it for those of the encoder.
+    "big_bird-cross": Case(
+        made=lambda: (
+            tf.BigBirdForCausalLM,
+            long_adapter_cases.big_bird(attention_type="original_full", is_decoder=True, add_cross_attention=True),
+        ),
+        given=lambda: {**tiny.inputs("llama"), **read_states(), "use_cache": False},
+    ),
     **vision_adapter_cases.CASES,
 }
 CASES |= adapter_cases_text.CASES | adapter_cases_speech.CASES
 if not hasattr(modeling_roformer, "create_causal_mask"):  # transformers 5.17: these attend to what follows, told or not
-    for decoder in ("megatron_bert-decoder", "rembert-cross", "roformer-decoder", "roformer-cross", "big_bird-decoder"):
+    for decoder in (
+        "megatron_bert-decoder",
+        "rembert-cross",
+        "roformer-decoder",
+        "roformer-cross",
+        "big_bird-decoder",
+        "big_bird-cross",
+    ):
         CASES.pop(decoder, None)

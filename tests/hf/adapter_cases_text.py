@@ -58,6 +58,10 @@ def _xlnet(**options: Any) -> tf.PreTrainedConfig:
     return tf.XLNetConfig(vocab_size=tiny.VOCABULARY, **sizes, mem_len=0, **tiny.SPECIAL, **options)
 
 
+def _two_segments() -> dict[str, torch.Tensor]:
+    return {**tiny.inputs("bert"), "token_type_ids": (torch.arange(13) > 6).long().expand(2, -1)}
+
+
 def _predicted() -> dict[str, torch.Tensor]:
     """Every token sees those before it in an order, and two are predicted."""
     given = tiny.inputs("bert")
@@ -173,7 +177,7 @@ CASES = {
             ),
         )
     ),
-    "xlnet": encoder(made=lambda: (tf.XLNetModel, _xlnet()), learned=WIDE),
+    "xlnet": encoder(made=lambda: (tf.XLNetModel, _xlnet()), learned=WIDE, given=_two_segments),
     "xlnet-predicting": encoder(made=lambda: (tf.XLNetModel, _xlnet()), learned=WIDE, given=_predicted, in_rows=False),
     "xlnet-causal": Case(
         made=lambda: (tf.XLNetModel, _xlnet(attn_type="uni")),
