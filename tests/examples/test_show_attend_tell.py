@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from PIL import Image
 
 import attn_plugins as ap
 
@@ -15,7 +16,6 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "training" / "show_attend_tell
 
 @pytest.fixture
 def folders(tmp_path):
-    image_of = pytest.importorskip("PIL.Image")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     transformers.Dinov2Model(transformers.Dinov2Config(**sizes)).save_pretrained(tmp_path / "encoder")
     images = transformers.BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
@@ -25,7 +25,7 @@ def folders(tmp_path):
     for split, number in (("train", 6), ("validation", 2)):
         rows = []
         for row in range(number):
-            image_of.new("RGB", (30, 28), (40 * row, 0, 0)).save(data / f"{split}{row}.png")
+            Image.new("RGB", (30, 28), (40 * row, 0, 0)).save(data / f"{split}{row}.png")
             rows.append({"image": f"{split}{row}.png", "caption": f"A red of {row}."})
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf8")
     return tmp_path
@@ -54,10 +54,16 @@ def test_captioners_are_trained_measured_drawn_and_saved(folders, place, monkeyp
     ]
     for one in records:
         assert one["losses"][-1] < one["losses"][0] - 0.2
-        assert {"chrf", "sacrebleu", "rougeL"} <= set(one["figures"])
+        assert {"loss", "chrf", "sacrebleu", "rougeL"} <= set(one["figures"])
         assert [row["caption"] for row in one["written"]] == ["A red of 0.", "A red of 1."]
     assert (out / "additive-3" / "looks.png").stat().st_size > 1000
     model = transformers.AutoModelForImageTextToText.from_pretrained(out / "additive-3")
     rows = {row.role: (row.plugin, model.decoder.config.attention) for row in ap.describe_attention(model)}
     assert rows == {"encoder": (None, place), "cross": ("additive", place)}
-    assert "additive-3: loss" in capsys.readouterr().out
+    assert "additive-3: trained from" in capsys.readouterr().out
+    processor = transformers.AutoProcessor.from_pretrained(out / "additive-3")
+    for row in records[1]["written"]:  # the states that it learned from are those that the saved encoder makes
+        picture = Image.open(folders / "data" / row["image"]).convert("RGB")
+        pixels = processor(images=picture, return_tensors="pt")["pixel_values"]
+        ids = model.generate(pixel_values=pixels, max_new_tokens=24, do_sample=False, num_beams=1)
+        assert processor.batch_decode(ids, skip_special_tokens=True)[0].strip() == row["written"]
