@@ -1,7 +1,8 @@
 """Tables and picture of docs/recurrent.md, from docs/benchmarks/recurrent: python docs/recurrent/figure.py.
 
-`results.jsonl` there is of configs/compare/recurrent_translation.yaml and recurrent_translation_none.yaml, merged by
-`attn-plugins results merge`; `captions.jsonl` and `panels.jsonl` are what examples/training/show_attend_tell.py wrote.
+`results.jsonl` there is of configs/compare/recurrent_translation.yaml and recurrent_translation_none.yaml,
+`summaries/results.jsonl` of recurrent_summaries.yaml and recurrent_summaries_none.yaml, merged by `attn-plugins results
+merge`; `captions.jsonl` and `panels.jsonl` are what examples/training/show_attend_tell.py wrote.
 """
 
 import argparse
@@ -92,6 +93,11 @@ def translation() -> str:
     return table(compared(RESULTS / "results.jsonl"), figures, "sacrebleu")
 
 
+def summaries() -> str:
+    figures = {"ROUGE-L": ("rougeL", 3), "ROUGE-1": ("rouge1", 3), "loss": ("loss", 2)}
+    return table(compared(RESULTS / "summaries" / "results.jsonl"), figures, "rougeL")
+
+
 def panels() -> str:
     figures = {"names in place, %": ("in place", 1), "BLEU": ("sacrebleu", 1), "loss": ("loss", 2)}
     return table(captioned(RESULTS / "panels.jsonl"), figures)
@@ -104,6 +110,7 @@ def captions() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "translation by length": translation,
+    "summaries": summaries,
     "panels": panels,
     "captions": captions,
 }

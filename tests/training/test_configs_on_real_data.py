@@ -132,9 +132,13 @@ def texts_to_texts(name):
     return case
 
 
-def from_scratch(folder):
-    """A case of ``data/translation-fr`` for a model, and a tokenizer, that learn from these rows alone."""
-    return {f"data.{of}": [str(on_disk("data", "translation-fr", file))] for of, file in PAIRS.items()}
+def from_scratch(name):
+    """A case of ``data/NAME`` for a model, and a tokenizer, that learn from these rows alone."""
+
+    def case(folder):
+        return {f"data.{of}": [str(on_disk("data", name, file))] for of, file in PAIRS.items()}
+
+    return case
 
 
 PAIRS = {"source": "train.jsonl", "eval_source": "validation.jsonl"}
@@ -152,9 +156,10 @@ CASES = {
     "sentence_embedding": sentence_embedding,
     "speech_recognition": speech_recognition,
     "summarization": texts_to_texts("summaries"),
+    "summarization_recurrent": from_scratch("summaries"),
     "token_classification": token_classification,
     "translation": texts_to_texts("translation-fr"),
-    "translation_recurrent": from_scratch,
+    "translation_recurrent": from_scratch("translation-fr"),
 }
 """Name of a config -> what is set over it, of a folder to write into."""
 
