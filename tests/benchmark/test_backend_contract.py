@@ -90,7 +90,7 @@ def test_a_backend_that_serves_nothing_says_why(monkeypatch):
     def refuses(self, *tensors, **options):
         raise ValueError("it needs planted hardware")
 
-    monkeypatch.setattr(get_attention("local"), "computed_by", refuses)
+    monkeypatch.setattr(get_attention("local"), "_computed_by", refuses)
     with pytest.raises(ValueError, match="it needs planted hardware"):
         contract(*LOCAL, **SMALL)
     with pytest.raises(ValueError, match="it needs planted hardware"):
