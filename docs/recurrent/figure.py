@@ -16,6 +16,8 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
+from attn_plugins.benchmark.pages.attention_tables import between_comments
+
 DOCS = Path(__file__).parent.parent
 RESULTS = DOCS / "benchmarks" / "recurrent"
 PAGE = DOCS / "recurrent.md"
@@ -120,13 +122,10 @@ TABLES: dict[str, Callable[[], str]] = {
 def with_tables(page: str) -> str:
     """The page with its tables written anew."""
     for name, make in TABLES.items():
-        begin = f"<!-- {name}: written by docs/recurrent/figure.py -->\n"
-        end = f"<!-- {name}: end -->"
-        before, found, rest = page.partition(begin)
-        _, ended, after = rest.partition(end)
-        if not found or not ended:
-            raise ValueError(f"{PAGE} has no place for the table {name!r}: {begin.strip()} and {end}")
-        page = f"{before}{begin}{make()}{end}{after}"
+        written = between_comments(page, name, lambda make=make: make().splitlines(), by="docs/recurrent/figure.py")
+        if written is None:
+            raise ValueError(f"{PAGE} has no place for the table {name!r}")
+        page = written
     return page
 
 

@@ -58,13 +58,16 @@ def with_tables(text: str, attentions: list[type[Attention]]) -> str:
     return text
 
 
-def between_comments(text: str, name: str, lines: Callable[[], list[str]]) -> str | None:
+def between_comments(text: str, name: str, lines: Callable[[], list[str]], by: str = "`make docs`") -> str | None:
     """A page with a table written anew; None where it has none of this name.
+
+    Args:
+        by: what writes it, as the comment before the table says.
 
     Raises:
         ValueError: it has one without its end.
     """
-    begin, end = f"<!-- {name}: written by `make docs` -->\n", f"<!-- {name}: end -->\n"
+    begin, end = f"<!-- {name}: written by {by} -->\n", f"<!-- {name}: end -->\n"
     before, begun, rest = text.partition(begin)
     if not begun:
         return None

@@ -8,6 +8,8 @@ import argparse
 import json
 from pathlib import Path
 
+from attn_plugins.benchmark.pages.attention_tables import between_comments
+
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "cpu.md"
 
@@ -67,12 +69,12 @@ TABLES = {"kernels": kernels, "whole model": whole_model, "token": token}
 def with_tables(page):
     """The page with its tables written anew."""
     for name, make in TABLES.items():
-        begin, end = f"<!-- {name}: written by docs/benchmarks/compiled/table.py -->\n", f"<!-- {name}: end -->"
-        before, found, rest = page.partition(begin)
-        _, ended, after = rest.partition(end)
-        if not found or not ended:
+        written = between_comments(
+            page, name, lambda make=make: make().splitlines(), by="docs/benchmarks/compiled/table.py"
+        )
+        if written is None:
             raise ValueError(f"{PAGE} has no place for the table {name!r}")
-        page = f"{before}{begin}{make()}{end}{after}"
+        page = written
     return page
 
 
