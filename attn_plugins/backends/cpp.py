@@ -75,6 +75,14 @@ class Cpp(Backend):
             lines.append(f"auto takes it on CPUs; instruction sets: {', '.join(instruction_sets())}")
         return lines
 
+    def product(self):
+        """Of matrices of 64, which are all in the cache."""
+        if self.missing() is not None:
+            return None
+        load(str(cpp_build.built()))
+        a, times = torch.randn(64, 64), 256
+        return functools.partial(torch.ops.attn_plugins_cpp.tile_product, a, a, times), times * 2 * 64**3
+
     def serves(self, attention):
         """Whether it is one of these as they are: what attends in a way of its own knows more than its tiles say."""
         attend = type(attention).attend

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def hardware() -> dict[str, Any]:
 @functools.cache
 def _cpu_name() -> str:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        if "model name" in told:  # which a virtual machine may shorten: family and model tell the generation
+            return "{model name} (family {cpu family}, model {model})".format_map(defaultdict(lambda: "?", told))
     return platform.processor() or platform.machine()
 
 

@@ -51,6 +51,13 @@ class Backend(abc.ABC):
         """
         raise ValueError(f"backend {self.name!r} is nothing that is built here")
 
+    def product(self) -> tuple[Callable[[], Any], float] | None:
+        """A product of matrices as its kernels compute it, by one thread, and how many operations that is.
+
+        What it takes bounds what they can reach on a machine. None where it brings none of its own, or is missing.
+        """
+        return None
+
     @abc.abstractmethod
     def missing(self) -> str | None:
         """What has to be installed for it and is not, with the command that does; None where all is there."""

@@ -10,7 +10,13 @@
 #define WORD(isa) #isa
 
 namespace attn_plugins {
+namespace ISA {
+static void plain_product(int M, int N, int K, const float* A, const float* B, float* C) {
+  product(M, N, K, A, K, 1, B, N, C, N, false);
+}
+}  // namespace ISA
+
 extern const Kernels NAME_OF(ISA);
-const Kernels NAME_OF(ISA) = {WORD_OF(ISA), &ISA::softmax_forward, &ISA::softmax_backward,
-                              &ISA::chosen_forward, &ISA::chosen_backward, &ISA::linear_forward, &ISA::linear_backward};
+const Kernels NAME_OF(ISA) = {WORD_OF(ISA),           &ISA::plain_product,    &ISA::softmax_forward, &ISA::softmax_backward,
+                              &ISA::chosen_forward,   &ISA::chosen_backward,  &ISA::linear_forward,  &ISA::linear_backward};
 }  // namespace attn_plugins

@@ -104,6 +104,8 @@ struct LinearBackward {
 
 struct Kernels {
   const char* name;
+  // C = A B of M x K and K x N, all dense; N is a multiple of 16. What all kernels are made of.
+  void (*product)(int M, int N, int K, const float* A, const float* B, float* C);
   void (*softmax_forward)(const Softmax&, Parallel);
   void (*softmax_backward)(const SoftmaxBackward&, Parallel);
   void (*chosen_forward)(const Softmax&, const Chosen&, Parallel);

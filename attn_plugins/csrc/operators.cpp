@@ -57,6 +57,20 @@ void use_instruction_set(std::string name) {
   TORCH_CHECK(false, "no kernels for '", name, "' on this machine; allowed: ", instruction_sets());
 }
 
+// The product of two matrices, computed so many times by one thread, as the tiles of all kernels are multiplied: to be
+// held to torch's own, and to be timed.
+at::Tensor tile_product(const at::Tensor& a, const at::Tensor& b, int64_t times) {
+  TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0) && b.size(1) % 16 == 0 && a.is_contiguous() &&
+                  b.is_contiguous() && a.scalar_type() == at::kFloat && b.scalar_type() == at::kFloat,
+              "a product is of two dense float32 matrices, the second's columns a multiple of 16, got ", a.sizes(), " and ",
+              b.sizes());
+  auto c = at::empty({a.size(0), b.size(1)}, a.options());
+  for (int64_t i = 0; i < times; i++)
+    chosen()->product(int(a.size(0)), int(b.size(1)), int(a.size(1)), a.const_data_ptr<float>(),
+                      b.const_data_ptr<float>(), c.data_ptr<float>());
+  return c;
+}
+
 #if defined(__SANITIZE_THREAD__)
 // Threads whose beginning and end the sanitizer sees, which those of OpenMP hide from it.
 void on_threads(int64_t number, int64_t grain, Work work, void* context) {
@@ -335,6 +349,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cut_mask(const at::Tensor& visibl
 TORCH_LIBRARY(attn_plugins_cpp, m) {
   m.def("instruction_sets() -> str", &instruction_sets);
   m.def("use_instruction_set(str name) -> ()", &use_instruction_set);
+  m.def("tile_product(Tensor a, Tensor b, int times) -> Tensor", &tile_product);
   m.def("cut_mask(Tensor visible, int[] rows, int[] columns) -> (Tensor, Tensor, Tensor)", &cut_mask);
   m.def(
       "softmax_forward(Tensor q, Tensor k, Tensor v, Tensor tiles, Tensor blocks, Tensor index, Tensor masks, Tensor "

@@ -19,6 +19,7 @@ from cases import (
 
 from attn_plugins.backends import cpp, cpp_build
 from attn_plugins.backends.cpp_tiles import tables_of
+from attn_plugins.benchmark.cost.timing import cpu_rates
 from attn_plugins.core.backend import fastest, usual
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention, list_attentions
@@ -155,6 +156,23 @@ def test_features_of_zero_are_filled_up_too(built, feature_map):
     shape = {**HEADS, "head_dim": 9}
     case = Case(get_attention("linear"), {"feature_map": feature_map}, True)
     assert_forms_agree(case, inputs(1, LENGTH, **shape), case.mask(1, LENGTH, LENGTH), **{**FLOAT, **shape})
+
+
+@pytest.mark.cpp
+@pytest.mark.parametrize("shape", [(1, 1, 16), (6, 64, 64), (7, 5, 48), (65, 3, 80), (64, 100, 112)])
+def test_products_of_tiles(isa, shape):
+    rows, inner, columns = shape
+    a, b = (torch.randn(size, generator=seeded(i)) for i, size in enumerate([(rows, inner), (inner, columns)]))
+    torch.testing.assert_close(torch.ops.attn_plugins_cpp.tile_product(a, b, 2), a @ b, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="two dense float32 matrices"):
+        torch.ops.attn_plugins_cpp.tile_product(a, b[:, :8], 1)
+
+
+@pytest.mark.cpp
+def test_what_kernels_can_reach_stands_beside_what_torch_does(built):
+    rates = cpu_rates()
+    assert set(rates) == {"mm", "attention", "cpp"}
+    assert min(rates.values()) > 0
 
 
 @pytest.mark.cpp

@@ -8,6 +8,7 @@ what torch's allocator handed out during one pass, above what was there before i
 """
 
 import contextlib
+import functools
 import inspect
 import itertools
 import os
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from attn_plugins.core.backend import get_backend, list_backends
 from attn_plugins.hf.swap import describe_attention
 from attn_plugins.training.models import in_slot
 
@@ -100,7 +102,8 @@ def cpu_rates() -> dict[str, float]:
     """GFLOP/s of one thread of this CPU in float32, here and now: what ratios of times depend on beside the code.
 
     ``mm`` is of a product of matrices of 1024, ``attention`` of causal ``scaled_dot_product_attention``, forward, of 8
-    heads of 64 and 2048 tokens, of which half the pairs are counted.
+    heads of 64 and 2048 tokens, of which half the pairs are counted. Under the name of a backend is the product of
+    matrices that its kernels are made of.
     """
     a = torch.randn(1024, 1024)
     q = torch.randn(1, 8, 2048, 64)
@@ -109,6 +112,10 @@ def cpu_rates() -> dict[str, float]:
         "attention": [Workload(run=lambda: _done(scaled_dot_product_attention(q, q, q, is_causal=True)), count=1)],
     }
     operations = {"mm": 2 * 1024**3, "attention": 2 * 2 * 8 * 64 * 2048**2 / 2}
+    for name in list_backends():
+        if (found := get_backend(name).product()) is not None:
+            work[name] = [Workload(run=functools.partial(_only_run, found[0]), count=1)]
+            operations[name] = found[1]
     with torch.no_grad():
         seconds = interleaved(work, 3, torch.device("cpu"))
     return {name: operations[name] / statistics.median(found) / 1e9 for name, found in seconds.items()}
@@ -161,6 +168,10 @@ def _peak_on_cuda(run: Run) -> int:
 
 def _done(_: torch.Tensor) -> None:
     """For a run, which returns nothing."""
+
+
+def _only_run(compute: Callable[[], Any]) -> None:
+    compute()
 
 
 def seconds_of(run: Run, device: torch.device) -> float:
