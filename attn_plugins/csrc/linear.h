@@ -22,17 +22,16 @@ struct Triangle {
   }
 };
 
-// f = phi(x), for rows of x. The rows that are `further` on are needed next.
-static void features(Map map, int n, int E, const float* x, int64_t x_row, float* f, int64_t further) {
+// f = phi(x), for rows of x.
+static void features(Map map, int n, int E, const float* x, int64_t x_row, float* f) {
   const int F = map == HEDGEHOG ? 2 * E : E;
   for (int i = 0; i < n; i++) {
     const float* a = x + i * x_row;
     float* o = f + i * F;
-    fetch(a, further, E);
     if (map == HEDGEHOG) {
       vf high = load(a), low = high, sum_plus{}, sum_minus{};
       for (int e = VW; e < E; e += VW) high = larger(high, load(a + e)), low = smaller(low, load(a + e));
-      vf top = all(max_of(high)), bottom = all(-max_of(-low));
+      vf top = max_in_all(high), bottom = -max_in_all(-low);
       for (int e = 0; e < E; e += VW) {
         vf plus = exp(load(a + e) - top), minus = exp(bottom - load(a + e));
         sum_plus += plus, sum_minus += minus;
@@ -61,7 +60,7 @@ static void features_backward(Map map, int n, int E, const float* f, const float
     if (map == HEDGEHOG) {
       vf plus{}, minus{};
       for (int e = 0; e < E; e += VW) plus += load(a + e) * load(g + e), minus += load(a + E + e) * load(g + E + e);
-      vf p = all(sum_of(plus)), m = all(sum_of(minus));
+      vf p = sum_in_all(plus), m = sum_in_all(minus);
       for (int e = 0; e < E; e += VW)
         store(o + e, load(a + e) * (load(g + e) - p) - load(a + E + e) * (load(g + E + e) - m));
       continue;
@@ -95,34 +94,39 @@ struct Chunks {
   float* state(int64_t x) const {
     return c.states + ((c.causal ? r.first_chunk + x : &r - c.runs) * c.groups + g) * sums;
   }
-  // phi of a chunk's keys, zeros where they are padding; rows after the last are zeros too. `way`: 1 where the chunk
-  // after it is next, -1 where it is the one before.
-  void keys(int64_t x, float* f, int way) const {
+  // A chunk's rows of a head are needed soon.
+  void soon(Ahead& ahead, const View& rows, int64_t h, int64_t x, int size) const {
+    ahead.add(rows.at(r.row, h, token(x)), rows.token, tokens(x), size);
+  }
+  void keys_soon(Ahead& ahead, int64_t x) const {
+    soon(ahead, c.k, g, x, c.size);
+    soon(ahead, c.v, g, x, V);
+  }
+  void state_soon(Ahead& ahead, int64_t x) const { ahead.add(state(x), 16, sums / 16, 16); }
+  // phi of a chunk's keys, zeros where they are padding; rows after the last are zeros too.
+  void keys(int64_t x, float* f) const {
     int n = tokens(x);
-    features(c.map, n, c.size, c.k.at(r.row, g, token(x)), c.k.token, f, way * TILE * c.k.token);
-    for (int i = 0; i < n; i++) fetch(c.v.at(r.row, g, token(x) + i), way * TILE * c.v.token, V);
+    features(c.map, n, c.size, c.k.at(r.row, g, token(x)), c.k.token, f);
     for (int i = 0; c.padding && i < n; i++)
       if (!c.padding[r.row * c.tokens + token(x) + i]) memset(f + i * F, 0, sizeof(float) * F);
     memset(f + n * F, 0, sizeof(float) * (TILE - n) * F);
   }
   // Adds a chunk's keys to sums (F, V), and F behind them.
-  void absorb(int64_t x, const float* f, float* S) const {
-    product(F, V, tokens(x), f, 1, F, c.v.at(r.row, g, token(x)), c.v.token, S, V, true);
-    add_rows(tokens(x), f, S + F * V);
-  }
-  void add_rows(int n, const float* f, float* z) const {
-    for (int e = 0; e < F; e += VW) {
-      vf a = load(z + e);
-      for (int i = 0; i < n; i++) a += load(f + i * F + e);
-      store(z + e, a);
-    }
+  void absorb(int64_t x, const float* f, float* S, Ahead& ahead) const {
+    static const std::vector<float> ones(TILE, 1.f);
+    product(F, V, tokens(x), f, 1, F, c.v.at(r.row, g, token(x)), c.v.token, S, V, true, {}, {}, &ahead);
+    product(1, F, tokens(x), ones.data(), 0, 1, f, F, S + F * V, F, true);
   }
 };
 
-// The lower triangle of a chunk's weights: zeros above.
-static void keep_lower(float* A, int n) {
-  for (int i = 0; i < n; i++)
-    for (int j = i + 1; j < TILE; j++) A[i * TILE + j] = 0;
+// The lower triangle of a chunk's weights, to row i of which more[i] is added: zeros above, as far as a product that has
+// the ranges of a triangle looks.
+static void keep_lower(float* A, int n, const float* more = nullptr) {
+  for (int i = 0; i < n; i++) {
+    const vf add = all(more ? more[i] : 0.f);
+    for (int j = more ? 0 : i / VW * VW; j < up(std::min(TILE, (i / MR + 1) * MR)); j += VW)
+      store(A + i * TILE + j, count(j) <= vi{} + i ? load(A + i * TILE + j) + add : vf{});
+  }
 }
 
 // How many pieces a run and head are cut into, so that there is work for all threads.
@@ -138,11 +142,15 @@ static void linear_forward(const Linear& c, Parallel parallel, int threads) {
   if (P > 1 || !c.causal)
     run(parallel, units * P, 1, [&](int64_t low, int64_t high) {
       float* f = scratch(TILE * F);
+      Ahead ahead;
       for (int64_t u = low; u < high; u++) {
         Chunks s(c, u / P / c.groups, u / P % c.groups);
-        for (int64_t x = s.number() * (u % P) / P; x < s.number() * (u % P + 1) / P; x++) {
-          s.keys(x, f, 1);
-          s.absorb(x, f, before.data() + u * sums);
+        const int64_t end = s.number() * (u % P + 1) / P;
+        for (int64_t x = s.number() * (u % P) / P; x < end; x++) {
+          if (x + 1 < end) s.keys_soon(ahead, x + 1);
+          s.keys(x, f);
+          s.absorb(x, f, before.data() + u * sums, ahead);
+          ahead.all();
         }
       }
     });
@@ -160,24 +168,31 @@ static void linear_forward(const Linear& c, Parallel parallel, int threads) {
   run(parallel, units * P, 1, [&](int64_t low, int64_t high) {
     float *fq = scratch(TILE * F * 3 + TILE * TILE + TILE * V + sums), *fk = fq + TILE * F, *fkT = fk + TILE * F,
           *A = fkT + TILE * F, *num = A + TILE * TILE, *carried = num + TILE * V;
+    Ahead ahead;
     for (int64_t u = low; u < high; u++) {
       Chunks s(c, u / P / c.groups, u / P % c.groups);
       memcpy(carried, c.causal ? before.data() + u * sums : s.state(0), sizeof(float) * sums);
       const float* z = carried + F * V;
-      for (int64_t x = s.number() * (u % P) / P; x < s.number() * (u % P + 1) / P; x++) {
+      const int64_t end = s.number() * (u % P + 1) / P, first = s.g * shared;
+      for (int64_t x = s.number() * (u % P) / P; x < end; x++) {
         int n = s.tokens(x);
         if (c.causal) {
           memcpy(s.state(x), carried, sizeof(float) * sums);
-          s.keys(x, fk, 1);
+          s.keys(x, fk);
           transpose(TILE, F, fk, F, fkT, TILE);
         }
-        for (int64_t h = s.g * shared; h < (s.g + 1) * shared; h++) {
-          features(c.map, n, c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq, TILE * c.q.token);
-          product(n, V, F, fq, F, 1, carried, V, num, V, false);
+        for (int64_t h = first; h < first + shared; h++) {
+          const bool last = h + 1 == first + shared;
+          s.soon(ahead, c.out, h, x, V);
+          if (!last || x + 1 < end) s.soon(ahead, c.q, last ? first : h + 1, last ? x + 1 : x, c.size);
+          if (last && c.causal && x + 1 < end) s.keys_soon(ahead, x + 1), s.state_soon(ahead, x + 1);
+          features(c.map, n, c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq);
+          product(n, V, F, fq, F, 1, carried, V, num, V, false, {}, {}, &ahead);
           if (c.causal) {
-            product(n, TILE, F, fq, F, 1, fkT, TILE, A, TILE, false, {s.triangle.rows});
+            product(n, TILE, F, fq, F, 1, fkT, TILE, A, TILE, false, {s.triangle.rows}, {}, &ahead);
             keep_lower(A, n);
-            product(n, V, n, A, TILE, 1, c.v.at(s.r.row, s.g, s.token(x)), c.v.token, num, V, true, {}, {s.triangle.rows});
+            product(n, V, n, A, TILE, 1, c.v.at(s.r.row, s.g, s.token(x)), c.v.token, num, V, true, {}, {s.triangle.rows},
+                    &ahead);
           }
           for (int i = 0; i < n; i++) {
             vf a{};
@@ -191,7 +206,8 @@ static void linear_forward(const Linear& c, Parallel parallel, int threads) {
             for (int e = 0; e < V; e += VW) store(out + e, load(num + i * V + e) * by);
           }
         }
-        if (c.causal) s.absorb(x, fk, carried);
+        if (c.causal) s.absorb(x, fk, carried, ahead);
+        ahead.all();
       }
     }
   });
@@ -202,12 +218,10 @@ static void linear_backward(const LinearBackward& d, Parallel parallel, int thre
   const int64_t F = c.features, V = c.value_size, shared = c.heads / c.groups;
   const int64_t P = pieces(c, threads), units = c.number * c.groups, sums = F * (V + 1);
   // Gradients of numerators (n, V) and denominators (n) of a chunk's outputs.
-  auto of_outputs = [&](const Chunks& s, int64_t x, int64_t h, float* dnum, float* dden, int way) {
+  auto of_outputs = [&](const Chunks& s, int64_t x, int64_t h, float* dnum, float* dden) {
     for (int i = 0; i < s.tokens(x); i++) {
       int64_t t = s.token(x) + i;
       const float *g = d.grad.at(s.r.row, h, t), *o = c.out.at(s.r.row, h, t);
-      fetch(g, way * TILE * d.grad.token, V);
-      fetch(o, way * TILE * c.out.token, V);
       float by = 1.f / (c.den[(s.r.row * c.heads + h) * c.tokens + t] + c.eps);
       vf a{};
       for (int e = 0; e < V; e += VW) {
@@ -218,25 +232,31 @@ static void linear_backward(const LinearBackward& d, Parallel parallel, int thre
     }
   };
   // Adds what a chunk's queries bring to the gradient of the sums that they read.
-  auto absorb = [&](const Chunks& s, int n, const float* fq, const float* dnum, const float* dden, float* dS) {
-    product(F, V, n, fq, 1, F, dnum, V, dS, V, true);
-    for (int e = 0; e < F; e += VW) {
-      vf a = load(dS + F * V + e);
-      for (int i = 0; i < n; i++) a += load(fq + i * F + e) * all(dden[i]);
-      store(dS + F * V + e, a);
-    }
+  auto absorb = [&](int n, const float* fq, const float* dnum, const float* dden, float* dS, Ahead& ahead) {
+    product(F, V, n, fq, 1, F, dnum, V, dS, V, true, {}, {}, &ahead);
+    product(1, F, n, dden, 0, 1, fq, F, dS + F * V, F, true);
+  };
+  // A chunk's rows of queries, and what belongs to them.
+  auto queries_soon = [&](const Chunks& s, Ahead& ahead, int64_t h, int64_t x) {
+    s.soon(ahead, c.q, h, x, c.size);
+    s.soon(ahead, d.grad, h, x, V);
+    s.soon(ahead, c.out, h, x, V);
   };
   std::vector<float> after(P * units * sums, 0.f);
   if (P > 1 || !c.causal)
     run(parallel, units * P, 1, [&](int64_t low, int64_t high) {
       float *fq = scratch(TILE * (F + V + 1)), *dnum = fq + TILE * F, *dden = dnum + TILE * V;
+      Ahead ahead;
       for (int64_t u = low; u < high; u++) {
         Chunks s(c, u / P / c.groups, u / P % c.groups);
-        for (int64_t x = s.number() * (u % P) / P; x < s.number() * (u % P + 1) / P; x++)
+        const int64_t end = s.number() * (u % P + 1) / P;
+        for (int64_t x = s.number() * (u % P) / P; x < end; x++)
           for (int64_t h = s.g * shared; h < (s.g + 1) * shared; h++) {
-            features(c.map, s.tokens(x), c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq, TILE * c.q.token);
-            of_outputs(s, x, h, dnum, dden, 1);
-            absorb(s, s.tokens(x), fq, dnum, dden, after.data() + u * sums);
+            if (x + 1 < end) queries_soon(s, ahead, h, x + 1);
+            features(c.map, s.tokens(x), c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq);
+            of_outputs(s, x, h, dnum, dden);
+            absorb(s.tokens(x), fq, dnum, dden, after.data() + u * sums, ahead);
+            ahead.all();
           }
       }
     });
@@ -256,15 +276,20 @@ static void linear_backward(const LinearBackward& d, Parallel parallel, int thre
     float *fq = s0, *fk = fq + TILE * F, *fkT = fk + TILE * F, *dfq = fkT + TILE * F, *dfk = dfq + TILE * F,
           *dnum = dfk + TILE * F, *vT = dnum + TILE * V, *dv = vT + TILE * V, *dden = dv + TILE * V,
           *A = dden + TILE, *dA = A + TILE * TILE, *ST = dA + TILE * TILE, *dST = ST + F * V, *dS = dST + F * V;
+    Ahead ahead;
     for (int64_t u = low; u < high; u++) {
       Chunks s(c, u / P / c.groups, u / P % c.groups);
       memcpy(dS, after.data() + u * sums, sizeof(float) * sums);
       const float* dz = dS + F * V;
       const Ranges rows{s.triangle.rows}, columns{s.triangle.columns};
-      for (int64_t x = s.number() * (u % P + 1) / P - 1; x >= s.number() * (u % P) / P; x--) {
+      const int64_t begin = s.number() * (u % P) / P, first = s.g * shared;
+      for (int64_t x = s.number() * (u % P + 1) / P - 1; x >= begin; x--) {
         const int n = s.tokens(x);
         const float *S = s.state(x), *z = S + F * V, *v = c.v.at(s.r.row, s.g, s.token(x));
-        s.keys(x, fk, -1);
+        s.soon(ahead, d.dq, first, x, c.size);
+        s.soon(ahead, d.dk, s.g, x, c.size);
+        s.soon(ahead, d.dv, s.g, x, V);
+        s.keys(x, fk);
         transpose(F, V, S, V, ST, F);
         transpose(F, V, dS, V, dST, F);
         if (c.causal) {
@@ -277,29 +302,33 @@ static void linear_backward(const LinearBackward& d, Parallel parallel, int thre
           }
         }
         // Keys and values get what later queries bring, then what this chunk's do.
-        product(n, F, V, v, c.v.token, 1, dST, F, dfk, F, false);
-        for (int i = 0; i < n; i++)
-          for (int e = 0; e < F; e += VW) store(dfk + i * F + e, load(dfk + i * F + e) + load(dz + e));
-        product(n, V, F, fk, F, 1, dS, V, dv, V, false);
-        for (int64_t h = s.g * shared; h < (s.g + 1) * shared; h++) {
-          features(c.map, n, c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq, -TILE * c.q.token);
-          of_outputs(s, x, h, dnum, dden, -1);
-          product(n, F, V, dnum, V, 1, ST, F, dfq, F, false);
-          for (int i = 0; i < n; i++)
-            for (int e = 0; e < F; e += VW)
-              store(dfq + i * F + e, load(dfq + i * F + e) + all(dden[i]) * load(z + e));
-          if (c.causal) {
-            product(n, TILE, F, fq, F, 1, fkT, TILE, A, TILE, false, rows);
-            product(n, TILE, V, dnum, V, 1, vT, TILE, dA, TILE, false, rows);
-            for (int i = 0; i < n; i++)
-              for (int j = 0; j <= i; j += VW) store(dA + i * TILE + j, load(dA + i * TILE + j) + all(dden[i]));
-            keep_lower(A, n);
-            keep_lower(dA, n);
-            product(n, F, n, dA, TILE, 1, fk, F, dfq, F, true, {}, rows);
-            product(n, F, n, dA, 1, TILE, fq, F, dfk, F, true, {}, columns);
-            product(n, V, n, A, 1, TILE, dnum, V, dv, V, true, {}, columns);
-            absorb(s, n, fq, dnum, dden, dS);
+        for (int i = 0; i < n; i++) memcpy(dfk + i * F, dz, sizeof(float) * F);
+        product(n, F, V, v, c.v.token, 1, dST, F, dfk, F, true, {}, {}, &ahead);
+        product(n, V, F, fk, F, 1, dS, V, dv, V, false, {}, {}, &ahead);
+        for (int64_t h = first; h < first + shared; h++) {
+          const bool last = h + 1 == first + shared;
+          if (!last) s.soon(ahead, d.dq, h + 1, x, c.size);
+          if (!last || x > begin) queries_soon(s, ahead, last ? first : h + 1, last ? x - 1 : x);
+          if (last && x > begin) {
+            s.keys_soon(ahead, x - 1);
+            if (c.causal) s.state_soon(ahead, x - 1);
           }
+          features(c.map, n, c.size, c.q.at(s.r.row, h, s.token(x)), c.q.token, fq);
+          of_outputs(s, x, h, dnum, dden);
+          for (int i = 0; i < n; i++)
+            for (int e = 0; e < F; e += VW) store(dfq + i * F + e, all(dden[i]) * load(z + e));
+          product(n, F, V, dnum, V, 1, ST, F, dfq, F, true, {}, {}, &ahead);
+          if (c.causal) {
+            product(n, TILE, F, fq, F, 1, fkT, TILE, A, TILE, false, rows, {}, &ahead);
+            product(n, TILE, V, dnum, V, 1, vT, TILE, dA, TILE, false, rows, {}, &ahead);
+            keep_lower(A, n);
+            keep_lower(dA, n, dden);
+            product(n, F, n, dA, TILE, 1, fk, F, dfq, F, true, {}, rows, &ahead);
+            product(n, F, n, dA, 1, TILE, fq, F, dfk, F, true, {}, columns, &ahead);
+            product(n, V, n, A, 1, TILE, dnum, V, dv, V, true, {}, columns, &ahead);
+            absorb(n, fq, dnum, dden, dS, ahead);
+          }
+          ahead.all();
           features_backward(c.map, n, c.size, fq, dfq, d.dq.at(s.r.row, h, s.token(x)), d.dq.token);
         }
         for (int i = 0; c.padding && i < n; i++)

@@ -36,16 +36,29 @@ static inline vf larger(vf a, vf b) { return a > b ? a : b; }
 static inline vf smaller(vf a, vf b) { return a < b ? a : b; }
 static inline int up(int n) { return (n + VW - 1) / VW * VW; }
 
-static inline float sum_of(vf a) {
-  float s = 0;
-  for (int i = 0; i < VW; i++) s += a[i];
-  return s;
+template <int BY, size_t... I>
+static inline vf crossed(vf a, std::index_sequence<I...>) {
+  return __builtin_shufflevector(a, a, (I ^ BY)...);
 }
-static inline float max_of(vf a) {
-  float s = a[0];
-  for (int i = 1; i < VW; i++) s = a[i] > s ? a[i] : s;
-  return s;
+// f of all lanes, in every lane: lane by lane it would take as long as some exponentials.
+template <class F>
+static inline vf folded(vf a, F f) {
+  const std::make_index_sequence<VW> lanes;
+  if constexpr (VW > 8) a = f(a, crossed<8>(a, lanes));
+  if constexpr (VW > 4) a = f(a, crossed<4>(a, lanes));
+  a = f(a, crossed<2>(a, lanes));
+  return f(a, crossed<1>(a, lanes));
 }
+static inline vf sum_in_all(vf a) { return folded(a, [](vf x, vf y) { return x + y; }); }
+static inline vf max_in_all(vf a) { return folded(a, [](vf x, vf y) { return larger(x, y); }); }
+static inline float sum_of(vf a) { return sum_in_all(a)[0]; }
+
+template <size_t... I>
+static inline vi counted(int from, std::index_sequence<I...>) {
+  return vi{int32_t(I)...} + from;
+}
+// from, from + 1, ...
+static inline vi count(int from) { return counted(from, std::make_index_sequence<VW>()); }
 
 // e^x to about 2 units in the last place: 2^n times a polynomial on |r| <= ln(2) / 2 (the coefficients of Cephes' expf).
 static inline vf exp(vf x) {
@@ -165,10 +178,41 @@ struct Ranges {
   int high(int m, int all_of) const { return pairs ? std::min<int>(pairs[m / MR * 2 + 1], all_of) : all_of; }
 };
 
+// Rows of memory that are needed soon. They are fetched a few at a time while products are computed: rows of a head lie
+// apart from each other, which no processor foresees, and where all are asked for at once each waits for the others.
+class Ahead {
+  struct Rows {
+    const float* first;
+    int64_t step;
+    int number, size;
+  };
+  std::vector<Rows> list;
+  size_t at = 0;
+  int row = 0;
+
+ public:
+  void add(const float* first, int64_t step, int number, int size) {
+    if (number > 0) list.push_back({first, step, number, size});
+  }
+  void some(int rows) {
+    for (; rows > 0 && at < list.size(); rows--) {
+      const Rows& r = list[at];
+      for (int i = 0; i < r.size; i += 16) __builtin_prefetch(r.first + row * r.step + i, 0, 2);
+      if (++row == r.number) row = 0, at++;
+    }
+  }
+  void all() {
+    while (at < list.size()) some(TILE);
+    list.clear(), at = 0;
+  }
+};
+
 // C (+)= A B. Of C only the columns within `columns` are needed, and of A only those within `inner` are not 0.
 static inline void product(int M, int N, int K, const float* A, int64_t am, int64_t ak, const float* B, int64_t b_row,
-                           float* C, int64_t c_row, bool add, Ranges columns = {}, Ranges inner = {}) {
+                           float* C, int64_t c_row, bool add, Ranges columns = {}, Ranges inner = {},
+                           Ahead* ahead = nullptr) {
   for (int m = 0; m < M; m += MR) {
+    if (ahead) ahead->some(MR);
     int n0 = columns.low(m, N) / VW * VW, n1 = up(columns.high(m, N));
     int k0 = inner.low(m, K), k1 = inner.high(m, K);
     if (n1 <= n0 || (k1 <= k0 && add)) continue;
@@ -176,11 +220,6 @@ static inline void product(int M, int N, int K, const float* A, int64_t am, int6
     rows(std::min(MR, M - m), n1 - n0, k1 - k0, A + m * am + k0 * ak, am, ak, B + k0 * b_row + n0, b_row,
          C + m * c_row + n0, c_row, add);
   }
-}
-
-// Has a row of memory that is needed soon fetched; it need not be there.
-static inline void fetch(const float* row, int64_t further, int size) {
-  for (int i = 0; i < size; i += 16) __builtin_prefetch((const char*)((uintptr_t)row + further * 4 + i * 4), 0, 2);
 }
 
 static inline float* scratch(size_t floats) {
