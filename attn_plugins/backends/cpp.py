@@ -10,6 +10,7 @@ from attn_plugins.backends import cpp_build
 from attn_plugins.core.backend import Backend, register_backend
 from attn_plugins.ops.blocks.gather import SoftmaxForms
 from attn_plugins.ops.linear.attention import FeatureAttention
+from attn_plugins.ops.recurrent.attention import RecurrentAttention
 from attn_plugins.ops.softmax.attention import PatternAttention, by_heads
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,12 +19,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @functools.cache
 def load(library: str) -> None:
     """Load a library that was built, once a process, and say what its operators' shapes and gradients are."""
-    from attn_plugins.backends import cpp_blocks, cpp_linear, cpp_tiles
+    from attn_plugins.backends import cpp_blocks, cpp_linear, cpp_step, cpp_tiles
 
     torch.ops.load_library(library)
     cpp_tiles.register()
     cpp_linear.register()
     cpp_blocks.register()
+    cpp_step.register()
     asked = os.environ.get(cpp_build.SWITCH)
     if asked and asked != "1":
         use_instruction_set(asked)
@@ -122,6 +124,31 @@ class Cpp(Backend):
         q_BHQD, k_BGKD = attention.place(q_BHQD, k_BGKD, mask, rotary)
         parts = attention.patterns(q_BHQD.shape[1], mask, grid_size)
         return by_heads(compiled_attention, q_BHQD, k_BGKD, v_BGKV, mask, parts, scale=scale, **options)
+
+    def steps(self, cls):
+        """Whether it goes on from its state as these do: linear attention, and recurrences by gates or a delta rule."""
+        return cls.attend_from in (FeatureAttention.attend_from, RecurrentAttention.attend_from)
+
+    def attend_from(self, attention, q_BH1D, k_BG1D, v_BG1V, *, state, **options):
+        from attn_plugins.backends.cpp_step import linear_step, recurrent_step, serves
+
+        tensors = (q_BH1D, k_BG1D, v_BG1V, *state.tensors.values())
+        if any(x.dtype not in DTYPES for x in tensors) or with_gradients(attention, *tensors, *options.values()):
+            return None
+        linear = isinstance(attention, FeatureAttention)
+        if linear and not serves(attention.phi, q_BH1D.shape[3]):
+            return None
+        load(str(cpp_build.built()))
+        step = linear_step if linear else recurrent_step
+        return attention.attend_from(q_BH1D, k_BG1D, v_BG1V, state=state, step=step, **options)
+
+
+def with_gradients(attention: Any, *given: Any) -> bool:
+    """Whether gradients are wanted, of what is given or of the attention's own weights."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [x for x in given if isinstance(x, torch.Tensor)]
+    return any(x.requires_grad for x in (*tensors, *attention.parameters()))
 
 
 def _chooses_blocks(attention: Any) -> bool:

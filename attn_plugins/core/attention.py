@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from attn_plugins.core.backend import FORMS, Backend, fastest, forced
+from attn_plugins.core.backend import FORMS, Backend, attend_from, fastest, forced
 from attn_plugins.core.capabilities import check_numbers, refuse_lacking
 from attn_plugins.core.decode_state import State
 from attn_plugins.core.gradients import with_gradients_to
@@ -294,7 +294,7 @@ class Attention(nn.Module):
             k_BGKD, v_BGKV, *hidden_B1KE = state.flush_pending(*new)
             if hidden_B1KE:
                 options["hidden_BKE"] = hidden_B1KE[0].squeeze(1)
-            return self.attend_from(q_BHQD, k_BGKD, v_BGKV, state=state, **options), None
+            return attend_from(self, q_BHQD, k_BGKD, v_BGKV, state=state, **options), None
         dense = part is None and (need_weights or chosen == "reference")
         if dense:
             q_BHQD, k_BGKD, v_BGKV = (self._fixed(x) for x in (q_BHQD, k_BGKD, v_BGKV))

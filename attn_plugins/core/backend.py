@@ -91,6 +91,23 @@ class Backend(abc.ABC):
     ) -> torch.Tensor:
         """out_BHQV, equal to ``attention.reference`` in outputs and gradients, of a call that it does not refuse."""
 
+    def steps(self, cls: type) -> bool:
+        """Whether :meth:`attend_from` may serve attentions of a class. Asked once a class."""
+        return False
+
+    def attend_from(
+        self,
+        attention: Any,
+        q_BH1D: torch.Tensor,
+        k_BG1D: torch.Tensor,
+        v_BG1V: torch.Tensor,
+        *,
+        state: Any,
+        **options: Any,
+    ) -> torch.Tensor | None:
+        """As ``attention.attend_from``, for one new token; None, with nothing changed, leaves the call to that."""
+        return None
+
 
 def _lacks(cls: Any) -> list[str]:
     if not (isinstance(cls, type) and issubclass(cls, Backend)):
@@ -159,6 +176,31 @@ def fastest(attention: Any, *tensors: torch.Tensor, **options: Any) -> Backend |
         if why_not(backend, attention, *tensors, **options) is None:
             return backend
     return None
+
+
+def attend_from(
+    attention: Any, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, *others: Any, **options: Any
+) -> torch.Tensor:
+    """Go on from a state: one token by a backend that has a step for it, all else as the attention itself does.
+
+    "auto" and the name of a backend take its step where it has one and serves the call. It is asked once a layer and
+    token, so that what costs time is asked once a class.
+    """
+    if not torch.compiler.is_compiling() and k_BGKD.shape[2] == 1:
+        backend = _stepping(type(attention), attention.backend, q_BHQD.device.type)
+        if backend is not None and backend.missing() is None:
+            out_BH1V = backend.attend_from(attention, q_BHQD, k_BGKD, *others, **options)
+            if out_BH1V is not None:
+                return out_BH1V
+    return attention.attend_from(q_BHQD, k_BGKD, *others, **options)
+
+
+@functools.cache
+def _stepping(cls: type, asked: str, device: str) -> Backend | None:
+    """The backend that steps for attentions of a class, where ``asked`` was asked for."""
+    names = _own(device) if asked == "auto" else () if asked in FORMS else (asked,)
+    backends = (get_backend(name) for name in names)
+    return next((one for one in backends if device in one.devices and one.steps(cls)), None)
 
 
 @torch.compiler.assume_constant_result  # it reads files, which a graph cannot

@@ -102,6 +102,31 @@ struct LinearBackward {
   View grad, dq, dk, dv;
 };
 
+// One new token, and states (batch, groups, rows, value_size + 1) without it and with it.
+struct Step {
+  int64_t batch, heads, groups, size, rows, value_size;
+  View q, k, v;
+  const uint8_t* seen;  // 0 where a row's token is padding, or null
+  int64_t seen_row;
+  const float* before;
+  float *after, *out;  // out: (batch, heads, value_size)
+};
+
+struct LinearStep {
+  Step step;  // size is a multiple of 16
+  Map map;
+  float eps;
+  // (heads or groups, size, size) and (heads or groups, size): x + W x + b comes before the map; or null
+  const float *query_weight, *key_weight, *query_bias, *key_bias;
+};
+
+struct RecurrentStep {
+  Step step;      // of a delta rule the last row is that of the average: rows is size + 1
+  View gates;     // logarithms, a token being a row of the state; null where nothing is forgotten
+  View beta;      // of a delta rule; else null
+  const float* average_weight;
+};
+
 struct Kernels {
   const char* name;
   // C = A B of M x K and K x N, all dense; N is a multiple of 16. What all kernels are made of.
@@ -112,6 +137,8 @@ struct Kernels {
   void (*chosen_backward)(const SoftmaxBackward&, const Chosen&, Parallel);
   void (*linear_forward)(const Linear&, Parallel, int threads);
   void (*linear_backward)(const LinearBackward&, Parallel, int threads);
+  void (*linear_step)(const LinearStep&, Parallel);
+  void (*recurrent_step)(const RecurrentStep&, Parallel);
 };
 
 }  // namespace attn_plugins

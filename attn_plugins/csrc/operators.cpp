@@ -345,6 +345,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> cut_mask(const at::Tensor& visibl
 }
 
 }  // namespace
+}  // namespace attn_plugins
+
+#include "step_operators.h"
+
+namespace attn_plugins {
 
 TORCH_LIBRARY(attn_plugins_cpp, m) {
   m.def("instruction_sets() -> str", &instruction_sets);

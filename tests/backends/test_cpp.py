@@ -1,7 +1,5 @@
 """Kernels in C++ hold the contract, with every instruction set of this machine; marked cpp where they are built."""
 
-import os
-
 import pytest
 import torch
 from cases import (
@@ -36,25 +34,6 @@ CHOOSING = [case for case in CASES if isinstance(case.module(), ChoosesBlocks)]
 FEATURES = [case for case in CASES if case.cls.attend is FeatureAttention.attend]
 GRIDS = [cls for cls in map(get_attention, list_attentions()) if issubclass(cls, PatternAttention) and cls.wants_grid]
 SERVED = {"elu", "relu", "relu2", "hedgehog", "t2r", "cosformer"}
-
-
-@pytest.fixture(scope="module")
-def built():
-    library = cpp_build.built()
-    if os.environ["ATTN_PLUGINS_CPP"] == "0":
-        pytest.skip("compiled kernels are left alone: make test-cpp")
-    assert library is not None, "the kernels are not built"
-    cpp.load(str(library))
-    return cpp.instruction_sets()
-
-
-@pytest.fixture(params=["avx512", "avx2", "generic"])
-def isa(request, built):
-    if request.param not in built:
-        pytest.skip(f"this machine has no {request.param}")
-    cpp.use_instruction_set(request.param)
-    yield request.param
-    cpp.use_instruction_set(built[0])
 
 
 def masks(case):

@@ -15,13 +15,17 @@ from attn_plugins.core.part import Part
 from attn_plugins.core.tracing import readable
 from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
 from attn_plugins.ops.linear.chunked import causal_linear
-from attn_plugins.ops.linear.features import FEATURE_MAPS, FeatureMap, Prepared
+from attn_plugins.ops.linear.features import FEATURE_MAPS, FeatureMap, Prepared, moved
 from attn_plugins.ops.linear.running_max import add_sums, exp_minus_max, max_exponent
 from attn_plugins.ops.parts.states import carried, of_last_text, of_text_before
 from attn_plugins.ops.reference import accumulation_dtype, expand_heads
 
 Projection = torch.Tensor | None
 """(heads, E, D), applied to queries or keys before the feature map: x -> W x; None is the identity."""
+
+LinearStep = Callable[[Prepared, torch.Tensor, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]]
+"""(queries and keys of one token, not :func:`attn_plugins.ops.linear.features.moved` yet; v_BG1V; sums_BGFV without it;
+which rows' token is no padding, (B, 1), or None for all) -> (out_BH1V in the dtype of v, new sums with it)."""
 
 
 def project(x_BHTD: torch.Tensor, projection: Projection) -> torch.Tensor:
@@ -64,8 +68,8 @@ class FeatureAttention(Attention, abc.ABC):
         options = {"chunk_size": self.config.chunk_size, "batched": self.prefers_batched(q_BHTD)}
         return linear_attention_of_part(prepared, v_BGTV, part, **options)
 
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
-        options = {"scale": scale, "chunk_size": self.config.chunk_size}
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout, step=None):
+        options = {"scale": scale, "chunk_size": self.config.chunk_size, "step": step}
         return linear_attention_from(q_BHQD, k_BGKD, v_BGKV, mask, state, self.prepare, **options)
 
 
@@ -172,6 +176,7 @@ def linear_attention_from(
     *,
     scale: float,
     chunk_size: int,
+    step: LinearStep | None = None,
 ) -> torch.Tensor:
     """The same, causal, for the last Q of K new tokens, which the state takes in: out_BHQV in the dtype of v.
 
@@ -179,11 +184,17 @@ def linear_attention_from(
         mask: of all tokens, which may end with some that come later.
         state: ``sums`` over the tokens before, (B, G, F, V + 1), and of exponents their ``running_max``, (B, G, F).
         prepare: (queries, keys, mask, scale, which token the keys begin with) -> what linear attention takes of them.
+        step: what takes in one token, in place of PyTorch's operations.
     """
 
     def attend_chunk(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         prepared, not_padding_BK = prepare(q, k, mask, scale, state.position), state.not_padding(mask, k.shape[2])
         held = state.tensors or state.start(k, v, **sums_shapes(prepared, v))
+        if step is not None and k.shape[2] == 1:
+            out, sums = step(prepared, v, held["sums"], not_padding_BK)
+            state.commit(1, sums=sums)
+            return out
+        prepared = moved(prepared)
         (q, k, options), (w_q, w_k), before = prepared, projections(prepared), (held["sums"], held.get("running_max"))
         feature_map, eps = options["feature_map"], options["eps"]
         sums, running_max = absorb(*before, k, v, w_k, feature_map, not_padding_BK)

@@ -21,6 +21,8 @@ from attn_plugins.ops.reference import accumulation_dtype
 
 LEARNED = ("hedgehog", "t2r", "taylor")
 """Maps with weights of their own."""
+AS_THEY_ARE = ("elu", "relu", "relu2")
+"""Maps of queries and keys, with nothing before them."""
 MAP_OF = {"t2r": "relu", "favor": "exp", "cosformer": "identity"}
 """The map after the projection, where it has another name."""
 WEIGHTS = {
@@ -216,7 +218,7 @@ def prepare(
 
     Args:
         mask: of these queries and keys, or of all tokens where ``since`` says which of them these keys begin with; the
-            queries are the last of the keys then.
+            queries are the last of the keys then. Of one such token, what is learned may be left to :func:`moved`.
         weights: those of :func:`weight_shapes`, and FAVOR+'s ``projection``.
         scale: factor on the scores that taylor and favor approximate.
         eps: of the denominator; exponents have no size of their own for it to be compared with, so that favor's is
@@ -226,8 +228,13 @@ def prepare(
     Raises:
         ValueError: cosformer got more than ``max_length`` tokens, or queries and keys of different sequences.
     """
+    if feature_map in AS_THEY_ARE:
+        return Prepared(q_BHQD, k_BGKD, {"feature_map": feature_map, "eps": eps})
     dtype = accumulation_dtype(q_BHQD, k_BGKD, *weights.values())
-    options = {"feature_map": MAP_OF.get(feature_map, feature_map), "eps": 1e-30 if feature_map == "favor" else eps}
+    options: dict[str, Any] = {
+        "feature_map": MAP_OF.get(feature_map, feature_map),
+        "eps": 1e-30 if feature_map == "favor" else eps,
+    }
     projections = []
     if feature_map == "cosformer":
         if since is None:
@@ -254,12 +261,7 @@ def prepare(
         projections = [weights[name].to(dtype) * math.sqrt(scale) for name in ("query_weight", "key_weight")]
     elif feature_map in LEARNED and since is not None and k_BGKD.shape[2] == 1:
         # The same as below for one token: what it is multiplied by would take longer to make than to use.
-        weights = {name: weight.to(dtype) for name, weight in weights.items()}
-        q_BHQD, k_BGKD = (
-            x + x @ weights[f"{name}_weight"].mT for name, x in (("query", q_BHQD.to(dtype)), ("key", k_BGKD.to(dtype)))
-        )
-        if feature_map == "t2r":
-            q_BHQD, k_BGKD = q_BHQD + weights["query_bias"].unsqueeze(1), k_BGKD + weights["key_bias"].unsqueeze(1)
+        options["moves"] = tuple(weights[name].to(dtype) if name in weights else None for name in WEIGHTS["t2r"])
     elif feature_map in LEARNED:
         # Added in float32: steps of bfloat16 near 1 are 1/128, which would swallow what is learned.
         identity = torch.eye(q_BHQD.shape[3], dtype=dtype, device=q_BHQD.device)
@@ -271,6 +273,22 @@ def prepare(
     if projections:
         options |= {"query_projection": projections[0], "key_projection": projections[1]}
     return Prepared(q_BHQD, k_BGKD, options)
+
+
+def moved(prepared: Prepared) -> Prepared:
+    """The same with what its option ``moves`` says done: x + W x + b, of queries and of keys.
+
+    ``moves``, of one token from a state, are W (H, D, D) and (G, D, D), and b (H, D) and (G, D) or None.
+    """
+    q, k, options = prepared
+    if "moves" not in options:
+        return prepared
+    w_q, w_k, b_q, b_k = options["moves"]
+    q, k = q.to(w_q.dtype), k.to(w_k.dtype)
+    q, k = q + q @ w_q.mT, k + k @ w_k.mT
+    if b_q is not None:
+        q, k = q + b_q.unsqueeze(1), k + b_k.unsqueeze(1)
+    return Prepared(q, k, options)
 
 
 def check_length(longest: int, max_length: int) -> None:

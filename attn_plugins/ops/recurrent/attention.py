@@ -71,10 +71,10 @@ class RecurrentAttention(Attention, abc.ABC):
     def new_state(self, fixed_length=None):
         return Sums(fixed_length)
 
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout, hidden_BKE=None):
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout, hidden_BKE=None, step=None):
         recurrence, new = (self.prepare(scale), self.weights()), _of_keys(k_BGKD, v_BGKV, hidden_BKE)
         rules = ALL_AT_ONCE if self.prefers_batched(q_BHQD) else IN_ORDER
-        options = {"chunk_size": self.config.chunk_size, "rules": rules}
+        options = {"chunk_size": self.config.chunk_size, "rules": rules, "step": step}
         return recurrent_attention_from(q_BHQD, new, mask, state, *recurrence, **options)
 
 

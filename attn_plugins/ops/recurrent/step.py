@@ -1,6 +1,6 @@
 """Recurrences that go on from a state: one token by the recurrence itself, several in chunks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import pad
@@ -9,6 +9,10 @@ from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
 from attn_plugins.ops.recurrent.chunked import OfKeys, Prepare, Rules, Tokens, hide, scan_from, state_shape
 from attn_plugins.ops.reference import accumulation_dtype
+
+RecurrentStep = Callable[[Tokens, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(one token of each row, hidden where it is padding; which rows' token is none, (B, 1), or None for all; the state
+without it) -> (out_BH1V in the dtype of the state, a new state with it)."""
 
 
 def recurrent_attention_from(
@@ -21,12 +25,14 @@ def recurrent_attention_from(
     *,
     chunk_size: int,
     rules: Rules,
+    step: RecurrentStep | None = None,
 ) -> torch.Tensor:
     """As :func:`attn_plugins.ops.recurrent.chunked.recurrent_attention`, for the last Q of K new tokens.
 
     Args:
         mask: of all tokens, which may end with some that come later.
         state: ``memory`` is the recurrence's state, as the chunks carry it. It takes the new tokens in.
+        step: what takes in one token, in place of PyTorch's operations.
 
     Returns:
         out_BHQV in the dtype of v.
@@ -37,11 +43,14 @@ def recurrent_attention_from(
 
     def attend_chunk(q: torch.Tensor, *new: torch.Tensor) -> torch.Tensor:
         memory, number = state.tensors["memory"], new[0].shape[2]
-        not_padding = state.not_padding(mask, number)
-        not_padding = None if not_padding is None else not_padding[:, None, :, None]
+        not_padding_BK = state.not_padding(mask, number)
+        not_padding = None if not_padding_BK is None else not_padding_BK[:, None, :, None]
         if number == 1:
             tokens, counts = hide(prepare(q, *new, *weights), not_padding, None)
-            out, memory = (_average if tokens.beta is None else _delta)(tokens, counts, memory)
+            if step is not None:
+                out, memory = step(tokens, not_padding_BK, memory)
+            else:
+                out, memory = (_average if tokens.beta is None else _delta)(tokens, counts, memory)
         else:
             out, memory = scan_from(memory, q, new, not_padding, None, prepare, weights, chunk_size, rules)
         state.commit(number, memory=memory)
