@@ -86,14 +86,14 @@ test-browser: setup ## report.html and the page of inspect in headless Chromium,
 
 test-cpp: setup ## build the kernels in C++ into build/, and hold them to the dense forms, with every instruction set
 	$(CPP) $(BIN)/attn-plugins build
-	$(CPP) $(PYTEST) -m cpp tests/backends/test_cpp.py
+	$(CPP) $(PYTEST) -m cpp tests/backends
 
 test-cpp-sanitized: setup ## the same under sanitizers of addresses, undefined behaviour and threads: minutes
 	$(call SANITIZED,address) $(BIN)/attn-plugins build \
 		--flags "-fsanitize=address,undefined -fno-sanitize-recover=undefined -g -O1"
-	$(call SANITIZED,address) LD_PRELOAD="$(call PRELOAD,asan ubsan)" $(PYTEST) -m cpp -n 0 -s tests/backends/test_cpp.py
+	$(call SANITIZED,address) LD_PRELOAD="$(call PRELOAD,asan ubsan)" $(PYTEST) -m cpp -n 0 -s tests/backends
 	$(call SANITIZED,thread) $(BIN)/attn-plugins build --flags "-fsanitize=thread -g -O1"
-	$(call SANITIZED,thread) LD_PRELOAD="$(call PRELOAD,tsan)" $(PYTEST) -m cpp -n 0 -s -k threads tests/backends/test_cpp.py
+	$(call SANITIZED,thread) LD_PRELOAD="$(call PRELOAD,tsan)" $(PYTEST) -m cpp -n 0 -s -k threads tests/backends
 
 test-architectures: setup ## the flag on every model type of transformers: minutes
 	$(PYTEST) -m architectures

@@ -187,7 +187,7 @@ def attend_from(
     token, so that what costs time is asked once a class.
     """
     if not torch.compiler.is_compiling() and k_BGKD.shape[2] == 1:
-        backend = _stepping(type(attention), attention.backend, q_BHQD.device.type)
+        backend = _stepping(attention.__class__, attention.backend, q_BHQD.device.type)
         if backend is not None and backend.missing() is None:
             out_BH1V = backend.attend_from(attention, q_BHQD, k_BGKD, *others, **options)
             if out_BH1V is not None:

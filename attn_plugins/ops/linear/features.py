@@ -261,7 +261,9 @@ def prepare(
         projections = [weights[name].to(dtype) * math.sqrt(scale) for name in ("query_weight", "key_weight")]
     elif feature_map in LEARNED and since is not None and k_BGKD.shape[2] == 1:
         # The same as below for one token: what it is multiplied by would take longer to make than to use.
-        options["moves"] = tuple(weights[name].to(dtype) if name in weights else None for name in WEIGHTS["t2r"])
+        w_q, w_k = weights["query_weight"].to(dtype), weights["key_weight"].to(dtype)
+        b_q, b_k = weights.get("query_bias"), weights.get("key_bias")
+        options["moves"] = w_q, w_k, b_q if b_q is None else b_q.to(dtype), b_k if b_k is None else b_k.to(dtype)
     elif feature_map in LEARNED:
         # Added in float32: steps of bfloat16 near 1 are 1/128, which would swallow what is learned.
         identity = torch.eye(q_BHQD.shape[3], dtype=dtype, device=q_BHQD.device)
