@@ -235,7 +235,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> chosen_backward(
   Chosen x = chosen_blocks(c, chosen_BHQT, first, keys, padding, causal, before);
   c.out = view(out, "out"), c.lse = const_cast<float*>(lse.const_data_ptr<float>());
   d.grad = view(grad, "grad"), d.parts = 1;
-  auto dq = by_token(q, c.batch, c.heads, c.queries, c.size, true);
+  auto dq = by_token(q, c.batch, c.heads, c.queries, c.size, false);
   auto dk = by_token(q, c.batch, c.groups, c.keys, c.size, true);
   auto dv = by_token(q, c.batch, c.groups, c.keys, c.value_size, true);
   d.dq = view(dq, "dq"), d.dk = view(dk, "dk"), d.dv = view(dv, "dv");

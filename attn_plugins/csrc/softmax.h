@@ -45,6 +45,7 @@ struct Worker {
   float *qT, *q_copied, *P, *slope, *keys, *values;
   const float* q = nullptr;
   int64_t q_row = 0;
+  Ahead ahead;
 
   Worker(const Softmax& call, int64_t b, int64_t h, float* memory)
       : c(call), b(b), h(h), g(h / (call.heads / call.groups)), drop(call, b * call.heads + h) {
@@ -83,6 +84,18 @@ struct Worker {
     return copied;
   }
 
+  // The rows of a tile are needed soon, where they are a slice.
+  void queries_soon(const Tile& t, const View& of, int size) {
+    if (t.query_index < 0) ahead.add(of.at(b, h, t.query), t.query_step * of.token, t.rows, size);
+  }
+  // Those blocks of a tile that this one does not have are needed soon, where they are slices.
+  void keys_soon(const Tile& t, const View& of, int size) {
+    const Block *here = c.tiles.blocks + tile->first_block, *next = c.tiles.blocks + t.first_block;
+    for (const Block* x = next; x < next + t.blocks; x++)
+      if (x->key_index < 0 && std::none_of(here, here + tile->blocks, [&](const Block& y) { return y.key == x->key; }))
+        ahead.add(of.at(b, g, x->key), x->key_step * of.token, x->keys, size);
+  }
+
   int32_t key_of(const Block& x, int j) const {
     return x.key_index < 0 ? x.key + j * x.key_step : c.tiles.index[x.key_index + b * x.key_row + j];
   }
@@ -109,7 +122,7 @@ struct Worker {
   // P[key][query] = scores, within the ranges of a mask; the slope of a softcap into `slope`.
   void scores(const Block& x, const float* k, int64_t k_row) {
     Ranges columns = among_queries(x);
-    product(x.keys, TILE, c.size, k, k_row, 1, qT, TILE, P, TILE, false, columns);
+    product(x.keys, TILE, c.size, k, k_row, 1, qT, TILE, P, TILE, false, columns, {}, &ahead);
     if (c.softcap > 0) {
       vf cap = all(c.softcap), inverse = all(1 / c.softcap);
       for (int i = 0; i < TILE; i += VW)
@@ -184,11 +197,13 @@ struct Forward {
     vf f = all(total > 0 ? factor / total : 0.f);
     for (int e = 0; e < V; e += VW) store(out + e, load(sums + e) * f);
   }
-  // One tile; `acc` holds TILE rows of values.
-  void attend(Worker& w, const Tile& tile, float* acc) const {
+  // One tile, and which comes after it; `acc` holds TILE rows of values.
+  void attend(Worker& w, const Tile& tile, const Tile* next, float* acc) const {
     alignas(64) float top[TILE], total[TILE], factor[TILE];
     alignas(64) uint32_t number[TILE];
     w.begin(tile);
+    w.queries_soon(tile, c.out, V);
+    if (next) w.queries_soon(*next, c.q, c.size), w.keys_soon(*next, c.k, c.size), w.keys_soon(*next, c.v, V);
     for (int i = 0; i < TILE; i++) top[i] = HIDDEN, total[i] = 0, number[i] = w.query[i];
     bool first = true;
     for (int x = tile.first_block; x < tile.first_block + tile.blocks; x++) {
@@ -233,8 +248,20 @@ struct Forward {
             for (int e = 0; e < V; e += VW) store(acc + i * V + e, load(acc + i * V + e) * f);
           }
       const float* v = w.rows_of(block, c.v, V, w.values, v_row);
-      product(w.n, V, block.keys, P, 1, TILE, v, v_row, acc, V, !first, {}, w.among_keys(block));
+      product(w.n, V, block.keys, P, 1, TILE, v, v_row, acc, V, !first, {}, w.among_keys(block), &w.ahead);
       first = false;
+    }
+    w.ahead.all();
+    const int64_t head = (w.b * c.heads + w.h) * c.queries;
+    alignas(64) float before[TILE], old[TILE], now[TILE];
+    if (c.tiles.merged) {
+      for (int i = 0; i < TILE; i++) before[i] = w.query[i] < 0 ? HIDDEN : c.top[head + w.query[i]];
+      for (int i = 0; i < TILE; i += VW) {
+        vf after = larger(load(before + i), load(top + i));
+        store(old + i, exp(load(before + i) - after));
+        store(now + i, exp(load(top + i) - after));
+        store(top + i, after);
+      }
     }
     for (int i = 0; i < w.n; i++) {
       if (w.query[i] < 0 || !(total[i] > 0)) continue;
@@ -243,12 +270,10 @@ struct Forward {
         finish(w.b, w.h, w.query[i], top[i], total[i], out, acc + i * V);
         continue;
       }
-      int64_t at = (w.b * c.heads + w.h) * c.queries + w.query[i];
-      float after = std::max(c.top[at], top[i]);
-      float old = std::exp(c.top[at] - after), now = std::exp(top[i] - after);
-      c.top[at] = after;
-      c.lse[at] = c.lse[at] * old + total[i] * now;  // the sum, until all tiles are there
-      for (int e = 0; e < V; e += VW) store(out + e, load(out + e) * all(old) + load(acc + i * V + e) * all(now));
+      const int64_t at = head + w.query[i];
+      c.top[at] = top[i];
+      c.lse[at] = c.lse[at] * old[i] + total[i] * now[i];  // the sum, until all tiles are there
+      for (int e = 0; e < V; e += VW) store(out + e, load(out + e) * all(old[i]) + load(acc + i * V + e) * all(now[i]));
     }
   }
   // Rows of queries that no tile has, or of none yet.
@@ -259,16 +284,19 @@ struct Forward {
       if (c.tiles.merged) c.top[(b * c.heads + h) * c.queries + q] = HIDDEN;
     }
   }
-  // A head whose queries see keys in several tiles, which are merged by their highest scores.
-  void merged(int64_t b, int64_t h, float* s) const {
+  // A head whose queries see keys in several tiles, which are merged by their highest scores: sums in `out`, results,
+  // which may be the same rows, in `to`.
+  void merged(int64_t b, int64_t h, float* s, const View& to) const {
     begin(b, h);
     Worker w(c, b, h, s + TILE * V);
-    for (int64_t t = 0; t < c.tiles.number; t++) attend(w, c.tiles.tiles[t], s);
+    const Tile *tile = c.tiles.tiles, *end = tile + c.tiles.number;
+    for (; tile < end; tile++) attend(w, *tile, tile + 1 < end ? tile + 1 : nullptr, s);
     for (int64_t q = 0; q < c.queries; q++) {
       int64_t at = (b * c.heads + h) * c.queries + q;
-      float* out = c.out.at(b, h, q);
-      if (c.lse[at] > 0) finish(b, h, q, c.top[at], c.lse[at], out, out);
-      else c.lse[at] = INFINITY;
+      const float* sums = c.out.at(b, h, q);
+      float* out = to.at(b, h, q);
+      if (c.lse[at] > 0) finish(b, h, q, c.top[at], c.lse[at], out, sums);
+      else c.lse[at] = INFINITY, memset(out, 0, sizeof(float) * V);
     }
   }
 };
@@ -279,7 +307,7 @@ static void softmax_forward(const Softmax& c, Parallel parallel) {
   if (c.tiles.merged) {
     run(parallel, c.batch * c.heads, 1, [&](int64_t low, int64_t high) {
       float* s = scratch(f.memory());
-      for (int64_t x = low; x < high; x++) f.merged(x / c.heads, x % c.heads, s);
+      for (int64_t x = low; x < high; x++) f.merged(x / c.heads, x % c.heads, s, c.out);
     });
     return;
   }
@@ -292,7 +320,7 @@ static void softmax_forward(const Softmax& c, Parallel parallel) {
     for (int64_t x = low; x < high;) {
       int64_t row = x / N, end = std::min(high, (row + 1) * N);
       Worker w(c, row / c.heads, row % c.heads, s + TILE * V);
-      for (; x < end; x++) f.attend(w, c.tiles.tiles[x % N], s);
+      for (; x < end; x++) f.attend(w, c.tiles.tiles[x % N], x + 1 < end ? &c.tiles.tiles[x % N + 1] : nullptr, s);
     }
   });
 }
@@ -301,9 +329,17 @@ static size_t memory_of_backward(const Softmax& c) {
   return Worker::floats(c) + c.value_size * TILE * 2 + TILE * TILE + TILE * c.size;
 }
 
-// Tiles begin..end of one head; `part` says which gradients of keys and values are added to.
+// The gradient of a query's output, times its output.
+static float product_of_rows(const float* g, const float* o, int64_t V) {
+  vf a{};
+  for (int e = 0; e < V; e += VW) a += load(g + e) * load(o + e);
+  return sum_of(a);
+}
+
+// Tiles begin..end of one head; `part` says which gradients of keys and values are added to. `products` are those of the
+// head's queries, where they are there.
 static void backward_of_head(const SoftmaxBackward& d, const Softmax& c, int64_t b, int64_t h, int64_t part, int64_t begin,
-                             int64_t end, float* s) {
+                             int64_t end, float* s, const float* products = nullptr) {
   const int64_t V = c.value_size, D = c.size;
   float *gT = s, *g_copied = gT + V * TILE, *dP = g_copied + V * TILE, *acc = dP + TILE * TILE;
   Worker w(c, b, h, acc + TILE * D);
@@ -315,17 +351,21 @@ static void backward_of_head(const SoftmaxBackward& d, const Softmax& c, int64_t
     alignas(64) float lse[TILE], delta[TILE], seen[TILE];
     alignas(64) uint32_t number[TILE];
     w.begin(tile);
+    w.queries_soon(tile, d.dq, D);
+    if (t + 1 < end) {
+      const Tile& next = c.tiles.tiles[t + 1];
+      w.queries_soon(next, c.q, D), w.queries_soon(next, d.grad, V), w.queries_soon(next, c.out, V);
+      w.keys_soon(next, c.k, D), w.keys_soon(next, c.v, V), w.keys_soon(next, dk, D), w.keys_soon(next, dv, V);
+    }
     int64_t g_row;
     const float* gradient = w.rows(d.grad, V, g_copied, g_row);
     transpose(TILE, V, gradient, g_row, gT, TILE);
     for (int i = 0; i < TILE; i++) lse[i] = -HIDDEN, delta[i] = 0, seen[i] = 0, number[i] = w.query[i];
     for (int i = 0; i < w.n; i++) {
       if (w.query[i] < 0) continue;
-      const float *g = gradient + i * g_row, *o = c.out.at(b, h, w.query[i]);
-      vf a{};
-      for (int e = 0; e < V; e += VW) a += load(g + e) * load(o + e);
       int64_t at = (b * c.heads + h) * c.queries + w.query[i];
-      delta[i] = sum_of(a) - (d.grad_lse ? d.grad_lse[at] : 0.f);
+      delta[i] = products ? products[w.query[i]] : product_of_rows(gradient + i * g_row, c.out.at(b, h, w.query[i]), V);
+      delta[i] -= (d.grad_lse ? d.grad_lse[at] : 0.f);
       lse[i] = std::min(c.lse[at], -HIDDEN);
     }
     bool first = true;
@@ -337,7 +377,7 @@ static void backward_of_head(const SoftmaxBackward& d, const Softmax& c, int64_t
       const float* v = w.rows_of(block, c.v, V, w.values, v_row);
       w.scores(block, k, k_row);
       float* P = w.P;
-      product(block.keys, TILE, V, v, v_row, 1, gT, TILE, dP, TILE, false, columns);
+      product(block.keys, TILE, V, v, v_row, 1, gT, TILE, dP, TILE, false, columns, {}, &w.ahead);
       const uint8_t* mask = w.mask_of(block);
       auto gradients = [&](int i, auto keep) {
         vf l = load(lse + i), dl = load(delta + i), any{};
@@ -372,11 +412,12 @@ static void backward_of_head(const SoftmaxBackward& d, const Softmax& c, int64_t
         if (c.softcap > 0) ds = ds != vf{} ? ds * load(w.slope + i) : ds;  // outside of ranges there is no slope
         store(dP + i, ds * all(c.scale));
       }
-      product(w.n, D, block.keys, dP, 1, TILE, k, k_row, acc, D, !first, {}, among_keys);
+      product(w.n, D, block.keys, dP, 1, TILE, k, k_row, acc, D, !first, {}, among_keys, &w.ahead);
       w.add(block, dv, V, P, gradient, g_row, w.values);
       w.add(block, dk, D, dP, w.q, w.q_row, w.keys);
       first = false;
     }
+    w.ahead.all();
     for (int i = 0; i < w.n; i++) {
       if (w.query[i] < 0 || !(seen[i] > 0)) continue;
       float* dq = d.dq.at(b, h, w.query[i]);
