@@ -117,14 +117,14 @@ static void linear_step(const LinearStep& d, Parallel parallel) {
       const float *before = c.before + u * F * (V + 1), *from = c.k.at(b, g, 0);
       float* after = c.after + u * F * (V + 1);
       if (d.key_weight) moved(E, d.key_weight + g * E * E, d.key_bias ? d.key_bias + g * E : nullptr, from, x), from = x;
-      features(d.map, 1, E, from, 0, key, 0);
+      features(d.map, 1, E, from, 0, key);
       if (c.seen && !c.seen[b * c.seen_row]) std::fill(key, key + F, 0.f);
       for (int64_t r = 0; r < R; r++) {
         const int64_t h = g * R + r;
         from = c.q.at(b, h, 0);
         if (d.query_weight)
           moved(E, d.query_weight + h * E * E, d.query_bias ? d.query_bias + h * E : nullptr, from, x), from = x;
-        features(d.map, 1, E, from, 0, queries + r * F, 0);
+        features(d.map, 1, E, from, 0, queries + r * F);
         den[r] = d.eps;
       }
       for (int64_t f = 0; f < F; f++) {
