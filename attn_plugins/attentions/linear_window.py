@@ -1,4 +1,3 @@
-import functools
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
@@ -6,15 +5,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from attn_plugins.core.attention import Attention, AttentionConfig, sink_tokens
+from attn_plugins.core.attention import AttentionConfig, sink_tokens
 from attn_plugins.core.registry import register_attention
-from attn_plugins.ops.decode.running_sums import Sums
-from attn_plugins.ops.linear import window, window_in_part
-from attn_plugins.ops.linear.features import prepare, reset_weights, weight_shapes, weights
+from attn_plugins.ops.linear.features import FEATURE_MAPS, MAP_OF, prepare, reset_weights, weight_shapes, weights
+from attn_plugins.ops.linear.window import BEFORE_SINKS
+from attn_plugins.ops.linear.window_attention import WindowAndSumsAttention
 
 
 @register_attention("linear_window")
-class LinearWindowAttention(Attention):
+class LinearWindowAttention(WindowAndSumsAttention):
     """Softmax over sinks and a window, linear attention over what has left it, under one denominator (LoLCATs).
 
     ``out_i = (sum_near e^(s_ij - c_i) v_j + e^b sum_far phi(q_i).phi(k_j) v_j) / (the same without v)``: near are the
@@ -65,7 +64,7 @@ class LinearWindowAttention(Attention):
         """Added to the denominator where the linear sum is alone."""
         feature_dim: int = 16
         """Dimensions that taylor projects to."""
-        since: ClassVar = {"num_sink_tokens": window.BEFORE_SINKS}
+        since: ClassVar = {"num_sink_tokens": BEFORE_SINKS}
 
         def __post_init__(self):
             super().__post_init__()
@@ -89,28 +88,9 @@ class LinearWindowAttention(Attention):
         nn.init.constant_(self.log_linear_factor, math.log(0.01))
         reset_weights(self.config.feature_map, weights(self))
 
-    def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
-        prepared, options = self.prepare(q_BHQD, k_BGKD, mask, scale)
-        return window.dense_linear_window(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
-
-    def attend(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout, batched=False):
-        prepared, options = self.prepare(q_BHQD, k_BGKD, mask, scale)
-        options |= {"chunk_size": self.config.chunk_size, "batched": batched}
-        return window.linear_window_attention(q_BHQD, k_BGKD, v_BGKV, prepared, mask, **options)
-
-    def attend_batched(self, q_BHQD, k_BGKD, v_BGKV, **options):
-        return self.attend(q_BHQD, k_BGKD, v_BGKV, **options, batched=True)
-
-    def attend_part(self, *tokens, **options):
-        return window_in_part.attend_part(self, *tokens, **options)
-
-    def new_state(self, fixed_length=None):
-        return Sums(fixed_length, window_size=self.config.window_size, num_first=self.config.num_sink_tokens)
-
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
-        tokens, prepare = (q_BHQD, k_BGKD, v_BGKV), functools.partial(self.prepare, mask=mask, scale=scale)
-        sizes = {"chunk_size": self.config.chunk_size, "batched": self.prefers_batched(q_BHQD)}
-        return window.linear_window_attention_from(*tokens, mask, state, prepare, **sizes)
+    @property
+    def phi(self):
+        return FEATURE_MAPS[MAP_OF.get(self.config.feature_map, self.config.feature_map)]
 
     def prepare(self, q_BHQD, k_BGKD, mask, scale):
         if self.branch not in ("both", *self.branches):

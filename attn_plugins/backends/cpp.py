@@ -10,6 +10,8 @@ from attn_plugins.backends import cpp_build
 from attn_plugins.core.backend import Backend, register_backend
 from attn_plugins.ops.blocks.gather import SoftmaxForms
 from attn_plugins.ops.linear.attention import FeatureAttention
+from attn_plugins.ops.linear.window import Forms
+from attn_plugins.ops.linear.window_attention import WindowAndSumsAttention
 from attn_plugins.ops.recurrent.attention import RecurrentAttention
 from attn_plugins.ops.softmax.attention import PatternAttention, by_heads
 
@@ -55,7 +57,8 @@ class Cpp(Backend):
     are read where they are, and of a block of 64 queries and 64 keys only what is visible is computed. Blocks that
     queries choose: tiles of queries that share one, head by head; what else such an attention has, as the choice and
     native sparse attention's compressed branch, is plain PyTorch. Linear attention, over features of a token: chunks of
-    64 tokens and a state between them, a text of a packed row at a time; or one state for all of a text.
+    64 tokens and a state between them, a text of a packed row at a time; or one state for all of a text. What is
+    softmax over a window and sums over all else has both of them from here, and joins them in plain PyTorch.
 
     AVX-512, AVX2 or vectors of 128 bits, as the machine has them. Sums are float32; half precision is converted on the
     way in and out. Long rows are shared among threads where there are fewer heads than these.
@@ -88,7 +91,8 @@ class Cpp(Backend):
     def serves(self, attention):
         """Whether it is one of these as they are: what attends in a way of its own knows more than its tiles say."""
         attend = type(attention).attend
-        return attend is PatternAttention.attend or attend is FeatureAttention.attend or _chooses_blocks(attention)
+        known = (PatternAttention.attend, FeatureAttention.attend, WindowAndSumsAttention.attend)
+        return attend in known or _chooses_blocks(attention)
 
     def missing(self):
         if cpp_build.built() is None:
@@ -103,21 +107,27 @@ class Cpp(Backend):
         if not isinstance(scale, (int, float)):
             return "the scale must be a number"
         if not self.serves(attention):
-            return "it serves softmax attention over a pattern or over blocks that queries choose, and linear attention"
-        if isinstance(attention, FeatureAttention):
+            return (
+                "it serves softmax attention over a pattern or over blocks that queries choose, linear attention, and "
+                "a window with sums over all else"
+            )
+        if isinstance(attention, FeatureAttention | WindowAndSumsAttention):
             from attn_plugins.backends.cpp_linear import why_not
 
-            return why_not(attention, q_BHQD.shape[3], mask)
+            return why_not(attention.phi, q_BHQD.shape[3], mask)
         return None
 
     def attend(self, attention, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, rotary=None, grid_size=None, **options):
         from attn_plugins.backends.cpp_blocks import compiled_blocks
-        from attn_plugins.backends.cpp_linear import compiled_linear
+        from attn_plugins.backends.cpp_linear import compiled_linear, compiled_sums
         from attn_plugins.backends.cpp_tiles import compiled_attention
 
         load(str(cpp_build.built()))
         if isinstance(attention, FeatureAttention):
             return compiled_linear(attention.prepare(q_BHQD, k_BGKD, mask, scale), v_BGKV, mask)
+        if isinstance(attention, WindowAndSumsAttention):
+            both = Forms(compiled_attention, compiled_sums, few_queries=True)
+            return attention.attend(q_BHQD, k_BGKD, v_BGKV, mask=mask, scale=scale, forms=both, **options)
         if _chooses_blocks(attention):
             forms = SoftmaxForms(compiled_blocks, compiled_attention)
             return attention.attend(q_BHQD, k_BGKD, v_BGKV, mask=mask, scale=scale, forms=forms, **options)

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.reference import outside_autocast
-from attn_plugins.ops.softmax.tile_engine import Tile
+from attn_plugins.ops.softmax.tile_engine import SoftmaxParts, Tile
 from attn_plugins.ops.softmax.tiles import Pattern
 
 SIZE = 64
@@ -131,8 +131,10 @@ def compiled_attention(
     position_bias: torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """As :func:`attn_plugins.ops.softmax.tiles.tiled_attention`, by compiled kernels: out_BHQV in the dtype of v.
+    return_lse: bool = False,
+) -> Any:
+    """As :func:`attn_plugins.ops.softmax.tiles.tiled_attention`, by compiled kernels: out_BHQV in the dtype of v, or
+    :class:`SoftmaxParts` with ``return_lse``.
 
     Inputs are float32 or half precision; sums are float32.
     """
@@ -146,8 +148,12 @@ def compiled_attention(
     seed = int(torch.randint(2**62, ())) if dropout else 0
     sinks = None if sinks is None else sinks.float().contiguous()
     options = (float(scale), softcap or 0.0, dropout, seed)
-    out, _ = torch.ops.attn_plugins_cpp.softmax_forward(q, k, v, *tables, bias, sinks, *options)
-    return out[..., : v_BGKV.shape[3]].to(v_BGKV.dtype)
+    out, lse, top = torch.ops.attn_plugins_cpp.softmax_forward(q, k, v, *tables, bias, sinks, *options)
+    out = out[..., : v_BGKV.shape[3]].to(v_BGKV.dtype)
+    if not return_lse:
+        return out
+    lse = lse.masked_fill(lse == torch.inf, -torch.inf)  # the kernel's sign gives weights of 0 to what sees nothing
+    return SoftmaxParts(out, lse.unsqueeze(3), top.unsqueeze(3))
 
 
 def dense(x: torch.Tensor) -> torch.Tensor:
@@ -163,10 +169,11 @@ def register() -> None:
     @torch.library.register_fake("attn_plugins_cpp::softmax_forward")
     def _(q, k, v, *others):
         batch, heads, queries, _ = q.shape
-        return q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2), q.new_empty(batch, heads, queries)
+        lse, top = q.new_empty(batch, heads, queries), q.new_empty(batch, heads, queries)
+        return q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2), lse, top
 
     @torch.library.register_fake("attn_plugins_cpp::softmax_backward")
-    def _(grad, grad_lse, q, k, v, *others):
+    def _(grad, grad_lse, grad_top, q, k, v, *others):
         like = (x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2) for x in (q, k, v))
         rows, queries = others[-5], q.shape[2]  # bias_rows
         return *like, q.new_empty(rows, q.shape[1], queries if rows else 0, k.shape[2])
@@ -178,18 +185,23 @@ def _keep_softmax(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, *tables, merged, bias, sinks, scale, softcap, dropout, seed = inputs
     ctx.save_for_backward(q, k, v, *output, bias, sinks, *tables)
     ctx.options = (merged, scale, softcap, dropout, seed)
+    ctx.set_materialize_grads(False)
 
 
 @outside_autocast
-def _softmax_backward(ctx: Any, grad: torch.Tensor, grad_lse: torch.Tensor | None) -> tuple:
-    q, k, v, out, lse, bias, sinks, *tables = ctx.saved_tensors
+def _softmax_backward(
+    ctx: Any, grad: torch.Tensor | None, grad_lse: torch.Tensor | None, grad_top: torch.Tensor | None
+) -> tuple:
+    q, k, v, out, lse, top, bias, sinks, *tables = ctx.saved_tensors
     merged, *numbers = ctx.options
     of_bias, of_sinks = ctx.needs_input_grad[9:11]
+    grad = torch.zeros_like(out) if grad is None else grad
     dense = grad if grad.stride(3) == 1 else grad.contiguous()
-    given = (q, k, v, out, lse, *tables, merged, bias, sinks, len(bias) if of_bias else 0)
-    dq, dk, dv, d_bias = torch.ops.attn_plugins_cpp.softmax_backward(dense, None, *given, *numbers)
+    given = (q, k, v, out, lse, top, *tables, merged, bias, sinks, len(bias) if of_bias else 0)
+    dq, dk, dv, d_bias = torch.ops.attn_plugins_cpp.softmax_backward(dense, grad_lse, grad_top, *given, *numbers)
     d_sinks = None
     if of_sinks:
         weight_BHQ = torch.exp(sinks.view(1, -1, 1) - lse)
-        d_sinks = -(weight_BHQ * (grad * out).sum(dim=3)).sum(dim=(0, 2))
+        pulled_BHQ = (grad * out).sum(dim=3)
+        d_sinks = -(weight_BHQ * (pulled_BHQ if grad_lse is None else pulled_BHQ - grad_lse)).sum(dim=(0, 2))
     return dq, dk, dv, *[None] * 6, d_bias.sum_to_size(bias.shape) if of_bias else None, d_sinks, *[None] * 4

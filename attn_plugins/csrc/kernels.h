@@ -49,7 +49,7 @@ struct Softmax {
   Tiles tiles;
   View q, k, v, out;
   float* lse;  // (batch, heads, queries), infinite where nothing is seen
-  float* top;  // the same, where tiles are merged
+  float* top;  // the highest score of a key, 0 where nothing is seen; it gets `grad_top`
   const float* sinks;
   const float* bias;
   int64_t bias_batch, bias_head, bias_query, bias_key;
@@ -62,6 +62,7 @@ struct SoftmaxBackward {
   View grad, dq, dk, dv;  // dk and dv: a part's own begin `parts_k` and `parts_v` further
   int64_t parts, parts_k, parts_v;
   const float* grad_lse;  // or null
+  float* grad_top;        // or null; 0 once the key with the highest score has it
   float* d_bias;          // (batch or 1, heads, queries, keys), or null
   int64_t d_bias_batch;   // 0: rows of the batch share it, and a thread does all of them
 };
@@ -87,6 +88,7 @@ struct Linear {
   int64_t batch, heads, groups, size, features, value_size;  // features and value_size are multiples of 16
   Map map;
   bool causal;
+  bool divided;  // by denominators; else sums are handed out, and denominators get a gradient of their own
   float eps;
   const Run* runs;
   int64_t number, chunks;
@@ -100,6 +102,7 @@ struct Linear {
 struct LinearBackward {
   Linear forward;
   View grad, dq, dk, dv;
+  const float* grad_den;  // (batch, heads, tokens), where not divided
 };
 
 // One new token, and states (batch, groups, rows, value_size + 1) without it and with it.

@@ -201,7 +201,7 @@ static void linear_forward(const Linear& c, Parallel parallel, int threads) {
             for (int e = 0; e < F; e += VW) a += load(fq + i * F + e) * load(z + e);
             float den = sum_of(a);
             c.den[(s.r.row * c.heads + h) * c.tokens + s.token(x) + i] = den;
-            vf by = all(1.f / (den + c.eps));
+            vf by = all(c.divided ? 1.f / (den + c.eps) : 1.f);
             float* out = c.out.at(s.r.row, h, s.token(x) + i);
             for (int e = 0; e < V; e += VW) store(out + e, load(num + i * V + e) * by);
           }
@@ -222,7 +222,13 @@ static void linear_backward(const LinearBackward& d, Parallel parallel, int thre
     for (int i = 0; i < s.tokens(x); i++) {
       int64_t t = s.token(x) + i;
       const float *g = d.grad.at(s.r.row, h, t), *o = c.out.at(s.r.row, h, t);
-      float by = 1.f / (c.den[(s.r.row * c.heads + h) * c.tokens + t] + c.eps);
+      const int64_t at = (s.r.row * c.heads + h) * c.tokens + t;
+      if (!c.divided) {
+        memcpy(dnum + i * V, g, sizeof(float) * V);
+        dden[i] = d.grad_den[at];
+        continue;
+      }
+      float by = 1.f / (c.den[at] + c.eps);
       vf a{};
       for (int e = 0; e < V; e += VW) {
         a += load(g + e) * load(o + e);

@@ -141,7 +141,7 @@ Softmax softmax(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, c
   return c;
 }
 
-std::tuple<at::Tensor, at::Tensor> softmax_forward(
+std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& tiles, const at::Tensor& blocks,
     const at::Tensor& index, const at::Tensor& masks, const at::Tensor& ranges, bool merged,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& sinks, double scale, double softcap,
@@ -149,22 +149,23 @@ std::tuple<at::Tensor, at::Tensor> softmax_forward(
   Softmax c = softmax(q, k, v, tiles, blocks, index, masks, ranges, merged, bias, sinks, scale, softcap, dropout, seed);
   auto out = by_token(q, c.batch, c.heads, c.queries, c.value_size, false);
   auto lse = at::empty({c.batch, c.heads, c.queries}, q.options());
-  auto top = at::empty({merged ? c.batch : 0, c.heads, c.queries}, q.options());
+  auto top = at::empty({c.batch, c.heads, c.queries}, q.options());
   c.out = view(out, "out"), c.lse = lse.data_ptr<float>(), c.top = top.data_ptr<float>();
   chosen()->softmax_forward(c, on_threads);
-  return {out, lse};
+  return {out, lse, top};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> softmax_backward(
-    const at::Tensor& grad, const std::optional<at::Tensor>& grad_lse, const at::Tensor& q, const at::Tensor& k,
-    const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse, const at::Tensor& tiles,
-    const at::Tensor& blocks, const at::Tensor& index, const at::Tensor& masks, const at::Tensor& ranges, bool merged,
+    const at::Tensor& grad, const std::optional<at::Tensor>& grad_lse, const std::optional<at::Tensor>& grad_top,
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
+    const at::Tensor& top, const at::Tensor& tiles, const at::Tensor& blocks, const at::Tensor& index, const at::Tensor& masks, const at::Tensor& ranges, bool merged,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& sinks, int64_t bias_rows, double scale,
     double softcap, double dropout, int64_t seed) {
   SoftmaxBackward d{};
   Softmax& c = d.forward;
   c = softmax(q, k, v, tiles, blocks, index, masks, ranges, merged, bias, sinks, scale, softcap, dropout, seed);
   c.out = view(out, "out"), c.lse = const_cast<float*>(lse.const_data_ptr<float>());
+  c.top = const_cast<float*>(top.const_data_ptr<float>());
   d.grad = view(grad, "grad");
   at::Tensor d_bias = at::zeros({bias_rows, c.heads, bias_rows ? c.queries : 0, c.keys}, q.options());
   if (bias_rows) d.d_bias = d_bias.data_ptr<float>(), d.d_bias_batch = bias_rows > 1 ? c.heads * c.queries * c.keys : 0;
@@ -176,8 +177,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> softmax_backward(
   auto dv = at::zeros({d.parts, c.batch, c.keys, c.groups, c.value_size}, q.options());
   d.dq = view(dq, "dq"), d.dk = view(dk[0].transpose(1, 2), "dk"), d.dv = view(dv[0].transpose(1, 2), "dv");
   d.parts_k = dk.stride(0), d.parts_v = dv.stride(0);
-  at::Tensor dense;
-  if (grad_lse.has_value()) dense = grad_lse->contiguous(), d.grad_lse = dense.const_data_ptr<float>();
+  at::Tensor dense_lse, dense_top;
+  if (grad_lse.has_value()) d.grad_lse = (dense_lse = grad_lse->contiguous()).const_data_ptr<float>();
+  if (grad_top.has_value()) {
+    dense_top = at::empty({c.batch, c.heads, c.queries}, q.options());
+    dense_top.copy_(*grad_top);
+    d.grad_top = dense_top.data_ptr<float>();
+  }
   chosen()->softmax_backward(d, on_threads);
   auto total = [&](const at::Tensor& x) { return (d.parts == 1 ? x[0] : x.sum(0)).transpose(1, 2); };
   return {dq, total(dk), total(dv), d_bias};
@@ -244,10 +250,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> chosen_backward(
 }
 
 Linear linear(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& runs,
-              const std::optional<at::Tensor>& padding, int64_t map, bool causal, double eps) {
+              const std::optional<at::Tensor>& padding, int64_t map, bool causal, bool divided, double eps) {
   Linear c{};
   c.batch = q.size(0), c.heads = q.size(1), c.groups = k.size(1), c.tokens = q.size(2), c.size = q.size(3);
-  c.value_size = v.size(3), c.map = Map(map), c.causal = causal, c.eps = eps;
+  c.value_size = v.size(3), c.map = Map(map), c.causal = causal, c.divided = divided, c.eps = eps;
   TORCH_CHECK(map >= ELU && map <= IDENTITY, "no such feature map: ", map);
   c.features = map == HEDGEHOG ? 2 * c.size : c.size;
   c.q = view(q, "q"), c.k = view(k, "k"), c.v = view(v, "v");
@@ -272,8 +278,8 @@ Linear linear(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, con
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_forward(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& runs,
-    const std::optional<at::Tensor>& padding, int64_t map, bool causal, double eps) {
-  Linear c = linear(q, k, v, runs, padding, map, causal, eps);
+    const std::optional<at::Tensor>& padding, int64_t map, bool causal, bool divided, double eps) {
+  Linear c = linear(q, k, v, runs, padding, map, causal, divided, eps);
   auto out = by_token(q, c.batch, c.heads, c.tokens, c.value_size, false);
   auto den = at::empty({c.batch, c.heads, c.tokens}, q.options());
   auto states = at::empty({causal ? c.chunks : c.number, c.groups, c.features * (c.value_size + 1)}, q.options());
@@ -283,18 +289,21 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_forward(
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> linear_backward(
-    const at::Tensor& grad, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& out,
-    const at::Tensor& den, const at::Tensor& states, const at::Tensor& runs, const std::optional<at::Tensor>& padding,
-    int64_t map, bool causal, double eps) {
+    const at::Tensor& grad, const std::optional<at::Tensor>& grad_den, const at::Tensor& q, const at::Tensor& k,
+    const at::Tensor& v, const at::Tensor& out, const at::Tensor& den, const at::Tensor& states, const at::Tensor& runs,
+    const std::optional<at::Tensor>& padding, int64_t map, bool causal, bool divided, double eps) {
   LinearBackward d{};
   Linear& c = d.forward;
-  c = linear(q, k, v, runs, padding, map, causal, eps);
+  c = linear(q, k, v, runs, padding, map, causal, divided, eps);
   c.out = view(out, "out"), c.den = const_cast<float*>(den.const_data_ptr<float>());
   c.states = const_cast<float*>(states.const_data_ptr<float>());
   auto dq = by_token(q, c.batch, c.heads, c.tokens, c.size, false);
   auto dk = by_token(q, c.batch, c.groups, c.tokens, c.size, false);
   auto dv = by_token(q, c.batch, c.groups, c.tokens, c.value_size, false);
   d.grad = view(grad, "grad"), d.dq = view(dq, "dq"), d.dk = view(dk, "dk"), d.dv = view(dv, "dv");
+  TORCH_CHECK(divided != grad_den.has_value(), "denominators have a gradient where sums are not divided, and nowhere else");
+  at::Tensor dense;
+  if (grad_den.has_value()) d.grad_den = (dense = grad_den->contiguous()).const_data_ptr<float>();
   chosen()->linear_backward(d, on_threads, at::get_num_threads());
   return {dq, dk, dv};
 }
@@ -359,10 +368,10 @@ TORCH_LIBRARY(attn_plugins_cpp, m) {
   m.def(
       "softmax_forward(Tensor q, Tensor k, Tensor v, Tensor tiles, Tensor blocks, Tensor index, Tensor masks, Tensor "
       "ranges, bool merged, Tensor? bias, Tensor? sinks, float scale, float softcap, float dropout, int seed) -> "
-      "(Tensor, Tensor)");
+      "(Tensor, Tensor, Tensor)");
   m.def(
-      "softmax_backward(Tensor grad, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor "
-      "tiles, Tensor blocks, Tensor index, Tensor masks, Tensor ranges, bool merged, Tensor? bias, Tensor? sinks, int "
+      "softmax_backward(Tensor grad, Tensor? grad_lse, Tensor? grad_top, Tensor q, Tensor k, Tensor v, Tensor out, Tensor "
+      "lse, Tensor top, Tensor tiles, Tensor blocks, Tensor index, Tensor masks, Tensor ranges, bool merged, Tensor? bias, Tensor? sinks, int "
       "bias_rows, float scale, float softcap, float dropout, int seed) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "chosen_forward(Tensor q, Tensor k, Tensor v, Tensor chosen, Tensor first, Tensor keys, Tensor? padding, bool "
@@ -372,11 +381,12 @@ TORCH_LIBRARY(attn_plugins_cpp, m) {
       "Tensor keys, Tensor? padding, bool causal, int before, float scale, float dropout, int seed) -> (Tensor, Tensor, "
       "Tensor)");
   m.def(
-      "linear_forward(Tensor q, Tensor k, Tensor v, Tensor runs, Tensor? padding, int map, bool causal, float eps) -> "
+      "linear_forward(Tensor q, Tensor k, Tensor v, Tensor runs, Tensor? padding, int map, bool causal, bool divided, float "
+      "eps) -> "
       "(Tensor, Tensor, Tensor)");
   m.def(
-      "linear_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor den, Tensor states, Tensor runs, "
-      "Tensor? padding, int map, bool causal, float eps) -> (Tensor, Tensor, Tensor)");
+      "linear_backward(Tensor grad, Tensor? grad_den, Tensor q, Tensor k, Tensor v, Tensor out, Tensor den, Tensor states, "
+      "Tensor runs, Tensor? padding, int map, bool causal, bool divided, float eps) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(attn_plugins_cpp, CPU, m) {

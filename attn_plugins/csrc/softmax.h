@@ -161,6 +161,15 @@ struct Worker {
     vi m = __builtin_convertvector(*(const vbu*)(mask + at), vi);
     return m != 0 ? s : all(HIDDEN);
   }
+  // Which key of the block has this score, the same number as when it was the highest; -1 where none has.
+  void find(const Block& x, const uint8_t* mask, const float* top, int32_t* key) const {
+    for (int i = 0; i < TILE; i += VW) {
+      vi found = vi{} - 1;
+      vf t = load(top + i);
+      lanes(x, among_queries(x), i, [&](int j) { found = seen(P, mask, j * TILE + i) == t ? vi{} + j : found; });
+      *(vi*)(key + i) = found;
+    }
+  }
   // Adds A^T B to the block's rows of `to`, for A[key][query] and rows of queries B. `copied` may be overwritten.
   void add(const Block& x, const View& to, int size, const float* A, const float* B, int64_t b_row, float* copied) const {
     Ranges inner = among_queries(x);
@@ -186,6 +195,7 @@ struct Forward {
   // The row of a query whose sums are complete, sinks in its denominator.
   void finish(int64_t b, int64_t h, int64_t q, float top, float total, float* out, const float* sums) const {
     float& lse = c.lse[(b * c.heads + h) * c.queries + q];
+    c.top[(b * c.heads + h) * c.queries + q] = top;
     float factor = 1.f;
     if (c.sinks) {
       float after = std::max(top, c.sinks[h]);
@@ -281,7 +291,7 @@ struct Forward {
     for (int64_t q = 0; q < c.queries; q++) {
       memset(c.out.at(b, h, q), 0, sizeof(float) * V);
       c.lse[(b * c.heads + h) * c.queries + q] = c.tiles.merged ? 0.f : INFINITY;
-      if (c.tiles.merged) c.top[(b * c.heads + h) * c.queries + q] = HIDDEN;
+      c.top[(b * c.heads + h) * c.queries + q] = c.tiles.merged ? HIDDEN : 0.f;
     }
   }
   // A head whose queries see keys in several tiles, which are merged by their highest scores: sums in `out`, results,
@@ -296,7 +306,7 @@ struct Forward {
       const float* sums = c.out.at(b, h, q);
       float* out = to.at(b, h, q);
       if (c.lse[at] > 0) finish(b, h, q, c.top[at], c.lse[at], out, sums);
-      else c.lse[at] = INFINITY, memset(out, 0, sizeof(float) * V);
+      else c.lse[at] = INFINITY, c.top[at] = 0.f, memset(out, 0, sizeof(float) * V);
     }
   }
 };
@@ -348,8 +358,9 @@ static void backward_of_head(const SoftmaxBackward& d, const Softmax& c, int64_t
   dv.data += part * d.parts_v;
   for (int64_t t = begin; t < end; t++) {
     const Tile& tile = c.tiles.tiles[t];
-    alignas(64) float lse[TILE], delta[TILE], seen[TILE];
+    alignas(64) float lse[TILE], delta[TILE], seen[TILE], top[TILE], grad_top[TILE];
     alignas(64) uint32_t number[TILE];
+    alignas(64) int32_t at_top[TILE];
     w.begin(tile);
     w.queries_soon(tile, d.dq, D);
     if (t + 1 < end) {
@@ -360,13 +371,14 @@ static void backward_of_head(const SoftmaxBackward& d, const Softmax& c, int64_t
     int64_t g_row;
     const float* gradient = w.rows(d.grad, V, g_copied, g_row);
     transpose(TILE, V, gradient, g_row, gT, TILE);
-    for (int i = 0; i < TILE; i++) lse[i] = -HIDDEN, delta[i] = 0, seen[i] = 0, number[i] = w.query[i];
+    for (int i = 0; i < TILE; i++) lse[i] = -HIDDEN, delta[i] = 0, seen[i] = 0, number[i] = w.query[i], top[i] = -HIDDEN, grad_top[i] = 0;
     for (int i = 0; i < w.n; i++) {
       if (w.query[i] < 0) continue;
       int64_t at = (b * c.heads + h) * c.queries + w.query[i];
       delta[i] = products ? products[w.query[i]] : product_of_rows(gradient + i * g_row, c.out.at(b, h, w.query[i]), V);
       delta[i] -= (d.grad_lse ? d.grad_lse[at] : 0.f);
       lse[i] = std::min(c.lse[at], -HIDDEN);
+      if (d.grad_top && c.lse[at] < -HIDDEN) top[i] = c.top[at], grad_top[i] = d.grad_top[at];
     }
     bool first = true;
     for (int x = tile.first_block; x < tile.first_block + tile.blocks; x++) {
@@ -379,6 +391,7 @@ static void backward_of_head(const SoftmaxBackward& d, const Softmax& c, int64_t
       float* P = w.P;
       product(block.keys, TILE, V, v, v_row, 1, gT, TILE, dP, TILE, false, columns, {}, &w.ahead);
       const uint8_t* mask = w.mask_of(block);
+      if (d.grad_top) w.find(block, mask, top, at_top);
       auto gradients = [&](int i, auto keep) {
         vf l = load(lse + i), dl = load(delta + i), any{};
         Worker::lanes(block, columns, i, [&](int j) {
@@ -401,6 +414,11 @@ static void backward_of_head(const SoftmaxBackward& d, const Softmax& c, int64_t
         else
           gradients(i, [](int) { return all(1.f); });
       }
+      for (int i = 0; d.grad_top && i < w.n; i++)
+        if (at_top[i] >= 0) {  // of equal scores one has it
+          dP[at_top[i] * TILE + i] += grad_top[i];
+          grad_top[i] = d.grad_top[(b * c.heads + h) * c.queries + w.query[i]] = 0;
+        }
       if (d.d_bias) {
         float* to = d.d_bias + b * d.d_bias_batch + h * c.queries * c.keys;
         for (int j = 0; j < block.keys; j++)

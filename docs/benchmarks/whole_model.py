@@ -25,7 +25,7 @@ ATTENTIONS = {
     "block_topk 4": {"type": "block_topk", "topk": 4},
 }
 BACKENDS = {"PyTorch": "torch", "C++": "cpp"}
-COMPILED = ("local 256 + 4 sinks", "linear elu", "block_topk 4")
+COMPILED = ("local 256 + 4 sinks", "linear elu", "linear_window", "block_topk 4")
 """Those that compiled kernels serve, measured by both."""
 
 

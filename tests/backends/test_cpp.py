@@ -1,5 +1,7 @@
 """Kernels in C++ hold the contract, with every instruction set of this machine; marked cpp where they are built."""
 
+import copy
+
 import pytest
 import torch
 from cases import (
@@ -16,14 +18,16 @@ from cases import (
 )
 
 from attn_plugins.backends import cpp, cpp_build
-from attn_plugins.backends.cpp_tiles import tables_of
+from attn_plugins.backends.cpp_tiles import compiled_attention, tables_of
 from attn_plugins.benchmark.cost.timing import cpu_rates
 from attn_plugins.core.backend import fastest, usual
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.core.registry import get_attention, list_attentions
 from attn_plugins.ops.blocks.gather import ChoosesBlocks
 from attn_plugins.ops.linear.attention import FeatureAttention
+from attn_plugins.ops.linear.window_attention import WindowAndSumsAttention
 from attn_plugins.ops.softmax.attention import PatternAttention
+from attn_plugins.ops.softmax.tiles import tiled_attention
 
 LENGTH = 150
 """Several blocks of 64, and one that is not full."""
@@ -32,6 +36,7 @@ FLOAT = {"dtype": torch.float32, "tolerance": 3e-5, "backend": "cpp", **HEADS}
 PATTERNS = [case for case in CASES if case.cls.attend is PatternAttention.attend]
 CHOOSING = [case for case in CASES if isinstance(case.module(), ChoosesBlocks)]
 FEATURES = [case for case in CASES if case.cls.attend is FeatureAttention.attend]
+WINDOWS = [case for case in CASES if isinstance(case.module(), WindowAndSumsAttention)]
 GRIDS = [cls for cls in map(get_attention, list_attentions()) if issubclass(cls, PatternAttention) and cls.wants_grid]
 SERVED = {"elu", "relu", "relu2", "hedgehog", "t2r", "cosformer"}
 
@@ -46,11 +51,13 @@ def masks(case):
 
 
 def served(case):
-    return case not in FEATURES or case.cls.Config(**case.options).feature_map in SERVED
+    return case not in [*FEATURES, *WINDOWS] or case.cls.Config(**case.options).feature_map in SERVED
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize("case", [case for case in [*PATTERNS, *CHOOSING, *FEATURES] if served(case)], ids=str)
+@pytest.mark.parametrize(
+    "case", [case for case in [*PATTERNS, *CHOOSING, *FEATURES, *WINDOWS] if served(case)], ids=str
+)
 def test_equals_reference_by_every_instruction_set(isa, case):
     for mask in masks(case):
         assert_forms_agree(case, inputs(2, LENGTH, **HEADS), mask, **FLOAT)
@@ -104,20 +111,69 @@ def test_blocks_as_large_as_tiles_and_larger(built, block_size):
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize("case", [case for case in CHOOSING if not case.options], ids=str)
-def test_what_chooses_blocks_attends_to_them_in_operators(built, case):
-    """``auto``, forward and backward; a window beside them too."""
-    given, mask = inputs(1, 40, **HEADS, dtype=torch.float32), case.mask(1, 40, 40)
+@pytest.mark.parametrize("case", [case for case in [*CHOOSING, *WINDOWS] if not case.options], ids=str)
+def test_what_is_made_of_parts_has_them_computed_by_operators(built, case):
+    """``auto``, forward and backward; a window beside chosen blocks, and beside sums over what has left it, too."""
+    given, mask = inputs(1, 80, **HEADS, dtype=torch.float32), case.mask(1, 80, 80)
     given.q.requires_grad_()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         out = given.run(case.module(backend="auto", dtype=torch.float32, **HEADS), mask)
         out.sum().backward()
     name = "attn_plugins_cpp::"
     called = sorted(x.key.removeprefix(name) for x in profile.key_averages() if x.key.startswith(name))
-    parts = ("chosen", "softmax") if case.cls.name == "native_sparse" else ("chosen",)
+    parts = {"native_sparse": ("chosen", "softmax"), "linear_window": ("linear", "softmax")}
+    parts = parts.get(case.cls.name, ("chosen",))
     assert [x for x in called if x != "cut_mask"] == [
         f"{part}_{way}" for part in parts for way in ("backward", "forward")
     ]
+
+
+@pytest.mark.cpp
+@rounds("feature_map, branch", [(x, "both") for x in ("elu", "relu", "relu2", "t2r")] + [("hedgehog", "linear")])
+def test_sums_of_every_map_beside_a_window(built, feature_map, branch):
+    """Packed rows with padding, for three query heads to a key/value head, and with more tokens than the window."""
+    shape, length = {**HEADS, "num_heads": 3, "num_key_value_heads": 1}, 210
+    case = Case(get_attention("linear_window"), {"feature_map": feature_map, "window_size": 20}, True)
+    segments_BK = torch.stack([torch.arange(length) // 150, torch.zeros(length, dtype=torch.long)])
+    mask = case.mask(2, length, length, segments_BK=segments_BK, padding_BK=left_padding([length, length - 30], length))
+    given = inputs(2, length, **shape)
+    module = case.module(backend="cpp", dtype=torch.float32, **shape)
+    oracle = copy.deepcopy(module).double()
+    module.branch = oracle.branch = branch
+    oracle.backend, cotangent = "reference", cotangent_for(given, mask).float()
+    assert_same(
+        outcome(module, given.to(torch.float32), mask, cotangent), outcome(oracle, given, mask, cotangent), 3e-5
+    )
+
+
+@pytest.mark.cpp
+@rounds("of", [("local", True), ("longformer", False), ("bigbird", False)])
+def test_log_sum_exp_and_highest_score_have_gradients(built, of):
+    """Equal keys among them, of which one has the gradient of the highest score, and queries that see nothing."""
+    name, causal = of
+    case = Case(get_attention(name), {}, causal)
+    mask = case.mask(2, LENGTH, LENGTH, padding_BK=left_padding([LENGTH, 41], LENGTH))
+    (_, pattern), *_ = case.module().patterns(4, mask)
+    given = inputs(2, LENGTH, **HEADS)
+    q, k, v = given.q, given.k.detach().clone(), given.v
+    k[:, :, 1::2] = k[:, :, ::2]
+    found = []
+    for attend, dtype in ((compiled_attention, torch.float32), (tiled_attention, torch.float64)):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+        out, lse, top = attend(*leaves, mask, pattern, scale=0.4, return_lse=True)
+        assert (lse == -torch.inf).any() == (name != "longformer")
+        by = [
+            torch.randn(x.shape, generator=seeded(i), dtype=torch.float64).to(dtype)
+            for i, x in enumerate((out, lse, top))
+        ]
+        seen = lse != -torch.inf
+        loss = (out * by[0]).sum() + (torch.where(seen, lse, 0.0) * by[1]).sum() + (top * seen * by[2]).sum()
+        dq, dk, dv = torch.autograd.grad(loss, leaves)
+        dk = dk.unflatten(2, (-1, 2)).sum(dim=3)  # whichever of two equal keys has it
+        found.append(
+            {"out": out.detach(), "lse": lse.detach().exp(), "top": (top * seen).detach(), "q": dq, "k": dk, "v": dv}
+        )
+    assert_same(*found, 3e-5)
 
 
 @pytest.mark.cpp
@@ -155,7 +211,17 @@ def test_what_kernels_can_reach_stands_beside_what_torch_does(built):
 
 
 @pytest.mark.cpp
-@rounds("of", [("local", True), ("bigbird", False), ("linear", True), ("linear", False), ("block_topk", True)])
+@rounds(
+    "of",
+    [
+        ("local", True),
+        ("bigbird", False),
+        ("linear", True),
+        ("linear", False),
+        ("block_topk", True),
+        ("linear_window", True),
+    ],
+)
 def test_threads_change_nothing_but_the_order_of_sums(built, of):
     """One head on two threads: tiles, and chunks, are shared; where blocks are chosen it is heads."""
     name, causal = of
@@ -196,7 +262,7 @@ def test_dropped_weights_are_dropped_again_in_the_backward(built):
 
 
 @pytest.mark.cpp
-@rounds("name", ["local", "linear"])
+@rounds("name", ["local", "linear", "linear_window"])
 def test_half_precision_is_that_of_the_values(built, name):
     case = Case(get_attention(name), {}, True)
     given, mask = inputs(1, LENGTH, **HEADS), case.mask(1, LENGTH, LENGTH)
@@ -228,6 +294,7 @@ def test_what_is_not_served_is_refused_with_a_reason(built):
         ("topk", {}, "it serves softmax attention over a pattern or over blocks"),
         ("graph", {}, "it serves softmax attention over a pattern or over blocks"),
         ("linear", {"feature_map": "favor"}, "feature maps that come down to"),
+        ("linear_window", {"feature_map": "taylor"}, "feature maps that come down to .*, got taylor"),
     ):
         case = Case(get_attention(name), options, name != "graph")
         module = case.module(backend="cpp", dtype=torch.float32, **HEADS)
@@ -239,8 +306,10 @@ def test_what_is_not_served_is_refused_with_a_reason(built):
     small = small.module(backend="cpp", dtype=torch.float32, **odd)
     with pytest.raises(ValueError, match="heads whose size is a multiple of 16, got 9"):
         given_small.run(small, plain)
-    with pytest.raises(ValueError, match="as many queries as keys"):
-        given.queries(slice(-4, None)).run(module, AttentionMask(1, 4, 40, causal=True, q_offset=36))
+    both = Case(get_attention("linear_window"), {}, True).module(backend="cpp", dtype=torch.float32, **HEADS)
+    for served in (module, both):
+        with pytest.raises(ValueError, match="as many queries as keys"):
+            given.queries(slice(-4, None)).run(served, AttentionMask(1, 4, 40, causal=True, q_offset=36))
     module = Case(get_attention("local"), {}, True).module(backend="cpp", dtype=torch.float64, **HEADS)
     with pytest.raises(ValueError, match=r"must be of .*torch\.float32, got torch\.float64"):
         given.to(torch.float64).run(module, plain)
@@ -272,8 +341,9 @@ def test_operators_are_what_torch_asks_of_operators(built):
     softmax = torch.ops.attn_plugins_cpp.softmax_forward.default
     torch.library.opcheck(softmax, (q, k, v, *tables, None, None, 0.3, 0.0, 0.0, 0), test_utils=checks)
     linear, runs = torch.ops.attn_plugins_cpp.linear_forward.default, torch.tensor([[0, 0, 70, 0]], dtype=torch.int32)
-    torch.library.opcheck(linear, (q, k, v, runs, None, 0, True, 1e-6), test_utils=checks)
-    torch.library.opcheck(linear, (q, k, v, runs, None, 3, False, 1e-6), test_utils=checks)
+    torch.library.opcheck(linear, (q, k, v, runs, None, 0, True, True, 1e-6), test_utils=checks)
+    torch.library.opcheck(linear, (q, k, v, runs, None, 3, False, True, 1e-6), test_utils=checks)
+    torch.library.opcheck(linear, (q, k, v, runs, None, 0, True, False, 0.0), test_utils=checks)
 
 
 @pytest.mark.cpp

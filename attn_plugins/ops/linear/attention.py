@@ -284,7 +284,7 @@ def last_queries(
     segments_BK: torch.Tensor | None,
     feature_map: str,
     chunk_size: int,
-    eps: float,
+    eps: float | None,
     state_BGFV: torch.Tensor | None = None,
     running_max_BGF: torch.Tensor | None = None,
     *,

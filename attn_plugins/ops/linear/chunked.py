@@ -314,7 +314,7 @@ def causal_linear(
     running_max: torch.Tensor | None,
     feature_map: str,
     chunk_size: int,
-    eps: float,
+    eps: float | None,
     diagonal: int,
     batched: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -330,6 +330,8 @@ def causal_linear(
         padding, segments: (B, T), of the keys; segments in one piece each.
         state: (B, G, F, V + 1) sums over earlier keys, of the first token's segment, of phi(k) [v, 1]^T, or None.
         level: (B, G, F), where phi is exp, that of the state.
+        eps: added to denominators before sums are divided by them; None leaves sums as they are, of maps that are
+            no exponentials.
         diagonal: 0 if a query sees its own key, -1 if only those before.
         batched: take blocks as large as on devices that are not a CPU.
 
@@ -358,8 +360,11 @@ def causal_linear(
                 totals = torch.bmm(weights, block.v).baddbmm_(_only(block.fq, block.query_goes_on), before)
                 totals = _from_chunk_rows(totals, block.q_in, at, p)
                 num, total = totals[..., :-1], totals[..., -1:]
-                total_eps = total + eps
-                torch.div(num, total_eps, out=_part(out_BGRTV, at))
+                total_eps = total if eps is None else total + eps
+                if eps is None:
+                    _part(out_BGRTV, at).copy_(num)
+                else:
+                    torch.div(num, total_eps, out=_part(out_BGRTV, at))
                 if block.running_max is not None and block.top is not None:
                     stored = block_max[at.batch, at.heads, at.span]
                     stored.copy_(block.running_max.view(stored.shape))
@@ -388,7 +393,7 @@ def causal_linear_backward(
     learned: bool,
     feature_map: str,
     chunk_size: int,
-    eps: float,
+    eps: float | None,
     diagonal: int,
     batched: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -414,16 +419,20 @@ def causal_linear_backward(
                 before = states[at.batch, at.heads, at.chunk_slice].flatten(0, 2)
 
                 g, below, d_below = (_chunks(_part(x, at), at, p) for x in (d_out, den, d_den))
-                if block.top is None:
-                    below = below + eps
-                else:
-                    below = torch.exp(below - block.top.view(below.shape))
-                    d_below = d_below / below
                 d_totals = below.new_empty(*g.shape[:-1], g.shape[-1] + 1)
                 d_num = d_totals[..., :-1]
-                torch.div(g, below, out=d_num)
-                pulled = (_chunks(_part(out, at), at, p) * d_num).sum(dim=-1, keepdim=True)
-                torch.sub(d_below, pulled, out=d_totals[..., -1:])
+                if eps is None:
+                    d_num.copy_(g)
+                    d_totals[..., -1:] = d_below
+                else:
+                    if block.top is None:
+                        below = below + eps
+                    else:
+                        below = torch.exp(below - block.top.view(below.shape))
+                        d_below = d_below / below
+                    torch.div(g, below, out=d_num)
+                    pulled = (_chunks(_part(out, at), at, p) * d_num).sum(dim=-1, keepdim=True)
+                    torch.sub(d_below, pulled, out=d_totals[..., -1:])
                 d_totals = _flat(d_totals)
 
                 d_sums = torch.bmm(*_sums(fq_on, d_totals, brought, block.link.mT, end=-1))

@@ -5,7 +5,8 @@ out as if they were padding. In decoding, a state holds the keys of the sinks an
 that have left it.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import pad
 from attn_plugins.core.mask import AttentionMask
 from attn_plugins.ops.decode.running_sums import Sums, chunked_prefill
 from attn_plugins.ops.linear.attention import (
+    Projection,
     absorb,
     contiguous_segments,
     dense_is_cheaper,
@@ -34,6 +36,18 @@ from attn_plugins.ops.softmax.tiles import Pattern, dense_pattern, tiled_attenti
 BEFORE_SINKS = """write num_sink_tokens: 0 into the rule, and for each weight window_gate one of the name \
 log_linear_factor with softplus(-window_gate); or load the model with attn_plugin=None and swap it anew"""
 """What to do with a model that was saved when the window had a factor and no sinks."""
+
+
+class Forms(NamedTuple):
+    """What computes the softmax and the sums that are joined."""
+
+    over_pattern: Callable[..., SoftmaxParts]
+    """With the arguments of :func:`attn_plugins.ops.softmax.tiles.tiled_attention`, ``return_lse`` among them."""
+    over_sums: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    """With those of :func:`causal_sums`."""
+    few_queries: bool = False
+    """Whether it computes few queries too, for which the definition in plain PyTorch costs less."""
+
 
 Prepare = Callable[[torch.Tensor, torch.Tensor], tuple[Prepared, dict[str, Any]]]
 """(queries, keys) -> what the linear part takes of them, and the other options of linear_window_attention."""
@@ -97,19 +111,19 @@ def linear_window_attention(
     branch: str,
     scale: float,
     chunk_size: int,
-    batched: bool = False,
+    forms: Forms,
 ) -> torch.Tensor:
     """The same in O(Q (num_sink_tokens + window_size + F)) time and linear memory: out_BHQV in the dtype of v.
     Differentiable once.
 
     Args:
-        batched: with all tiles of the window at once, and blocks as large as on devices that are not a CPU.
+        forms: what computes both parts.
 
     Raises:
         ValueError: a packed segment goes on after another one began.
     """
     linear = (prepared.options["feature_map"], prepared.options.get("query_projection"))
-    if dense_is_cheaper(prepared.q_BHQD, v_BGKV, *linear):
+    if not forms.few_queries and dense_is_cheaper(prepared.q_BHQD, v_BGKV, *linear):
         return dense_linear_window(
             q_BHQD,
             k_BGKD,
@@ -125,14 +139,54 @@ def linear_window_attention(
     near = far = None
     if branch != "linear":
         band = Band(window_size, window_size - 1, num_first=num_sink_tokens)
-        near = near_parts(q_BHQD, k_BGKD, v_BGKV, mask, band, scale, batched)
+        near = near_parts(q_BHQD, k_BGKD, v_BGKV, mask, band, scale, forms)
     if branch != "window":
         enters_BK = padding_of(mask)
         if num_sink_tokens:
             no_sink_BK = mask.cached(("no sink", num_sink_tokens), lambda: _no_sink(mask, num_sink_tokens))
             enters_BK = no_sink_BK if enters_BK is None else enters_BK & no_sink_BK
-        far = far_sums(prepared, v_BGKV, mask, enters_BK, window_size, chunk_size, None, batched)
+        far = far_sums(prepared, v_BGKV, mask, enters_BK, window_size, chunk_size, None, forms)
     return joined(near, far, log_factor_H, prepared.options["eps"]).to(v_BGKV.dtype)
+
+
+def causal_sums(
+    q_BHQD: torch.Tensor,
+    k_BGKD: torch.Tensor,
+    v_BGKV: torch.Tensor,
+    w_q: Projection,
+    w_k: Projection,
+    seen_BK: torch.Tensor | None,
+    segments_BK: torch.Tensor | None,
+    *,
+    feature_map: str,
+    chunk_size: int,
+    cached: Callable[[Hashable, Callable[[], Any]], Any],
+    sums_BGFV: torch.Tensor | None = None,
+    batched: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal linear attention without the division, for the last Q of K tokens.
+
+    Args:
+        seen_BK: the keys that count; None is all.
+        segments_BK: as of :class:`attn_plugins.core.mask.AttentionMask`, in one piece each.
+        cached: memoises under a name what follows from these two, for all layers of a forward pass.
+        sums_BGFV: over tokens before them, which are of the first one's segment.
+
+    Returns:
+        (num_BHQV, den_BHQ): sums of phi(q).phi(k) v, and without v, in at least float32.
+    """
+    tokens = (q_BHQD, k_BGKD, v_BGKV, w_q, w_k, seen_BK, segments_BK)
+    return last_queries(*tokens, feature_map, chunk_size, None, sums_BGFV, batched=batched)
+
+
+PLAIN = Forms(tiled_attention, causal_sums)
+"""Plain PyTorch for CPUs."""
+BATCHED = Forms(batched_pattern_attention, functools.partial(causal_sums, batched=True))
+"""All tiles of the window at once, and blocks as large as on devices that are not a CPU."""
+
+
+def _under(mask: AttentionMask, name: Hashable) -> Callable[[Hashable, Callable[[], Any]], Any]:
+    return lambda key, compute: mask.cached((name, key), compute)
 
 
 class _Sums(NamedTuple):
@@ -148,9 +202,9 @@ def _no_sink(mask: AttentionMask, num_sink_tokens: int) -> torch.Tensor:
     return (position_BK >= num_sink_tokens).expand(mask.batch_size, -1)
 
 
-def near_parts(q, k, v, mask: AttentionMask, band: Pattern, scale: float, batched: bool) -> SoftmaxParts:
-    attend = batched_pattern_attention if batched else tiled_attention
-    return attend(q, k, v.to(accumulation_dtype(q, k, v)), mask, band, scale=scale, return_lse=True)
+def near_parts(q, k, v, mask: AttentionMask, band: Pattern, scale: float, forms: Forms) -> SoftmaxParts:
+    v = v.to(accumulation_dtype(q, k, v))
+    return forms.over_pattern(q, k, v, mask, band, scale=scale, return_lse=True)
 
 
 def joined(near: SoftmaxParts | None, far: _Sums | None, log_factor_H: torch.Tensor, eps: float) -> torch.Tensor:
@@ -174,24 +228,26 @@ def far_sums(
     window_size: int,
     chunk_size: int,
     sums: torch.Tensor | None,
-    batched: bool,
+    forms: Forms,
 ) -> _Sums:
     """Sums over the keys outside the window, those that enter: of phi(q).phi(k) v, and without v."""
     segments_BK, v_BGKV = contiguous_segments(mask), v_BGKV.to(accumulation_dtype(*prepared[:2], v_BGKV))
     tokens = (prepared.q_BHQD, prepared.k_BGKD, v_BGKV)
-    before, sizes = mask.q_offset - mask.kv_offset, (window_size, chunk_size, batched)
-    far, total = _lagging(*tokens, enters_BK, segments_BK, prepared.options, before, *sizes, sums)
+    before, sizes = mask.q_offset - mask.kv_offset, (window_size, chunk_size, forms)
+    cached = _under(mask, (window_size, False))
+    far, total = _lagging(*tokens, enters_BK, segments_BK, prepared.options, before, *sizes, cached, sums)
     if not mask.causal:
         q, k, v = (x.flip(2) for x in tokens)
         enters_BK, segments_BK = (None if x is None else x.flip(1) for x in (enters_BK, segments_BK))
         behind = mask.kv_length - before - mask.q_length
-        after, total_after = _lagging(q, k, v, enters_BK, segments_BK, prepared.options, behind, *sizes)
+        cached = _under(mask, (window_size, True))
+        after, total_after = _lagging(q, k, v, enters_BK, segments_BK, prepared.options, behind, *sizes, cached)
         far, total = far + after.flip(2), total + total_after.flip(2)
     return _Sums(far, total)
 
 
 def _lagging(
-    q_BHQD, k_BGKD, v_BGKV, enters_BK, segments_BK, options, before, window_size, chunk_size, batched, sums=None
+    q_BHQD, k_BGKD, v_BGKV, enters_BK, segments_BK, options, before, window_size, chunk_size, forms, cached, sums=None
 ):
     """:func:`far_sums` for keys that are ``window_size`` or more before a query; query i is at key ``before + i``."""
     (batch, heads, queries, _), value_dim = q_BHQD.shape, v_BGKV.shape[3]
@@ -206,13 +262,13 @@ def _lagging(
         labels = segments_BK[:, window_size : window_size + keys]
         same = segments_BK[:, :keys] == labels
         seen = same if seen is None else seen & same
-    dtype, eps = v_BGKV.dtype, options["eps"]
     projections = [options.get(name) for name in ("query_projection", "key_projection")]
-    w_q, w_k = (None if w is None else w.to(dtype) for w in projections)
+    w_q, w_k = (None if w is None else w.to(v_BGKV.dtype) for w in projections)
     q, k, v = q_BHQD[:, :, alone:], k_BGKD[:, :, :keys], v_BGKV[:, :, :keys]
-    sizes = (options["feature_map"], chunk_size, eps)
-    out, total = last_queries(q, k, v, w_q, w_k, seen, labels, *sizes, sums, batched=batched)
-    far = out * (total + eps).unsqueeze(3)
+    how = {"feature_map": options["feature_map"], "chunk_size": chunk_size, "cached": cached}
+    if sums is not None:
+        how["sums_BGFV"] = sums
+    far, total = forms.over_sums(q, k, v, w_q, w_k, seen, labels, **how)
     return pad(far, (0, 0, alone, 0)), pad(total.unsqueeze(3), (0, 0, alone, 0))
 
 
@@ -225,7 +281,7 @@ def linear_window_attention_from(
     prepare: Prepare,
     *,
     chunk_size: int,
-    batched: bool = False,
+    forms: Forms,
 ) -> torch.Tensor:
     """As :func:`linear_window_attention`, causal, for the last Q of K new tokens.
 
@@ -257,13 +313,13 @@ def linear_window_attention_from(
         branch, scale, window_size = options["branch"], options["scale"], options["window_size"]
         parts = far = None
         if branch != "linear":
-            parts = near_parts(q, k, v, near, Band(window_size, window_size - 1), scale, batched)
+            parts = near_parts(q, k, v, near, Band(window_size, window_size - 1), scale, forms)
             if sinks := seen_BQS.shape[2]:
                 k_BGSD, v_BGSV = state.tensors["k"][:, :, :sinks], state.tensors["v"][:, :, :sinks]
                 parts = _with_sinks(parts, q, k_BGSD, v_BGSV, seen_BQS, scale)
         sums = state.tensors["sums"]
         if branch != "window":
-            far = far_sums(prepared, v, near, enters_BK, window_size, chunk_size, sums, batched)
+            far = far_sums(prepared, v, near, enters_BK, window_size, chunk_size, sums, forms)
         out = joined(parts, far, options["log_factor_H"], prepared.options["eps"]).to(v.dtype)
         if left > 0:
             gone = (prepared.k_BGKD[:, :, :left], v[:, :, :left], projections(prepared)[1])

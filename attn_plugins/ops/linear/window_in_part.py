@@ -41,7 +41,10 @@ def attend_part(
         ValueError: queries see what follows them.
     """
     prepare: Prepare = functools.partial(attention.prepare, mask=mask, scale=scale)
-    chunk_size, batched = attention.config.chunk_size, attention.prefers_batched(q_BHTD)
+    chunk_size, forms = (
+        attention.config.chunk_size,
+        window.BATCHED if attention.prefers_batched(q_BHTD) else window.PLAIN,
+    )
     if not mask.causal:
         raise ValueError("attention 'linear_window' serves rows in parts where it is causal; allowed else: 'local'")
     window_size, num_sink_tokens = attention.config.window_size, attention.config.num_sink_tokens
@@ -52,7 +55,7 @@ def attend_part(
     if branch != "linear":
         heads = slice(0, q_BHTD.shape[1])
         around, rules = in_part([(heads, Band(window_size, 0, num_first=num_sink_tokens))], part, reach)
-        near = window.near_parts(q_BHTD, k_BGKD, v_BGKV, around, rules[0][1], options["scale"], batched)
+        near = window.near_parts(q_BHTD, k_BGKD, v_BGKV, around, rules[0][1], options["scale"], forms)
     if branch != "window":
         v_BGKV = v_BGKV[:, :, reach.first :]
         enters_BK, text_BK = _entering(part, reach.before, num_sink_tokens)
@@ -70,7 +73,7 @@ def attend_part(
             state = of_text_before(part, carried(part, own))
         sizes = (part.mask.batch_size, part.length, reach.before + part.length)
         held = AttentionMask(*sizes, causal=True, segments_BK=text_BK, device=mask.device)
-        far = window.far_sums(prepared, v_BGKV, held, enters_BK, window_size, chunk_size, state, batched)
+        far = window.far_sums(prepared, v_BGKV, held, enters_BK, window_size, chunk_size, state, forms)
     return window.joined(near, far, options["log_factor_H"], prepared.options["eps"]).to(v_BGTV.dtype)
 
 

