@@ -22,7 +22,7 @@ from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype
 from attn_plugins.ops.sizes import scores_at_once
 
 ROWS_A_BLOCK = {"cpu": 1 << 11}
-"""Tokens times query heads of one block where it is to fit a cache, by type of device."""
+"""Tokens times query heads of a block that is to fit a cache, by type of device, or up to twice that if it is all."""
 LEAST_CHUNKS = 4
 """Of each head in such a block, as far as the text has them."""
 CHUNKS_A_BLOCK = 512
@@ -97,6 +97,8 @@ def _block_size(p: _Problem) -> tuple[int, int]:
     if rows is None or p.batched:
         features = p.phi.size(size if p.w_q is None else p.w_q.shape[-2])
         rows = scores_at_once(p.q.device) // (4 * max(features, p.chunk_size))
+    elif p.q[..., 0].numel() <= 2 * rows:
+        rows *= 2
     chunks = max(1, rows // (group * p.chunk_size))
     # Heads side by side: all of a token lies together in memory, and a block that is long in one head reads and writes
     # a little everywhere.
@@ -361,10 +363,8 @@ def causal_linear(
                 totals = _from_chunk_rows(totals, block.q_in, at, p)
                 num, total = totals[..., :-1], totals[..., -1:]
                 total_eps = total if eps is None else total + eps
-                if eps is None:
-                    _part(out_BGRTV, at).copy_(num)
-                else:
-                    torch.div(num, total_eps, out=_part(out_BGRTV, at))
+                here = _part(out_BGRTV, at)
+                here.copy_(num) if eps is None else torch.div(num, total_eps, out=here)
                 if block.running_max is not None and block.top is not None:
                     stored = block_max[at.batch, at.heads, at.span]
                     stored.copy_(block.running_max.view(stored.shape))
