@@ -88,11 +88,10 @@ class Cpp(Backend):
         a, times = torch.randn(64, 64), 256
         return functools.partial(torch.ops.attn_plugins_cpp.tile_product, a, a, times), times * 2 * 64**3
 
-    def serves(self, attention):
+    def serves(self, kind):
         """Whether it is one of these as they are: what attends in a way of its own knows more than its tiles say."""
-        attend = type(attention).attend
         known = (PatternAttention.attend, FeatureAttention.attend, WindowAndSumsAttention.attend)
-        return attend in known or _chooses_blocks(attention)
+        return kind.attend in known or _chooses_blocks(kind)
 
     def missing(self):
         if cpp_build.built() is None:
@@ -106,7 +105,7 @@ class Cpp(Backend):
             return f"queries, keys and values must be of {allowed}, got {got}"
         if not isinstance(scale, (int, float)):
             return "the scale must be a number"
-        if not self.serves(attention):
+        if not self.serves(type(attention)):
             return (
                 "it serves softmax attention over a pattern or over blocks that queries choose, linear attention, and "
                 "a window with sums over all else"
@@ -128,7 +127,7 @@ class Cpp(Backend):
         if isinstance(attention, WindowAndSumsAttention):
             both = Forms(compiled_attention, compiled_sums, few_queries=True)
             return attention.attend(q_BHQD, k_BGKD, v_BGKV, mask=mask, scale=scale, forms=both, **options)
-        if _chooses_blocks(attention):
+        if _chooses_blocks(type(attention)):
             forms = SoftmaxForms(compiled_blocks, compiled_attention)
             return attention.attend(q_BHQD, k_BGKD, v_BGKV, mask=mask, scale=scale, forms=forms, **options)
         q_BHQD, k_BGKD = attention.place(q_BHQD, k_BGKD, mask, rotary)
@@ -161,6 +160,6 @@ def with_gradients(attention: Any, *given: Any) -> bool:
     return any(x.requires_grad for x in (*tensors, *attention.parameters()))
 
 
-def _chooses_blocks(attention: Any) -> bool:
+def _chooses_blocks(kind: type) -> bool:
     """Whether it is :class:`attn_plugins.ops.blocks.gather.ChoosesBlocks`; modules are slow to say what they lack."""
-    return hasattr(type(attention), "chooses_blocks")
+    return hasattr(kind, "chooses_blocks")

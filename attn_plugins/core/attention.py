@@ -243,7 +243,9 @@ class Attention(nn.Module):
             warn_of_dropout(type(self), dropout)
         if state is not None:
             state.check(q_BHQD, k_BGKD, v_BGKV, mask, need_weights=need_weights)
-        chosen = self.chosen(q_BHQD, k_BGKD, v_BGKV, state=state)
+        device = q_BHQD.device.type
+        usual = self.backend == "auto" and device == "cpu" and not recorded(q_BHQD, k_BGKD, v_BGKV)
+        chosen = "torch" if usual else self.chosen(q_BHQD, k_BGKD, v_BGKV, state=state)
         options = {"mask": mask, "scale": scale, "dropout": dropout, **extras}
         if self.wants_rotary:
             if rotary is None:
@@ -256,10 +258,8 @@ class Attention(nn.Module):
         if gates_of is not None and self.gated_by_values:
             options["gates_of_BGKV"] = gates_of
         hidden_B1QE = self._hidden(q_BHQD, k_BGKD, hidden, state) if self.wants_hidden else None
-        device = q_BHQD.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
         how = chosen, state, part, options, need_weights
-        if autocast:
+        if device != "meta" and torch.is_autocast_enabled(device):
             # As torch's own attention does: inputs are cast (rotary positions may leave q and k in float32 beside v in
             # bfloat16), while sums keep the precision that they are written in.
             lower = torch.get_autocast_dtype(device)
@@ -291,7 +291,8 @@ class Attention(nn.Module):
         if state is not None and part is None:
             state.to(k_BGKD.device)  # it may have been offloaded
             new = (k_BGKD, v_BGKV) if hidden_B1QE is None else (k_BGKD, v_BGKV, hidden_B1QE)
-            k_BGKD, v_BGKV, *hidden_B1KE = state.flush_pending(*new)
+            waiting = state.pending is not None or state.recording
+            k_BGKD, v_BGKV, *hidden_B1KE = state.flush_pending(*new) if waiting else new
             if hidden_B1KE:
                 options["hidden_BKE"] = hidden_B1KE[0].squeeze(1)
             return attend_from(self, q_BHQD, k_BGKD, v_BGKV, state=state, **options), None
@@ -307,8 +308,7 @@ class Attention(nn.Module):
         by = self._computed_by(chosen, q_BHQD, k_BGKD, v_BGKV, **options)
         if not isinstance(by, str):
             return by.attend(self, q_BHQD, k_BGKD, v_BGKV, **options), None
-        attend = self.attend_batched if by == "batched" else self.attend
-        return attend(q_BHQD, k_BGKD, v_BGKV, **options), None
+        return (self.attend_batched if by == "batched" else self.attend)(q_BHQD, k_BGKD, v_BGKV, **options), None
 
     def chosen(self, *tensors: torch.Tensor, state: State | None = None) -> str:
         """The backend that computes with these tensors: what was asked for, or what ``auto`` is here.
@@ -468,8 +468,9 @@ class Attention(nn.Module):
         return not self.heads_alike or next(self.parameters(), None) is not None
 
     def _refuse(self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, extras: dict[str, Any]) -> None:
-        kind = type(self)
-        if extras or not mask.usual or not (kind.causal if mask.causal else kind.bidirectional):
+        kind, usual = type(self), not (mask.ruled or mask.cross or mask.structure is not None)
+        usual = usual and not extras and mask.segments_BK is None
+        if not usual or not (kind.causal if mask.causal else kind.bidirectional):
             refuse_lacking(kind, mask, extras)
         (_, number, _, size), heads = q_BHQD.shape, self.heads
         if self.heads_multiple_of > 1:

@@ -39,8 +39,8 @@ class Backend(abc.ABC):
     """Whether it is part of this package, whose tests hold it to the reference: ``auto`` takes it first, wherever it is
     built and serves a call, without a record of a check."""
 
-    def serves(self, attention: Any) -> bool:
-        """Whether there are calls of an attention that it honours."""
+    def serves(self, kind: type) -> bool:
+        """Whether there are calls of attentions of a class that it honours. It is asked once for each."""
         return True
 
     def build(self, **options: Any) -> list[str]:
@@ -167,10 +167,8 @@ def forced(name: str, attention: Any, *tensors: torch.Tensor, **options: Any) ->
 def fastest(attention: Any, *tensors: torch.Tensor, **options: Any) -> Backend | None:
     """What ``auto`` takes on a device; None for the attention's own form there."""
     device = tensors[0].device
-    for name in _tried_first(attention.name, device.type, device.index or 0):
+    for name in _tried_first(type(attention), device.type, device.index or 0):
         backend = _instances[name]
-        if not backend.serves(attention):
-            continue
         if torch.compiler.is_compiling() and not backend.traceable:
             continue
         if why_not(backend, attention, *tensors, **options) is None:
@@ -198,30 +196,39 @@ def attend_from(
 @functools.cache
 def _stepping(cls: type, asked: str, device: str) -> Backend | None:
     """The backend that steps for attentions of a class, where ``asked`` was asked for."""
-    names = _own(device) if asked == "auto" else () if asked in FORMS else (asked,)
+    names = _ours(device) if asked == "auto" else () if asked in FORMS else (asked,)
     backends = (get_backend(name) for name in names)
     return next((one for one in backends if device in one.devices and one.steps(cls)), None)
 
 
 @torch.compiler.assume_constant_result  # it reads files, which a graph cannot
-def _tried_first(attention: str, device: str, index: int) -> tuple[str, ...]:
-    """Names of the backends that are faster than the attention's own form, the fastest first; each is made."""
-    checked = checked_backends(attention, device, index) if device != "cpu" else ()
+def _tried_first(kind: Any, device: str, index: int) -> tuple[str, ...]:
+    """Names of the backends that are faster than an attention's own form and serve its class, the fastest first.
+
+    Each is made."""
+    own = _own(kind, device)
+    if device == "cpu":
+        return own
+    checked = checked_backends(kind.name, device, index)
     names = checked[: checked.index("batched")] if "batched" in checked else checked
-    for name in names:
-        get_backend(name)
-    return (*_own(device), *names)
+    return (*own, *(name for name in names if get_backend(name).serves(kind)))
 
 
 @functools.cache
-def _own(device: str) -> tuple[str, ...]:
+def _own(kind: type, device: str) -> tuple[str, ...]:
+    """Names of this package's own backends for a type of device, that serve a class; each is made."""
+    return tuple(name for name in _ours(device) if get_backend(name).serves(kind))
+
+
+@functools.cache
+def _ours(device: str) -> tuple[str, ...]:
     """Names of this package's own backends for a type of device; each is made."""
     return tuple(name for name in list_backends() if get_backend(name).own and device in get_backend(name).devices)
 
 
 def usual(attention: Any, device: torch.device) -> str:
     """Name of what ``auto`` tries first for an attention on a device."""
-    for name in _tried_first(attention.name, device.type, device.index or 0):
-        if not _instances[name].own or (_instances[name].missing() is None and _instances[name].serves(attention)):
+    for name in _tried_first(type(attention), device.type, device.index or 0):
+        if not _instances[name].own or _instances[name].missing() is None:
             return name
     return "torch" if device.type == "cpu" else "batched"

@@ -40,7 +40,8 @@ class State:
 
     def __init__(self, fixed_length: int | None = None):
         self.fixed_length = fixed_length
-        self._length: int | None = 0
+        self.known_length: int | None = 0
+        """As :attr:`length`, None after a compiled step, until that is asked for."""
         self._counter = None if fixed_length is None else torch.zeros((), dtype=torch.long)
         self.tensors: dict[str, torch.Tensor] = {}
         """By name, all with the batch as their first dimension."""
@@ -53,14 +54,14 @@ class State:
     @property
     def length(self) -> int:
         """Tokens that ``tensors`` stand for. Not to be asked in a compiled step, which holds for any number of them."""
-        if self._length is None:
+        if self.known_length is None:
             assert self._counter is not None
-            self._length = int(self._counter)
-        return self._length
+            self.known_length = int(self._counter)
+        return self.known_length
 
     @length.setter
     def length(self, length: int) -> None:
-        self._length = length
+        self.known_length = length
         if self._counter is not None:
             self._counter.fill_(length)
 
@@ -72,12 +73,12 @@ class State:
     def advance(self, number: int) -> None:
         """Add to the number of tokens that ``tensors`` stand for."""
         if self._counter is None:
-            self._length = self.length + number
+            self.known_length = self.length + number
         elif not torch.compiler.is_compiling():
             self.length += number
         else:
             self._counter.add_(number)
-            self._length = None
+            self.known_length = None
 
     @property
     def begun(self) -> bool:
@@ -87,8 +88,8 @@ class State:
     @property
     def seen(self) -> int:
         """Tokens seen, pending ones counted."""
-        if self.pending is None and self._length is not None:
-            return self._length
+        if self.pending is None and self.known_length is not None:
+            return self.known_length
         return self.length + self.num_pending
 
     @property
@@ -113,8 +114,6 @@ class State:
         Returns:
             the pending tokens followed by the new ones.
         """
-        if self.pending is None and not self.recording:
-            return new
         if self.pending is not None:
             new = tuple(torch.cat(both, dim=2) for both in zip(self.pending, new, strict=True))
         if self.recording:

@@ -96,11 +96,6 @@ class AttentionMask:
         return not self.ruled and self.structure is None
 
     @property
-    def usual(self) -> bool:
-        """Whether causality (or its absence) and padding say it all, among the tokens of one sequence."""
-        return not (self.ruled or self.cross or self.structure is not None or self.segments_BK is not None)
-
-    @property
     def row_starts(self) -> bool:
         """Whether a sequence may start elsewhere than at key 0: after padding, as a segment, at a key since dropped."""
         return self.padding_BK is not None or self.segments_BK is not None or self.kv_offset > 0

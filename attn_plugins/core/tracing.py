@@ -9,6 +9,8 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+
 
 def recorded(*tensors: torch.Tensor) -> bool:
     """Whether operations on these tensors go into a graph for other calls, which leaves nothing to Python.
@@ -19,7 +21,10 @@ def recorded(*tensors: torch.Tensor) -> bool:
     if torch.compiler.is_compiling():
         # Not is_exporting(): Dynamo up to torch 2.12 takes that for True in torch.compile too.
         return not torch.compiler.is_dynamo_compiling() or torch.compiler._is_exporting_flag
-    if torch._C._is_tracing() or get_proxy_mode() is not None:
+    if torch._C._is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return True
+    # Modes before dispatch are kept in Python: one key tells at a look whether there are any.
+    if torch._C._dispatch_tls_is_dispatch_key_included(PRE_DISPATCH) and get_proxy_mode() is not None:
         return True
     if torch._C._functorch.peek_interpreter_stack() is None:
         return False

@@ -12,7 +12,7 @@ from attn_plugins.core.registry import get_attention
 from attn_plugins.hf.adapters import adapter_of
 from attn_plugins.hf.arguments import WITHOUT_EFFECT, refuse_unsupported, sinks_of_queries
 from attn_plugins.hf.caches.cache_layers import check_ends
-from attn_plugins.hf.call import call_of
+from attn_plugins.hf.call import Call
 from attn_plugins.hf.discovery.rotary import rotary_of
 from attn_plugins.hf.grids import grid_of
 from attn_plugins.hf.grouped_keys import fitted
@@ -65,8 +65,8 @@ def attention_forward(
             "load the whole model with from_pretrained, or call attn_plugins.swap_attention(model, ...)"
         )
     slot: Any = module._modules.get(SLOT)
-    call = call_of(module)
     need_weights, observer, notes = False, None, thread.notes
+    call: Call | None = notes.call if notes.call is not None and notes.call.module is module else None
     usual = (
         slot is not None
         and isinstance(attention_mask, LazyMask)
@@ -119,7 +119,7 @@ def attention_forward(
                     "attn_plugins cannot serve paged caches (continuous batching); use generate() without it"
                 )
             refuse_unsupported(module, call, kwargs)
-    attention: Any = slot_of(module)
+    attention: Any = slot if isinstance(slot, Attention) else slot_of(module)
     query, key, value = fitted(module, query, key, value)
     beside: dict[str, Any] = {}
     if isinstance(attention, SplitAttention):
@@ -141,7 +141,7 @@ def attention_forward(
             )
         call.consumed = True
         before = None if torch.compiler.is_compiling() else state.seen  # a compiled step is for any number of tokens
-        mask = lazy.over_all_tokens(state)
+        mask = lazy.over_all_tokens(state, before)
     elif (  # what _masked would come to
         usual
         and notes.structure is None

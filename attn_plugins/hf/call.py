@@ -32,7 +32,7 @@ class Call:
         self.module, self.args, self.kwargs = module, args, kwargs
         self.outer = outer
         """The call of the module that has called this one, where that is swapped too."""
-        self.exported = exporting()
+        self.exported = torch.compiler._is_exporting_flag and exporting()
 
     def find(self, kind: type) -> Any:
         """The first of the module's arguments of a type, or None."""

@@ -29,14 +29,15 @@ from attn_plugins.core.attention import Attention
 from attn_plugins.core.tracing import recorded
 from attn_plugins.hf.caches import rollback
 from attn_plugins.hf.caches.state_layer import StateLayer, description_of, rule_of
-from attn_plugins.hf.call import Call, begin, call_of
+from attn_plugins.hf.call import Call, begin
 from attn_plugins.hf.discovery.by_code import attends_repeatedly
 from attn_plugins.hf.discovery.modules import biased
 from attn_plugins.hf.hooks import remove_hooks
 from attn_plugins.hf.masks.mask_function import LazyMask
-from attn_plugins.hf.names import slot_of
+from attn_plugins.hf.names import SLOT, slot_of
 from attn_plugins.hf.observe import observer_of
 from attn_plugins.hf.recording import weights_wanted, weights_wanted_of
+from attn_plugins.hf.under_way import thread
 
 GENERATING = "_attn_plugin_generating"
 """Attribute of a model that holds swapped modules: those of them that a cache may serve, :class:`Served`."""
@@ -128,11 +129,17 @@ def before_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return
     rollback.begin(cache)
     need_weights = weights_wanted_of(model, kwargs)
-    layers = [layer_of(module, cache, need_weights) for module in swapped_modules(model)]
-    number = None if torch.compiler.is_compiling() else _number(args, kwargs)
-    for layer in layers:
-        if layer is not None and number is not None and layer.state.fixed_length is not None:
-            layer.state.check_room(number)
+    fixed = []
+    for module in swapped_modules(model):
+        slot: Any = module._modules.get(SLOT)
+        slot = slot if isinstance(slot, Attention) else slot_of(module)
+        layer = None if slot is None else _layer_of(module, slot, cache, need_weights)
+        if layer is not None and layer.state.fixed_length is not None:
+            fixed.append(layer.state)
+    number = None if not fixed or torch.compiler.is_compiling() else _number(args, kwargs)
+    for state in fixed:
+        if number is not None:
+            state.check_room(number)
 
 
 def after_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -174,7 +181,9 @@ def before_attention(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Note the call, with the module's state and how to give it up; give it the mask that its adapter misses."""
     begin(module, args, kwargs)
-    call, slot = call_of(module), slot_of(module)
+    call: Call = thread.notes.call
+    slot: Any = module._modules.get(SLOT)
+    slot = slot if isinstance(slot, Attention) else slot_of(module)
     cache: Cache | None = None
     mask: LazyMask | None = None
     for given in (*kwargs.values(), *args):
@@ -182,7 +191,7 @@ def before_attention(
             cache = given
         elif mask is None and isinstance(given, LazyMask):
             mask = given
-    if call is None or slot is None or cache is None:
+    if slot is None or cache is None:
         return None
     changed = None
     if mask is None and (make := getattr(module, "missing_mask", None)) is not None:
@@ -190,7 +199,7 @@ def before_attention(
         if mask is not None:
             call.kwargs = {**kwargs, "attention_mask": mask}
             changed = args, call.kwargs
-    layer = None if mask is None else _layer_of(module, slot, cache, weights_wanted(module, kwargs))
+    layer = None if mask is None else _layer_of(module, slot, cache, given=kwargs)
     causal = mask is not None and (mask.causal or getattr(module, "makes_causal", False))
     if mask is None or not causal or mask.segments_BK is not None:
         give_up(module, cache)  # what a later token sees of the image, prefix or text before it, no state knows
@@ -221,8 +230,18 @@ def layer_of(module: nn.Module, cache: Cache, need_weights: bool = False) -> Sta
     return None if slot is None else _layer_of(module, slot, cache, need_weights)
 
 
-def _layer_of(module: nn.Module, slot: Attention, cache: Cache, need_weights: bool) -> StateLayer | None:
-    """As :func:`layer_of`, of a module with that slot."""
+def _layer_of(
+    module: nn.Module,
+    slot: Attention,
+    cache: Cache,
+    need_weights: bool = False,
+    given: dict[str, Any] | None = None,
+) -> StateLayer | None:
+    """As :func:`layer_of`, of a module with that slot.
+
+    Args:
+        given: arguments of the module, which may tell that weights are wanted.
+    """
     index: Any = getattr(module, "layer_idx", None)
     if index is None:
         return None
@@ -239,12 +258,15 @@ def _layer_of(module: nn.Module, slot: Attention, cache: Cache, need_weights: bo
         )
     layer = layers[index]
     if isinstance(layer, StateLayer):
-        if layer.attention != rule_of(slot):
+        name, config, backend = layer.attention
+        same = config is slot.config and backend == slot.backend and name == slot.name
+        if not same and layer.attention != rule_of(slot):
             raise ValueError(
                 f"layer {index} of the cache holds the state of {layer.owner}, not of {description_of(slot)}; "
                 "use a new cache"
             )
         return layer
+    need_weights = need_weights or (given is not None and weights_wanted(module, given))
     if lent_its_keys(module) or need_weights or recorded() or observer_of(module) is not None:
         return None  # a state is updated by code that is no part of a graph, and holds too little for others
     if type(layer) not in EXCHANGED:

@@ -43,7 +43,13 @@ def begin(cache: Cache) -> None:
     if torch.compiler.is_compiling():
         return
     held: Any = getattr(cache, "self_attention_cache", cache)
-    setattr(cache, UNDO, [(layer, _before(layer)) for layer in held.layers])
+    undo = []
+    for layer in held.layers:  # with no call for each of the kinds that most are
+        if type(layer) is DynamicLayer:
+            undo.append((layer, layer.get_seq_length()))
+        else:
+            undo.append((layer, layer.state.seen if type(layer) is StateLayer else _before(layer)))
+    setattr(cache, UNDO, undo)
 
 
 def end(cache: Cache, *, failed: bool) -> None:

@@ -4,11 +4,12 @@ import weakref
 from typing import Any
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, StaticLayer
+from transformers.cache_utils import CacheLayerMixin
 
 from attn_plugins.core.attention import Attention
 from attn_plugins.core.decode_state import State
 from attn_plugins.hf.call import innermost
+from attn_plugins.hf.under_way import thread
 
 
 class StateLayer(CacheLayerMixin):
@@ -86,14 +87,18 @@ class StateLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The new keys and values as they are; the attention takes them in."""
-        call = innermost()
+        call = thread.notes.call
+        if call is not None and call.exported:
+            call = innermost()
         if call is None or call.state is not self.state or not call.awaiting_update:
             raise ValueError(
                 f"this layer of the cache holds the state of {self.owner}, which the module that is to use it does not "
                 "have; use a new cache"
             )
         call.awaiting_update = False
-        if not (self.state.begun or isinstance(self.replaced, StaticLayer) or torch.compiler.is_compiling()):
+        # A state of fixed length is in place of a static layer, and a compiled step is not to ask for its number.
+        begun = self.state.fixed_length is not None or self.state.known_length or self.state.begun
+        if not begun and not torch.compiler.is_compiling():
             self.first_tokens = weakref.ref(key_states), weakref.ref(value_states)
         return key_states, value_states
 

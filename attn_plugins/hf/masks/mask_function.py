@@ -90,19 +90,20 @@ class LazyMask(AttentionMask):
         self.touch()
         return self.cached(("additive", dtype), lambda: additive(self.as_tensor(), dtype))
 
-    def over_all_tokens(self, state: State) -> "LazyMask":
+    def over_all_tokens(self, state: State, seen: int | None) -> "LazyMask":
         """The mask of the queries and of all tokens so far, whatever other layers of the cache hold of them.
 
         That of one token of a static cache is as long as the cache: no shape and no number changes from token to token.
 
         Args:
             state: of the attention, which stands for the tokens before the queries.
+            seen: how many these are; None in a compiled step, which is for any number of them.
 
         Raises:
             ValueError: it has seen other tokens than the cache that the mask was made for.
         """
-        if not torch.compiler.is_compiling():
-            seen, before = state.seen, self.q_offset
+        if seen is not None:
+            before = self.q_offset
             if isinstance(before, torch.Tensor):
                 before = self.cached("q_offset", lambda: int(self.q_offset))
             if seen != before:

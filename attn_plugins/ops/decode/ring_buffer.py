@@ -73,9 +73,11 @@ class KeyWindow(State):
     def append(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
         """Write the next tokens, the last of ``mask``'s, into the ring; those that are first ones of a row too."""
         new = k_BGKD.shape[2]
-        self.reserve(k_BGKD, v_BGKV, mask)
+        full = self.reserve(k_BGKD, v_BGKV, mask)
         size = self.tensors["k"].shape[2] - self.num_first
         last = slice(max(0, new - size), None)
+        if new > size:
+            k_BGKD, v_BGKV = k_BGKD[:, :, last], v_BGKV[:, :, last]
 
         def places() -> tuple[torch.Tensor, torch.Tensor]:
             position = torch.arange(new, device=k_BGKD.device)[last] + self.position
@@ -83,16 +85,20 @@ class KeyWindow(State):
 
         before = None if torch.compiler.is_compiling() else self.length
         index, not_padding_BK = mask.cached(("places", before, new, size, self.num_first), places)
-        self.write("k", 2, index, k_BGKD[:, :, last])
-        self.write("v", 2, index, v_BGKV[:, :, last])
-        if not self.full:
+        self.write("k", 2, index, k_BGKD)
+        self.write("v", 2, index, v_BGKV)
+        if not (full or self.full):
             self.write("not_padding", 1, index, not_padding_BK)
         self.advance(new)
 
-    def reserve(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> None:
-        """Grow the ring for the next tokens and write those that are first ones of a row; idempotent."""
+    def reserve(self, k_BGKD: torch.Tensor, v_BGKV: torch.Tensor, mask: AttentionMask) -> bool:
+        """Grow the ring for the next tokens and write those that are first ones of a row; idempotent.
+
+        Returns:
+            whether there was nothing to do, since the ring is full.
+        """
         if self.started and (self.complete or not self.num_first) and mask.padding_BK is None and self.full:
-            return  # as in every call from here on
+            return True  # as in every call from here on
         new = k_BGKD.shape[2]
         self.padded = self.padded or mask.padding_BK is not None
         self._make_room(k_BGKD, v_BGKV, self.ring(new))
@@ -100,6 +106,7 @@ class KeyWindow(State):
             self.started = self.find_starts(self.tensors["start"], mask, new)
         if self.num_first and not self.complete:
             self._write_first(k_BGKD, v_BGKV, mask)
+        return False
 
     def apply(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().apply(change)
@@ -284,7 +291,9 @@ def window_attention(
     if new == 1:
         state.append(k_BGKD, v_BGKV, mask)
         held, visible = mask.cached(("held", *key), lambda: _kept(mask, pattern, state))
-        q, k = place(q_BHQD, state.tensors["k"], held)
+        q, k = q_BHQD, state.tensors["k"]
+        if rotated_BHQD is not None:
+            q, k = two_keyed(q, rotated_BHQD, k, held, state.num_first)
         return one_query(q, k, state.tensors["v"], visible, **options)
     if state.length:
         k, v, both = state.concatenated(k_BGKD, v_BGKV, mask)

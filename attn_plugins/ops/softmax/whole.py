@@ -25,8 +25,14 @@ def whole_attention(
     if softcap is not None or sinks is not None:
         extras: dict[str, Any] = {"position_bias": position_bias, "softcap": softcap, "sinks": sinks}
         return dense_attention(q_BHQD, k_BGKD, v_BGKV, mask.dense(), scale=scale, dropout=dropout, **extras)[0]
-    dense_free = mask.plain and not mask.row_starts and position_bias is None
-    if dense_free and (not mask.causal or mask.q_length == mask.kv_length or mask.q_length == 1):
+    # As mask.plain and not mask.row_starts say it, for a token with no call of Python.
+    dense_free = not mask.ruled and mask.structure is None and mask.padding_BK is None and mask.segments_BK is None
+    if (
+        position_bias is None
+        and dense_free
+        and not mask.kv_offset
+        and (not mask.causal or mask.q_length == mask.kv_length or mask.q_length == 1)
+    ):
         is_causal, grouped = mask.causal and mask.q_length > 1, q_BHQD.shape[1] != k_BGKD.shape[1]
         how: dict[str, Any] = {"is_causal": is_causal, "enable_gqa": grouped, "dropout_p": dropout, "scale": scale}
         return scaled_dot_product_attention(q_BHQD, k_BGKD, v_BGKV, **how)

@@ -88,7 +88,7 @@ def test_the_own_attention_of_a_model_gets_the_mask_of_the_keys_that_there_are(p
         given = {**sizes, "attention_mask": PADDING if padded else None}
         q_offset = torch.tensor(5 - queries) if kv_length == 8 else 5 - queries
         mask = lazy_mask(**given, kv_length=kv_length, kv_offset=kv_offset, q_offset=q_offset)
-        whole = mask.over_all_tokens(seen)
+        whole = mask.over_all_tokens(seen, seen.seen)
         for made in [mask.written(), whole.written()] if queries == 1 and kv_length == 8 else [whole]:
             of_all = {"kv_length": 5, "q_offset": 5 - queries, "allow_is_causal_skip": False}
             want = masking_utils.sdpa_mask(**{**given, **of_all})
