@@ -8,6 +8,7 @@ from attn_plugins.core.backend import usual
 from attn_plugins.core.registry import get_attention
 from attn_plugins.ops.blocks.gather import ChoosesBlocks
 from attn_plugins.ops.linear.attention import FeatureAttention
+from attn_plugins.ops.linear.window_attention import WindowAndSumsAttention
 from attn_plugins.ops.softmax.attention import PatternAttention
 
 
@@ -15,7 +16,7 @@ def test_the_kernels_for_cpus_serve_what_has_the_capability():
     served = set()
     for case in CASES:
         attention = case.module()
-        as_they_are = {PatternAttention.attend, FeatureAttention.attend}
+        as_they_are = {PatternAttention.attend, FeatureAttention.attend, WindowAndSumsAttention.attend}
         want = isinstance(attention, ChoosesBlocks) or type(attention).attend in as_they_are
         assert Cpp().serves(type(attention)) == want, case
         served |= {attention.name} if want else set()
