@@ -92,9 +92,10 @@ class LinearWindowAttention(WindowAndSumsAttention):
     def phi(self):
         return FEATURE_MAPS[MAP_OF.get(self.config.feature_map, self.config.feature_map)]
 
-    def prepare(self, q_BHQD, k_BGKD, mask, scale):
+    def prepare(self, q_BHQD, k_BGKD, mask, scale, since=None):
         if self.branch not in ("both", *self.branches):
             raise ValueError(f"branch={self.branch!r}; allowed: 'both', {', '.join(map(repr, self.branches))}")
-        made = prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights(self), scale=scale, eps=self.config.eps)
+        how = {"scale": scale, "eps": self.config.eps, "since": since}
+        made = prepare(self.config.feature_map, q_BHQD, k_BGKD, mask, weights(self), **how)
         sizes = {"window_size": self.config.window_size, "num_sink_tokens": self.config.num_sink_tokens}
         return made, {**sizes, "log_factor_H": self.log_linear_factor, "branch": self.branch, "scale": scale}

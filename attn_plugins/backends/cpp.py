@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from attn_plugins.backends import cpp_build
+from attn_plugins.backends.cpp_tiles import MULTIPLE
 from attn_plugins.core.backend import Backend, register_backend
 from attn_plugins.ops.blocks.gather import SoftmaxForms
 from attn_plugins.ops.linear.attention import FeatureAttention
@@ -135,20 +136,25 @@ class Cpp(Backend):
         return by_heads(compiled_attention, q_BHQD, k_BGKD, v_BGKV, mask, parts, scale=scale, **options)
 
     def steps(self, cls):
-        """Whether it goes on from its state as these do: linear attention, and recurrences by gates or a delta rule."""
-        return cls.attend_from in (FeatureAttention.attend_from, RecurrentAttention.attend_from)
+        """Whether it goes on from its state as linear attention does, beside a window or not, or as recurrences."""
+        known = (FeatureAttention.attend_from, WindowAndSumsAttention.attend_from, RecurrentAttention.attend_from)
+        return cls.attend_from in known
 
     def attend_from(self, attention, q_BH1D, k_BG1D, v_BG1V, *, state, **options):
-        from attn_plugins.backends.cpp_step import linear_step, recurrent_step, serves
+        from attn_plugins.backends import cpp_step
 
         tensors = (q_BH1D, k_BG1D, v_BG1V, *state.tensors.values())
         if any(x.dtype not in DTYPES for x in tensors) or with_gradients(attention, *tensors, *options.values()):
             return None
-        linear = isinstance(attention, FeatureAttention)
-        if linear and not serves(attention.phi, q_BH1D.shape[3]):
+        step: Any = cpp_step.recurrent_step
+        if isinstance(attention, FeatureAttention):
+            step = cpp_step.linear_step if cpp_step.serves(attention.phi, q_BH1D.shape[3]) else None
+        elif isinstance(attention, WindowAndSumsAttention):
+            served = v_BG1V.shape[3] % MULTIPLE == 0 and cpp_step.serves(attention.phi, q_BH1D.shape[3])
+            step = cpp_step.window_step if served else None
+        if step is None:
             return None
         load(str(cpp_build.built()))
-        step = linear_step if linear else recurrent_step
         return attention.attend_from(q_BH1D, k_BG1D, v_BG1V, state=state, step=step, **options)
 
 

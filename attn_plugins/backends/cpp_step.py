@@ -1,6 +1,7 @@
 """Compiled steps of one new token from a state, in place of PyTorch's in :mod:`attn_plugins.ops`."""
 
 import functools
+from typing import Any
 
 import torch
 
@@ -29,6 +30,23 @@ def linear_step(
     return torch.ops.attn_plugins_cpp.linear_step.default(q, k, v_BG1V, sums_BGFV, seen_B1, *how)
 
 
+def window_step(
+    prepared: Prepared,
+    k_BG1D: torch.Tensor,
+    v_BG1V: torch.Tensor,
+    held: dict[str, torch.Tensor],
+    places: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    options: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :data:`attn_plugins.ops.linear.window.WindowStep`."""
+    q, _, linear = prepared
+    window = held["sums"], held["k"], held["v"], *places
+    how = (*linear.get("moves", (None, None, None, None)), MAPS[linear["feature_map"]], linear["eps"])
+    branch, log_factor = options["branch"], options["log_factor_H"]
+    reads = (log_factor, options["scale"], branch != "linear", branch != "window")
+    return torch.ops.attn_plugins_cpp.window_step.default(q, k_BG1D, v_BG1V, *window, *how, *reads)
+
+
 def recurrent_step(
     tokens: Tokens, seen_B1: torch.Tensor | None, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,6 +62,8 @@ def register() -> None:
     @torch.library.register_fake("attn_plugins_cpp::linear_step")
     def _(q, k, v, sums, *others):
         return v.new_empty(v.shape[0], q.shape[1], 1, v.shape[3]), torch.empty_like(sums)
+
+    torch.library.register_fake("attn_plugins_cpp::window_step", _)
 
     @torch.library.register_fake("attn_plugins_cpp::recurrent_step")
     def _(q, k, v, state, *others):

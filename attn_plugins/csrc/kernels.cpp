@@ -20,5 +20,5 @@ static void plain_product(int M, int N, int K, const float* A, const float* B, f
 extern const Kernels NAME_OF(ISA);
 const Kernels NAME_OF(ISA) = {WORD_OF(ISA),           &ISA::plain_product,    &ISA::softmax_forward, &ISA::softmax_backward,
                               &ISA::chosen_forward,   &ISA::chosen_backward,  &ISA::linear_forward,  &ISA::linear_backward,
-                              &ISA::linear_step,      &ISA::recurrent_step};
+                              &ISA::linear_step,      &ISA::window_step,      &ISA::recurrent_step};
 }  // namespace attn_plugins

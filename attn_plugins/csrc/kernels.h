@@ -123,6 +123,18 @@ struct LinearStep {
   const float *query_weight, *key_weight, *query_bias, *key_bias;
 };
 
+// Softmax over slots, some of them sinks and the others a ring, and sums over what has left the ring, under one denominator.
+struct WindowStep {
+  LinearStep linear;  // seen: whether the token that leaves enters the sums; value_size is a multiple of 16 too
+  View keys, values;
+  int64_t slots, place;    // place: of the token that leaves, and the new one's
+  const uint8_t* visible;  // (batch, slots)
+  int64_t visible_row;
+  const float* log_factor;  // a head
+  float scale;
+  bool reads_window, reads_sums;
+};
+
 struct RecurrentStep {
   Step step;      // of a delta rule the last row is that of the average: rows is size + 1
   View gates;     // logarithms, a token being a row of the state; null where nothing is forgotten
@@ -141,6 +153,7 @@ struct Kernels {
   void (*linear_forward)(const Linear&, Parallel, int threads);
   void (*linear_backward)(const LinearBackward&, Parallel, int threads);
   void (*linear_step)(const LinearStep&, Parallel);
+  void (*window_step)(const WindowStep&, Parallel);
   void (*recurrent_step)(const RecurrentStep&, Parallel);
 };
 

@@ -81,61 +81,132 @@ static void take(int R, int F, int V, const float* gate, const float* key, const
                         sums + r * V);
 }
 
+// Products of x with VW rows of size E, row(i) being the i-th.
+template <class Row>
+static inline vf dots(int E, const float* x, Row row) {
+  float held[VW * VW], turned[VW * VW];
+  vf sum[VW] = {}, total{};
+  const float* from[VW];
+  for (int i = 0; i < VW; i++) from[i] = row(i);
+  for (int e = 0; e < E; e += VW) {
+    vf a = load(x + e);
+#pragma GCC unroll 16
+    for (int i = 0; i < VW; i++) sum[i] += load(from[i] + e) * a;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < VW; i++) store(held + i * VW, sum[i]);
+  transpose(VW, VW, held, VW, turned, VW);
+#pragma GCC unroll 16
+  for (int i = 0; i < VW; i++) total += load(turned + i * VW);
+  return total;
+}
+
 // y = x + W x + b, for W (E, E).
 static void moved(int E, const float* W, const float* b, const float* x, float* y) {
-  float held[VW * VW], turned[VW * VW];
   for (int e = 0; e < E; e += VW) {
-    vf sum[VW] = {};
-    for (int d = 0; d < E; d += VW) {
-      vf a = load(x + d);
-#pragma GCC unroll 16
-      for (int i = 0; i < VW; i++) sum[i] += load(W + (e + i) * E + d) * a;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < VW; i++) store(held + i * VW, sum[i]);
-    transpose(VW, VW, held, VW, turned, VW);
-    vf total = load(x + e);
-    if (b) total += load(b + e);
-#pragma GCC unroll 16
-    for (int i = 0; i < VW; i++) total += load(turned + i * VW);
-    store(y + e, total);
+    vf total = load(x + e) + dots(E, x, [&](int i) { return W + (e + i) * E; });
+    store(y + e, b ? total + load(b + e) : total);
   }
 }
 
 // Heads that a thread has at least: a state of as many numbers is read in less time than a thread takes to begin.
 static int64_t heads_a_thread(const Step& c) { return std::max<int64_t>(1, (1 << 16) / (c.rows * (c.value_size + 1))); }
 
+// Memory of a thread for the sums of one head.
+struct Reading {
+  int64_t E, F, V, R;
+  float *key, *gate, *queries, *x, *sums, *den, *rest;
+  Reading(const Step& c, int64_t more)
+      : E(c.size), F(c.rows), V(c.value_size), R(c.heads / c.groups), key(scratch(F * (R + 2) + E + R * (V + 1) + more)),
+        gate(key + F), queries(gate + F), x(queries + R * F), sums(x + E), den(sums + R * V), rest(den + R) {
+    std::fill(gate, gate + F, 1.f);
+  }
+
+  // Takes a key and a value into the sums of a head, if the key enters, and reads these by its queries: sums, den.
+  void take_in(const LinearStep& d, int64_t u, const float* k, const float* v) {
+    const Step& c = d.step;
+    const int64_t b = u / c.groups, g = u % c.groups;
+    const float* before = c.before + u * F * (V + 1);
+    float* after = c.after + u * F * (V + 1);
+    if (d.key_weight) moved(E, d.key_weight + g * E * E, d.key_bias ? d.key_bias + g * E : nullptr, k, x), k = x;
+    features(d.map, 1, E, k, 0, key);
+    if (c.seen && !c.seen[b * c.seen_row]) std::fill(key, key + F, 0.f);
+    for (int64_t r = 0; r < R; r++) {
+      const int64_t h = g * R + r;
+      const float* q = c.q.at(b, h, 0);
+      if (d.query_weight) moved(E, d.query_weight + h * E * E, d.query_bias ? d.query_bias + h * E : nullptr, q, x), q = x;
+      features(d.map, 1, E, q, 0, queries + r * F);
+      den[r] = 0;
+    }
+    for (int64_t f = 0; f < F; f++) {
+      float z = before[f * (V + 1) + V] + key[f];
+      after[f * (V + 1) + V] = z;
+      for (int64_t r = 0; r < R; r++) den[r] += queries[r * F + f] * z;
+    }
+    take(R, F, V, gate, key, queries, v, before, after, sums);
+  }
+
+  void divide(float* out) const {
+    for (int64_t r = 0; r < R; r++)
+      for (int64_t e = 0; e < V; e++) out[r * V + e] = sums[r * V + e] / den[r];
+  }
+};
+
 static void linear_step(const LinearStep& d, Parallel parallel) {
   const Step& c = d.step;
-  const int64_t E = c.size, F = c.rows, V = c.value_size, R = c.heads / c.groups;
   run(parallel, c.batch * c.groups, heads_a_thread(c), [&](int64_t low, int64_t high) {
-    float *key = scratch(F * (R + 2) + E + R * (V + 1)), *gate = key + F, *queries = gate + F, *x = queries + R * F,
-          *sums = x + E, *den = sums + R * V;
-    std::fill(gate, gate + F, 1.f);
+    Reading of(c, 0);
+    for (int64_t u = low; u < high; u++) {
+      of.take_in(d, u, c.k.at(u / c.groups, u % c.groups, 0), c.v.at(u / c.groups, u % c.groups, 0));
+      for (int64_t r = 0; r < of.R; r++) of.den[r] += d.eps;
+      of.divide(c.out + u * of.R * of.V);
+    }
+  });
+}
+
+// The token that leaves the window enters the sums; the new one is seen in its place, where it is not written yet.
+static void window_step(const WindowStep& w, Parallel parallel) {
+  const LinearStep& d = w.linear;
+  const Step& c = d.step;
+  const int64_t slots = up(w.slots);
+  run(parallel, c.batch * c.groups, heads_a_thread(c), [&](int64_t low, int64_t high) {
+    Reading of(c, slots * (c.heads / c.groups));
+    const int64_t E = of.E, V = of.V, R = of.R;
     for (int64_t u = low; u < high; u++) {
       const int64_t b = u / c.groups, g = u % c.groups;
-      const float *before = c.before + u * F * (V + 1), *from = c.k.at(b, g, 0);
-      float* after = c.after + u * F * (V + 1);
-      if (d.key_weight) moved(E, d.key_weight + g * E * E, d.key_bias ? d.key_bias + g * E : nullptr, from, x), from = x;
-      features(d.map, 1, E, from, 0, key);
-      if (c.seen && !c.seen[b * c.seen_row]) std::fill(key, key + F, 0.f);
+      const uint8_t* visible = w.visible + b * w.visible_row;
+      of.take_in(d, u, w.keys.at(b, g, w.place), w.values.at(b, g, w.place));
       for (int64_t r = 0; r < R; r++) {
-        const int64_t h = g * R + r;
-        from = c.q.at(b, h, 0);
-        if (d.query_weight)
-          moved(E, d.query_weight + h * E * E, d.query_bias ? d.query_bias + h * E : nullptr, from, x), from = x;
-        features(d.map, 1, E, from, 0, queries + r * F);
-        den[r] = d.eps;
+        const float factor = !w.reads_sums ? 0 : w.reads_window ? std::exp(w.log_factor[g * R + r]) : 1;
+        for (int64_t e = 0; e < V; e++) of.sums[r * V + e] = factor == 0 ? 0 : of.sums[r * V + e] * factor;
+        of.den[r] = factor == 0 ? 0 : of.den[r] * factor;
       }
-      for (int64_t f = 0; f < F; f++) {
-        float z = before[f * (V + 1) + V] + key[f];
-        after[f * (V + 1) + V] = z;
-        for (int64_t r = 0; r < R; r++) den[r] += queries[r * F + f] * z;
+      if (w.reads_window) {
+        float* weights = of.rest;
+        for (int64_t r = 0; r < R; r++) {
+          const float* q = c.q.at(b, g * R + r, 0);
+          float *own = weights + r * slots, top = -1e30f, total = 0;
+          for (int64_t s = 0; s < slots; s += VW)
+            store(own + s, all(w.scale) * dots(E, q, [&](int i) {
+                    int64_t slot = std::min<int64_t>(s + i, w.slots - 1);
+                    return slot == w.place ? c.k.at(b, g, 0) : w.keys.at(b, g, slot);
+                  }));
+          for (int64_t s = 0; s < w.slots; s++)
+            if (visible[s]) top = std::max(top, own[s]);
+          for (int64_t s = 0; s < slots; s += VW) store(own + s, exp(load(own + s) - all(top)));
+          for (int64_t s = 0; s < slots; s++) total += own[s] = s < w.slots && visible[s] ? own[s] : 0;
+          of.den[r] += total;
+          const float mine = own[w.place], *v = c.v.at(b, g, 0);
+          own[w.place] = 0;
+          for (int64_t e = 0; e < V; e++) of.sums[r * V + e] += mine * v[e];
+        }
+        product(R, V, w.slots, weights, slots, 1, w.values.at(b, g, 0), w.values.token, of.sums, V, true);
       }
-      take(R, F, V, gate, key, queries, c.v.at(b, g, 0), before, after, sums);
-      float* out = c.out + u * R * V;
-      for (int64_t r = 0; r < R; r++)
-        for (int64_t e = 0; e < V; e++) out[r * V + e] = sums[r * V + e] / den[r];
+      for (int64_t r = 0; r < R; r++) {
+        if (!w.reads_window) of.den[r] += d.eps;
+        else if (of.den[r] == 0) of.den[r] = 1;
+      }
+      of.divide(c.out + u * R * V);
     }
   });
 }

@@ -50,27 +50,62 @@ struct Taken {
   }
 };
 
+// What features are made by, and the weights before them, held as long as they are needed.
+struct Mapped {
+  LinearStep step{};
+  std::vector<at::Tensor> held;
+  Mapped(const Taken& taken, const std::optional<at::Tensor>& query_weight, const std::optional<at::Tensor>& key_weight,
+         const std::optional<at::Tensor>& query_bias, const std::optional<at::Tensor>& key_bias, int64_t map, double eps)
+      : step{taken.step, Map(map), float(eps)} {
+    const Step& c = taken.step;
+    TORCH_CHECK(map >= ELU && map <= IDENTITY, "no such feature map: ", map);
+    TORCH_CHECK(c.size % 16 == 0 && c.rows == (map == HEDGEHOG ? 2 * c.size : c.size),
+                "keys must have a size that is a multiple of 16, and a row of sums for each feature, got ", c.size, " and ", c.rows);
+    step.query_weight = numbers(query_weight, c.heads * c.size * c.size), step.query_bias = numbers(query_bias, c.heads * c.size);
+    step.key_weight = numbers(key_weight, c.groups * c.size * c.size), step.key_bias = numbers(key_bias, c.groups * c.size);
+  }
+  const float* numbers(const std::optional<at::Tensor>& x, int64_t number) {
+    if (!x.has_value()) return nullptr;
+    TORCH_CHECK(x->numel() == number, "a weight must have ", number, " numbers, got ", x->sizes());
+    held.push_back(x->to(at::kFloat).contiguous());
+    return held.back().const_data_ptr<float>();
+  }
+};
+
 std::tuple<at::Tensor, at::Tensor> linear_step(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& sums,
     const std::optional<at::Tensor>& seen, const std::optional<at::Tensor>& query_weight,
     const std::optional<at::Tensor>& key_weight, const std::optional<at::Tensor>& query_bias,
     const std::optional<at::Tensor>& key_bias, int64_t map, double eps) {
   Taken taken(q, k, v, sums, seen);
-  LinearStep d{taken.step, Map(map), float(eps)};
+  Mapped mapped(taken, query_weight, key_weight, query_bias, key_bias, map, eps);
+  chosen()->linear_step(mapped.step, on_threads);
+  return {taken.out.to(v.scalar_type()), taken.after};
+}
+
+std::tuple<at::Tensor, at::Tensor> window_step(
+    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const at::Tensor& sums, const at::Tensor& keys,
+    const at::Tensor& values, const at::Tensor& place, const at::Tensor& visible, const at::Tensor& leaves,
+    const std::optional<at::Tensor>& query_weight, const std::optional<at::Tensor>& key_weight,
+    const std::optional<at::Tensor>& query_bias, const std::optional<at::Tensor>& key_bias, int64_t map, double eps,
+    const at::Tensor& log_factor, double scale, bool reads_window, bool reads_sums) {
+  Taken taken(q, k, v, sums, leaves.expand({sums.size(0), 1}));
+  Mapped mapped(taken, query_weight, key_weight, query_bias, key_bias, map, eps);
+  WindowStep w{mapped.step};
   const Step& c = taken.step;
-  TORCH_CHECK(map >= ELU && map <= IDENTITY, "no such feature map: ", map);
-  TORCH_CHECK(c.size % 16 == 0 && c.rows == (map == HEDGEHOG ? 2 * c.size : c.size),
-              "keys must have a size that is a multiple of 16, and a row of sums for each feature, got ", c.size, " and ", c.rows);
-  std::vector<at::Tensor> held;
-  auto weight = [&](const std::optional<at::Tensor>& x, int64_t numbers) -> const float* {
-    if (!x.has_value()) return nullptr;
-    TORCH_CHECK(x->numel() == numbers, "a weight must have ", numbers, " numbers, got ", x->sizes());
-    held.push_back(x->to(at::kFloat).contiguous());
-    return held.back().const_data_ptr<float>();
-  };
-  d.query_weight = weight(query_weight, c.heads * c.size * c.size), d.query_bias = weight(query_bias, c.heads * c.size);
-  d.key_weight = weight(key_weight, c.groups * c.size * c.size), d.key_bias = weight(key_bias, c.groups * c.size);
-  chosen()->linear_step(d, on_threads);
+  at::Tensor all_keys = keys.to(at::kFloat), all_values = values.to(at::kFloat), seen = visible.expand({c.batch, visible.size(-1)});
+  w.slots = keys.size(2), w.place = place.item<int64_t>(), w.scale = scale;
+  TORCH_CHECK(c.value_size % 16 == 0, "values must have a size that is a multiple of 16, got ", c.value_size);
+  TORCH_CHECK(keys.sizes() == at::IntArrayRef({c.batch, c.groups, w.slots, c.size}) && all_keys.stride(3) == 1 &&
+                  values.sizes() == at::IntArrayRef({c.batch, c.groups, w.slots, c.value_size}) && all_values.stride(3) == 1,
+              "the window's keys ", keys.sizes(), " and values ", values.sizes(), " do not fit the token's");
+  TORCH_CHECK(seen.size(1) == w.slots && seen.element_size() == 1 && (seen.stride(1) == 1 || w.slots == 1) && w.place >= 0 &&
+                  w.place < w.slots, "visible must be (batch, ", w.slots, ") bytes and the place one of them, got ",
+              visible.sizes(), " and ", w.place);
+  w.keys = strides_of(all_keys), w.values = strides_of(all_values), w.reads_window = reads_window, w.reads_sums = reads_sums;
+  w.visible = reinterpret_cast<const uint8_t*>(seen.const_data_ptr()), w.visible_row = seen.stride(0);
+  w.log_factor = mapped.numbers(log_factor, c.heads);
+  chosen()->window_step(w, on_threads);
   return {taken.out.to(v.scalar_type()), taken.after};
 }
 
@@ -107,18 +142,24 @@ TORCH_LIBRARY_FRAGMENT(attn_plugins_cpp, m) {
       "linear_step(Tensor q, Tensor k, Tensor v, Tensor sums, Tensor? seen, Tensor? query_weight, Tensor? key_weight, "
       "Tensor? query_bias, Tensor? key_bias, int map, float eps) -> (Tensor, Tensor)");
   m.def(
+      "window_step(Tensor q, Tensor k, Tensor v, Tensor sums, Tensor keys, Tensor values, Tensor place, Tensor visible, "
+      "Tensor leaves, Tensor? query_weight, Tensor? key_weight, Tensor? query_bias, Tensor? key_bias, int map, float eps, "
+      "Tensor log_factor, float scale, bool reads_window, bool reads_sums) -> (Tensor, Tensor)");
+  m.def(
       "recurrent_step(Tensor q, Tensor k, Tensor v, Tensor state, Tensor? seen, Tensor? log_gate, Tensor? beta, Tensor? "
       "average_weight) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(attn_plugins_cpp, CPU, m) {
   m.impl("linear_step", &linear_step);
+  m.impl("window_step", &window_step);
   m.impl("recurrent_step", &recurrent_step);
 }
 
 // Steps are for calls that want no gradients: to look for these would take a part of a step's own time.
 TORCH_LIBRARY_IMPL(attn_plugins_cpp, Autograd, m) {
   m.impl("linear_step", torch::CppFunction::makeFallthrough());
+  m.impl("window_step", torch::CppFunction::makeFallthrough());
   m.impl("recurrent_step", torch::CppFunction::makeFallthrough());
 }
 

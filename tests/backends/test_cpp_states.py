@@ -24,8 +24,21 @@ LENGTHS = (LENGTH, 18, 9)
 MAPS = ("elu", "relu", "relu2", "hedgehog", "t2r", "cosformer")
 LINEAR = [Case(get_attention("linear"), {"feature_map": name}, True) for name in MAPS]
 RECURRENT = [case for case in CASES if case.cls.attend_from is RecurrentAttention.attend_from]
-STEPPING = [*LINEAR, *RECURRENT]
+WINDOW = [
+    Case(get_attention("linear_window"), {"window_size": 5, **options}, True)
+    for options in (
+        {},
+        {"feature_map": "t2r", "num_sink_tokens": 0},
+        {"branch": "window", "num_sink_tokens": 1},
+        {"branch": "linear", "feature_map": "elu"},
+        {"window_size": 30},
+    )
+]
+STEPPING = [*LINEAR, *RECURRENT, *WINDOW]
 TOLERANCE = 2e-5
+
+
+STEPS = {f"attn_plugins_cpp::{name}_step" for name in ("linear", "window", "recurrent")}
 
 
 class Steps(TorchDispatchMode):
@@ -34,7 +47,7 @@ class Steps(TorchDispatchMode):
     number = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.number += func.name() in ("attn_plugins_cpp::linear_step", "attn_plugins_cpp::recurrent_step")
+        self.number += func.name() in STEPS
         return func(*args, **(kwargs or {}))
 
 
@@ -62,6 +75,7 @@ def dense(case, module, given, padding_BK=None):
 
 
 def assert_near(got, want, padding_BK=None, tolerance=TOLERANCE):
+    assert got.isfinite().all(), "padding too is finite: layers above compute with it"
     real = torch.ones(want.shape[:2], dtype=torch.bool) if padding_BK is None else padding_BK
     got, want = got[real].double(), want[real].double()
     error = (got - want).abs().max().item() / max(1.0, want.abs().max().item())
@@ -74,6 +88,7 @@ def assert_near(got, want, padding_BK=None, tolerance=TOLERANCE):
 def test_steps_equal_those_of_pytorch_and_the_dense_form(isa, case):
     """Rows with and without padding; keys shared by as many heads as are treated apart; values of any size."""
     for heads, groups, value_dim in ((3, 3, 40), (8, 2, 96), (9, 1, 7), (2, 1, 16), (3, 1, 16)):
+        value_dim = 16 * -(-value_dim // 16) if case in WINDOW else value_dim
         shape = {**HEADS, "num_heads": heads, "num_key_value_heads": groups, "value_dim": value_dim}
         given = inputs(len(LENGTHS), LENGTH, **shape, dtype=torch.float32)
         module, plain = (module_of(case, backend, **shape) for backend in ("auto", "torch"))
@@ -83,13 +98,13 @@ def test_steps_equal_those_of_pytorch_and_the_dense_form(isa, case):
             assert (steps, none) == (LENGTH - PROMPT, 0)
             assert_near(got, want, padding_BK)
             assert_near(got, dense(case, plain, given, padding_BK), padding_BK)
-            for name in state.tensors.keys() - {"k", "v"}:
+            for name in state.tensors if case in WINDOW else state.tensors.keys() - {"k", "v"}:
                 assert state.tensors[name].shape == held.tensors[name].shape
                 assert_near(state.tensors[name], held.tensors[name])
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize("case", [LINEAR[0], LINEAR[4], RECURRENT[0], RECURRENT[-1]], ids=str)
+@pytest.mark.parametrize("case", [LINEAR[0], LINEAR[4], WINDOW[0], RECURRENT[0], RECURRENT[-1]], ids=str)
 @torch.no_grad()
 def test_tokens_in_half_precision_are_converted_on_the_way(built, case):
     padding_BK = left_padding(LENGTHS, LENGTH)
@@ -107,7 +122,7 @@ def test_tokens_in_half_precision_are_converted_on_the_way(built, case):
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize("case", [LINEAR[3], RECURRENT[0], RECURRENT[-1]], ids=str)
+@pytest.mark.parametrize("case", [LINEAR[3], WINDOW[0], RECURRENT[0], RECURRENT[-1]], ids=str)
 @torch.no_grad()
 def test_states_go_on_by_themselves(built, case):
     """As beams, copies and cuts of a cache have it: what another holds of a state stays as it was."""
@@ -124,7 +139,8 @@ def test_states_go_on_by_themselves(built, case):
     beams.apply(lambda x: x.index_select(0, order))
     got, steps, _ = generated(module, given, padding_BK, state)
     assert steps == LENGTH - PROMPT - 1
-    for name, x in shallow.tensors.items():
+    for name in shallow.tensors.keys() - {"k", "v"}:
+        x = shallow.tensors[name]
         assert torch.equal(x, before[name]), f"{name} was written where it lay"
     rest, seen_BK = want[:, PROMPT + 1 :], padding_BK[:, PROMPT + 1 :]
     assert_near(got, rest, seen_BK)
@@ -140,7 +156,7 @@ def test_states_go_on_by_themselves(built, case):
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize("case", [LINEAR[3], RECURRENT[0], RECURRENT[-1]], ids=str)
+@pytest.mark.parametrize("case", [LINEAR[3], WINDOW[0], RECURRENT[0], RECURRENT[-1]], ids=str)
 @torch.no_grad()
 def test_a_state_of_fixed_length_keeps_its_place(built, case):
     given, module = inputs(2, LENGTH, **HEADS, dtype=torch.float32), module_of(case)
@@ -155,22 +171,25 @@ def test_a_state_of_fixed_length_keeps_its_place(built, case):
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize("case", [LINEAR[3], RECURRENT[0], RECURRENT[-1]], ids=str)
+@pytest.mark.parametrize("case", [LINEAR[3], WINDOW[0], RECURRENT[0], RECURRENT[-1]], ids=str)
 def test_gradients_are_those_of_pytorch(built, case):
     """Where any are wanted, of a token, of a state or of weights, no step is compiled."""
     given, module = inputs(2, LENGTH, **HEADS, dtype=torch.float32), module_of(case)
     assert generated(module, given)[1] == 0, "its weights want gradients"
     frozen = module_of(case).requires_grad_(False)
     assert generated(frozen, given)[1] == LENGTH - PROMPT
-    for name in "qkv":
+    # A window is written where it lies unless what is written wants gradients: there all three do.
+    for names in ["qkv"] if case in WINDOW else "qkv":
         leaf = copy.deepcopy(given)
-        setattr(leaf, name, getattr(leaf, name).detach().clone().requires_grad_())
+        leaves = [getattr(leaf, name).detach().clone().requires_grad_() for name in names]
+        for name, x in zip(names, leaves, strict=True):
+            setattr(leaf, name, x)
         with torch.no_grad():
             assert generated(frozen, leaf)[1] == LENGTH - PROMPT
         out, steps, _ = generated(frozen, leaf)
         assert steps == 0
-        (grad,) = torch.autograd.grad(out.square().sum(), getattr(leaf, name))
-        assert grad[:, :, 1:].abs().amax((1, 3)).all(), f"no gradient goes to {name}"
+        for name, grad in zip(names, torch.autograd.grad(out.square().sum(), leaves), strict=True):
+            assert grad[:, :, 1:].abs().amax((1, 3)).all(), f"no gradient goes to {name}"
 
 
 @pytest.mark.cpp
@@ -179,7 +198,7 @@ def test_threads_share_the_heads(built):
     """A state large enough for that."""
     shape = {"num_heads": 8, "num_key_value_heads": 4, "head_dim": 128, "value_dim": 128}
     before = torch.get_num_threads()
-    for case in (LINEAR[3], RECURRENT[-1]):
+    for case in (LINEAR[3], WINDOW[0], RECURRENT[-1]):
         given, module = inputs(3, LENGTH, **shape, dtype=torch.float32), module_of(case, **shape)
         outs = []
         try:
@@ -255,11 +274,17 @@ def test_steps_are_what_torch_asks_of_operators(built):
     torch.library.opcheck(recurrent.default, (q, k, v, sums, None, gates, None, None), test_utils=checks)
 
 
-FLAGS = [{"type": "linear"}, {"type": "linear", "feature_map": "elu"}, {"type": "retention"}, {"type": "kimi_delta"}]
+FLAGS: list[dict] = [
+    {"type": "linear"},
+    {"type": "linear", "feature_map": "elu"},
+    {"type": "retention"},
+    {"type": "kimi_delta"},
+    {"type": "linear_window", "window_size": 4},
+]
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: "-".join(flag.values()))
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: "-".join(map(str, flag.values())))
 @torch.no_grad()
 def test_models_generate_what_they_do_without(built, flag):
     """Beams beside left padding, drafts that are taken back, a static cache, a second turn."""

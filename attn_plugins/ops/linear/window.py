@@ -26,7 +26,7 @@ from attn_plugins.ops.linear.attention import (
     read_sums,
     sums_shapes,
 )
-from attn_plugins.ops.linear.features import FEATURE_MAPS, Prepared
+from attn_plugins.ops.linear.features import FEATURE_MAPS, Prepared, moved
 from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype, expand_heads, scores
 from attn_plugins.ops.softmax.batched import batched_pattern_attention
 from attn_plugins.ops.softmax.patterns.band import Band, in_row
@@ -49,8 +49,13 @@ class Forms(NamedTuple):
     """Whether it computes few queries too, for which the definition in plain PyTorch costs less."""
 
 
-Prepare = Callable[[torch.Tensor, torch.Tensor], tuple[Prepared, dict[str, Any]]]
-"""(queries, keys) -> what the linear part takes of them, and the other options of linear_window_attention."""
+Prepare = Callable[..., tuple[Prepared, dict[str, Any]]]
+"""(queries, keys) -> what the linear part takes of them, and the other options of linear_window_attention. With
+``since``, of one token, as :func:`attn_plugins.ops.linear.features.prepare`."""
+
+WindowStep = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+"""(the query and the key that leaves the window, prepared; k_BG1D, v_BG1V; the state's tensors, without the token; what
+:func:`_places` says; options) -> (out_BH1V in the dtype of v, new sums); the token is not written."""
 
 
 def dense_linear_window(
@@ -282,6 +287,7 @@ def linear_window_attention_from(
     *,
     chunk_size: int,
     forms: Forms,
+    step: WindowStep | None = None,
 ) -> torch.Tensor:
     """As :func:`linear_window_attention`, causal, for the last Q of K new tokens.
 
@@ -289,6 +295,7 @@ def linear_window_attention_from(
         mask: of all tokens, which may end with some that come later.
         state: its window and first keys are the attention's; ``sums`` are over the other tokens before the window,
             (B, G, F, V + 1). It takes the new tokens in.
+        step: what computes with one token, in place of PyTorch's operations.
 
     Returns:
         out_BHQV in the dtype of v.
@@ -299,7 +306,7 @@ def linear_window_attention_from(
             state.start(k, v, **sums_shapes(prepare(q, k)[0], v))
         state.keep_first(k, v, mask)
         if k.shape[2] == 1:
-            return _one_token(q, k, v, mask, state, prepare)
+            return _one_token(q, k, v, mask, state, prepare, step)
         number, before = k.shape[2], min(state.length, state.window)
         first, left = state.length - before, before + number - state.window
         position = torch.arange(first, state.length + number, device=k.device)
@@ -385,10 +392,19 @@ def _one_token(
     mask: AttentionMask,
     state: Sums,
     prepare: Prepare,
+    step: WindowStep | None,
 ) -> torch.Tensor:
-    place, seen, leaves = mask.cached(("one", state.window, state.num_first), lambda: _places(mask, state))
-    k, v = (state.tensors[name].index_select(2, place) for name in ("k", "v"))
-    prepared, options = prepare(q_BH1D, k)
+    places = mask.cached(("one", state.window, state.num_first), lambda: _places(mask, state))
+    place, seen, leaves = places
+    k = state.tensors["k"].index_select(2, place)
+    prepared, options = prepare(q_BH1D, k, since=state.position)
+    if step is not None:
+        out, sums = step(prepared, k_BG1D, v_BG1V, state.tensors, places, options)
+        state.write("k", 2, place, k_BG1D)
+        state.write("v", 2, place, v_BG1V)
+        state.commit(1, sums=sums)
+        return out
+    prepared, v = moved(prepared), state.tensors["v"].index_select(2, place)
     (q, k, linear), (w_q, w_k) = prepared, projections(prepared)
     sums, _ = absorb(state.tensors["sums"], None, k, v, w_k, linear["feature_map"], leaves)
     state.write("k", 2, place, k_BG1D)

@@ -27,10 +27,11 @@ class WindowAndSumsAttention(Attention, abc.ABC):
 
     @abc.abstractmethod
     def prepare(
-        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, scale: float
+        self, q_BHQD: torch.Tensor, k_BGKD: torch.Tensor, mask: AttentionMask, scale: float, since: Any = None
     ) -> tuple[Prepared, dict[str, Any]]:
         """What :attr:`phi` is applied to, and the options of
-        :func:`attn_plugins.ops.linear.window.dense_linear_window`."""
+        :func:`attn_plugins.ops.linear.window.dense_linear_window`. ``since``, which token it is, comes with one token
+        from a state: see :func:`attn_plugins.ops.linear.features.prepare`."""
 
     def reference(self, q_BHQD, k_BGKD, v_BGKV, *, mask, scale, dropout):
         prepared, options = self.prepare(q_BHQD, k_BGKD, mask, scale)
@@ -50,8 +51,8 @@ class WindowAndSumsAttention(Attention, abc.ABC):
     def new_state(self, fixed_length=None):
         return Sums(fixed_length, window_size=self.config.window_size, num_first=self.config.num_sink_tokens)
 
-    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout):
+    def attend_from(self, q_BHQD, k_BGKD, v_BGKV, *, state, mask, scale, dropout, step=None):
         tokens, prepare = (q_BHQD, k_BGKD, v_BGKV), functools.partial(self.prepare, mask=mask, scale=scale)
         forms = window.BATCHED if self.prefers_batched(q_BHQD) else window.PLAIN
-        sizes = {"chunk_size": self.config.chunk_size, "forms": forms}
+        sizes = {"chunk_size": self.config.chunk_size, "forms": forms, "step": step}
         return window.linear_window_attention_from(*tokens, mask, state, prepare, **sizes)
