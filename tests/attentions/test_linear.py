@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.nn.functional import elu
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_plugins.attentions.linear import LinearAttention
 from attn_plugins.core.attention import HeadShape
@@ -94,7 +95,7 @@ def test_the_kernel_s_form_of_a_feature_map_and_its_gradient(name):
     x = (3 * torch.randn(5, 7, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).requires_grad_()
     features = phi.features(x)
     assert features.shape[-1] == phi.size(6)
-    torch.testing.assert_close(phi.fast_features(x), features)
+    torch.testing.assert_close(phi.fast_features(x.detach().clone()), features.detach())
     cotangent = torch.randn(features.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (want,) = torch.autograd.grad(features, x, cotangent)
     got = phi.gradient(features.detach().clone(), cotangent.clone())
@@ -158,6 +159,39 @@ def test_kernel_keeps_the_rules_of_a_torch_operator():
     arguments = (q, k, v, w_q, w_k, *[None] * 4, "hedgehog", 4, 1e-6, 0)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(kernel.causal_linear, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize("feature_map", ["elu", "relu", "relu2", "identity"])
+def test_kernel_leaves_tokens_as_they_are(feature_map):
+    leaves = [x.requires_grad_() for x in tensors(1, 16, 16, 2, 2, 4, 4, torch.float32)]
+    before = [x.detach().clone() for x in leaves]
+    out, *_ = kernel.causal_linear(*leaves, *[None] * 6, feature_map, 4, 1e-6, 0)
+    out.sum().backward()
+    for got, want in zip(leaves, before, strict=True):
+        assert torch.equal(got, want)
+
+
+class _MostZeros(TorchDispatchMode):
+    """The largest number of zeros made at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "zero" in func.overloadpacket.__name__:
+            self.number = max(self.number, result.numel())
+        return result
+
+
+def test_backward_makes_no_zeros_for_the_states_that_only_it_reads():
+    leaves = [x.requires_grad_() for x in tensors(1, 64, 64, 2, 2, 4, 4)]
+    out, den, states, _ = kernel.causal_linear(*leaves, *[None] * 6, "elu", 4, 1e-6, 0)
+    zeros = _MostZeros()
+    with zeros:
+        out.sum().backward()
+    assert zeros.number < min(den.numel(), states.numel())
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad
 
+from attn_plugins.ops.linear.chunk_sums import sums_by_chunk
 from attn_plugins.ops.linear.features import FEATURE_MAPS, FeatureMap
 from attn_plugins.ops.linear.running_max import exp_minus_max, rescale
 from attn_plugins.ops.reference import MASKED_SCORE, accumulation_dtype
@@ -137,8 +138,12 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(3, 4).flatten(0, 2)
 
 
-def _chunk_rows(x: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
-    return _flat(_chunks(x, at, p).to(p.dtype))
+def _chunk_rows(x: torch.Tensor, w: torch.Tensor | None, at: _Place, p: _Problem) -> torch.Tensor:
+    """(b, g, R, L, D), projected if w is given, as a tile that may be overwritten."""
+    if w is not None:
+        return _flat(_chunks(x.to(p.dtype) @ w[at.heads].mT, at, p))
+    chunks = _chunks(x, at, p)
+    return _flat(torch.empty(chunks.shape, dtype=p.dtype, device=x.device).copy_(chunks))
 
 
 def _from_chunk_rows(tile: torch.Tensor, like: torch.Tensor, at: _Place, p: _Problem) -> torch.Tensor:
@@ -160,9 +165,7 @@ def _over_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 def _load(p: _Problem, at: _Place, running_max: torch.Tensor | None) -> _Block:
     """A block; ``running_max`` is that of the exponents of all keys before it, (P, F)."""
     q_in, k_in = _part(p.q, at), _part(p.k, at)
-    q = q_in if p.w_q is None else q_in.to(p.dtype) @ p.w_q[at.heads].mT
-    k = k_in if p.w_k is None else k_in.to(p.dtype) @ p.w_k[at.heads].mT
-    fq, fk, top = _chunk_rows(q, at, p), _chunk_rows(k, at, p), None
+    fq, fk, top = _chunk_rows(q_in, p.w_q, at, p), _chunk_rows(k_in, p.w_k, at, p), None
     v_in = _chunks(_part(p.v, at), at, p)
     v = v_in.new_empty(*v_in.shape[:-1], v_in.shape[-1] + 1, dtype=p.dtype)
     v[..., :-1] = v_in
@@ -216,33 +219,6 @@ def _limit(a: torch.Tensor, block: _Block, p: _Problem) -> torch.Tensor:
     if block.same is not None:
         square.mul_(block.same)
     return a
-
-
-def _sums(
-    x: torch.Tensor, y: torch.Tensor, brought: torch.Tensor | None, link: torch.Tensor, end: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is to be added up at each place: x^T y of each chunk, and what was brought from the block before or after.
-
-    Args:
-        x, y: (P N, rows, F) and (P N, rows, V + 1).
-        brought: (P, F, V + 1) or None.
-        link: (P, N + 1, N + 1).
-        end: the place of what was brought, 0 or -1; the other places are the chunks.
-
-    Returns:
-        (columns of ``link``, (P, as many, F (V + 1)) to be multiplied with them).
-    """
-    pairs, places, _ = link.shape
-    chunks = slice(1, None) if end == 0 else slice(0, -1)
-    if brought is None:
-        return link[:, :, chunks], torch.bmm(x.mT, y).view(pairs, places - 1, -1)
-    s = x.new_empty(pairs, places, x.shape[2], y.shape[2])
-    s[:, end] = brought
-    if pairs == 1:
-        torch.bmm(x.mT, y, out=s[0, chunks])
-    else:
-        s[:, chunks] = torch.bmm(x.mT, y).view(pairs, places - 1, *s.shape[2:])
-    return link, s.flatten(2)
 
 
 def _initial_max(p: _Problem, at: _Place, running_max: torch.Tensor | None) -> torch.Tensor | None:
@@ -352,7 +328,7 @@ def causal_linear(
             for at in places:
                 block = _load(p, at, current_max)
                 carried = rescale(carried, current_max, block.running_max)
-                link, sums = _sums(_only(block.fk, block.key_goes_on), block.v, carried, block.link, end=0)
+                link, sums = sums_by_chunk(_only(block.fk, block.key_goes_on), block.v, carried, block.link, end=0)
                 before = states[at.batch, at.heads, at.chunk_slice].view(len(sums), at.chunks, -1)
                 torch.bmm(link[:, :-1], sums, out=before)
                 before = before.reshape(-1, block.fk.shape[2], block.v.shape[2])
@@ -377,7 +353,7 @@ def causal_linear(
 @torch.library.custom_op("attn_plugins::causal_linear_backward", mutates_args=())
 def causal_linear_backward(
     d_out: torch.Tensor,
-    d_den: torch.Tensor,
+    d_den: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -397,14 +373,18 @@ def causal_linear_backward(
     diagonal: int,
     batched: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k, v, w_q, w_k (empty where there is none, or not ``learned``) and of the state."""
+    """Gradients of q, k, v, w_q, w_k (empty where there is none, or not ``learned``) and of the state.
+
+    ``d_den`` is None where nothing follows from the denominators that are returned.
+    """
     p = _problem(q, k, v, w_q, w_k, padding, segments, feature_map, chunk_size, diagonal, batched)
     dq, dk, dv, dw_q, dw_k, d_state = _empty_gradients(q, k, v, w_q, w_k, states, learned)
     groups = (k.shape[1], -1)
     dq_BGRTD, dk_BG1TD, dv_BG1TV = dq.unflatten(1, groups), dk.unsqueeze(2), dv.unsqueeze(2)
     dw_q_GRED = dw_q.unflatten(0, groups) if dw_q.numel() else dw_q
     d_out, out = d_out.unflatten(1, groups), out.unflatten(1, groups)
-    d_den, den = d_den.unflatten(1, groups).unsqueeze(4), den.unflatten(1, groups).unsqueeze(4)
+    den = den.unflatten(1, groups).unsqueeze(4)
+    d_den = None if d_den is None else d_den.unflatten(1, groups).unsqueeze(4)
     gradient_of = p.phi.gradient
     with torch.autocast(q.device.type, enabled=False):
         for places in _places(p):
@@ -418,24 +398,27 @@ def causal_linear_backward(
                 fq_on, fk_on = _only(fq, block.query_goes_on), _only(fk, block.key_goes_on)
                 before = states[at.batch, at.heads, at.chunk_slice].flatten(0, 2)
 
-                g, below, d_below = (_chunks(_part(x, at), at, p) for x in (d_out, den, d_den))
+                g, below = (_chunks(_part(x, at), at, p) for x in (d_out, den))
+                d_below = None if d_den is None else _chunks(_part(d_den, at), at, p)
                 d_totals = below.new_empty(*g.shape[:-1], g.shape[-1] + 1)
-                d_num = d_totals[..., :-1]
+                d_num, d_total = d_totals[..., :-1], d_totals[..., -1:]
                 if eps is None:
                     d_num.copy_(g)
-                    d_totals[..., -1:] = d_below
+                    d_total.zero_()
                 else:
                     if block.top is None:
                         below = below + eps
                     else:
                         below = torch.exp(below - block.top.view(below.shape))
-                        d_below = d_below / below
+                        d_below = None if d_below is None else d_below / below
                     torch.div(g, below, out=d_num)
                     pulled = (_chunks(_part(out, at), at, p) * d_num).sum(dim=-1, keepdim=True)
-                    torch.sub(d_below, pulled, out=d_totals[..., -1:])
+                    torch.neg(pulled, out=d_total)
+                if d_below is not None:
+                    d_total += d_below
                 d_totals = _flat(d_totals)
 
-                d_sums = torch.bmm(*_sums(fq_on, d_totals, brought, block.link.mT, end=-1))
+                d_sums = torch.bmm(*sums_by_chunk(fq_on, d_totals, brought, block.link.mT, end=-1))
                 d_sums = d_sums.view(*d_sums.shape[:2], *before.shape[1:])
                 d_after, brought = d_sums[:, 1:].flatten(0, 1), d_sums[:, 0]
                 weights = _limit(torch.bmm(fq, fk.mT), block, p)
@@ -482,11 +465,14 @@ def _setup_context(ctx, inputs, output):
     q, k, v, w_q, w_k, padding, segments, state, running_max, *options = inputs
     ctx.save_for_backward(q, k, v, w_q, w_k, padding, segments, running_max, *output)
     ctx.options, ctx.from_state = options, state is not None
-    ctx.set_materialize_grads(True)
+    # Zeros for the states, which nobody uses but the backward, would be as many numbers as those.
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, d_out, d_den, d_states, d_levels):
     saved = ctx.saved_tensors  # once: gradient checkpointing refuses a second look
+    if d_out is None:
+        d_out = torch.zeros_like(saved[8])
     learned = any(ctx.needs_input_grad[3:5])
     dq, dk, dv, dw_q, dw_k, d_state = causal_linear_backward(d_out, d_den, *saved, learned, *ctx.options)
     w_q, w_k = (w if learned else None for w in saved[3:5])
