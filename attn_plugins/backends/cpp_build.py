@@ -86,6 +86,7 @@ def build(folder: Path | None = None, flags: str = "") -> Path:
     targets = places() if folder is None else [folder / key() / NAME]
     there = next((place for place in targets if place.is_file()), None)
     if there is not None and not flags:
+        built.cache_clear()  # another process may have made it since it was looked for
         return there
     target = targets[-1]
     cxx, root = shlex.split(compiler()), Path(torch.__file__).parent

@@ -124,7 +124,20 @@ def register_backend(name: str) -> Callable[[C], C]:
     """Class decorator that puts a :class:`Backend` into the registry under ``name``; ValueError where it is taken."""
     if name in FORMS:
         raise ValueError(f"backend {name!r} is a form that every attention has; choose another name")
-    return BACKENDS.register(name)
+    register = BACKENDS.register(name)
+
+    def registered(cls: C) -> C:
+        cls = register(cls)
+        forget()
+        return cls
+
+    return registered
+
+
+def forget() -> None:
+    """Have backends asked anew what they serve: one has come, or stands in the place of an earlier one."""
+    for asked in (_ours, _own, _stepping):
+        asked.cache_clear()
 
 
 def list_backends() -> list[str]:

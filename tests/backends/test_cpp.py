@@ -414,3 +414,19 @@ def test_kernels_are_left_alone_where_a_variable_says_so(monkeypatch, tmp_path):
         monkeypatch.setenv(cpp_build.SWITCH, value)
         assert cpp_build.built() == found
     cpp_build.built.cache_clear()
+
+
+def test_a_library_that_another_process_has_made_since_is_taken_by_a_build(monkeypatch, tmp_path):
+    monkeypatch.setenv("ATTN_PLUGINS_CACHE", str(tmp_path))
+    monkeypatch.setenv(cpp_build.SWITCH, "1")
+    monkeypatch.setattr(cpp_build, "SOURCES", tmp_path)
+    cpp_build.built.cache_clear()
+    try:
+        assert cpp_build.built() is None
+        library = cpp_build.places()[-1]
+        library.parent.mkdir(parents=True)
+        library.touch()
+        assert cpp_build.build() == library
+        assert cpp_build.built() == library
+    finally:
+        cpp_build.built.cache_clear()

@@ -339,3 +339,37 @@ def test_a_backend_may_leave_a_call_to_the_attention(monkeypatch):
     got, _, _ = generated(module_of(case, "declines"), given)
     assert_near(got, dense(case, module_of(case), given))
     assert asked == [(2, 2, 1, 16)] * (LENGTH - PROMPT)
+
+
+@torch.no_grad()
+def test_a_step_beside_a_window_is_for_tokens_as_they_are():
+    """Its scores and its sums are of the same queries and keys: another attention's may not be."""
+    linear_window = get_attention("linear_window")
+
+    class Own(linear_window):
+        def prepare(self, q, k, *others, **options):
+            return super().prepare(torch.nn.functional.normalize(q, dim=3), 2 * k, *others, **options)
+
+    def attended(cls, feature_map, step):
+        case = Case(cls, {"window_size": 3, "num_sink_tokens": 0, "feature_map": feature_map}, True)
+        module, given, state = module_of(case), inputs(1, LENGTH, **HEADS, dtype=torch.float32), None
+        module.requires_grad_(False)
+        state = module.new_state()
+        for start, end in ((0, PROMPT), (PROMPT, PROMPT + 1)):
+            mask, one = AttentionMask(1, end - start, end, causal=True), given.tokens(slice(start, end))
+            how = {"state": state, "mask": mask, "scale": 0.25, "dropout": 0.0, "step": step}
+            out = module.attend_from(one.q, one.k, one.v, **how)
+        return out
+
+    asked = []
+
+    def step(prepared, k, v, *others):
+        asked.append(1)
+        return torch.zeros(len(v), prepared.q_BHQD.shape[1], 1, v.shape[3]), others[0]["sums"]
+
+    attended(linear_window, "elu", step)
+    attended(linear_window, "hedgehog", step)
+    assert len(asked) == 2
+    for cls, feature_map in ((Own, "elu"), (Own, "hedgehog"), (linear_window, "taylor")):
+        assert torch.equal(attended(cls, feature_map, step), attended(cls, feature_map, None))
+    assert len(asked) == 2

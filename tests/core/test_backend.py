@@ -52,7 +52,8 @@ def kernel(monkeypatch):
     monkeypatch.setattr(BACKENDS, "classes", {**BACKENDS.classes})
     monkeypatch.setattr(Kernel, "absent", None)
     list_backends()
-    return register_backend("kernel")(Kernel)
+    yield register_backend("kernel")(Kernel)
+    backends.forget()
 
 
 def ran(backend="auto", length=8, device="cpu", compiled=False, **options):
@@ -119,6 +120,36 @@ def test_incomplete_backends_are_refused():
         register_backend("mine")(dict)
     with pytest.raises(ValueError, match=r"backend 'mine' .* lacks: __doc__, attend, refuses"):
         register_backend("mine")(type("Half", (Backend,), {"what": "half", "missing": Kernel.missing}))
+
+
+def test_a_backend_that_comes_later_is_asked_too(kernel):
+    """Registered after a first call, or again, as a notebook does that defines its class anew."""
+
+    def define(number):
+        class Later(Kernel):
+            """Another one."""
+
+            own = True
+
+            def attend(self, attention, q, k, v, **options):
+                return torch.full_like(q, number)
+
+            def steps(self, cls):
+                return True
+
+            def attend_from(self, attention, q, k, v, *, state, **options):
+                return torch.full_like(q, number)
+
+        return register_backend("later")(Later)
+
+    q = torch.zeros(1, 2, 1, 4)
+    assert (ran() == 2).all()
+    for number in (5, 6):
+        define(number)
+        assert (ran() == number).all()
+        for asked in ("auto", "later"):
+            module = Says(Says.Config(), backend=asked)
+            assert (backends.attend_from(module, q, q, q, state=None) == number).all(), asked
 
 
 def test_own_backends_say_what_they_are():

@@ -54,8 +54,9 @@ Prepare = Callable[..., tuple[Prepared, dict[str, Any]]]
 ``since``, of one token, as :func:`attn_plugins.ops.linear.features.prepare`."""
 
 WindowStep = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-"""(the query and the key that leaves the window, prepared; k_BG1D, v_BG1V; the state's tensors, without the token; what
-:func:`_places` says; options) -> (out_BH1V in the dtype of v, new sums); the token is not written."""
+"""(the query and the key that leaves the window, prepared by nothing but ``moves``, so that scores are of them too;
+k_BG1D, v_BG1V; the state's tensors, without the token; what :func:`_places` says; options) -> (out_BH1V in the dtype of
+v, new sums); the token is not written."""
 
 
 def dense_linear_window(
@@ -398,7 +399,8 @@ def _one_token(
     place, seen, leaves = places
     k = state.tensors["k"].index_select(2, place)
     prepared, options = prepare(q_BH1D, k, since=state.position)
-    if step is not None:
+    as_given = prepared.q_BHQD is q_BH1D and prepared.k_BGKD is k and "query_projection" not in prepared.options
+    if step is not None and as_given:
         out, sums = step(prepared, k_BG1D, v_BG1V, state.tensors, places, options)
         state.write("k", 2, place, k_BG1D)
         state.write("v", 2, place, v_BG1V)
