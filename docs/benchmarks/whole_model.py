@@ -67,8 +67,8 @@ def main():
     parser.add_argument("--model", required=True, help="folder or name of a decoder such as SmolLM2-135M")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--forward", type=int, nargs="*", default=[512, 2048, 4096], help="tokens")
-    parser.add_argument("--training", type=int, nargs="*", default=[512, 4096], help="tokens")
+    parser.add_argument("--forward", type=int, nargs="*", default=[512, 2048], help="tokens")
+    parser.add_argument("--training", type=int, nargs="*", default=[512, 4096, 8192], help="tokens")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     models, rows = dict(contenders(args.model, args.layers)), []
