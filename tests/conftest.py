@@ -214,3 +214,28 @@ def labelled(tmp_path_factory):
         words = chance.choices(["the", "a", "cat", "dog", "one"], k=chance.randint(2, 12))
         rows.append({"text": " ".join([word, *words]), "label": label})
     return write_rows(tmp_path_factory.mktemp("labelled") / "labelled.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The instruction sets that compiled kernels are there for, the one in use first."""
+    from attn_plugins.backends import cpp, cpp_build
+
+    library = cpp_build.built()
+    if os.environ["ATTN_PLUGINS_CPP"] == "0":
+        pytest.skip("compiled kernels are left alone: make test-cpp")
+    assert library is not None, "the kernels are not built"
+    cpp.load(str(library))
+    return cpp.instruction_sets()
+
+
+@pytest.fixture(params=["avx512", "avx2", "generic"])
+def isa(request, built):
+    """Each instruction set in turn, in use."""
+    from attn_plugins.backends import cpp
+
+    if request.param not in built:
+        pytest.skip(f"this machine has no {request.param}")
+    cpp.use_instruction_set(request.param)
+    yield request.param
+    cpp.use_instruction_set(built[0])

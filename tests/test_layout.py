@@ -226,3 +226,8 @@ class C(B): pass
 class D(C): pass
 """
     assert inheritance([source]) == deep
+
+
+def test_fixtures_that_tests_share_are_in_one_file():
+    """Tests import from it by name, and a second conftest.py in a folder of pythonpath is found in its place."""
+    assert list((ROOT / "tests").rglob("conftest.py")) == [ROOT / "tests" / "conftest.py"]

@@ -18,6 +18,7 @@ from attn_plugins.ops.linear.attention import (
     projections,
     sum_keys,
 )
+from attn_plugins.ops.linear.features import moved
 
 MAPS = {
     "elu": {},
@@ -324,7 +325,7 @@ def test_a_token_alone_has_the_features_that_it_has_among_others(feature_map, dt
     mask = AttentionMask(1, 9, 9, causal=True)
 
     def made(q, k, since):
-        prepared = module.prepare(q, k, mask, SCALE, since)
+        prepared = moved(module.prepare(q, k, mask, SCALE, since))
         weights = projections(prepared)
         return [module.phi.features(project(x, w)) for x, w in zip(prepared[:2], weights, strict=True)]
 
@@ -335,7 +336,7 @@ def test_a_token_alone_has_the_features_that_it_has_among_others(feature_map, dt
             torch.testing.assert_close(one, many[:, :, token : token + 1], rtol=1e-5, atol=1e-6)
         if not module.phi.exponential:
             given = k[:, :, token : token + 1], v[:, :, token : token + 1].double()
-            prepared = module.prepare(q[:, :, :1], given[0], mask, SCALE, token)
+            prepared = moved(module.prepare(q[:, :, :1], given[0], mask, SCALE, token))
             what = prepared.k_BGKD, given[1], projections(prepared)[1], prepared.options["feature_map"]
             seen = torch.tensor([[token != 4]])
             state, _ = absorb(state, None, *what, seen)
