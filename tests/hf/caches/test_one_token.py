@@ -1,6 +1,7 @@
 """What a token costs in calls of Python, and that what was found for one token does not outlive it."""
 
 import copy
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -114,6 +115,21 @@ def test_a_copy_goes_on_where_the_model_that_it_was_made_of_is_swapped_or_restor
     with pytest.raises(ValueError, match=r"holds the state of local.*use a new cache"):
         step(model, caches[1])
     assert torch.equal(step(other, caches[2]).logits, want)
+
+
+@torch.no_grad()
+def test_a_state_is_of_the_options_and_the_backend_that_it_began_with():
+    model = ap.swap_attention(tiny.build("llama", num_hidden_layers=1), LOCAL)
+    slot, cache = model.model.layers[0].self_attn.attn_plugin, begun(model)
+    config = slot.config
+    slot.backend = "batched"
+    with pytest.raises(ValueError, match=r"holds the state of local\(.*, not of local\(.*backend='batched'.*new cache"):
+        step(model, cache)
+    slot.backend, slot.config = "auto", dataclasses.replace(config, window_size=3)
+    with pytest.raises(ValueError, match=r"not of local\(window_size=3.*use a new cache"):
+        step(model, cache)
+    slot.config = copy.copy(config)  # equal, if not the same
+    assert step(model, cache).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("feature_map", ["hedgehog", "t2r"])
