@@ -11,7 +11,7 @@ from attn_plugins.ops.recurrent.chunked import OfKeys, Prepare, Rules, Tokens, h
 from attn_plugins.ops.reference import accumulation_dtype
 
 RecurrentStep = Callable[[Tokens, torch.Tensor | None, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(one token of each row, hidden where it is padding; which rows' token is none, (B, 1), or None for all; the state
+"""(one token of each row, hidden where it is padding; which rows' token is no padding, (B, 1), None for all; the state
 without it) -> (out_BH1V in the dtype of the state, a new state with it)."""
 
 
