@@ -24,7 +24,7 @@ INSTRUCTION_SETS = {
     "generic": "",
 }
 """Flags by name. What has vectors of 128 bits, as NEON, is generic."""
-KERNEL_FLAGS = "-std=c++17 -O3 -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi"
+KERNEL_FLAGS = "-std=c++17 -O3 -fPIC -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-psabi -Wfatal-errors"
 OPERATOR_FLAGS = "-std=c++20 -O2 -fPIC -fopenmp"
 
 

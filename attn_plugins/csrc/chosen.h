@@ -45,7 +45,7 @@ struct HeadTiles {
     return false;
   }
   int32_t mask(const Chosen& x, const Softmax& c, int64_t b, const Tile& tile, const Block& block) {
-    const int32_t number = int32_t(ranges.size() / RANGES);
+    const int64_t number = ranges.size() / RANGES;
     masks.resize((number + 1) * TILE * TILE, 0);
     ranges.resize((number + 1) * RANGES, 0);
     uint8_t *m = masks.data() + number * TILE * TILE, *r = ranges.data() + number * RANGES;
@@ -62,7 +62,7 @@ struct HeadTiles {
       for (int set = first / MR; set * MR < tile.rows; set++)
         keys[2 * set] = std::min<int>(keys[2 * set], key), keys[2 * set + 1] = key + 1;
     }
-    return number;
+    return int32_t(number);
   }
   // The call with these tiles.
   Softmax of(Softmax c) const {

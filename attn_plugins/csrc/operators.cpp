@@ -87,7 +87,7 @@ void on_threads(int64_t number, int64_t grain, Work work, void* context) {
 #endif
 
 View view(const at::Tensor& x, const char* name) {
-  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu() && (x.stride(3) == 1 || x.size(3) == 1),
+  TORCH_CHECK(x.dim() == 4 && x.scalar_type() == at::kFloat && x.device().is_cpu() && (x.stride(3) == 1 || x.size(3) == 1 || x.numel() == 0),
               name, " must be a float32 tensor (batch, heads, tokens, size) on the CPU with a dense last dimension, got ",
               x.sizes(), " of ", x.scalar_type(), " with strides ", x.strides());
   TORCH_CHECK(x.size(3) % 16 == 0, name, " must have a size that is a multiple of 16, got ", x.size(3));
@@ -171,7 +171,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> softmax_backward(
   if (bias_rows) d.d_bias = d_bias.data_ptr<float>(), d.d_bias_batch = bias_rows > 1 ? c.heads * c.queries * c.keys : 0;
   // Few heads leave threads without work: they share tiles then, each with gradients of its own, which are summed up.
   bool alone = merged || (bias_rows == 1 && c.batch > 1);
-  d.parts = alone ? 1 : std::max<int64_t>(1, std::min(c.tiles.number / 4, at::get_num_threads() / (c.batch * c.groups)));
+  d.parts = alone ? 1 : std::max<int64_t>(1, std::min(c.tiles.number / 4, at::get_num_threads() / std::max<int64_t>(1, c.batch * c.groups)));
   auto dq = by_token(q, c.batch, c.heads, c.queries, c.size, true);
   auto dk = at::zeros({d.parts, c.batch, c.keys, c.groups, c.size}, q.options());
   auto dv = at::zeros({d.parts, c.batch, c.keys, c.groups, c.value_size}, q.options());

@@ -11,6 +11,10 @@
 
 #include "kernels.h"
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#error "vectors are shuffled by __builtin_shufflevector, which GCC has from version 12 on, and Clang: set CXX to one of these"
+#endif
+
 #if defined(__AVX512F__)
 #define VW 16
 #elif defined(__AVX2__)

@@ -417,13 +417,16 @@ static void backward_of_head(const SoftmaxBackward& d, const Softmax& c, int64_t
       for (int i = 0; d.grad_top && i < w.n; i++)
         if (at_top[i] >= 0) {  // of equal scores one has it
           dP[at_top[i] * TILE + i] += grad_top[i];
-          grad_top[i] = d.grad_top[(b * c.heads + h) * c.queries + w.query[i]] = 0;
+          grad_top[i] = 0;
+          // Only where other tiles see keys of this query too, which are the same thread's.
+          if (c.tiles.merged) d.grad_top[(b * c.heads + h) * c.queries + w.query[i]] = 0;
         }
       if (d.d_bias) {
         float* to = d.d_bias + b * d.d_bias_batch + h * c.queries * c.keys;
         for (int j = 0; j < block.keys; j++)
           for (int i = 0; i < w.n; i++)
-            if (w.query[i] >= 0) to[w.query[i] * c.keys + w.key_of(block, j)] += dP[j * TILE + i];
+            // A pair that is hidden here may be another tile's, and that another thread's.
+            if (w.query[i] >= 0 && dP[j * TILE + i] != 0) to[w.query[i] * c.keys + w.key_of(block, j)] += dP[j * TILE + i];
       }
       for (int i = 0; i < block.keys * TILE; i += VW) {
         vf ds = load(dP + i);

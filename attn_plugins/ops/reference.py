@@ -23,12 +23,13 @@ def accumulation_dtype(*tensors: torch.Tensor) -> torch.dtype:
 def outside_autocast(backward: F) -> F:
     """Decorator for the backward of an autograd function, whose products autocast must not lower to another dtype.
 
-    The forward runs outside autocast already; a user may call ``loss.backward()`` inside.
+    The forward runs outside autocast already; a user may call ``loss.backward()`` inside. Some gradients may be None.
     """
 
     @functools.wraps(backward)
     def run(ctx, *grad_outputs):
-        with torch.autocast(grad_outputs[0].device.type, enabled=False):
+        given = next(grad for grad in grad_outputs if grad is not None)
+        with torch.autocast(given.device.type, enabled=False):
             return backward(ctx, *grad_outputs)
 
     return cast(F, run)

@@ -7,6 +7,7 @@ import torch
 from cases import (
     CASES,
     Case,
+    Inputs,
     assert_forms_agree,
     assert_same,
     cotangent_for,
@@ -27,6 +28,8 @@ from attn_plugins.ops.blocks.gather import ChoosesBlocks
 from attn_plugins.ops.linear.attention import FeatureAttention
 from attn_plugins.ops.linear.window_attention import WindowAndSumsAttention
 from attn_plugins.ops.softmax.attention import PatternAttention
+from attn_plugins.ops.softmax.patterns.band import Band
+from attn_plugins.ops.softmax.patterns.with_first import with_first
 from attn_plugins.ops.softmax.tiles import tiled_attention
 
 LENGTH = 150
@@ -177,6 +180,49 @@ def test_log_sum_exp_and_highest_score_have_gradients(built, of):
 
 
 @pytest.mark.cpp
+@rounds("pattern", [Band(140, 139), with_first(Band(90, 89), 3)])
+def test_of_equal_scores_in_several_blocks_one_has_the_gradient_of_the_highest(isa, pattern):
+    """All keys are equal, of one tile or of several: what they get together is what one would."""
+    mask = AttentionMask(1, LENGTH, LENGTH, causal=True)
+    q = torch.randn(1, 2, LENGTH, 16, generator=seeded(0))
+    k = torch.ones(1, 2, LENGTH, 16, requires_grad=True)
+    _, _, top = compiled_attention(q, k, k.detach(), mask, pattern, scale=0.4, return_lse=True)
+    by = torch.randn(top.shape, generator=seeded(1))
+    (dk,) = torch.autograd.grad((top * by).sum(), k)
+    torch.testing.assert_close(dk.sum(dim=2), 0.4 * (q * by).sum(dim=2), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cpp
+@rounds("loss_of", [1, 2])
+def test_a_log_sum_exp_or_a_highest_score_alone_has_gradients(built, loss_of):
+    """No gradient comes to the outputs beside it."""
+    case = Case(get_attention("local"), {"window_size": 20}, True)
+    mask = case.mask(1, LENGTH, LENGTH)
+    (_, pattern), *_ = case.module().patterns(4, mask)
+    found, given = [], inputs(1, LENGTH, **HEADS)
+    for attend, dtype in ((compiled_attention, torch.float32), (tiled_attention, torch.float64)):
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in (given.q, given.k, given.v))
+        parts = attend(q, k, v, mask, pattern, scale=0.4, return_lse=True)
+        dq, dk = torch.autograd.grad(parts[loss_of].square().sum(), (q, k))
+        found.append({"q": dq, "k": dk})
+    assert_same(*found, 3e-5)
+
+
+@pytest.mark.cpp
+@rounds(
+    "name, causal",
+    [("local", True), ("longformer", False), ("linear", True), ("linear", False), ("linear_window", True)],
+)
+def test_no_rows_have_outputs_and_gradients_of_no_rows(built, name, causal):
+    case = Case(get_attention(name), {}, causal)
+    given = inputs(1, LENGTH, **HEADS, dtype=torch.float32).rows(slice(0, 0))
+    given = Inputs(*(x.detach().requires_grad_() for x in given.of_tokens()))
+    out = given.run(case.module(backend="cpp", dtype=torch.float32, **HEADS), case.mask(0, LENGTH, LENGTH))
+    grads = torch.autograd.grad(out.sum(), (given.q, given.k, given.v))
+    assert [x.shape for x in grads] == [x.shape for x in (given.q, given.k, given.v)]
+
+
+@pytest.mark.cpp
 @rounds("shape", [(3, 1, 24, 40), (8, 8, 64, 64), (2, 2, 17, 5)])
 def test_sizes_that_are_no_multiples_are_filled_up(built, shape):
     shape = dict(zip(HEADS, shape, strict=True))
@@ -194,7 +240,9 @@ def test_features_of_zero_are_filled_up_too(built, feature_map):
 
 
 @pytest.mark.cpp
-@pytest.mark.parametrize("shape", [(1, 1, 16), (6, 64, 64), (7, 5, 48), (65, 3, 80), (64, 100, 112)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 16), (2, 70, 32), (3, 7, 96), (6, 64, 64), (7, 5, 48), (65, 3, 80), (64, 100, 112)]
+)
 def test_products_of_tiles(isa, shape):
     rows, inner, columns = shape
     a, b = (torch.randn(size, generator=seeded(i)) for i, size in enumerate([(rows, inner), (inner, columns)]))
@@ -233,6 +281,24 @@ def test_threads_change_nothing_but_the_order_of_sums(built, of):
     cotangent = cotangent_for(given, mask).float()
     try:
         found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(outcome(module, given, mask, cotangent))
+    finally:
+        torch.set_num_threads(before)
+    assert_same(found[1], found[0], 1e-5)
+
+
+@pytest.mark.cpp
+def test_threads_share_the_gradient_of_a_bias(built):
+    """Those that see all are in tiles of their own and in those of the window, which may be other threads'."""
+    shape = {**HEADS, "num_heads": 1, "num_key_value_heads": 1}
+    case = Case(get_attention("longformer"), {"window_size": 40, "num_global_tokens": 70}, False)
+    given, mask = inputs(1, 700, **shape, dtype=torch.float32), case.mask(1, 700, 700)
+    given.extras = {"position_bias": torch.randn(1, 1, 700, 700, generator=seeded(2))}
+    module, before, found = case.module(backend="cpp", dtype=torch.float32, **shape), torch.get_num_threads(), []
+    cotangent = cotangent_for(given, mask).float()
+    try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             found.append(outcome(module, given, mask, cotangent))
