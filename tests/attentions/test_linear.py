@@ -136,6 +136,14 @@ def test_large_blocks_are_of_many_heads_before_they_are_long(monkeypatch, featur
             torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+def test_a_text_of_at_most_two_blocks_is_one(monkeypatch):
+    monkeypatch.setitem(kernel.ROWS_A_BLOCK, "cpu", 32)
+    for length, number in ((16, 1), (17, 4)):
+        tokens = tensors(1, length, length)
+        problem = kernel._problem(*tokens, *[None] * 4, "elu", 8, 0, False)
+        assert sum(map(len, kernel._places(problem))) == number, length
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_kernel_gradients_equal_finite_differences(monkeypatch, packed):
     monkeypatch.setitem(kernel.ROWS_A_BLOCK, "cpu", 4)
