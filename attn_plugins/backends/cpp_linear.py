@@ -101,10 +101,15 @@ def _keep_linear(ctx: Any, inputs: Any, output: Any) -> None:
     q, k, v, runs, padding, *ctx.how = inputs
     ctx.save_for_backward(q, k, v, *output, runs, padding)
     ctx.divided = ctx.how[2]
+    ctx.set_materialize_grads(False)  # zeros for the states, which only the backward reads, would be as many as these
 
 
 @outside_autocast
-def _linear_backward(ctx: Any, grad: torch.Tensor, grad_den: torch.Tensor, *_: Any) -> tuple:
+def _linear_backward(ctx: Any, grad: torch.Tensor | None, grad_den: torch.Tensor | None, *_: Any) -> tuple:
+    out, den = ctx.saved_tensors[3:5]
+    grad = torch.zeros_like(out) if grad is None else grad
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
-    of_den = None if ctx.divided else grad_den  # what divides has no other use
+    of_den = None  # what divides has no other use
+    if not ctx.divided:
+        of_den = torch.zeros_like(den) if grad_den is None else grad_den
     return *torch.ops.attn_plugins_cpp.linear_backward(grad, of_den, *ctx.saved_tensors, *ctx.how), *[None] * 6

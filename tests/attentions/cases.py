@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_plugins.core.attention import Attention, HeadShape
 from attn_plugins.core.mask import AttentionMask
@@ -315,3 +316,17 @@ def assert_forms_agree(case, given, mask, *, dtype=torch.float64, tolerance=EXAC
     real = cotangent.any(dim=-1, keepdim=True)
     got["out"], want["out"] = got["out"] * real, want["out"] * real
     assert_same(got, want, tolerance)
+
+
+class MostZeros(TorchDispatchMode):
+    """The largest number of zeros made at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "zero" in func.overloadpacket.__name__:
+            self.number = max(self.number, result.numel())
+        return result

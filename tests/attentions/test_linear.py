@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
+from cases import MostZeros
 from torch.nn.functional import elu
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from attn_plugins.attentions.linear import LinearAttention
 from attn_plugins.core.attention import HeadShape
@@ -179,24 +179,10 @@ def test_kernel_leaves_tokens_as_they_are(feature_map):
         assert torch.equal(got, want)
 
 
-class _MostZeros(TorchDispatchMode):
-    """The largest number of zeros made at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.number = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if "zero" in func.overloadpacket.__name__:
-            self.number = max(self.number, result.numel())
-        return result
-
-
 def test_backward_makes_no_zeros_for_the_states_that_only_it_reads():
     leaves = [x.requires_grad_() for x in tensors(1, 64, 64, 2, 2, 4, 4)]
     out, den, states, _ = kernel.causal_linear(*leaves, *[None] * 6, "elu", 4, 1e-6, 0)
-    zeros = _MostZeros()
+    zeros = MostZeros()
     with zeros:
         out.sum().backward()
     assert zeros.number < min(den.numel(), states.numel())

@@ -8,6 +8,7 @@ from cases import (
     CASES,
     Case,
     Inputs,
+    MostZeros,
     assert_forms_agree,
     assert_same,
     cotangent_for,
@@ -19,6 +20,7 @@ from cases import (
 )
 
 from attn_plugins.backends import cpp, cpp_build
+from attn_plugins.backends.cpp_linear import MAPS, runs_of
 from attn_plugins.backends.cpp_tiles import compiled_attention, tables_of
 from attn_plugins.benchmark.cost.timing import cpu_rates
 from attn_plugins.core.backend import fastest, usual
@@ -259,52 +261,15 @@ def test_what_kernels_can_reach_stands_beside_what_torch_does(built):
 
 
 @pytest.mark.cpp
-@rounds(
-    "of",
-    [
-        ("local", True),
-        ("bigbird", False),
-        ("linear", True),
-        ("linear", False),
-        ("block_topk", True),
-        ("linear_window", True),
-    ],
-)
-def test_threads_change_nothing_but_the_order_of_sums(built, of):
-    """One head on two threads: tiles, and chunks, are shared; where blocks are chosen it is heads."""
-    name, causal = of
-    heads = 2 if name == "block_topk" else 1
-    shape = {**HEADS, "num_heads": heads, "num_key_value_heads": heads}
-    case = Case(get_attention(name), {"window_size": 40} if name == "local" else {}, causal)
-    given, mask = inputs(1, 700, **shape, dtype=torch.float32), case.mask(1, 700, 700)
-    module, cotangent, before = case.module(backend="cpp", dtype=torch.float32, **shape), None, torch.get_num_threads()
-    cotangent = cotangent_for(given, mask).float()
-    try:
-        found = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(outcome(module, given, mask, cotangent))
-    finally:
-        torch.set_num_threads(before)
-    assert_same(found[1], found[0], 1e-5)
-
-
-@pytest.mark.cpp
-def test_threads_share_the_gradient_of_a_bias(built):
-    """Those that see all are in tiles of their own and in those of the window, which may be other threads'."""
-    shape = {**HEADS, "num_heads": 1, "num_key_value_heads": 1}
-    case = Case(get_attention("longformer"), {"window_size": 40, "num_global_tokens": 70}, False)
-    given, mask = inputs(1, 700, **shape, dtype=torch.float32), case.mask(1, 700, 700)
-    given.extras = {"position_bias": torch.randn(1, 1, 700, 700, generator=seeded(2))}
-    module, before, found = case.module(backend="cpp", dtype=torch.float32, **shape), torch.get_num_threads(), []
-    cotangent = cotangent_for(given, mask).float()
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            found.append(outcome(module, given, mask, cotangent))
-    finally:
-        torch.set_num_threads(before)
-    assert_same(found[1], found[0], 1e-5)
+@pytest.mark.parametrize("divided", [True, False])
+def test_linear_backward_makes_no_zeros_for_the_states_that_only_it_reads(built, divided):
+    q, k, v = (torch.randn(1, 1, 64, 16, generator=seeded(i)).requires_grad_() for i in range(3))
+    how = (runs_of(1, 64, None), None, MAPS["elu"], True, divided, 0.0)
+    out, den, states = torch.ops.attn_plugins_cpp.linear_forward(q, k, v, *how)
+    zeros = MostZeros()
+    with zeros:
+        out.sum().backward()
+    assert zeros.number <= den.numel() < states.numel()
 
 
 @pytest.mark.cpp
