@@ -7,6 +7,7 @@ docs/benchmarks/tasks. Each table stands between two comments, as those of
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +183,12 @@ def tuned(measured: Measured) -> list[str]:
     """A pretrained decoder as it is swapped, taught, and after a short fine-tune."""
     task = "perplexity"
     rows = []
-    for attention in dict.fromkeys(one["attention"] for one in measured.which(task)):
-        row = [attention]
-        for measure in STAGES:
-            its = measured.of(task, measure)
-            row.append(_cell(value(its, attention, headline)))
-        last = measured.of(task, "finetune").get(attention, {})
-        row += [_cell({seed: one["others"]["recall"]["accuracy"] for seed, one in last.items()})]
-        rows.append(row)
+    stages = [measured.of(task, measure) for measure in STAGES]
+    last = stages[-1]
+    attentions = {one["attention"]: None for one in measured.which(task)}
+    for attention in sorted(attentions, key=lambda name: _mean(value(last, name, headline)) if name in last else inf):
+        recall = {seed: one["others"]["recall"]["accuracy"] for seed, one in last.get(attention, {}).items()}
+        rows.append([attention, *(_cell(value(its, attention, headline)) for its in stages), _cell(recall)])
     header = ["attention", *STAGES.values(), "recall, tuned"]
     return [*_lines(header, rows), "", made(measured.which(task), DEVIATION)]
 
